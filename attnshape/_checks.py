@@ -1,0 +1,384 @@
+"""What bad input gets: an error that names the argument, what it got and what it wants.
+
+Shapes, dtypes and devices cost no synchronisation and are always checked. Values of index tensors are
+checked only where the caller asks for it with ``validate=True``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attnshape.types import (
+    Attention,
+    AttentionInputs,
+    CreditName,
+    Response,
+    ShapingConfig,
+    TokenInputs,
+)
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+
+CHOICES = {
+    "backend": ("auto", "triton", "torch"),
+    "normalization": ("sum_to_one", "sum_to_length", "none"),
+    "mask_semantics": ("skip", "zero"),
+    "kl_estimator": ("k1", "abs", "k2", "k3"),
+    "on_nan": ("propagate", "zero_row"),
+    "variant": ("mean", "last"),
+    "shift": (0, 1),
+    "eps_mode": ("add", "clamp"),
+}
+
+
+def check_choice(name: str, got: object) -> None:
+    if got not in CHOICES[name]:
+        raise ValueError(f"{name}: got {got!r}, want one of {', '.join(map(repr, CHOICES[name]))}")
+
+
+def _is_tensor(name: str, x: object) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, want a torch.Tensor")
+    return x
+
+
+def _has_shape(name: str, x: Tensor, shape: Sequence[int], of: str) -> None:
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, want {tuple(shape)} = {of}")
+
+
+def _is_on(name: str, x: Tensor, device: torch.device, of: str) -> None:
+    if x.device != device:
+        raise ValueError(f"{name}: got a tensor on {x.device}, want {device}, where {of} is")
+
+
+def _has_dtype(name: str, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name}: got {x.dtype}, want one of {', '.join(map(str, dtypes))}")
+
+
+def _floats(name: str, x: object, shape: Sequence[int], of: str, like: Tensor, like_name: str) -> None:
+    tensor = _is_tensor(name, x)
+    _has_dtype(name, tensor, FLOATS)
+    _has_shape(name, tensor, shape, of)
+    _is_on(name, tensor, like.device, like_name)
+
+
+def _ints(name: str, x: object, shape: Sequence[int], of: str, like: Tensor, like_name: str) -> None:
+    tensor = _is_tensor(name, x)
+    _has_dtype(name, tensor, INTEGERS)
+    _has_shape(name, tensor, shape, of)
+    _is_on(name, tensor, like.device, like_name)
+
+
+def layers_of(inputs: Attention) -> Sequence[AttentionInputs]:
+    """One layer or several as a sequence, checked to be that."""
+    layers = [inputs] if isinstance(inputs, AttentionInputs) else inputs
+    if not isinstance(layers, list | tuple) or not layers:
+        raise TypeError(f"inputs: got {type(inputs).__name__}, want AttentionInputs or a list of them")
+    for layer in layers:
+        if not isinstance(layer, AttentionInputs):
+            raise TypeError(f"inputs: got a list with {type(layer).__name__}, want AttentionInputs")
+    first = layers[0]
+    for i, layer in enumerate(layers):
+        _check_layer(layer)
+        here, there = _token_axes(layer), _token_axes(first)
+        if here != there or layer.packed != first.packed:
+            raise ValueError(f"inputs[{i}].key: got token axes {here}, want those of inputs[0], {there}")
+    return layers
+
+
+def _token_axes(layer: AttentionInputs) -> tuple[int, ...]:
+    return (layer.key.shape[0],) if layer.packed else (layer.key.shape[0], layer.key.shape[2])
+
+
+def _check_layer(x: AttentionInputs) -> None:
+    query, key = _is_tensor("query", x.query), _is_tensor("key", x.key)
+    for name, tensor in (("query", query), ("key", key)):
+        _has_dtype(name, tensor, FLOATS)
+    if query.dtype != key.dtype:
+        raise TypeError(f"query: got {query.dtype}, want {key.dtype}, the dtype of key")
+    _is_on("query", query, key.device, "key")
+    if x.cu_seqlens is not None:
+        _has_dtype("cu_seqlens", _is_tensor("cu_seqlens", x.cu_seqlens), (torch.int32,))
+        if x.cu_seqlens.ndim != 1 or len(x.cu_seqlens) < 1:
+            raise ValueError(f"cu_seqlens: got shape {tuple(x.cu_seqlens.shape)}, want [B + 1]")
+        _is_on("cu_seqlens", x.cu_seqlens, key.device, "key")
+        if key.ndim != 3:
+            raise ValueError(f"key: got shape {tuple(key.shape)}, want [N, Hkv, D] with cu_seqlens")
+        tokens, kv_heads, width = key.shape
+        wanted: tuple[int, ...] = (tokens,)
+        of = "[N]"
+        if query.ndim != 3 or query.shape[0] not in (x.batch_size, tokens):
+            raise ValueError(
+                f"query: got shape {tuple(query.shape)}, want [B, Hq, D] or [N, Hq, D] "
+                f"with B = {x.batch_size}, N = {tokens}"
+            )
+    else:
+        if key.ndim != 4:
+            raise ValueError(f"key: got shape {tuple(key.shape)}, want [B, Hkv, S, D], or cu_seqlens too")
+        batch, kv_heads, length, width = key.shape
+        wanted, of = (batch, length), "[B, S]"
+        if query.ndim not in (3, 4) or query.shape[0] != batch:
+            raise ValueError(
+                f"query: got shape {tuple(query.shape)}, want [B, Hq, D] or [B, Hq, S, D] with B = {batch}"
+            )
+        if query.ndim == 4 and query.shape[2] != length:
+            raise ValueError(f"query: got {query.shape[2]} positions, want {length}, as many as key")
+    heads = query.shape[1]
+    if query.shape[-1] != width:
+        raise ValueError(f"query: got head width {query.shape[-1]}, want {width}, that of key")
+    if kv_heads == 0 or heads == 0 or heads % kv_heads:
+        raise ValueError(f"query: got {heads} heads, want a multiple of key's {kv_heads}")
+    if x.has_all_queries is False and x.query_position == "last_response":
+        raise ValueError(
+            'query_position: got "last_response" with one query row per sequence, want every query'
+        )
+    batch = x.batch_size
+    if x.key_start is not None:
+        _ints("key_start", x.key_start, (batch,), "[B]", key, "key")
+    if isinstance(x.query_position, Tensor):
+        _ints("query_position", x.query_position, (batch,), "[B]", key, "key")
+    elif x.query_position not in (None, "last_response"):
+        raise ValueError(f'query_position: got {x.query_position!r}, want int [B], "last_response" or None')
+    if x.attention_mask is not None:
+        _has_shape("attention_mask", _is_tensor("attention_mask", x.attention_mask), wanted, of)
+        _is_on("attention_mask", x.attention_mask, key.device, "key")
+    if x.sinks is not None:
+        _floats("sinks", x.sinks, (heads,), "[Hq]", key, "key")
+    if x.lse is not None:
+        if x.has_all_queries:
+            shape, of = (
+                ((*wanted, heads), "[N, Hq]") if x.packed else ((batch, heads, wanted[1]), "[B, Hq, S]")
+            )
+        else:
+            shape, of = (batch, heads), "[B, Hq]"
+        _floats("lse", x.lse, shape, of, key, "key")
+    if not math.isfinite(x.scaling):
+        raise ValueError(f"scaling: got {x.scaling}, want a finite number")
+    if x.softcap is not None and not x.softcap > 0:
+        raise ValueError(f"softcap: got {x.softcap}, want a positive number or None")
+    if x.sliding_window is not None and x.sliding_window < 1:
+        raise ValueError(f"sliding_window: got {x.sliding_window}, want at least 1 or None")
+
+
+def check_response(response: Response, batch: int | None, keys: Tensor | None) -> int:
+    """Checks the response's layout, and its place among ``keys`` where they are given; returns the batch."""
+    mask = _is_tensor("response_mask", response.mask)
+    if response.cu_seqlens is None:
+        if mask.ndim != 2:
+            raise ValueError(
+                f"response_mask: got shape {tuple(mask.shape)}, want [B, R], or [M] with response_cu_seqlens"
+            )
+        rows = mask.shape[0]
+    else:
+        cu_seqlens = _is_tensor("response_cu_seqlens", response.cu_seqlens)
+        _has_dtype("response_cu_seqlens", cu_seqlens, (torch.int32,))
+        _is_on("response_cu_seqlens", cu_seqlens, mask.device, "response_mask")
+        if cu_seqlens.ndim != 1 or len(cu_seqlens) < 1:
+            raise ValueError(f"response_cu_seqlens: got shape {tuple(cu_seqlens.shape)}, want [B + 1]")
+        if mask.ndim != 1:
+            raise ValueError(
+                f"response_mask: got shape {tuple(mask.shape)}, want [M] with response_cu_seqlens"
+            )
+        rows = cu_seqlens.shape[0] - 1
+    if batch is not None and rows != batch:
+        raise ValueError(f"response_mask: got {rows} rows, want {batch}, as many as the attention inputs")
+    if keys is None:
+        return rows
+    _is_on("response_mask", mask, keys.device, "key")
+    if (response.start is None) == (response.index is None):
+        given = "neither" if response.start is None else "both"
+        raise ValueError(f"response_start, response_index: got {given}, want one of them")
+    if response.start is not None:
+        _ints("response_start", response.start, (rows,), "[B]", mask, "response_mask")
+    if response.index is not None:
+        of = "that of response_mask"
+        _ints("response_index", response.index, mask.shape, of, mask, "response_mask")
+    return rows
+
+
+def check_credit(credit: Tensor | CreditName, mask: Tensor) -> None:
+    if isinstance(credit, str):
+        if credit not in ("uniform", "sparse"):
+            raise ValueError(f'credit: got {credit!r}, want "uniform", "sparse", a tensor or AttentionInputs')
+        return
+    _floats("credit", credit, mask.shape, "that of response_mask", mask, "response_mask")
+
+
+def check_score(score: object, batch: int, mask: Tensor) -> None:
+    _floats("score", score, (batch,), "[B], one score for each row of response_mask", mask, "response_mask")
+
+
+def check_tokens(tokens: TokenInputs, batch: int, mask: Tensor) -> None:
+    of = "that of response_mask"
+    for name in ("values", "logprobs", "ref_logprobs", "kl", "token_rewards"):
+        x = getattr(tokens, name)
+        if x is not None:
+            _floats(name, x, mask.shape, of, mask, "response_mask")
+    for name in ("terminal_reward", "bootstrap"):
+        x = getattr(tokens, name)
+        if x is not None:
+            _floats(name, x, (batch,), "[B]", mask, "response_mask")
+    if (tokens.logprobs is None) != (tokens.ref_logprobs is None):
+        missing = "logprobs" if tokens.logprobs is None else "ref_logprobs"
+        raise ValueError(f"{missing}: got None, want log-probabilities beside the other model's")
+    if tokens.kl is not None and tokens.logprobs is not None:
+        raise ValueError("kl: got a tensor beside logprobs and ref_logprobs, want one or the other")
+    if isinstance(tokens.kl_coef, Tensor):
+        _floats("kl_coef", tokens.kl_coef, (), "a 0-d tensor", mask, "response_mask")
+    given = isinstance(tokens.kl_coef, Tensor) or tokens.kl_coef != 0
+    if given and tokens.kl is None and tokens.logprobs is None:
+        raise ValueError(f"kl_coef: got {tokens.kl_coef} without a KL, want kl, or logprobs and ref_logprobs")
+
+
+def _check_unit(name: str, x: float | Tensor, batch: int, mask: Tensor) -> None:
+    if isinstance(x, Tensor):
+        _floats(name, x, (batch,), "[B]", mask, "response_mask")
+    elif not 0 <= x <= 1:
+        raise ValueError(f"{name}: got {x}, want a number from 0 to 1")
+
+
+def check_gae(
+    gamma: float,
+    lam: float | Tensor,
+    lam_value: float | Tensor | None,
+    mask_semantics: str,
+    batch: int,
+    mask: Tensor,
+) -> None:
+    check_choice("mask_semantics", mask_semantics)
+    if not isinstance(gamma, int | float):
+        raise TypeError(
+            f"gamma: got {type(gamma).__name__}, want a float; lam may differ by row, gamma may not"
+        )
+    _check_unit("gamma", gamma, batch, mask)
+    _check_unit("lam", lam, batch, mask)
+    if lam_value is not None:
+        _check_unit("lam_value", lam_value, batch, mask)
+
+
+def check_config(config: ShapingConfig, batch: int, mask: Tensor) -> None:
+    if not isinstance(config, ShapingConfig):
+        raise TypeError(f"config: got {type(config).__name__}, want ShapingConfig")
+    check_gae(config.gamma, config.lam, config.lam_value, config.mask_semantics, batch, mask)
+    for name in ("normalization", "kl_estimator", "on_nan"):
+        check_choice(name, getattr(config, name))
+    if not math.isfinite(config.beta):
+        raise ValueError(f"beta: got {config.beta}, want a finite number")
+    for name in ("kl_input_clip", "kl_output_clip"):
+        clip = getattr(config, name)
+        if clip is not None and not clip > 0:
+            raise ValueError(f"{name}: got {clip}, want a positive number or None")
+    low, high = config.score_bounds
+    if not low <= high:
+        raise ValueError(f"score_clip: got {config.score_clip}, want a positive number or (low, high)")
+    if isinstance(config.score_index, Tensor):
+        _ints("score_index", config.score_index, (batch,), "[B]", mask, "response_mask")
+    elif config.score_index not in ("last_unmasked", "last_token"):
+        raise ValueError(
+            f'score_index: got {config.score_index!r}, want "last_unmasked", "last_token" or int [B]'
+        )
+
+
+def check_whiten(x: object, mask: object) -> None:
+    x, mask = _is_tensor("x", x), _is_tensor("mask", mask)
+    _has_dtype("x", x, FLOATS)
+    _has_shape("mask", mask, x.shape, "that of x")
+    _is_on("mask", mask, x.device, "x")
+
+
+def check_rollout_norms(
+    layers: Sequence[AttentionInputs],
+    value_norms: Sequence[Tensor] | None,
+    residual_norms: Sequence[Tensor] | None,
+) -> None:
+    if value_norms is None and residual_norms is None:
+        return
+    if value_norms is None or residual_norms is None:
+        missing = "value_norms" if value_norms is None else "residual_norms"
+        raise ValueError(f"{missing}: got None, want it beside the other norms")
+    for name, norms in (("value_norms", value_norms), ("residual_norms", residual_norms)):
+        if len(norms) != len(layers):
+            raise ValueError(f"{name}: got {len(norms)} tensors, want {len(layers)}, one for each layer")
+    for i, layer in enumerate(layers):
+        axes, heads = _token_axes(layer), layer.query.shape[1]
+        shape, of = ((*axes, heads), "[N, Hq]") if layer.packed else ((axes[0], heads, axes[1]), "[B, Hq, S]")
+        _floats(f"value_norms[{i}]", value_norms[i], shape, of, layer.key, "key")
+        of = "[N]" if layer.packed else "[B, S]"
+        _floats(f"residual_norms[{i}]", residual_norms[i], axes, of, layer.key, "key")
+
+
+# Values, with a synchronisation ----------------------------------------------------------------------
+
+
+def _cu_seqlens_in_range(name: str, cu_seqlens: Tensor, total: int) -> None:
+    bounds = cu_seqlens.tolist()
+    for b, (lo, hi) in enumerate(itertools.pairwise(bounds)):
+        if not 0 <= lo <= hi <= total:
+            raise ValueError(f"{name}: row {b} is {lo}:{hi}, want rising bounds within 0:{total}")
+
+
+def _values_in_range(name: str, x: Tensor, low: int, high: Sequence[int]) -> None:
+    for b, value in enumerate(x.tolist()):
+        if not low <= value < high[b]:
+            raise ValueError(f"{name}: row {b} is {value}, want {low} <= {name} < {high[b]}")
+
+
+def validate_attention(layers: Sequence[AttentionInputs]) -> list[int]:
+    """Raises where an index of the keys is out of range; returns the number of keys of each sequence."""
+    lengths: list[int] = []
+    for x in layers:
+        if x.cu_seqlens is None:
+            lengths = [x.key.shape[2]] * x.batch_size
+        else:
+            _cu_seqlens_in_range("cu_seqlens", x.cu_seqlens, x.key.shape[0])
+            lengths = x.cu_seqlens.diff().tolist()
+        if x.key_start is not None:
+            _values_in_range("key_start", x.key_start, 0, [n + 1 for n in lengths])
+        if isinstance(x.query_position, Tensor):
+            _values_in_range("query_position", x.query_position, 0, [max(n, 1) for n in lengths])
+    return lengths
+
+
+def validate_response(response: Response, lengths: Sequence[int] | None, score_index: object = None) -> None:
+    """Raises where a response token's key position, or ``score_index``, is out of range."""
+    mask = response.mask.cpu()
+    if response.cu_seqlens is None:
+        spans = [(b, slice(None)) for b in range(mask.shape[0])]
+        rows = [mask[span] != 0 for span in spans]
+        at = None if response.index is None else [response.index.cpu()[span] for span in spans]
+    else:
+        _cu_seqlens_in_range("response_cu_seqlens", response.cu_seqlens, mask.shape[0])
+        bounds = response.cu_seqlens.tolist()
+        packed = [slice(lo, hi) for lo, hi in itertools.pairwise(bounds)]
+        rows = [mask[span] != 0 for span in packed]
+        at = None if response.index is None else [response.index.cpu()[span] for span in packed]
+    for b, live in enumerate(rows):
+        if not live.any():
+            continue
+        if isinstance(score_index, Tensor) and not 0 <= int(score_index[b]) < len(live):
+            raise ValueError(
+                f"score_index: row {b} is {int(score_index[b])}, want 0 <= score_index < {len(live)}"
+            )
+        if lengths is None:
+            continue
+        if at is not None:
+            low, high = int(at[b][live].min()), int(at[b][live].max())
+            if low < -1 or high >= lengths[b]:
+                raise ValueError(
+                    f"response_index: row {b} spans {low} to {high}, want -1 <= response_index < {lengths[b]}"
+                )
+        elif response.start is not None:
+            start, last = int(response.start[b]), int(live.nonzero().max())
+            if start < 0 or start + last >= lengths[b]:
+                raise ValueError(
+                    f"response_start: row {b} starts at {start} and its last unmasked token lies at "
+                    f"{start + last}, want positions within 0:{lengths[b]}"
+                )

@@ -1,0 +1,659 @@
+"""The operations without loops over tokens, in PyTorch: the backend of CPUs, and what a kernel has to beat.
+
+Arguments are checked by ``attnshape.ops``. Packed layouts are padded first and packed again last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from attnshape.types import (
+    MIN_MASS,
+    Attention,
+    AttentionInputs,
+    CreditName,
+    MaskSemantics,
+    Normalization,
+    Response,
+    RowStats,
+    ShapedRewards,
+    ShapingConfig,
+    Status,
+    TokenInputs,
+    compute_dtype,
+    float32_rounded,
+)
+
+KEY_CHUNK = 1024
+"""Keys converted to the accumulation dtype at once."""
+SCORE_ELEMENTS = 1 << 24
+"""Attention weights held at once while columns are summed."""
+SCAN_RANGE = 1e-150
+"""Smallest power of ``gamma * lam`` a chunk of the recurrence may span; its inverse must not overflow."""
+
+
+# Packed and padded -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Packing:
+    """Where the tokens of a packed axis lie in its padded form."""
+
+    index: Tensor  # [B, L], clamped
+    inside: Tensor  # [B, L]
+    cu_seqlens: Tensor  # [B + 1]
+    valid: Tensor  # [B]
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, total: int) -> _Packing:
+        lo, hi = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+        valid = (lo >= 0) & (lo <= hi) & (hi <= total)
+        lengths = torch.where(valid, hi - lo, 0)
+        longest = int(lengths.max()) if len(lengths) else 0
+        offsets = torch.arange(longest, device=lo.device)
+        index = (lo[:, None] + offsets).clamp(0, max(total - 1, 0))
+        return cls(index, offsets < lengths[:, None], cu_seqlens, valid)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """``[M, ...]`` to ``[B, L, ...]``."""
+        if not len(x):
+            return x.new_zeros(*self.index.shape, *x.shape[1:])
+        return x[self.index]
+
+    def pack(self, x: Tensor, total: int) -> Tensor:
+        """``[B, L]`` to ``[M]``; 0 at tokens of no sequence."""
+        out = x.new_zeros(total)
+        out[self.index[self.inside]] = x[self.inside]
+        return out
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Rows:
+    """Response tokens in padded form."""
+
+    live: Tensor  # [B, R] bool
+    start: Tensor | None
+    index: Tensor | None
+    packing: _Packing | None
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, response: Response) -> _Rows:
+        live, index = response.mask != 0, response.index
+        if response.cu_seqlens is None:
+            return cls(live, response.start, index, None, live.shape)
+        packing = _Packing.of(response.cu_seqlens, live.shape[0])
+        return cls(
+            packing.pad(live) & packing.inside,
+            response.start,
+            None if index is None else packing.pad(index),
+            packing,
+            live.shape,
+        )
+
+    def pad(self, x: Tensor) -> Tensor:
+        return x if self.packing is None else self.packing.pad(x)
+
+    def restore(self, x: Tensor) -> Tensor:
+        return x if self.packing is None else self.packing.pack(x, self.shape[0])
+
+    @property
+    def last(self) -> Tensor:
+        """Last unmasked token of each row, ``[B]``; -1 if there is none."""
+        width = self.live.shape[1]
+        if not width:
+            return torch.full((len(self.live),), -1, device=self.live.device)
+        return (self.live * torch.arange(1, width + 1, device=self.live.device)).amax(1) - 1
+
+    def key_positions(self) -> Tensor:
+        """``[B, R]``; -1 where a token has no key."""
+        if self.index is not None:
+            return self.index.long()
+        assert self.start is not None
+        return self.start.long()[:, None] + torch.arange(self.live.shape[1], device=self.live.device)
+
+
+# Attention -------------------------------------------------------------------------------------------
+
+
+class _Layer(NamedTuple):
+    """One layer in padded form."""
+
+    inputs: AttentionInputs  # never packed
+    attended: Tensor  # [B, S] bool
+    position: Tensor  # [B], clamped
+    lengths: Tensor  # [B]
+    invalid: Tensor  # [B] bool
+    packing: _Packing | None
+    dtype: torch.dtype
+
+
+def _layer(inputs: AttentionInputs, last_response: Tensor | None = None) -> _Layer:
+    dtype = compute_dtype(inputs.query, inputs.key)
+    packing = None
+    if inputs.cu_seqlens is not None:
+        total = inputs.key.shape[0]
+        packing = _Packing.of(inputs.cu_seqlens, total)
+        query, lse, mask = inputs.query, inputs.lse, inputs.attention_mask
+        if inputs.has_all_queries:
+            query = packing.pad(query).transpose(1, 2)
+        if lse is not None and lse.shape[0] == total and inputs.has_all_queries:
+            lse = packing.pad(lse).transpose(1, 2)
+        inside = packing.inside if mask is None else packing.inside & (packing.pad(mask) != 0)
+        key = packing.pad(inputs.key).transpose(1, 2)
+        inputs = dataclasses.replace(
+            inputs, query=query, key=key, lse=lse, attention_mask=inside, cu_seqlens=None
+        )
+    batch, length = inputs.key.shape[0], inputs.key.shape[2]
+    device = inputs.key.device
+    t = torch.arange(length, device=device)
+    lengths = torch.full((batch,), length, device=device) if packing is None else packing.inside.sum(1)
+    invalid = torch.zeros(batch, dtype=torch.bool, device=device) if packing is None else ~packing.valid
+    attended = torch.ones(batch, length, dtype=torch.bool, device=device)
+    if inputs.attention_mask is not None:
+        attended &= inputs.attention_mask != 0
+    if inputs.key_start is not None:
+        start = inputs.key_start.long()
+        attended &= t >= start[:, None]
+        invalid |= (start < 0) | (start > lengths)
+    if isinstance(inputs.query_position, Tensor):
+        position = inputs.query_position.long()
+    elif inputs.query_position == "last_response":
+        assert last_response is not None
+        position = last_response
+    else:
+        position = (attended * t).amax(1) if length else torch.zeros(batch, dtype=torch.long, device=device)
+    invalid |= (lengths > 0) & ((position < 0) | (position >= lengths))
+    return _Layer(inputs, attended, position.clamp(0, max(length - 1, 0)), lengths, invalid, packing, dtype)
+
+
+def _attention(layer: _Layer, positions: Tensor) -> Tensor:
+    """``a[h, s, t]`` of the queries at ``positions [B, n]``: ``[B, Hq, n, S]``, 0 where not visible."""
+    inputs, dtype = layer.inputs, layer.dtype
+    key = inputs.key
+    batch, kv_heads, length, width = key.shape
+    heads = inputs.query.shape[1]
+    # A process may allow tf32 for float32 products on a GPU; float64 ones are out of that setting's reach.
+    exact = torch.float64 if key.is_cuda and key.dtype == torch.float32 else dtype
+    rows, n = torch.arange(batch, device=key.device)[:, None], positions.shape[1]
+    if inputs.query.ndim == 3:
+        query = inputs.query[:, :, None]
+    else:
+        query = inputs.query.transpose(1, 2)[rows, positions].transpose(1, 2)  # [B, Hq, n, D]
+    query = query.to(exact).reshape(batch, kv_heads, heads // kv_heads * n, width) * inputs.scaling
+    chunks = [
+        query @ key[:, :, lo : lo + KEY_CHUNK].to(exact).transpose(-1, -2)
+        for lo in range(0, length, KEY_CHUNK)
+    ]
+    scores = torch.cat(chunks, -1).to(dtype) if chunks else query.new_zeros(*query.shape[:3], 0, dtype=dtype)
+    scores = scores.reshape(batch, heads, n, length)
+    if inputs.softcap is not None:
+        scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
+    t = torch.arange(length, device=key.device)
+    distance = positions[:, :, None] - t  # [B, n, S]
+    visible = layer.attended[:, None] & (distance >= 0)
+    if inputs.sliding_window is not None:
+        visible &= distance < inputs.sliding_window
+    visible = visible[:, None]  # [B, 1, n, S]
+    scores = scores.masked_fill(~visible, -math.inf)
+    sinks = None if inputs.sinks is None else inputs.sinks.to(dtype)[None, :, None, None]
+    if inputs.lse is not None:
+        lse = inputs.lse.to(dtype)
+        lse = lse[:, :, None] if lse.ndim == 2 else lse.transpose(1, 2)[rows, positions].transpose(1, 2)
+        lse = lse[..., None]  # [B, Hq, n, 1]
+        probs = torch.exp(scores - (lse if sinks is None else torch.logaddexp(lse, sinks)))
+    elif sinks is not None:
+        sinks = sinks.expand(batch, heads, n, 1)
+        probs = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+    else:
+        probs = scores.softmax(-1)
+    return probs.masked_fill(~visible, 0.0)
+
+
+def _layers(inputs: Attention) -> Sequence[AttentionInputs]:
+    return [inputs] if isinstance(inputs, AttentionInputs) else inputs
+
+
+def _head_mean(inputs: Attention, last_response: Tensor | None) -> tuple[Tensor, _Layer, Tensor]:
+    """Mean over layers and heads of the attention rows ``[B, S]``, the first layer, and the invalid rows."""
+    layers = [_layer(x, last_response) for x in _layers(inputs)]
+    rows = [_attention(layer, layer.position[:, None])[:, :, 0].mean(1) for layer in layers]
+    mean = rows[0] if len(rows) == 1 else torch.stack(rows).mean(0)
+    invalid = torch.stack([layer.invalid for layer in layers]).any(0)
+    return mean, layers[0], invalid
+
+
+def attention_row(inputs: Attention) -> Tensor:
+    row, layer, invalid = _head_mean(inputs, None)
+    row = row.masked_fill(invalid[:, None], math.nan)
+    return row if layer.packing is None else layer.packing.pack(row, _layers(inputs)[0].key.shape[0])
+
+
+def _positions_in_range(rows: _Rows, positions: Tensor, lowest: int, lengths: Tensor) -> Tensor:
+    """``[B]``: whether every unmasked token of the row lies among its keys."""
+    outside = (positions < lowest) | (positions >= lengths[:, None])
+    return ~(outside & rows.live).any(1)
+
+
+def _lowest_position(rows: _Rows) -> int:
+    return -1 if rows.start is None else 0
+
+
+def _at_response(
+    column: Tensor, rows: _Rows, positions: Tensor, invalid: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weights over keys ``[B, S]`` read at the response tokens ``[B, R]``, and the invalid rows."""
+    invalid = invalid | ~_positions_in_range(rows, positions, _lowest_position(rows), lengths)
+    column = torch.cat([column, column.new_zeros(len(column), 1)], 1)  # position -1 is nowhere
+    nowhere = column.shape[1] - 1
+    inside = (positions >= 0) & (positions < nowhere)
+    raw = column.gather(1, torch.where(inside, positions, nowhere))
+    raw = raw.masked_fill(~rows.live, 0.0)
+    return raw.masked_fill(rows.live & invalid[:, None], math.nan), invalid & rows.live.any(1)
+
+
+def _last_response(rows: _Rows, positions: Tensor) -> Tensor:
+    if not positions.shape[1]:
+        return positions.new_full((len(positions),), -1)
+    return positions.gather(1, rows.last.clamp(min=0)[:, None])[:, 0]
+
+
+def _raw_credit(inputs: Attention, rows: _Rows) -> tuple[Tensor, Tensor]:
+    """Head mean of the attention at the response tokens, ``[B, R]``, and the rows that are out of range."""
+    positions = rows.key_positions()
+    attention, layer, invalid = _head_mean(inputs, _last_response(rows, positions))
+    return _at_response(attention, rows, positions, invalid, layer.lengths)
+
+
+def _normalize(
+    raw: Tensor, rows: _Rows, score_at: Tensor, normalization: Normalization
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Credit ``[B, R]``, its raw mass ``[B]``, and the rows that fell back to ``sparse``."""
+    raw = raw.masked_fill(~rows.live, 0.0)
+    mass = raw.sum(1, dtype=torch.float64)
+    if normalization == "none":
+        return raw, mass, torch.zeros_like(mass, dtype=torch.bool)
+    fallback = (mass < MIN_MASS) & rows.live.any(1)
+    total = rows.live.sum(1) if normalization == "sum_to_length" else torch.ones_like(mass)
+    credit = (raw * (total / mass).to(raw.dtype)[:, None]).masked_fill(~rows.live, 0.0)
+    return torch.where(fallback[:, None], _one_hot(rows, score_at, total, raw), credit), mass, fallback
+
+
+def _one_hot(rows: _Rows, score_at: Tensor, total: Tensor, like: Tensor) -> Tensor:
+    t = torch.arange(rows.live.shape[1], device=like.device)
+    on_score = (t == score_at[:, None]) & rows.live
+    return torch.where(on_score, total[:, None].to(like.dtype), 0.0)
+
+
+def _normalized(raw: Tensor, rows: _Rows, normalization: Normalization) -> Tensor:
+    credit, _, _ = _normalize(raw, rows, rows.last, normalization)
+    return rows.restore(credit)
+
+
+def attention_credit(inputs: Attention, response: Response, normalization: Normalization) -> Tensor:
+    rows = _Rows.of(response)
+    return _normalized(_raw_credit(inputs, rows)[0], rows, normalization)
+
+
+def _query_chunk(layer: _Layer) -> int:
+    """Queries whose attention over all keys fits the element budget."""
+    batch, _, length, _ = layer.inputs.key.shape
+    return max(1, SCORE_ELEMENTS // max(1, batch * layer.inputs.query.shape[1] * length))
+
+
+def attention_column_credit(
+    inputs: AttentionInputs,
+    response: Response,
+    variant: Literal["mean", "last"],
+    shift: Literal[0, 1],
+    normalization: Normalization,
+) -> Tensor:
+    rows = _Rows.of(response)
+    positions = rows.key_positions()
+    layer = _layer(inputs, _last_response(rows, positions))
+    batch, width = rows.live.shape
+    # The unmasked tokens of each row, moved to its front: queries and targets are counted among them.
+    rank = (rows.live.cumsum(1) - 1).clamp(min=0)
+    order = torch.zeros_like(positions).scatter_add_(1, rank, torch.where(rows.live, positions, 0))
+    count = rows.live.sum(1, keepdim=True)
+    t = torch.arange(width, device=rank.device)
+    queries = count - shift
+    asking = (t < queries) if variant == "mean" else (t == queries - 1)  # [B, R]
+    keys = layer.inputs.key.shape[2]
+    columns = torch.zeros(batch, keys, dtype=layer.dtype, device=rank.device)
+    step = _query_chunk(layer)
+    for lo in range(0, width, step):
+        at = order[:, lo : lo + step].clamp(0, max(keys - 1, 0))
+        weights = _attention(layer, at).mean(1)  # [B, n, S]
+        columns += weights.masked_fill(~asking[:, lo : lo + step, None], 0.0).sum(1)
+    invalid = layer.invalid | ~_positions_in_range(rows, positions, 0, layer.lengths)
+    weights = torch.cat([columns, columns.new_zeros(batch, 1)], 1).gather(1, order.clamp(0, keys))
+    if variant == "mean":
+        weights = weights / (queries - t).clamp(min=1)
+    weights = weights.masked_fill(t >= queries, 0.0)
+    if shift:
+        weights = torch.nn.functional.pad(weights, (shift, 0))[:, :width]
+    raw = weights.gather(1, rank).masked_fill(~rows.live, 0.0)
+    raw = raw.masked_fill(rows.live & invalid[:, None], math.nan)
+    return _normalized(raw, rows, normalization)
+
+
+def attention_rollout(
+    layers: Sequence[AttentionInputs],
+    response: Response,
+    value_norms: Sequence[Tensor] | None,
+    residual_norms: Sequence[Tensor] | None,
+    normalization: Normalization,
+) -> Tensor:
+    rows = _Rows.of(response)
+    positions = rows.key_positions()
+    last = _last_response(rows, positions)
+    padded = [_layer(x, last) for x in layers]
+    top = padded[-1]
+    batch, length = top.attended.shape
+    t = torch.arange(length, device=last.device)
+    r = (t == top.position[:, None]).to(top.dtype)
+    for i in reversed(range(len(padded))):
+        layer = padded[i]
+        plain = value_norms is None or residual_norms is None
+        if not plain:
+            assert value_norms is not None
+            assert residual_norms is not None
+            norms, residual = value_norms[i], residual_norms[i]
+            if layer.packing is not None:
+                norms, residual = layer.packing.pad(norms).transpose(1, 2), layer.packing.pad(residual)
+            norms = norms.to(layer.dtype).masked_fill(~layer.attended[:, None], 0.0)
+            residual = residual.to(layer.dtype)
+        below = torch.zeros_like(r)
+        step = _query_chunk(layer)
+        for lo in range(0, length, step):
+            at = t[lo : lo + step].expand(batch, -1)
+            attention, above = _attention(layer, at), r[:, lo : lo + step]
+            asked = (above != 0)[..., None]  # a query that carries nothing adds nothing, NaN included
+            if plain:
+                moved = attention.mean(1).masked_fill(~asked, 0.0)
+                below += torch.einsum("bs,bst->bt", above, moved) / 2
+                below[:, lo : lo + step] += above / 2
+                continue
+            moved = torch.einsum("bhst,bht->bst", attention, norms).masked_fill(~asked, 0.0)
+            kept = residual[:, lo : lo + step]
+            share = (above / (moved.sum(-1) + kept)).masked_fill(above == 0, 0.0)
+            below += torch.einsum("bs,bst->bt", share, moved)
+            below[:, lo : lo + step] += (share * kept).masked_fill(share == 0, 0.0)
+        r = below
+    invalid = torch.stack([layer.invalid for layer in padded]).any(0)
+    raw, _ = _at_response(r, rows, positions, invalid, top.lengths)
+    return _normalized(raw, rows, normalization)
+
+
+# Rewards ---------------------------------------------------------------------------------------------
+
+
+def _kl(tokens: TokenInputs, config: ShapingConfig, rows: _Rows, dtype: torch.dtype) -> Tensor | None:
+    if tokens.kl is not None:
+        return rows.pad(tokens.kl).to(dtype).masked_fill(~rows.live, 0.0)
+    if tokens.logprobs is None or tokens.ref_logprobs is None:
+        return None
+    k1 = rows.pad(tokens.logprobs).to(dtype) - rows.pad(tokens.ref_logprobs).to(dtype)
+    if config.kl_input_clip is not None:
+        k1 = k1.clamp(-config.kl_input_clip, config.kl_input_clip)
+    if config.kl_estimator == "k1":
+        kl = k1
+    elif config.kl_estimator == "abs":
+        kl = k1.abs()
+    elif config.kl_estimator == "k2":
+        kl = k1.square() / 2
+    else:
+        kl = torch.expm1(-k1) + k1
+    if config.kl_output_clip is not None:
+        kl = kl.clamp(-config.kl_output_clip, config.kl_output_clip)
+    return kl.masked_fill(~rows.live, 0.0)
+
+
+def _score_positions(rows: _Rows, config: ShapingConfig) -> Tensor:
+    if isinstance(config.score_index, Tensor):
+        return config.score_index.long()
+    if config.score_index == "last_unmasked":
+        return rows.last
+    if rows.packing is not None:
+        return rows.packing.inside.sum(1) - 1
+    return torch.full_like(rows.last, rows.live.shape[1] - 1)
+
+
+def shape_rewards(
+    score: Tensor,
+    credit: Tensor | Attention | CreditName,
+    tokens: TokenInputs,
+    response: Response,
+    config: ShapingConfig,
+) -> ShapedRewards:
+    rows = _Rows.of(response)
+    live, filled = rows.live, rows.live.any(1)
+    batch, width = live.shape
+    score_at = _score_positions(rows, config)
+    lengths = rows.packing.inside.sum(1) if rows.packing is not None else torch.full_like(score_at, width)
+    invalid = filled & ((score_at < 0) | (score_at >= lengths))
+    attention = not isinstance(credit, Tensor | str)
+    raw = None
+    if isinstance(credit, Tensor):
+        raw = rows.pad(credit)
+    elif not isinstance(credit, str):
+        raw, bad = _raw_credit(credit, rows)
+        invalid = invalid | bad
+    floats = [x for x in tokens if x is not tokens.kl_coef]
+    dtype = compute_dtype(score, raw, *floats)
+    score = score.to(dtype).clamp(*config.score_bounds)
+    count = live.sum(1)
+    fallback = torch.zeros_like(filled)
+    mass = torch.zeros(batch, dtype=torch.float64, device=live.device)
+    total = count if config.normalization == "sum_to_length" else torch.ones_like(count)
+    like = torch.empty(0, dtype=dtype, device=live.device)
+    if raw is not None:
+        weights, mass, fallback = _normalize(raw.to(dtype), rows, score_at, config.normalization)
+    elif credit == "uniform":
+        weights = live * (total / count).to(dtype)[:, None]
+        weights = weights.masked_fill(~live, 0.0)
+    else:
+        weights = _one_hot(rows, score_at, total, like)
+
+    on_score = torch.arange(width, device=live.device) == score_at[:, None]
+    spread = config.beta * score[:, None] * weights
+    spread = spread + torch.where(on_score, ((1 - config.beta) * score)[:, None], 0.0)
+    spread = spread.masked_fill(~live, 0.0)
+    rewards = spread
+    if tokens.terminal_reward is not None:
+        rewards = rewards + torch.where(on_score, tokens.terminal_reward.to(dtype)[:, None], 0.0)
+    if tokens.token_rewards is not None:
+        rewards = rewards + rows.pad(tokens.token_rewards).to(dtype)
+    kl = _kl(tokens, config, rows, dtype)
+    if kl is not None:
+        kl_coef = tokens.kl_coef
+        rewards = rewards - (kl_coef.to(kl) if isinstance(kl_coef, Tensor) else kl_coef) * kl
+    rewards = rewards.masked_fill(~live, 0.0)
+    values = None if tokens.values is None else rows.pad(tokens.values)
+    advantages, returns = _gae(rewards, values, rows, config, tokens.bootstrap, dtype)
+
+    outputs = [rewards, advantages, returns, weights] + ([] if kl is None else [kl])
+    outputs = [x.masked_fill(live & invalid[:, None], math.nan) for x in outputs]
+    finite = torch.stack([x.isfinite().all(1) for x in outputs]).all(0)
+    if config.on_nan == "zero_row":
+        outputs = [torch.where(finite[:, None], x, 0.0) for x in outputs]
+    score_masked = filled & ~invalid & ~(on_score & live).any(1)
+    flags = {
+        Status.FALLBACK: fallback & ~invalid,
+        Status.EMPTY: ~filled,
+        Status.SCORE_MASKED: score_masked,
+        Status.OUT_OF_RANGE: invalid,
+        Status.NONFINITE: ~finite,
+    }
+    status = torch.zeros(batch, dtype=torch.int32, device=live.device)
+    for flag, which in flags.items():
+        status |= which.to(torch.int32) * int(flag)
+
+    usable = filled & ~invalid
+    weight_sum = weights.sum(1, dtype=torch.float64)
+    p = weights / weight_sum.to(dtype)[:, None]
+    p = p.masked_fill(weights == 0, 0.0)
+    last_weight = p.gather(1, rows.last.clamp(min=0)[:, None])[:, 0] if width else torch.zeros_like(score)
+    error = (spread.sum(1, dtype=torch.float64) - score).abs().to(dtype)
+    stats = RowStats(
+        entropy=torch.special.entr(p).sum(1).masked_fill(~usable, 0.0),
+        last_share=last_weight.masked_fill(~usable, 0.0),
+        response_share=mass.to(dtype).masked_fill(~usable, 0.0) if attention else None,
+        score_error=error.masked_fill(~usable, 0.0),
+    )
+    restored = [rows.restore(x) for x in outputs]
+    return ShapedRewards(
+        rewards=restored[0],
+        advantages=restored[1],
+        returns=restored[2],
+        credit=restored[3],
+        kl=None if kl is None else restored[4],
+        status=status,
+        row_stats=stats,
+    )
+
+
+# Advantages ------------------------------------------------------------------------------------------
+
+
+def _decay(gamma: float, lam: float | Tensor) -> float | Tensor:
+    """``gl``: gamma * lam, rounded to float32 once; ``[B, 1]`` float64 where lam is per row."""
+    if isinstance(lam, Tensor):
+        return (gamma * lam.double()).float().double()[:, None]
+    return float32_rounded(gamma * lam)
+
+
+def _suffix_scan(x: Tensor, gl: float | Tensor, steps: Tensor | None) -> Tensor:
+    """``W_t = gl * W_{t+1} + x_t`` along the last axis, in float64.
+
+    ``steps [B, R]`` marks the tokens that decay; every token does where it is None. Inside a chunk
+    ``W_i = sum_{j >= i} gl**(e_j - e_i) x_j``, ``e`` counting decays: a sum of ``x_j gl**e_j``, scaled back.
+    """
+    x = x.double()
+    length = x.shape[-1]
+    if isinstance(gl, float) and gl == 1.0:
+        return x.flip(-1).cumsum(-1).flip(-1)
+    decay = torch.as_tensor(gl, dtype=torch.float64, device=x.device)
+    positive = torch.where(decay == 0, 1.0, decay)
+    smallest = float(positive.min()) if positive.numel() else 1.0
+    chunk = length if smallest == 1.0 else min(length, max(1, int(math.log(SCAN_RANGE) / math.log(smallest))))
+    out = torch.empty_like(x)
+    carry = x.new_zeros(len(x), 1)
+    for lo in reversed(range(0, length, max(chunk, 1))):
+        part = x[:, lo : lo + chunk]
+        if steps is None:
+            exponent = torch.arange(part.shape[1] + 1, dtype=torch.float64, device=x.device)[None]
+        else:
+            exponent = torch.nn.functional.pad(steps[:, lo : lo + chunk].cumsum(1).double(), (1, 0))
+        power = positive**exponent  # [1 or B, chunk + 1]
+        here, end = power[:, :-1], power[:, -1:]
+        sums = (part * here).flip(-1).cumsum(-1).flip(-1)
+        out[:, lo : lo + chunk] = (sums + end * carry) / here
+        carry = out[:, lo : lo + 1]
+    if bool((decay == 0).any()):
+        # The recurrence forgets at once, but 0 * inf and 0 * NaN are NaN.
+        later = torch.nn.functional.pad(out[:, 1:], (0, 1))
+        out = torch.where(decay == 0, x + 0.0 * later, out)
+    return out
+
+
+def _interrupted(live: Tensor) -> bool:
+    """Whether masked tokens stand between unmasked ones."""
+    if not live.numel():
+        return False
+    rises = (live[:, 1:] & ~live[:, :-1]).sum(1) + live[:, 0]
+    return bool((rises > 1).any())
+
+
+def _advantages(
+    rewards: Tensor, values: Tensor | None, gamma: float, gl: float | Tensor, steps: Tensor | None
+) -> Tensor:
+    x = gl * rewards if values is None else gl * rewards + (gamma - gl) * values
+    later = torch.nn.functional.pad(_suffix_scan(x, gl, steps)[:, 1:], (0, 1))
+    return later + rewards if values is None else later + (rewards - values)
+
+
+def _gae(
+    rewards: Tensor,
+    values: Tensor | None,
+    rows: _Rows,
+    config: ShapingConfig,
+    bootstrap: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    live = rows.live
+    r = rewards.double().masked_fill(~live, 0.0)
+    gamma = float32_rounded(config.gamma)
+    if bootstrap is not None and live.shape[1]:
+        at_last = torch.arange(live.shape[1], device=live.device) == rows.last[:, None]
+        r = r + torch.where(at_last, gamma * bootstrap.double()[:, None], 0.0)
+    steps = live if config.mask_semantics == "skip" and _interrupted(live) else None
+    if values is None:
+        advantages = _advantages(r, None, gamma, gamma, steps).masked_fill(~live, 0.0).to(dtype)
+        return advantages, advantages.clone()
+    v = values.double().masked_fill(~live, 0.0)
+    advantages = _advantages(r, v, gamma, _decay(config.gamma, config.lam), steps)
+    returns = advantages
+    if config.lam_value is not None:
+        returns = _advantages(r, v, gamma, _decay(config.gamma, config.lam_value), steps)
+    returns = (returns + v).masked_fill(~live, 0.0)
+    return advantages.masked_fill(~live, 0.0).to(dtype), returns.to(dtype)
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor | None,
+    response: Response,
+    gamma: float,
+    lam: float | Tensor,
+    lam_value: float | Tensor | None,
+    mask_semantics: MaskSemantics,
+    bootstrap: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    rows = _Rows.of(response)
+    config = ShapingConfig(gamma=gamma, lam=lam, lam_value=lam_value, mask_semantics=mask_semantics)
+    dtype = compute_dtype(rewards, values, bootstrap)
+    values = None if values is None else rows.pad(values)
+    advantages, returns = _gae(rows.pad(rewards), values, rows, config, bootstrap, dtype)
+    return rows.restore(advantages), rows.restore(returns)
+
+
+def whiten(
+    x: Tensor,
+    mask: Tensor,
+    bessel: bool,
+    eps: float,
+    eps_mode: Literal["add", "clamp"],
+    shift_mean: bool,
+    zero_masked: bool,
+    process_group: dist.ProcessGroup | None,
+) -> Tensor:
+    live = mask != 0
+    dtype = compute_dtype(x)
+    tokens = x.double().masked_fill(~live, 0.0)
+    count = live.sum().double()
+    mean = tokens.sum() / count.clamp(min=1)
+    m2 = (tokens - mean).masked_fill(~live, 0.0).square().sum()
+    if process_group is not None:
+        ranks = dist.get_world_size(process_group)
+        moments = torch.stack([count, mean, m2])
+        gathered = [torch.empty_like(moments) for _ in range(ranks)]
+        dist.all_gather(gathered, moments, group=process_group)
+        counts, means, m2s = torch.stack(gathered).unbind(1)
+        count = counts.sum()
+        mean = (counts * means).sum() / count.clamp(min=1)
+        m2 = m2s.sum() + (counts * (means - mean).square()).sum()
+    var = m2 / ((count - 1).clamp(min=1) if bessel else count.clamp(min=1))
+    scale = (var + eps if eps_mode == "add" else var.clamp(min=eps)).rsqrt()
+    out = (x.double() - mean) * scale
+    if not shift_mean:
+        out = out + mean
+    return (out.masked_fill(~live, 0.0) if zero_masked else out).to(dtype)

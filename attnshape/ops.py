@@ -1,0 +1,380 @@
+"""The public functions: checks, choice of backend, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from attnshape import _checks, _torch, _triton
+from attnshape.types import (
+    Attention,
+    AttentionInputs,
+    Backend,
+    CreditName,
+    MaskSemantics,
+    Normalization,
+    Response,
+    ScoreIndex,
+    ShapedRewards,
+    ShapingConfig,
+    TokenInputs,
+)
+
+DEFAULT_CONFIG = ShapingConfig()
+
+
+def _backend(backend: Backend, *tensors: Tensor) -> ModuleType:
+    """The module that computes: Triton for GPU tensors, PyTorch for the rest, unless the caller says."""
+    _checks.check_choice("backend", backend)
+    if backend == "torch":
+        return _torch
+    reason = _triton.unsupported(*tensors)
+    if backend == "triton" and reason:
+        raise ValueError(f'backend: got "triton", but {reason}')
+    on_gpu = all(x.is_cuda for x in tensors)
+    return _triton if backend == "triton" or (on_gpu and not reason) else _torch
+
+
+@torch.no_grad()
+def attention_row(inputs: Attention, *, backend: Backend = "auto", validate: bool = False) -> Tensor:
+    """One attention row per sequence, averaged over heads (and layers, if several are given), not normalised.
+
+    Sums to 1 over the visible keys, to less where heads have a sink. This is what travels between processes
+    when the response's place is known elsewhere. Source: arXiv 2402.00782.
+
+    Args:
+        inputs: queries and keys, as ``AttentionTap.take()`` returns them; a list averages layers.
+        backend: ``"auto"``: Triton on a GPU, PyTorch on a CPU.
+        validate: check index values too, which synchronises with the device.
+
+    Returns:
+        ``[B, S]`` (packed ``[N]``) float32; float64 where query and key are. Detached.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit together.
+    """
+    layers = _checks.layers_of(inputs)
+    if any(x.query_position == "last_response" for x in layers):
+        raise ValueError(
+            'query_position: got "last_response", which attention_row cannot resolve, want int [B]'
+        )
+    if validate:
+        _checks.validate_attention(layers)
+    out: Tensor = _backend(backend, *(x.key for x in layers)).attention_row(layers)
+    return out
+
+
+@torch.no_grad()
+def attention_credit(
+    inputs: Attention,
+    response_mask: Tensor,
+    *,
+    response_start: Tensor | None = None,
+    response_index: Tensor | None = None,
+    response_cu_seqlens: Tensor | None = None,
+    normalization: Normalization = "sum_to_one",
+    backend: Backend = "auto",
+    validate: bool = False,
+) -> Tensor:
+    """Credit of each response token: its share of one attention row of the reward model (ABC).
+
+    The softmax runs over all visible keys, the credit over the unmasked response tokens. A row without a
+    visible response key is ``sparse``: all on its last unmasked token. Source: arXiv 2402.00782.
+
+    Args:
+        inputs: queries and keys, as ``AttentionTap.take()`` returns them; a list averages layers.
+        response_mask: ``[B, R]``, non-zero where a token is the policy's own; ``[M]`` when packed.
+        response_start: key position of each row's first response token, int ``[B]``.
+        response_index: or the key position of every response token, int ``[B, R]``, -1 for none.
+        response_cu_seqlens: int32 ``[B + 1]``, where response tensors are packed.
+        normalization: ``"sum_to_one"``, ``"sum_to_length"``, or ``"none"`` for the attention itself.
+        backend, validate: as for ``attention_row``.
+
+    Returns:
+        float32 of the mask's shape (float64 where query and key are), 0 where masked; NaN in a row whose
+        indices point outside its keys. Detached.
+    """
+    layers = _checks.layers_of(inputs)
+    _checks.check_choice("normalization", normalization)
+    response = Response(response_mask, response_start, response_index, response_cu_seqlens)
+    _checks.check_response(response, layers[0].batch_size, layers[0].key)
+    if validate:
+        _checks.validate_response(response, _checks.validate_attention(layers))
+    module = _backend(backend, *(x.key for x in layers))
+    out: Tensor = module.attention_credit(layers, response, normalization)
+    return out
+
+
+def _all_queries(name: str, layers: Sequence[AttentionInputs]) -> None:
+    for x in layers:
+        if not x.has_all_queries:
+            raise ValueError(
+                f'{name}: got one query row per sequence, want every query (query_position="all")'
+            )
+
+
+@torch.no_grad()
+def attention_column_credit(
+    inputs: AttentionInputs,
+    response_mask: Tensor,
+    *,
+    response_start: Tensor | None = None,
+    response_index: Tensor | None = None,
+    response_cu_seqlens: Tensor | None = None,
+    variant: Literal["mean", "last"] = "mean",
+    shift: Literal[0, 1] = 0,
+    normalization: Normalization = "sum_to_one",
+    backend: Backend = "auto",
+    validate: bool = False,
+) -> Tensor:
+    """Credit from the attention among the response's own tokens, usually the policy's (ABC-D).
+
+    ``variant="mean"``: token ``j`` gets the mean attention of the unmasked response tokens from ``j`` on;
+    ``"last"``: that of the last one. ``shift=1`` is the paper's code: what generation saw of token ``j`` is
+    written at ``j + 1``, and the last token asks nothing. Holds no ``[T, T]`` matrix. arXiv 2402.00782.
+
+    Other arguments, returns and errors as for ``attention_credit``; ``inputs.query`` must hold every query.
+    """
+    layers = _checks.layers_of(inputs)
+    if len(layers) != 1:
+        raise ValueError(f"inputs: got {len(layers)} layers, want one")
+    _all_queries("inputs.query", layers)
+    for name, choice in (("variant", variant), ("shift", shift), ("normalization", normalization)):
+        _checks.check_choice(name, choice)
+    response = Response(response_mask, response_start, response_index, response_cu_seqlens)
+    _checks.check_response(response, layers[0].batch_size, layers[0].key)
+    if validate:
+        _checks.validate_response(response, _checks.validate_attention(layers))
+    module = _backend(backend, layers[0].key)
+    out: Tensor = module.attention_column_credit(layers[0], response, variant, shift, normalization)
+    return out
+
+
+@torch.no_grad()
+def attention_rollout(
+    layers: Sequence[AttentionInputs],
+    response_mask: Tensor,
+    *,
+    value_norms: Sequence[Tensor] | None = None,
+    residual_norms: Sequence[Tensor] | None = None,
+    response_start: Tensor | None = None,
+    response_index: Tensor | None = None,
+    response_cu_seqlens: Tensor | None = None,
+    normalization: Normalization = "sum_to_one",
+    backend: Backend = "auto",
+    validate: bool = False,
+) -> Tensor:
+    """Credit carried from the score's token down through all layers, in O(T) memory.
+
+    Without norms ``r[t] = (r[t] + sum_s r[s] mean_h a[h, s, t]) / 2`` (arXiv 2005.00928). With them each
+    layer's attention is weighted by the length of what it moves, and the residual stream by its own.
+
+    Args:
+        layers: every layer from the lowest to the highest, with every query; the row starts at the highest
+            layer's ``query_position``.
+        value_norms: per layer ``|W_O,h v[h, t]|``, ``[B, Hq, S]`` (packed ``[N, Hq]``).
+        residual_norms: per layer ``|x[s]|`` of the residual stream entering it, ``[B, S]`` (packed ``[N]``).
+
+    Other arguments, returns and errors as for ``attention_credit``.
+    """
+    checked = _checks.layers_of(layers)
+    _all_queries("layers", checked)
+    _checks.check_choice("normalization", normalization)
+    _checks.check_rollout_norms(checked, value_norms, residual_norms)
+    response = Response(response_mask, response_start, response_index, response_cu_seqlens)
+    _checks.check_response(response, checked[0].batch_size, checked[0].key)
+    if validate:
+        _checks.validate_response(response, _checks.validate_attention(checked))
+    module = _backend(backend, *(x.key for x in checked))
+    out: Tensor = module.attention_rollout(checked, response, value_norms, residual_norms, normalization)
+    return out
+
+
+@torch.no_grad()
+def shape_rewards(
+    score: Tensor,
+    credit: Tensor | Attention | CreditName,
+    *,
+    values: Tensor | None = None,
+    logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl: Tensor | None = None,
+    kl_coef: float | Tensor = 0.0,
+    token_rewards: Tensor | None = None,
+    terminal_reward: Tensor | None = None,
+    bootstrap: Tensor | None = None,
+    response_mask: Tensor,
+    response_start: Tensor | None = None,
+    response_index: Tensor | None = None,
+    response_cu_seqlens: Tensor | None = None,
+    config: ShapingConfig = DEFAULT_CONFIG,
+    backend: Backend = "auto",
+    validate: bool = False,
+) -> ShapedRewards:
+    """From one score per completion to token rewards, advantages and returns.
+
+    ``reward[j] = beta * score * credit[j] + (1 - beta) * score * [j == score_index] + token_reward[j]
+    - kl_coef * kl[j]``, then GAE. Sources: arXiv 2402.00782, arXiv 1506.02438.
+
+    Shaping is not differentiated: inputs may require grad, outputs are detached. Whitening is not part of it,
+    since statistics of one micro-batch are wrong: call ``whiten`` on the whole batch.
+
+    Args:
+        score: ``[B]``, normalised by the caller if at all.
+        credit: ``AttentionInputs`` (or a list of them: layers are averaged), non-negative weights of the
+            mask's shape, ``"uniform"``, or ``"sparse"`` (the whole score on its token).
+        values: critic values; without them advantages are discounted rewards-to-go.
+        logprobs, ref_logprobs: log-probabilities of the sampled tokens under policy and reference.
+        kl: a ready-made KL per token, in their place.
+        kl_coef: weight of the KL penalty, a float or a 0-d tensor on the device.
+        token_rewards: dense rewards, added as they are.
+        terminal_reward: ``[B]``, added at the score's token, untouched by ``beta``.
+        bootstrap: ``[B]``, value of the state after a truncated completion.
+        response_mask: ``[B, R]``, non-zero where a token is the policy's own. Token tensors have its shape;
+            with ``response_cu_seqlens`` it is ``[M]``.
+        response_start, response_index: key positions of the response, needed with ``AttentionInputs`` only.
+        config: how to shape, see ``ShapingConfig``.
+        backend, validate: as for ``attention_row``.
+
+    Returns:
+        ``ShapedRewards``; float32, or float64 where every floating input is; 0 where masked.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit the others, named with what it got and what it wants.
+    """
+    layers = None
+    if isinstance(credit, AttentionInputs | list | tuple):
+        layers = _checks.layers_of(credit)
+    response = Response(response_mask, response_start, response_index, response_cu_seqlens)
+    batch = _checks.check_response(
+        response, None if layers is None else layers[0].batch_size, None if layers is None else layers[0].key
+    )
+    if layers is None:
+        _checks.check_credit(credit, response_mask)  # type: ignore[arg-type]
+    _checks.check_score(score, batch, response_mask)
+    tokens = TokenInputs(
+        values, logprobs, ref_logprobs, kl, kl_coef, token_rewards, terminal_reward, bootstrap
+    )
+    _checks.check_tokens(tokens, batch, response_mask)
+    _checks.check_config(config, batch, response_mask)
+    if validate:
+        lengths = None if layers is None else _checks.validate_attention(layers)
+        _checks.validate_response(response, lengths, config.score_index)
+    module = _backend(backend, score, *(() if layers is None else (x.key for x in layers)))
+    shaped: ShapedRewards = module.shape_rewards(
+        score, credit if layers is None else layers, tokens, response, config
+    )
+    return shaped
+
+
+def redistribute(
+    score: Tensor,
+    credit: Tensor | CreditName,
+    response_mask: Tensor,
+    *,
+    beta: float = DEFAULT_CONFIG.beta,
+    normalization: Normalization = "sum_to_one",
+    score_index: ScoreIndex | Tensor = "last_unmasked",
+    response_cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+    validate: bool = False,
+) -> Tensor:
+    """Token rewards that sum to the score: ``shape_rewards`` without KL and GAE, for loops with their own.
+
+    Args and errors as for ``shape_rewards`` and ``ShapingConfig``.
+
+    Returns:
+        Rewards of the mask's shape, float32 (float64 where score and credit are), 0 where masked.
+    """
+    return shape_rewards(
+        score,
+        credit,
+        response_mask=response_mask,
+        response_cu_seqlens=response_cu_seqlens,
+        config=ShapingConfig(beta=beta, normalization=normalization, score_index=score_index),
+        backend=backend,
+        validate=validate,
+    ).rewards
+
+
+@torch.no_grad()
+def gae(
+    rewards: Tensor,
+    values: Tensor | None,
+    response_mask: Tensor,
+    *,
+    gamma: float,
+    lam: float | Tensor,
+    mask_semantics: MaskSemantics,
+    lam_value: float | Tensor | None = None,
+    bootstrap: Tensor | None = None,
+    response_cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+    validate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation over masked token rewards (arXiv 1506.02438).
+
+    Args:
+        rewards: of ``response_mask``'s shape, ``[B, R]`` or packed ``[M]``.
+        values: likewise; None gives discounted rewards-to-go.
+        gamma, lam, lam_value, mask_semantics: see ``ShapingConfig``.
+        bootstrap: ``[B]``, value after the last unmasked token.
+        response_cu_seqlens, backend, validate: as for ``shape_rewards``.
+
+    Returns:
+        ``(advantages, returns)``, float32 (float64 where every floating input is), 0 where masked; detached.
+    """
+    response = Response(response_mask, cu_seqlens=response_cu_seqlens)
+    batch = _checks.check_response(response, None, None)
+    _checks.check_tokens(
+        TokenInputs(values=values, token_rewards=rewards, bootstrap=bootstrap), batch, response_mask
+    )
+    _checks.check_gae(gamma, lam, lam_value, mask_semantics, batch, response_mask)
+    if validate:
+        _checks.validate_response(response, None)
+    module = _backend(backend, rewards)
+    out: tuple[Tensor, Tensor] = module.gae(
+        rewards, values, response, gamma, lam, lam_value, mask_semantics, bootstrap
+    )
+    return out
+
+
+@torch.no_grad()
+def whiten(
+    x: Tensor,
+    mask: Tensor,
+    *,
+    bessel: bool = True,
+    eps: float = 1e-8,
+    eps_mode: Literal["add", "clamp"] = "add",
+    shift_mean: bool = True,
+    zero_masked: bool = True,
+    process_group: dist.ProcessGroup | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """``(x - mean) * rsqrt(var + eps)`` over the unmasked tokens of the whole batch.
+
+    One unmasked token has variance 0, none gives zeros: neither divides by zero.
+
+    Args:
+        x: any shape, floating.
+        mask: of its shape, non-zero where a token counts.
+        bessel: divide the variance by ``n - 1``.
+        eps, eps_mode: added to the variance, or its lower bound.
+        shift_mean: False keeps the mean.
+        zero_masked: False whitens masked positions too.
+        process_group: statistics over all its ranks; every rank must call, also one without a token.
+
+    Returns:
+        float32 (float64 where ``x`` is) of ``x``'s shape; detached.
+    """
+    _checks.check_choice("eps_mode", eps_mode)
+    _checks.check_whiten(x, mask)
+    module = _backend(backend, x)
+    out: Tensor = module.whiten(x, mask, bessel, eps, eps_mode, shift_mean, zero_masked, process_group)
+    return out

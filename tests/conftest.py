@@ -1,0 +1,43 @@
+import os
+import warnings
+from collections.abc import Iterator
+
+# Triton reads this when it is imported; on a machine with a GPU the kernels are compiled instead.
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "attnshape", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("attnshape")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Memory that nobody wrote is NaN, or a large number, so that reading it shows."""
+
+    def poison(make):
+        def made(*args, **kwargs):
+            x = make(*args, **kwargs)
+            if isinstance(x, torch.Tensor) and x.device.type != "meta":
+                x.fill_(float("nan") if x.is_floating_point() else 77 if x.dtype != torch.bool else True)
+            return x
+
+        return made
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, poison(getattr(torch.Tensor, name)))
+    with warnings.catch_warnings():
+        yield
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,333 @@
+"""The reference against closed forms, hand-computed cases and the textbook loops."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnshape import AttentionInputs, ShapingConfig, Status, reference
+
+F64 = torch.float64
+
+
+def f64(*rows: list[float]) -> Tensor:
+    return torch.tensor(rows, dtype=F64)
+
+
+def textbook_gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+    semantics: str,
+    bootstrap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Two carries, advantage and next value, one row."""
+    gl = reference.float32_rounded(gamma * lam)
+    gamma = reference.float32_rounded(gamma)
+    advantage, next_value = 0.0, 0.0
+    advantages = torch.zeros_like(rewards)
+    last = int(mask.nonzero().max())
+    for t in reversed(range(len(rewards))):
+        m = float(mask[t])
+        if t == last:
+            next_value = bootstrap
+        if semantics == "zero":
+            r, v = m * rewards[t], m * values[t]
+            advantage = r + gamma * next_value - v + gl * advantage
+            next_value = v
+        else:
+            step = rewards[t] + gamma * next_value - values[t] + gl * advantage
+            next_value = m * values[t] + (1 - m) * next_value
+            advantage = m * step + (1 - m) * advantage
+        advantages[t] = m * advantage
+    return advantages, advantages + mask * values
+
+
+@pytest.mark.parametrize("semantics", ["skip", "zero"])
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (1.0, 0.95), (0.9, 0.8), (0.7, 0.0), (0.0, 0.5)])
+@pytest.mark.parametrize(
+    "mask", [[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1], [0, 1, 0, 1, 0, 0], [0, 0, 1, 0, 0, 0]]
+)
+def test_gae_is_the_textbook_loop(semantics: str, gamma: float, lam: float, mask: list[int]) -> None:
+    torch.manual_seed(0)
+    rewards, values, live = torch.randn(1, 6, dtype=F64), torch.randn(1, 6, dtype=F64), torch.tensor([mask])
+    for bootstrap in (0.0, 0.75):
+        got = reference.gae(
+            rewards,
+            values,
+            live,
+            gamma=gamma,
+            lam=lam,
+            mask_semantics=semantics,
+            bootstrap=f64([bootstrap])[0],
+        )
+        want = textbook_gae(rewards[0], values[0], live[0], gamma, lam, semantics, bootstrap)
+        torch.testing.assert_close(got[0][0], want[0])
+        torch.testing.assert_close(got[1][0], want[1])
+
+
+def test_decoupled_and_per_row_lam() -> None:
+    torch.manual_seed(0)
+    rewards, values, mask = torch.randn(2, 5, dtype=F64), torch.randn(2, 5, dtype=F64), torch.ones(2, 5)
+    lam, lam_value = f64([0.25, 0.75])[0], 1.0
+    kwargs = {"gamma": 0.9, "mask_semantics": "skip"}
+    advantages, returns = reference.gae(rewards, values, mask, lam=lam, lam_value=lam_value, **kwargs)
+    for b, own in enumerate((0.25, 0.75)):
+        torch.testing.assert_close(
+            advantages[b], textbook_gae(rewards[b], values[b], mask[b], 0.9, own, "skip")[0]
+        )
+        torch.testing.assert_close(
+            returns[b], textbook_gae(rewards[b], values[b], mask[b], 0.9, 1.0, "skip")[1]
+        )
+
+
+def test_returns_at_gamma_lam_one_are_reversed_cumulative_sums() -> None:
+    torch.manual_seed(0)
+    rewards, values, mask = torch.randn(2, 9, dtype=F64), torch.randn(2, 9, dtype=F64), torch.ones(2, 9)
+    advantages, returns = reference.gae(rewards, values, mask, gamma=1.0, lam=1.0, mask_semantics="zero")
+    sums = rewards.flip(1).cumsum(1).flip(1)
+    torch.testing.assert_close(returns, sums)
+    torch.testing.assert_close(advantages, sums - values)
+
+
+def test_without_values_advantages_are_discounted_rewards_to_go() -> None:
+    rewards = f64([1.0, 2.0, 4.0])
+    advantages, returns = reference.gae(
+        rewards, None, torch.ones(1, 3), gamma=0.5, lam=0.3, mask_semantics="skip"
+    )
+    assert advantages.tolist() == returns.tolist() == [[1 + 0.5 * 2 + 0.25 * 4, 2 + 0.5 * 4, 4.0]]
+
+
+def one_head(logits: list[float], **kwargs: object) -> AttentionInputs:
+    """One head whose attention scores are ``logits``."""
+    return AttentionInputs(f64([1.0])[None], f64(logits)[:, None, :, None], 1.0, **kwargs)
+
+
+def test_one_head_is_a_softmax() -> None:
+    inputs = one_head([0.0, math.log(2), math.log(5)])
+    torch.testing.assert_close(reference.attention_row(inputs), f64([1 / 8, 2 / 8, 5 / 8]))
+    credit = reference.attention_credit(inputs, torch.ones(1, 2), response_start=torch.tensor([1]))
+    torch.testing.assert_close(credit, f64([2 / 7, 5 / 7]))
+    raw = reference.attention_credit(
+        inputs, torch.ones(1, 2), response_index=torch.tensor([[2, -1]]), normalization="none"
+    )
+    torch.testing.assert_close(raw, f64([5 / 8, 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "want"),
+    [
+        ({"sinks": f64([math.log(8)])[0]}, [1 / 16, 2 / 16, 5 / 16]),
+        ({"sliding_window": 2}, [0.0, 2 / 7, 5 / 7]),
+        ({"query_position": torch.tensor([1])}, [1 / 3, 2 / 3, 0.0]),
+        ({"key_start": torch.tensor([1])}, [0.0, 2 / 7, 5 / 7]),
+        ({"attention_mask": torch.tensor([[1, 0, 1]])}, [1 / 6, 0.0, 5 / 6]),
+        ({"attention_mask": torch.tensor([[1, 1, 0]])}, [1 / 3, 2 / 3, 0.0]),
+        ({"lse": f64([math.log(16)])}, [1 / 16, 2 / 16, 5 / 16]),
+        ({"lse": f64([math.log(8)]), "sinks": f64([math.log(8)])[0]}, [1 / 16, 2 / 16, 5 / 16]),
+    ],
+)
+def test_what_a_query_sees(kwargs: dict[str, object], want: list[float]) -> None:
+    torch.testing.assert_close(
+        reference.attention_row(one_head([0.0, math.log(2), math.log(5)], **kwargs)), f64(want)
+    )
+
+
+def test_softcap() -> None:
+    got = reference.attention_row(one_head([1.0, 3.0], softcap=2.0))
+    torch.testing.assert_close(got, torch.softmax(2 * torch.tanh(f64([0.5, 1.5])), 1))
+
+
+def test_grouped_heads_layers_and_packing() -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, 8, dtype=F64), torch.randn(2, 2, 5, 8, dtype=F64)
+    scores = torch.stack([key[:, h // 2] @ query[:, h, :, None] for h in range(4)], 1)[..., 0] * 0.5
+    inputs = AttentionInputs(query, key, 0.5)
+    want = scores.softmax(-1).mean(1)
+    torch.testing.assert_close(reference.attention_row(inputs), want)
+    other = AttentionInputs(-query, key, 0.5)
+    both = (want + reference.attention_row(other)) / 2
+    torch.testing.assert_close(reference.attention_row([inputs, other]), both)
+    packed = AttentionInputs(
+        query, key.transpose(1, 2).flatten(0, 1), 0.5, cu_seqlens=torch.tensor([0, 5, 10], dtype=torch.int32)
+    )
+    torch.testing.assert_close(reference.attention_row(packed), want.flatten())
+
+
+@pytest.mark.parametrize(
+    ("estimator", "want"),
+    [
+        ("k1", [0.5, -1.0]),
+        ("abs", [0.5, 1.0]),
+        ("k2", [0.125, 0.5]),
+        ("k3", [math.exp(-0.5) - 0.5, math.e - 2]),
+    ],
+)
+def test_kl_estimators(estimator: str, want: list[float]) -> None:
+    logprobs, ref = f64([-1.0, -3.0]), f64([-1.5, -2.0])
+    torch.testing.assert_close(reference.kl_estimate(logprobs, ref, estimator), f64(want))
+    clipped = reference.kl_estimate(logprobs, ref, estimator, 0.5, 0.25)
+    inner = {"k1": [0.5, -0.5], "abs": [0.5, 0.5], "k2": [0.125, 0.125]}
+    inner["k3"] = [math.exp(-0.5) - 0.5, math.exp(0.5) - 1.5]
+    torch.testing.assert_close(clipped, f64(inner[estimator]).clamp(-0.25, 0.25))
+
+
+def test_k3_of_a_small_ratio_keeps_its_digits() -> None:
+    kl = reference.kl_estimate(f64([1e-9]), f64([0.0]), "k3")
+    torch.testing.assert_close(kl, f64([0.5e-18]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("source", ["uniform", "sparse", "weights", "attention"])
+@pytest.mark.parametrize("beta", [0.0, 0.8, 1.0])
+def test_rewards_sum_to_the_score(source: str, beta: float) -> None:
+    torch.manual_seed(0)
+    mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 1, 0, 0]])
+    credit = {
+        "weights": torch.rand(2, 5, dtype=F64),
+        "attention": AttentionInputs(
+            torch.randn(2, 1, 4, dtype=F64), torch.randn(2, 1, 9, 4, dtype=F64), 1.0
+        ),
+    }.get(source, source)
+    score = f64([3.0, -2.0])[0]
+    out = reference.shape_rewards(
+        score,
+        credit,
+        response_mask=mask,
+        response_start=torch.tensor([2, 3]),
+        config=ShapingConfig(beta=beta, gamma=1.0, lam=1.0),
+    )
+    torch.testing.assert_close(out.rewards.sum(1), score)
+    assert not out.rewards[mask == 0].any()
+    torch.testing.assert_close(out.returns[:, 2][1], score[1])
+    assert out.status.tolist() == [0, 0]
+
+
+def test_a_hand_computed_row() -> None:
+    out = reference.shape_rewards(
+        f64([6.0])[0],
+        f64([1.0, 5.0, 3.0, 9.0]),
+        values=f64([0.5, 9.0, 0.25, 9.0]),
+        kl=f64([1.0, 7.0, 2.0, 7.0]),
+        kl_coef=0.5,
+        token_rewards=f64([0.25, 7.0, 0.0, 7.0]),
+        terminal_reward=f64([10.0])[0],
+        bootstrap=f64([100.0])[0],
+        response_mask=torch.tensor([[1, 0, 1, 0]]),
+        config=ShapingConfig(beta=0.5, gamma=1.0, lam=0.5, score_clip=4.0),
+    )
+    # The score is clamped to 4; half of it goes 1:3, half stays on the last unmasked token.
+    rewards = [0.5 * 4 / 4 + 0.25 - 0.5, 0.0, 0.5 * 4 * 3 / 4 + 0.5 * 4 + 10 - 1.0, 0.0]
+    last = rewards[2] + 100 - 0.25
+    first = rewards[0] + 0.25 - 0.5 + 0.5 * last
+    torch.testing.assert_close(out.credit, f64([0.25, 0.0, 0.75, 0.0]))
+    torch.testing.assert_close(out.rewards, f64(rewards))
+    torch.testing.assert_close(out.advantages, f64([first, 0.0, last, 0.0]))
+    torch.testing.assert_close(out.returns, f64([first + 0.5, 0.0, last + 0.25, 0.0]))
+    assert out.kl is not None
+    assert out.kl.tolist() == [[1.0, 0.0, 2.0, 0.0]]
+    torch.testing.assert_close(
+        out.row_stats.entropy, -f64([0.25 * math.log(0.25) + 0.75 * math.log(0.75)])[0]
+    )
+    torch.testing.assert_close(out.row_stats.last_share, f64([0.75])[0])
+
+
+def test_one_token() -> None:
+    out = reference.shape_rewards(
+        f64([2.0])[0],
+        one_head([0.0]),
+        values=f64([0.5]),
+        response_mask=torch.ones(1, 1),
+        response_start=torch.tensor([0]),
+    )
+    assert out.rewards.tolist() == [[2.0]]
+    assert out.advantages.tolist() == [[1.5]]
+    assert out.returns.tolist() == [[2.0]]
+
+
+def test_status() -> None:
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1], [1, 1, 0], [1, 1, 1]])
+    weights = f64([0, 0, 9], [1, 1, 1], [1, 2, 1], [1, 3, 0], [1, math.nan, 1])
+    out = reference.shape_rewards(
+        f64([1, 1, 1, 2, 1])[0],
+        weights,
+        response_mask=mask,
+        config=ShapingConfig(beta=0.5, lam=1.0, score_index=torch.tensor([1, 0, 3, 2, 0])),
+    )
+    assert out.status.tolist() == [
+        Status.FALLBACK,
+        Status.EMPTY,
+        Status.OUT_OF_RANGE | Status.NONFINITE,
+        Status.SCORE_MASKED,
+        Status.NONFINITE,
+    ]
+    assert out.rewards[0].tolist() == [0.0, 1.0, 0.0]
+    assert not out.rewards[1].any()
+    assert out.rewards[2].isnan().all()
+    assert out.rewards[3].tolist() == [0.25, 0.75, 0.0]
+    metrics = {name: value.item() for name, value in out.metrics.items()}
+    counts = {"fallback": 1, "empty": 1, "score_masked": 1, "out_of_range": 1, "nan": 2}
+    assert {name: metrics[f"{name}_rows"] for name in counts} == counts
+    assert metrics["score_error"] == 1.0  # what score_index lost
+    zeroed = reference.shape_rewards(
+        f64([1.0])[0],
+        f64([1.0, math.nan]),
+        response_mask=torch.ones(1, 2),
+        config=ShapingConfig(on_nan="zero_row"),
+    )
+    assert not zeroed.rewards.any()
+    assert zeroed.status.tolist() == [Status.NONFINITE]
+
+
+def test_column_credit_by_hand() -> None:
+    # Token s sees tokens up to s with equal weight: a_s[j] = 1 / (s + 1).
+    inputs = AttentionInputs(torch.zeros(1, 1, 3, 2, dtype=F64), torch.zeros(1, 1, 3, 2, dtype=F64), 1.0)
+    kwargs = {"response_start": torch.tensor([0]), "normalization": "none"}
+    mask = torch.ones(1, 3)
+    third, half = 1 / 3, 1 / 2
+    cases = {
+        ("mean", 0): [(1 + half + third) / 3, (half + third) / 2, third],
+        ("last", 0): [third] * 3,
+        ("mean", 1): [0.0, (1 + half) / 2, half],
+        ("last", 1): [0.0, half, half],
+    }
+    for (variant, shift), want in cases.items():
+        got = reference.attention_column_credit(inputs, mask, variant=variant, shift=shift, **kwargs)
+        torch.testing.assert_close(got, f64(want))
+
+
+def test_rollout_by_hand() -> None:
+    inputs = AttentionInputs(torch.zeros(1, 2, 2, 2, dtype=F64), torch.zeros(1, 2, 2, 2, dtype=F64), 1.0)
+    kwargs = {"response_start": torch.tensor([0]), "normalization": "none"}
+    mask = torch.ones(1, 2)
+    # Two plain layers from the last of two tokens: [0, 1] -> [1/4, 3/4] -> [7/16, 9/16].
+    got = reference.attention_rollout([inputs, inputs], mask, **kwargs)
+    torch.testing.assert_close(got, f64([7 / 16, 9 / 16]))
+    # One weighted layer: token 0 moves 1/2 * (1 + 3), token 1 moves 1/2 * (2 + 2), the residual keeps 4 of 8.
+    norms = f64([1.0, 2.0], [3.0, 2.0])[None]
+    weighted = reference.attention_rollout(
+        [inputs], mask, value_norms=[norms], residual_norms=[f64([7.0, 4.0])], **kwargs
+    )
+    torch.testing.assert_close(weighted, f64([2 / 8, 6 / 8]))
+
+
+def test_whiten_by_hand() -> None:
+    x, mask = f64([1.0, 3.0, 100.0]), torch.tensor([[1, 1, 0]])
+    rsqrt2 = 1 / math.sqrt(2)
+    torch.testing.assert_close(reference.whiten(x, mask, eps=0.0), f64([-rsqrt2, rsqrt2, 0.0]))
+    torch.testing.assert_close(reference.whiten(x, mask, eps=0.0, bessel=False), f64([-1.0, 1.0, 0.0]))
+    torch.testing.assert_close(
+        reference.whiten(x, mask, eps=4.0, eps_mode="clamp", shift_mean=False), f64([1.5, 2.5, 0.0])
+    )
+    torch.testing.assert_close(reference.whiten(x, mask, eps=2.0, zero_masked=False), f64([-0.5, 0.5, 49.0]))
+    assert reference.whiten(x, torch.tensor([[0, 1, 0]])).tolist() == [[0.0, 0.0, 0.0]]
+    assert reference.whiten(x, torch.zeros(1, 3)).tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_dtype_of_results() -> None:
+    single = reference.shape_rewards(torch.ones(1), f64([1.0, 2.0]), response_mask=torch.ones(1, 2))
+    assert single.rewards.dtype == torch.float32
+    double = reference.shape_rewards(f64([1.0])[0], f64([1.0, 2.0]), response_mask=torch.ones(1, 2))
+    assert double.rewards.dtype == F64
