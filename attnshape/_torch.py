@@ -559,9 +559,14 @@ def _suffix_scan(x: Tensor, gl: float | Tensor, steps: Tensor | None) -> Tensor:
         out[:, lo : lo + chunk] = (sums + end * carry) / here
         carry = out[:, lo : lo + 1]
     if bool((decay == 0).any()):
-        # The recurrence forgets at once, but 0 * inf and 0 * NaN are NaN.
-        later = torch.nn.functional.pad(out[:, 1:], (0, 1))
-        out = torch.where(decay == 0, x + 0.0 * later, out)
+        # Only the next step is left; what lies behind it is times 0, which keeps NaN and makes one of infinity.
+        following = torch.arange(length, device=x.device).expand(len(x), -1)
+        if steps is not None:
+            following = following.masked_fill(~steps, length).flip(1).cummin(1).values.flip(1)
+        behind = torch.nn.functional.pad(out, (0, 2)).gather(1, following + 1)
+        out = torch.where(
+            decay == 0, torch.nn.functional.pad(x, (0, 1)).gather(1, following) + 0.0 * behind, out
+        )
     return out
 
 

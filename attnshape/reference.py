@@ -207,7 +207,7 @@ def normalize_row(
         one_hot = torch.zeros_like(raw)
         one_hot[score_index] = total
         return torch.where(live, one_hot, 0.0), True
-    return raw / mass * total, False
+    return torch.where(live, raw / mass * total, 0.0), False
 
 
 def _normalize(
@@ -312,7 +312,8 @@ def attention_rollout(
         for i in reversed(range(len(layers))):
             seq = sequences[i]
             assert seq is not None
-            a = _attention_matrix(layers[i], seq)  # [Hq, S, S]
+            asked = (r != 0)[None, :, None]  # a query that carries nothing adds nothing, NaN included
+            a = torch.where(asked, _attention_matrix(layers[i], seq), 0.0)  # [Hq, S, S]
             if value_norms is None or residual_norms is None:
                 r = (r + r @ a.mean(0)) / 2
                 continue

@@ -28,6 +28,11 @@ def to_float64(x: Any) -> Any:
     return x
 
 
+def finite(x: Tensor) -> Tensor:
+    """Float64, 0 where not finite: for bounds, which a NaN must not lift."""
+    return torch.nan_to_num(x.double(), 0.0, 0.0, 0.0)
+
+
 @dataclass
 class Problem:
     """One call of ``shape_rewards``, as padded inputs."""
@@ -40,9 +45,8 @@ class Problem:
     @property
     def max_score(self) -> float:
         """Bound on ``|s|``, the attention scores."""
-        q, k = self.inputs.query.double(), self.inputs.key.double()
-        finite = torch.nan_to_num(k, 0.0, 0.0, 0.0)
-        return float(q.norm(dim=-1).amax() * finite.norm(dim=-1).amax() * abs(self.inputs.scaling))
+        q, k = finite(self.inputs.query), finite(self.inputs.key)
+        return float(q.norm(dim=-1).amax() * k.norm(dim=-1).amax() * abs(self.inputs.scaling))
 
 
 def make_problem(
@@ -212,9 +216,8 @@ def assert_within(name: str, got: Tensor, want: Tensor, bound: Tensor) -> None:
     assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)} != {tuple(want.shape)}"
     for pattern in (torch.isnan, torch.isposinf, torch.isneginf):
         assert torch.equal(pattern(got), pattern(want)), f"{name}: other {pattern.__name__}: {got} != {want}"
-    finite = want.isfinite()
-    error = (got - want).abs().masked_fill(~finite, 0.0)
-    excess = (error - bound.expand_as(error)).masked_fill(~finite, -1.0)
+    error = finite(got - want).abs()
+    excess = (error - bound.expand_as(error)).masked_fill(~want.isfinite(), -1.0)
     assert not excess.numel() or excess.max() <= 0, (
         f"{name}: off by {error.flatten()[excess.argmax()]:.3g}, "
         f"bound {bound.expand_as(error).flatten()[excess.argmax()]:.3g}"
@@ -244,17 +247,17 @@ def check_shaped(problem: Problem, backend: str) -> None:
         weight_bound = credit_bound(credit, problem.max_score)
         assert_within("credit", rows(got.credit)[b], credit, weight_bound)
         reward = rows(want.rewards)[b]
-        bound = score[b].abs().double() * weight_bound + reward_bound(reward, score[b])
+        bound = finite(score[b]).abs() * weight_bound + reward_bound(reward, score[b])
         if want.kl is not None:
             ratio, kl = rows(log_ratio)[b], rows(want.kl)[b]
             assert_within("kl", rows(got.kl)[b], kl, kl_bound(kl, ratio))
-            bound = bound + 0.125 * kl_bound(kl, ratio) + 1e-6 * kl.abs().nan_to_num(0.0, 0.0, 0.0)
+            bound = bound + 0.125 * kl_bound(kl, ratio) + 1e-6 * finite(kl).abs()
         assert_within("rewards", rows(got.rewards)[b], reward, bound)
         for name, lam in (("advantages", config.lam), ("returns", config.lam_value)):
             lam = config.lam if lam is None else lam
             lam = lam[b].item() if isinstance(lam, Tensor) else lam
             expected = rows(getattr(want, name))[b]
-            gae_error = gae_bound(expected, config.gamma, lam) + bound.nan_to_num(0.0, 0.0, 0.0).sum()
+            gae_error = gae_bound(expected, config.gamma, lam) + bound.sum()
             assert_within(name, rows(getattr(got, name))[b], expected, gae_error)
     for name, value in vars(want.row_stats).items():
         if value is not None:

@@ -1,11 +1,290 @@
 """The vectorised PyTorch backend against the float64 reference."""
 
+import dataclasses
+import functools
+import tempfile
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
 from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import Problem, assert_within, check_shaped, make_problem, pack, problems, rows_of, to_float64
 
-from problems import Problem, check_shaped, problems
+import attnshape
+from attnshape import AttentionInputs, ShapingConfig, Status, reference
+from attnshape.tolerance import credit_bound, gae_bound
+
+F64 = torch.float64
 
 
-@settings(max_examples=200)
+@settings(max_examples=150)
 @given(problems())
-def test_shape_rewards_matches_the_reference(problem: Problem) -> None:
+def test_shape_rewards(problem: Problem) -> None:
     check_shaped(problem, "torch")
+
+
+@settings(max_examples=60)
+@given(problems(), st.integers(1, 2))
+def test_row_and_credit_alone(problem: Problem, layers: int) -> None:
+    inputs = [dataclasses.replace(problem.inputs, scaling=0.3 / (i + 1)) for i in range(layers)]
+    want = reference.attention_row(to_float64(inputs))
+    got = attnshape.attention_row(inputs, backend="torch")
+    assert_within("row", got, want, credit_bound(want, problem.max_score))
+    names = ("response_mask", "response_start", "response_index", "response_cu_seqlens")
+    kwargs = {name: problem.kwargs[name] for name in names if name in problem.kwargs}
+    want = reference.attention_credit(to_float64(inputs), **kwargs)
+    got = attnshape.attention_credit(inputs, **kwargs, backend="torch")
+    for got_row, row in zip(rows_of(got, kwargs), rows_of(want, kwargs), strict=True):
+        assert_within("credit", got_row, row, credit_bound(row, problem.max_score))
+
+
+def response_arguments(problem: Problem) -> dict[str, Any]:
+    names = ("response_mask", "response_start", "response_index", "response_cu_seqlens")
+    return {name: problem.kwargs[name] for name in names if name in problem.kwargs}
+
+
+@settings(max_examples=80)
+@given(
+    problems(whole_query=True, use_index=False), st.sampled_from(["mean", "last"]), st.sampled_from([0, 1])
+)
+def test_column_credit(problem: Problem, variant: str, shift: int) -> None:
+    kwargs = response_arguments(problem) | {"variant": variant, "shift": shift}
+    want = reference.attention_column_credit(to_float64(problem.inputs), **kwargs)
+    got = attnshape.attention_column_credit(problem.inputs, **kwargs, backend="torch")
+    for got_row, row in zip(rows_of(got, kwargs), rows_of(want, kwargs), strict=True):
+        assert_within("credit", got_row, row, credit_bound(row, problem.max_score))
+
+
+@settings(max_examples=60)
+@given(problems(whole_query=True), st.booleans(), st.integers(1, 3))
+def test_rollout(problem: Problem, weighted: bool, count: int) -> None:
+    torch.manual_seed(0)
+    layers = [dataclasses.replace(problem.inputs, scaling=0.3 / (i + 1)) for i in range(count)]
+    kwargs = response_arguments(problem)
+    if weighted:
+        shape = problem.inputs.key.shape
+        heads = problem.inputs.query.shape[1]
+        packed = problem.inputs.packed
+        norms = (shape[0], heads) if packed else (shape[0], heads, shape[2])
+        residual = shape[:1] if packed else (shape[0], shape[2])
+        kwargs["value_norms"] = [torch.rand(norms) for _ in layers]
+        kwargs["residual_norms"] = [torch.rand(residual) + 0.5 for _ in layers]
+    want = reference.attention_rollout(to_float64(layers), **to_float64(kwargs) | _norms(kwargs))
+    got = attnshape.attention_rollout(layers, **kwargs, backend="torch")
+    for got_row, row in zip(rows_of(got, kwargs), rows_of(want, kwargs), strict=True):
+        assert_within("credit", got_row, row, count * credit_bound(row, problem.max_score))
+
+
+def _norms(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: [x.double() for x in kwargs[name]] for name in kwargs if name.endswith("_norms")}
+
+
+def test_columns_and_rollout_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem(3, whole_query=True, keys=40, width=30)
+    kwargs = response_arguments(problem)
+    columns = attnshape.attention_column_credit(problem.inputs, **kwargs)
+    rollout = attnshape.attention_rollout([problem.inputs] * 2, **kwargs)
+    row = attnshape.attention_row(problem.inputs)
+    monkeypatch.setattr("attnshape._torch.SCORE_ELEMENTS", 3 * 4 * 40 * 7)
+    monkeypatch.setattr("attnshape._torch.KEY_CHUNK", 16)
+    torch.testing.assert_close(attnshape.attention_column_credit(problem.inputs, **kwargs), columns)
+    torch.testing.assert_close(attnshape.attention_rollout([problem.inputs] * 2, **kwargs), rollout)
+    torch.testing.assert_close(attnshape.attention_row(problem.inputs), row)
+
+
+def gae_problem(rows: int, width: int, holes: bool) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(width + holes)
+    mask = torch.ones(rows, width, dtype=torch.bool)
+    if holes:
+        mask = torch.rand(rows, width, generator=g) > 0.1
+    return {
+        "rewards": torch.randn(rows, width, generator=g),
+        "values": torch.randn(rows, width, generator=g),
+        "response_mask": mask,
+        "bootstrap": torch.randn(rows, generator=g),
+    }
+
+
+@pytest.mark.parametrize("width", [1, 511, 512, 513, 20000, 131072])
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (1.0, 0.95), (0.9999, 1.0), (0.5, 0.25), (0.9, 0.0)])
+@pytest.mark.parametrize("semantics", ["skip", "zero"])
+@pytest.mark.parametrize("holes", [True, False])
+def test_gae_is_exact_at_any_length(
+    width: int, gamma: float, lam: float, semantics: str, holes: bool
+) -> None:
+    problem = gae_problem(2 if width < 20000 else 1, width, holes)
+    kwargs = {"gamma": gamma, "lam": lam, "mask_semantics": semantics}
+    got = attnshape.gae(**problem, **kwargs, backend="torch")
+    want = reference.gae(**to_float64(problem), **kwargs)
+    for name, x, expected in zip(("advantages", "returns"), got, want, strict=True):
+        assert_within(name, x, expected, gae_bound(expected, gamma, lam))
+
+
+def test_gae_per_row_lam_and_decoupled() -> None:
+    problem = gae_problem(4, 700, True)
+    kwargs = {
+        "gamma": 0.99,
+        "lam": torch.tensor([0.0, 0.01, 0.95, 1.0]),
+        "lam_value": torch.tensor([1.0, 0.0, 1.0, 0.5]),
+        "mask_semantics": "skip",
+    }
+    got = attnshape.gae(**problem, **kwargs, backend="torch")
+    want = reference.gae(**to_float64(problem), **to_float64(kwargs))
+    for name, x, expected, lam in zip(
+        ("advantages", "returns"), got, want, ("lam", "lam_value"), strict=True
+    ):
+        assert_within(name, x, expected, gae_bound(expected, 0.99, kwargs[lam]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("lam", [1.0, 0.95, 0.5, 0.01, 0.0])
+@pytest.mark.parametrize("semantics", ["skip", "zero"])
+def test_gae_carries_the_non_finite_as_the_recurrence_does(value: float, lam: float, semantics: str) -> None:
+    problem = gae_problem(3, 2000, True)
+    problem["response_mask"][:, 1900] = True
+    problem["rewards"][0, 1900] = value
+    problem["values"][1, 1900] = value
+    kwargs = {"gamma": 1.0, "lam": lam, "mask_semantics": semantics}
+    got = attnshape.gae(**problem, **kwargs, backend="torch")
+    want = reference.gae(**to_float64(problem), **kwargs)
+    for name, x, expected in zip(("advantages", "returns"), got, want, strict=True):
+        assert_within(name, x, expected, gae_bound(expected, 1.0, lam))
+    assert got[0][2].isfinite().all()
+
+
+@pytest.mark.parametrize("where", ["key", "query", "score", "values", "logprobs", "token_rewards"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("on_nan", ["propagate", "zero_row"])
+def test_non_finite_inputs_stay_in_their_row(where: str, value: float, on_nan: str) -> None:
+    problem = make_problem(5, batch=3, holes=False, config=ShapingConfig(on_nan=on_nan))
+    problem.kwargs["response_mask"][1, 0] = 1
+    key = problem.inputs.key.clone()
+    if where == "key":
+        key[1, 0, int(problem.kwargs["response_start"][1])] = value
+    problem.inputs = dataclasses.replace(problem.inputs, key=key)
+    if where == "query":
+        problem.inputs.query[1, 0, 0] = value
+    elif where == "score":
+        problem.score[1] = value
+    elif where != "key":
+        problem.kwargs[where][1, 0] = value
+    check_shaped(problem, "torch")
+    out = attnshape.shape_rewards(problem.score, problem.inputs, config=problem.config, **problem.kwargs)
+    assert out.rewards[[0, 2]].isfinite().all()
+    assert out.metrics["nan_rows"] == (out.status & int(Status.NONFINITE) != 0).sum()
+    if on_nan == "zero_row":
+        assert out.advantages.isfinite().all()
+
+
+def with_row(x: torch.Tensor, value: int) -> torch.Tensor:
+    x = x.clone()
+    x[1] = value
+    return x
+
+
+@pytest.mark.parametrize("value", [-1, -(2**31), 23, 24, 2**31 - 1])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "where",
+    ["response_start", "response_index", "query_position", "key_start", "score_index", "cu_seqlens"],
+)
+def test_indices_out_of_range(where: str, value: int, packed: bool) -> None:
+    use_index = where == "response_index"
+    problem = make_problem(7, holes=False, attention_mask=False, use_index=use_index)
+    problem.kwargs["response_mask"][:, :2] = 1
+    if packed or where == "cu_seqlens":
+        problem = pack(problem)
+    if where == "response_start":
+        problem.kwargs[where] = with_row(problem.kwargs[where], value)
+    elif where == "response_index":
+        problem.kwargs[where] = problem.kwargs[where].clone()
+        problem.kwargs[where].view(3, -1)[1, 0] = value
+    elif where == "score_index":
+        index = torch.tensor([0, value, 0])
+        problem.config = ShapingConfig(score_index=index)
+    else:
+        replaced = with_row(getattr(problem.inputs, where), value)
+        problem.inputs = dataclasses.replace(problem.inputs, **{where: replaced})
+    check_shaped(problem, "torch")
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])
+def test_empty(shape: tuple[int, int]) -> None:
+    batch = shape[0]
+    inputs = AttentionInputs(torch.randn(batch, 2, 8), torch.randn(batch, 1, 5, 8), 1.0)
+    out = attnshape.shape_rewards(
+        torch.randn(batch),
+        inputs,
+        values=torch.randn(shape),
+        response_mask=torch.ones(shape),
+        response_start=torch.zeros(batch, dtype=torch.int32),
+    )
+    assert out.rewards.shape == out.advantages.shape == out.credit.shape == shape
+    assert out.status.tolist() == [Status.EMPTY] * batch
+    assert all(value.isfinite() for value in out.metrics.values())
+    assert attnshape.attention_row(inputs).shape == (batch, 5)
+    assert attnshape.whiten(out.advantages, torch.ones(shape)).shape == shape
+
+
+def test_no_keys_at_all() -> None:
+    inputs = AttentionInputs(torch.randn(2, 2, 8), torch.randn(2, 1, 0, 8), 1.0)
+    assert attnshape.attention_row(inputs).shape == (2, 0)
+
+
+def test_outputs_are_detached() -> None:
+    problem = make_problem(0)
+    query = problem.inputs.query.requires_grad_()
+    values = problem.kwargs["values"].requires_grad_()
+    out = attnshape.shape_rewards(problem.score, problem.inputs, **problem.kwargs)
+    assert query.requires_grad
+    assert values.requires_grad
+    assert not out.rewards.requires_grad
+    assert not out.advantages.requires_grad
+
+
+@pytest.mark.parametrize("bessel", [True, False])
+@pytest.mark.parametrize("eps_mode", ["add", "clamp"])
+@pytest.mark.parametrize("shift_mean", [True, False])
+@pytest.mark.parametrize("count", [0, 1, 2, 40])
+def test_whiten(bessel: bool, eps_mode: str, shift_mean: bool, count: int) -> None:
+    g = torch.Generator().manual_seed(count)
+    x = torch.randn(5, 8, generator=g) * 3 + 100
+    mask = torch.zeros(40)
+    mask[torch.randperm(40, generator=g)[:count]] = 1
+    mask = mask.view(5, 8)
+    kwargs = {"bessel": bessel, "eps_mode": eps_mode, "shift_mean": shift_mean}
+    got = attnshape.whiten(x.masked_fill(mask == 0, float("nan")), mask, **kwargs)
+    want = reference.whiten(x.double(), mask, **kwargs)
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+    kept = attnshape.whiten(x, mask, zero_masked=False, **kwargs)
+    want = reference.whiten(x.double(), mask, zero_masked=False, **kwargs)
+    torch.testing.assert_close(kept.double(), want, rtol=1e-6, atol=1e-6)
+
+
+SHARDS = [(4, 0.5), (1, 0.5), (3, 2.0), (0, 0.5)]  # rows and share of live tokens: uneven, none live, empty
+
+
+def _shard(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, threshold = SHARDS[rank]
+    g = torch.Generator().manual_seed(rank)
+    return torch.randn(rows, 6, generator=g) + rank, torch.rand(rows, 6, generator=g) > threshold
+
+
+def _whiten_rank(rank: int, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(SHARDS))
+    x, mask = _shard(rank)
+    got = attnshape.whiten(x, mask, process_group=dist.group.WORLD)
+    shards = [_shard(r) for r in range(len(SHARDS))]
+    whole = reference.whiten(torch.cat([s[0] for s in shards]).double(), torch.cat([s[1] for s in shards]))
+    before = sum(rows for rows, _ in SHARDS[:rank])
+    torch.testing.assert_close(got.double(), whole[before : before + len(x)], rtol=1e-6, atol=1e-6)
+    dist.destroy_process_group()
+
+
+def test_whiten_over_a_process_group() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(
+            functools.partial(_whiten_rank), args=(f"{folder}/store",), nprocs=len(SHARDS)
+        )
