@@ -1,7 +1,6 @@
 """The vectorised PyTorch backend against the float64 reference."""
 
 import dataclasses
-import functools
 import tempfile
 from typing import Any
 
@@ -25,7 +24,7 @@ def test_shape_rewards(problem: Problem) -> None:
     check_shaped(problem, "torch")
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(problems(), st.integers(1, 2))
 def test_row_and_credit_alone(problem: Problem, layers: int) -> None:
     inputs = [dataclasses.replace(problem.inputs, scaling=0.3 / (i + 1)) for i in range(layers)]
@@ -45,7 +44,7 @@ def response_arguments(problem: Problem) -> dict[str, Any]:
     return {name: problem.kwargs[name] for name in names if name in problem.kwargs}
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(
     problems(whole_query=True, use_index=False), st.sampled_from(["mean", "last"]), st.sampled_from([0, 1])
 )
@@ -57,7 +56,7 @@ def test_column_credit(problem: Problem, variant: str, shift: int) -> None:
         assert_within("credit", got_row, row, credit_bound(row, problem.max_score))
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(problems(whole_query=True), st.booleans(), st.integers(1, 3))
 def test_rollout(problem: Problem, weighted: bool, count: int) -> None:
     torch.manual_seed(0)
@@ -107,14 +106,28 @@ def gae_problem(rows: int, width: int, holes: bool) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("width", [1, 511, 512, 513, 20000, 131072])
-@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (1.0, 0.95), (0.9999, 1.0), (0.5, 0.25), (0.9, 0.0)])
+DECAYS = [(1.0, 1.0), (1.0, 0.95), (0.9999, 1.0), (0.5, 0.25), (0.9, 0.0)]
+
+
+@pytest.mark.parametrize("width", [1, 31, 32, 33, 1024, 1025, 5000])
+@pytest.mark.parametrize(("gamma", "lam"), DECAYS)
 @pytest.mark.parametrize("semantics", ["skip", "zero"])
 @pytest.mark.parametrize("holes", [True, False])
 def test_gae_is_exact_at_any_length(
     width: int, gamma: float, lam: float, semantics: str, holes: bool
 ) -> None:
-    problem = gae_problem(2 if width < 20000 else 1, width, holes)
+    check_gae(gae_problem(2, width, holes), gamma, lam, semantics)
+
+
+@pytest.mark.parametrize(("gamma", "lam"), DECAYS[:3])
+def test_gae_is_exact_at_131072_tokens(gamma: float, lam: float) -> None:
+    check_gae(gae_problem(1, 131072, True), gamma, lam, "skip")
+    problem = gae_problem(1, 131072, True)
+    problem["rewards"] = problem["rewards"] / 10 + 1  # sums that grow, and with them a float32 carry's errors
+    check_gae(problem, gamma, lam, "zero")
+
+
+def check_gae(problem: dict[str, Any], gamma: float, lam: float, semantics: str) -> None:
     kwargs = {"gamma": gamma, "lam": lam, "mask_semantics": semantics}
     got = attnshape.gae(**problem, **kwargs, backend="torch")
     want = reference.gae(**to_float64(problem), **kwargs)
@@ -263,7 +276,7 @@ def test_whiten(bessel: bool, eps_mode: str, shift_mean: bool, count: int) -> No
     torch.testing.assert_close(kept.double(), want, rtol=1e-6, atol=1e-6)
 
 
-SHARDS = [(4, 0.5), (1, 0.5), (3, 2.0), (0, 0.5)]  # rows and share of live tokens: uneven, none live, empty
+SHARDS = [(4, 0.5), (3, 2.0), (0, 0.5)]  # rows and share of live tokens: uneven, none live, empty
 
 
 def _shard(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -285,6 +298,4 @@ def _whiten_rank(rank: int, store: str) -> None:
 
 def test_whiten_over_a_process_group() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(
-            functools.partial(_whiten_rank), args=(f"{folder}/store",), nprocs=len(SHARDS)
-        )
+        torch.multiprocessing.spawn(_whiten_rank, args=(f"{folder}/store",), nprocs=len(SHARDS))
