@@ -28,6 +28,7 @@ from attnshape.types import (
     Status,
     TokenInputs,
     compute_dtype,
+    decay,
     float32_rounded,
 )
 
@@ -530,11 +531,10 @@ def shape_rewards(
 # Advantages ------------------------------------------------------------------------------------------
 
 
-def _decay(gamma: float, lam: float | Tensor, device: torch.device) -> Tensor:
-    """``gl``: gamma * lam, rounded to float32 once; ``[1]``, or ``[B]`` where lam is per row; float64."""
-    if isinstance(lam, Tensor):
-        return (gamma * lam.double()).float().double()
-    return torch.tensor([float32_rounded(gamma * lam)], dtype=torch.float64, device=device)
+def _decay_tensor(gamma: float, lam: float | Tensor, device: torch.device) -> Tensor:
+    """``gl`` in float64: ``[1]``, or ``[B]`` where lam is per row."""
+    gl = decay(gamma, lam)
+    return gl.double() if isinstance(gl, Tensor) else torch.tensor([gl], dtype=torch.float64, device=device)
 
 
 def _all_bits(live: Tensor, dtype: torch.dtype) -> Tensor:
@@ -588,11 +588,11 @@ def _interrupted(live: Tensor) -> bool:
 
 
 def _advantages(rewards: Tensor, values: Tensor | None, gamma: float, gl: Tensor) -> Tensor:
-    decay = gl[:, None].to(rewards.dtype)
+    factor = gl[:, None].to(rewards.dtype)
     undiscounted = len(gl) == 1 and gl.item() == 1.0
-    x = rewards if undiscounted else decay * rewards
+    x = rewards if undiscounted else factor * rewards
     if values is not None:
-        x = torch.addcmul(x, gamma - decay, values)
+        x = torch.addcmul(x, gamma - factor, values)
     out = rewards.clone() if values is None else rewards - values
     out[:, :-1] += _suffix_scan_non_finite(x, gl)[:, 1:]
     return out
@@ -608,11 +608,11 @@ def _gae(
 ) -> tuple[Tensor, Tensor]:
     live, work = rows.live, _product_dtype(dtype, rewards.device)
     gamma = float32_rounded(config.gamma)
-    decays = [_decay(config.gamma, config.lam, rewards.device)]
+    decays = [_decay_tensor(config.gamma, config.lam, rewards.device)]
     if values is None:
-        decays = [_decay(config.gamma, 1.0, rewards.device)]
+        decays = [_decay_tensor(config.gamma, 1.0, rewards.device)]
     elif config.lam_value is not None:
-        decays.append(_decay(config.gamma, config.lam_value, rewards.device))
+        decays.append(_decay_tensor(config.gamma, config.lam_value, rewards.device))
     kept = _all_bits(live, work)
     r = _select(rewards.to(work), kept)
     if bootstrap is not None and live.shape[1]:

@@ -28,16 +28,23 @@ from attnshape.types import (
 DEFAULT_CONFIG = ShapingConfig()
 
 
-def _backend(backend: Backend, *tensors: Tensor) -> ModuleType:
-    """The module that computes: Triton for GPU tensors, PyTorch for the rest, unless the caller says."""
+def _backend(
+    backend: Backend, on_gpu: bool, layers: Sequence[AttentionInputs], *tensors: Tensor | None
+) -> ModuleType:
+    """The module that computes: Triton for what it can do on a GPU, PyTorch for the rest."""
     _checks.check_choice("backend", backend)
-    if backend == "torch":
+    if backend == "torch" or (backend == "auto" and not on_gpu):
         return _torch
-    reason = _triton.unsupported(*tensors)
-    if backend == "triton" and reason:
+    reason = _triton.unsupported(layers, *tensors)
+    if reason and backend == "triton":
         raise ValueError(f'backend: got "triton", but {reason}')
-    on_gpu = all(x.is_cuda for x in tensors)
-    return _triton if backend == "triton" or (on_gpu and not reason) else _torch
+    return _torch if reason else _triton
+
+
+def _torch_only(backend: Backend, name: str) -> None:
+    _checks.check_choice("backend", backend)
+    if backend == "triton":
+        raise ValueError(f'backend: got "triton", but {name} has no kernel yet')
 
 
 @torch.no_grad()
@@ -65,7 +72,7 @@ def attention_row(inputs: Attention, *, backend: Backend = "auto", validate: boo
         )
     if validate:
         _checks.validate_attention(layers)
-    out: Tensor = _backend(backend, *(x.key for x in layers)).attention_row(layers)
+    out: Tensor = _backend(backend, layers[0].key.is_cuda, layers).attention_row(layers)
     return out
 
 
@@ -105,7 +112,7 @@ def attention_credit(
     _checks.check_response(response, layers[0].batch_size, layers[0].key)
     if validate:
         _checks.validate_response(response, _checks.validate_attention(layers))
-    module = _backend(backend, *(x.key for x in layers))
+    module = _backend(backend, response_mask.is_cuda, layers)
     out: Tensor = module.attention_credit(layers, response, normalization)
     return out
 
@@ -140,6 +147,7 @@ def attention_column_credit(
 
     Other arguments, returns and errors as for ``attention_credit``; ``inputs.query`` must hold every query.
     """
+    _torch_only(backend, "attention_column_credit")
     layers = _checks.layers_of(inputs)
     if len(layers) != 1:
         raise ValueError(f"inputs: got {len(layers)} layers, want one")
@@ -150,9 +158,7 @@ def attention_column_credit(
     _checks.check_response(response, layers[0].batch_size, layers[0].key)
     if validate:
         _checks.validate_response(response, _checks.validate_attention(layers))
-    module = _backend(backend, layers[0].key)
-    out: Tensor = module.attention_column_credit(layers[0], response, variant, shift, normalization)
-    return out
+    return _torch.attention_column_credit(layers[0], response, variant, shift, normalization)
 
 
 @torch.no_grad()
@@ -182,6 +188,7 @@ def attention_rollout(
 
     Other arguments, returns and errors as for ``attention_credit``.
     """
+    _torch_only(backend, "attention_rollout")
     checked = _checks.layers_of(layers)
     _all_queries("layers", checked)
     _checks.check_choice("normalization", normalization)
@@ -190,9 +197,7 @@ def attention_rollout(
     _checks.check_response(response, checked[0].batch_size, checked[0].key)
     if validate:
         _checks.validate_response(response, _checks.validate_attention(checked))
-    module = _backend(backend, *(x.key for x in checked))
-    out: Tensor = module.attention_rollout(checked, response, value_norms, residual_norms, normalization)
-    return out
+    return _torch.attention_rollout(checked, response, value_norms, residual_norms, normalization)
 
 
 @torch.no_grad()
@@ -265,7 +270,8 @@ def shape_rewards(
     if validate:
         lengths = None if layers is None else _checks.validate_attention(layers)
         _checks.validate_response(response, lengths, config.score_index)
-    module = _backend(backend, score, *(() if layers is None else (x.key for x in layers)))
+    given = [x for x in tokens if isinstance(x, Tensor)]
+    module = _backend(backend, response_mask.is_cuda, layers or (), score, *given)
     shaped: ShapedRewards = module.shape_rewards(
         score, credit if layers is None else layers, tokens, response, config
     )
@@ -337,7 +343,7 @@ def gae(
     _checks.check_gae(gamma, lam, lam_value, mask_semantics, batch, response_mask)
     if validate:
         _checks.validate_response(response, None)
-    module = _backend(backend, rewards)
+    module = _backend(backend, response_mask.is_cuda, (), rewards, values, bootstrap)
     out: tuple[Tensor, Tensor] = module.gae(
         rewards, values, response, gamma, lam, lam_value, mask_semantics, bootstrap
     )
@@ -373,8 +379,7 @@ def whiten(
     Returns:
         float32 (float64 where ``x`` is) of ``x``'s shape; detached.
     """
+    _torch_only(backend, "whiten")
     _checks.check_choice("eps_mode", eps_mode)
     _checks.check_whiten(x, mask)
-    module = _backend(backend, x)
-    out: Tensor = module.whiten(x, mask, bessel, eps, eps_mode, shift_mean, zero_masked, process_group)
-    return out
+    return _torch.whiten(x, mask, bessel, eps, eps_mode, shift_mean, zero_masked, process_group)

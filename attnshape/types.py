@@ -34,6 +34,11 @@ def float32_rounded(x: float) -> float:
     return torch.tensor(x, dtype=torch.float32).item()
 
 
+def decay(gamma: float, lam: float | Tensor) -> float | Tensor:
+    """``gamma * lam``, rounded to float32 once: a number, or float32 ``[B]`` where lam is per row."""
+    return (gamma * lam.double()).float() if isinstance(lam, Tensor) else float32_rounded(gamma * lam)
+
+
 class Status(IntFlag):
     """What happened to a row; ``ShapedRewards.status`` holds one value per row, 0 when nothing did."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,18 +15,23 @@ from attnshape import AttentionInputs, ShapingConfig, Status, reference, shape_r
 from attnshape.tolerance import credit_bound, gae_bound, kl_bound, reward_bound
 
 
-def to_float64(x: Any) -> Any:
-    """Floating tensors of an argument upcast, the rest as it is."""
+def mapped(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """An argument, or what holds arguments, with its tensors changed."""
     if isinstance(x, Tensor):
-        return x.double() if x.is_floating_point() else x
-    if isinstance(x, AttentionInputs | ShapingConfig):
-        fields = {f.name: to_float64(getattr(x, f.name)) for f in dataclasses.fields(x)}
-        return dataclasses.replace(x, **fields)
+        return change(x)
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return dataclasses.replace(
+            x, **{f.name: mapped(getattr(x, f.name), change) for f in dataclasses.fields(x)}
+        )
     if isinstance(x, dict):
-        return {name: to_float64(value) for name, value in x.items()}
+        return {name: mapped(value, change) for name, value in x.items()}
     if isinstance(x, list):
-        return [to_float64(value) for value in x]
+        return [mapped(value, change) for value in x]
     return x
+
+
+def to_float64(x: Any) -> Any:
+    return mapped(x, lambda t: t.double() if t.is_floating_point() else t)
 
 
 def finite(x: Tensor) -> Tensor:
@@ -224,10 +230,12 @@ def assert_within(name: str, got: Tensor, want: Tensor, bound: Tensor) -> None:
     )
 
 
-def check_shaped(problem: Problem, backend: str) -> None:
+def check_shaped(problem: Problem, backend: str, device: torch.device | str = "cpu") -> None:
     """Every output of ``shape_rewards`` on a backend within the bounds of the float64 reference."""
     score, inputs, kwargs, config = problem.score, problem.inputs, problem.kwargs, problem.config
-    got = shape_rewards(score, inputs, config=config, backend=backend, **kwargs)
+    there = mapped(problem, lambda x: x.to(device))
+    got = shape_rewards(there.score, there.inputs, config=there.config, backend=backend, **there.kwargs)
+    got = mapped(got, lambda x: x.cpu())
     want = reference.shape_rewards(
         to_float64(score), to_float64(inputs), config=to_float64(config), **to_float64(kwargs)
     )

@@ -1,0 +1,40 @@
+# The interpreter that makes the environment; `gpu` runs with it as it is and installs nothing.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+OUT ?= gpu-out
+
+BIN = $(VENV)/bin
+READY = $(VENV)/ready
+
+.PHONY: demo test lint bench gpu clean
+
+demo: $(READY)
+	$(BIN)/attnshape demo --out demo-out
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# On a machine with a GPU whose PYTHON has torch, triton, transformers and pytest: the kernels compiled, not
+# interpreted; first that they are correct, then how fast they are. Reports go to OUT.
+gpu:
+	mkdir -p $(OUT)
+	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a GPU'"
+	PYTHONPATH=. $(PYTHON) -m pytest tests -q --junitxml=$(OUT)/tests.xml
+	PYTHONPATH=. $(PYTHON) -m attnshape compare --backend triton --device cuda
+	PYTHONPATH=. $(PYTHON) -m pytest benchmarks --benchmark-only --benchmark-json=$(OUT)/benchmarks.json
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-out gpu-out .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

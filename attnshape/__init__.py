@@ -1,0 +1,42 @@
+"""Dense rewards for PPO on language models, from the reward model's own attention."""
+
+from attnshape.align import align
+from attnshape.ops import (
+    attention_column_credit,
+    attention_credit,
+    attention_rollout,
+    attention_row,
+    gae,
+    redistribute,
+    shape_rewards,
+    whiten,
+)
+from attnshape.types import AttentionInputs, ShapedRewards, ShapingConfig, Status
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionInputs",
+    "AttentionTap",
+    "ShapedRewards",
+    "ShapingConfig",
+    "Status",
+    "align",
+    "attention_column_credit",
+    "attention_credit",
+    "attention_rollout",
+    "attention_row",
+    "gae",
+    "redistribute",
+    "shape_rewards",
+    "whiten",
+]
+
+
+def __getattr__(name: str) -> object:
+    # transformers takes seconds to import, and a trainer without the reward model does not need it.
+    if name == "AttentionTap":
+        from attnshape.tap import AttentionTap
+
+        return AttentionTap
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
