@@ -1,0 +1,330 @@
+"""Weights over one tokenizer's tokens carried to another's by the characters they share (spec.md 2.3, 5).
+
+A PPO loop decodes the policy's tokens, puts them into the reward model's chat template and tokenises again:
+the reward model's credit lies on other tokens than the policy's rewards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import TYPE_CHECKING, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Spans: TypeAlias = Sequence[tuple[int, int]]
+"""``(start, end)`` of each token in characters, as ``return_offsets_mapping=True`` gives them."""
+Offsets: TypeAlias = Spans | Sequence[Spans] | Tensor
+"""One sequence's spans, or one list of them per sequence; as a tensor ``[S, 2]`` or ``[B, S, 2]``."""
+Target: TypeAlias = str | Sequence[int] | Tensor
+"""A response: its text, or its token ids."""
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """A linear map from weights over source tokens to weights over target tokens; made by ``align``.
+
+    Entry ``i`` carries ``share[i]`` of the weight of source token ``source_index[i]`` to target token
+    ``target_index[i]``, counted over the flattened ``[B, S]`` and ``[B, T]``. Entries are in the order of
+    their targets; the shares of each source token sum to 1.
+    """
+
+    source_shape: tuple[int, ...]
+    """``(S,)``, or ``(B, S)`` for a batch."""
+    target_shape: tuple[int, ...]
+    """``(T,)``, or ``(B, T)`` for a batch."""
+    source_index: Tensor
+    target_index: Tensor
+    share: Tensor
+    source_mask: Tensor
+    """bool, ``source_shape``: source tokens that overlap a target token. If the target is a response inside
+    the source text, this is the response mask over the source tokens."""
+
+    def __call__(self, weights: Tensor) -> Tensor:
+        """``[..., *source_shape]`` to ``[..., *target_shape]``, float32, or float64 for float64; detached.
+
+        Raises:
+            ValueError: the last dimensions of ``weights`` are not ``source_shape``.
+        """
+        rank = len(self.source_shape)
+        if weights.ndim < rank or weights.shape[weights.ndim - rank :] != self.source_shape:
+            raise ValueError(
+                f"weights must have shape [..., {', '.join(map(str, self.source_shape))}] as the offsets, "
+                f"got {tuple(weights.shape)}"
+            )
+        lead = weights.shape[: weights.ndim - rank]
+        dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
+        count = torch.Size(self.target_shape).numel()
+        if not count:
+            return weights.new_zeros(*lead, *self.target_shape, dtype=dtype)
+        flat = weights.detach().double().reshape(*lead, torch.Size(self.source_shape).numel())
+        source, target, share = (
+            x.to(weights.device) for x in (self.source_index, self.target_index, self.share)
+        )
+        entries = flat.movedim(-1, 0)[source] * share.view(-1, *[1] * len(lead))
+        lengths = torch.bincount(target, minlength=count)
+        # Not index_add: its atomics make the bits of a CUDA result differ from run to run.
+        sums = torch.segment_reduce(entries, "sum", lengths=lengths, axis=0, initial=0.0)
+        return sums.movedim(0, -1).reshape(*lead, *self.target_shape).to(dtype)
+
+
+def align(source_offsets: Offsets, target_offsets: Offsets) -> Alignment:
+    """The map that carries weights from source tokens to target tokens by the characters they share.
+
+    A source token's weight is spread evenly over those of its characters that a target token covers; where
+    several target tokens cover one character (the bytes of an emoji), they share it equally. A source token
+    that shares no character with any target token (template text, whitespace, special tokens) gives its
+    weight to the nearest target token, to the following one if two are as near. A source token of zero width
+    stands where the preceding one ends. So the sum of the weights is preserved, and no weight leaves the
+    target tokens that a source token overlaps.
+
+    Target tokens of zero width get nothing; if a sequence has no others, its first token gets everything. A
+    sequence without target tokens loses its weight.
+
+    Args:
+        source_offsets: spans of one sequence's tokens, or of each sequence's; shorter sequences are padded on
+            the right with tokens of zero width.
+        target_offsets: the same for the target tokens, in characters of the same text.
+
+    Raises:
+        ValueError: a span ends before it starts or starts below 0, or the two are not of as many sequences.
+    """
+    source_rows, source_shape = _rows(source_offsets, "source_offsets")
+    target_rows, target_shape = _rows(target_offsets, "target_offsets")
+    if source_shape[:-1] != target_shape[:-1]:
+        got = [
+            f"{shape[0]} sequences" if len(shape) == 2 else "one" for shape in (source_shape, target_shape)
+        ]
+        raise ValueError(
+            f"source_offsets and target_offsets must be of as many sequences, got {got[0]} and {got[1]}"
+        )
+    sources, targets = source_shape[-1], target_shape[-1]
+    source_mask = torch.zeros(len(source_rows), sources, dtype=torch.bool)
+    source_index, target_index, share = [], [], []
+    for b, (source, target) in enumerate(zip(source_rows, target_rows, strict=True)):
+        row_source, row_target, row_share = _align_row(source, target, source_mask[b, : len(source)])
+        source_index.append(row_source + b * sources)
+        target_index.append(row_target + b * targets)
+        share.append(row_share)
+    empty = torch.zeros(0, dtype=torch.int64)
+    return Alignment(
+        source_shape=source_shape,
+        target_shape=target_shape,
+        source_index=torch.cat([empty, *source_index]),
+        target_index=torch.cat([empty, *target_index]),
+        share=torch.cat([empty.double(), *share]),
+        source_mask=source_mask.view(source_shape),
+    )
+
+
+def _align_row(source: Tensor, target: Tensor, source_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Source index, target index and share of one sequence's entries, by target; fills ``source_mask``."""
+    if not len(source) or not len(target):
+        return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0).double()
+    source_has_width = source[:, 1] > source[:, 0]
+    end_before = torch.where(source_has_width, source[:, 1], 0).cummax(0).values
+    source_start = torch.where(source_has_width, source[:, 0], end_before)
+    source_end = torch.where(source_has_width, source[:, 1], end_before)
+    wide = (target[:, 1] > target[:, 0]).nonzero().squeeze(1)
+    wide = wide[target[wide, 0].argsort(stable=True)]
+    target_start, target_end = target[wide, 0], target[wide, 1]
+
+    # Between two neighbouring boundaries lies a piece of text whose characters all have the same tokens.
+    bounds = (
+        torch.cat([source_start, source_end, target_start, target_end]).unique()  # type: ignore[no-untyped-call]
+    )
+    width = bounds.diff()
+    source_token, source_piece = _pieces(bounds, source_start, source_end)
+    target_token, target_piece = _pieces(bounds, target_start, target_end)
+    target_token = target_token[target_piece.argsort(stable=True)]
+    sharers = target_piece.bincount(minlength=len(width))
+    first_sharer = sharers.cumsum(0) - sharers
+
+    visit, k = _expand(sharers[source_piece])
+    source_index, piece = source_token[visit], source_piece[visit]
+    target_index = wide[target_token[first_sharer[piece] + k]]
+    part = width[piece].double() / sharers[piece]
+    covered = part.new_zeros(len(source)).index_add_(0, source_index, part)
+    share = part / covered[source_index]
+
+    source_mask[:] = covered > 0
+    lost = (~source_mask).nonzero().squeeze(1)
+    if len(wide):
+        following = torch.searchsorted(target_start, source_end[lost])
+        far = 2 * int(bounds[-1]) + 1
+        gap_after = torch.cat([target_start, bounds.new_tensor([far])])[following] - source_end[lost]
+        gap_before = source_start[lost] - torch.cat([bounds.new_tensor([-far]), target_end])[following]
+        heir = wide[torch.where(gap_after <= gap_before.clamp(min=0), following, following - 1)]
+    else:
+        heir = torch.zeros_like(lost)
+
+    source_index, target_index = torch.cat([source_index, lost]), torch.cat([target_index, heir])
+    order = target_index.argsort(stable=True)
+    return source_index[order], target_index[order], torch.cat([share, share.new_ones(len(lost))])[order]
+
+
+def _pieces(bounds: Tensor, start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """Every pair of a token and a piece that it covers, in the order of the tokens."""
+    first = torch.searchsorted(bounds, start)
+    token, k = _expand(torch.searchsorted(bounds, end) - first)
+    return token, first[token] + k
+
+
+def _expand(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """``counts[i]`` times each ``i``, and the times counted: ``[2, 1]`` gives ``0 0 1`` and ``0 1 0``."""
+    index = torch.repeat_interleave(counts)
+    first = counts.cumsum(0) - counts
+    return index, torch.arange(len(index)) - first[index]
+
+
+def _rows(offsets: Offsets, name: str) -> tuple[list[Tensor], tuple[int, ...]]:
+    """Each sequence's spans as int64 ``[S, 2]``, and ``(S,)``, or ``(B, S)`` for a batch of up to ``S``."""
+    rows: list[Tensor]
+    if isinstance(offsets, Tensor):
+        batched = offsets.ndim == 3
+        rows = list(offsets.cpu()) if batched else [offsets.cpu()]
+        length = offsets.shape[-2] if offsets.ndim > 1 else 0
+    else:
+        batched = any(not len(item) or not isinstance(item[0], Integral) for item in offsets)
+        rows = [
+            torch.tensor(row, dtype=torch.int64).reshape(-1, 2) for row in (offsets if batched else [offsets])
+        ]
+        length = max(map(len, rows), default=0)
+    for b, row in enumerate(rows):
+        if row.ndim != 2 or row.shape[1] != 2 or row.is_floating_point():
+            raise ValueError(
+                f"{name} must be pairs (start, end) of characters, got {tuple(row.shape)} {row.dtype}"
+            )
+        bad = ((row[:, 0] < 0) | (row[:, 1] < row[:, 0])).nonzero().squeeze(1)
+        if len(bad):
+            start, end = row[bad[0]].tolist()
+            raise ValueError(
+                f"{name}: token {int(bad[0])} of sequence {b} is ({start}, {end}), not 0 <= start <= end"
+            )
+    return [row.long() for row in rows], (len(rows), length) if batched else (length,)
+
+
+def align_texts(
+    source_tokenizer: PreTrainedTokenizerBase,
+    source_text: str | Sequence[str],
+    target_tokenizer: PreTrainedTokenizerBase,
+    target: Target | Sequence[Target],
+    *,
+    add_special_tokens: bool = False,
+) -> Alignment:
+    """``align`` for a response inside a longer text of another tokenizer, such as a chat template.
+
+    The response is found in the source text verbatim or, as templates strip it, without the whitespace around
+    it. If it occurs more than once, the last occurrence counts that does not lie inside a special token.
+
+        alignment = align_texts(reward_tokenizer, texts, policy_tokenizer, response_ids)
+        mask = alignment.source_mask.to(device)
+        credit = attention_credit(tap.take(), mask, response_start=zeros)  # [B, S]
+        out = shape_rewards(score, alignment(credit), ...)  # [B, R]
+
+    Args:
+        source_tokenizer: a fast tokenizer; a batch is padded on its own ``padding_side``.
+        source_text: what the reward model reads: one text, or a batch of them.
+        target_tokenizer: the policy's tokenizer; a fast one where ``target`` is text.
+        target: the response, one per source text: its text, tokenised without special tokens, or the sampled
+            token ids, int ``[R]``, whose spans are found by decoding (special tokens have zero width).
+        add_special_tokens: whether the source tokenizer adds its special tokens; chat templates hold them.
+
+    Raises:
+        ValueError: a source text does not contain its response, the two are not as many, or a tokenizer that
+            must give offsets is not a fast one.
+    """
+    single = isinstance(source_text, str)
+    texts = [source_text] if isinstance(source_text, str) else list(source_text)
+    targets = cast("list[Target]", [target] if single else list(target))
+    if len(texts) != len(targets):
+        raise ValueError(f"source_text and target must be as many, got {len(texts)} and {len(targets)}")
+    _require_fast(source_tokenizer, "source_tokenizer")
+    encoded = source_tokenizer(
+        texts, add_special_tokens=add_special_tokens, padding=len(texts) > 1, return_offsets_mapping=True
+    )
+    source_offsets: list[Spans] = encoded["offset_mapping"]
+    target_offsets = []
+    for b, (text, response) in enumerate(zip(texts, targets, strict=True)):
+        if isinstance(response, str):
+            _require_fast(target_tokenizer, "target_tokenizer")
+            spans = target_tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)[
+                "offset_mapping"
+            ]
+        else:
+            response, spans = _decoded_spans(target_tokenizer, list(map(int, response)))
+        found = find_response(source_tokenizer, text, response, encoded["input_ids"][b], source_offsets[b])
+        if found is None:
+            raise ValueError(
+                f"source_text {b} does not contain its response: {response!r} is not in {text!r}"
+            )
+        low, high = found
+        shift = low - response.find(text[low:high])
+        target_offsets.append([(_clip(s + shift, low, high), _clip(e + shift, low, high)) for s, e in spans])
+    return align(source_offsets[0], target_offsets[0]) if single else align(source_offsets, target_offsets)
+
+
+def _require_fast(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{name} must be a fast tokenizer, which gives offsets, got {type(tokenizer).__name__}"
+        )
+
+
+def find_response(
+    tokenizer: PreTrainedTokenizerBase, text: str, response: str, ids: Sequence[int], offsets: Spans
+) -> tuple[int, int] | None:
+    """Span of the last occurrence in ``text`` that cuts through no special token, or None.
+
+    Where there is none, of the response without the whitespace around it, which templates strip.
+    ``ids`` and ``offsets`` are the text's tokens.
+    """
+    added = tokenizer.added_tokens_decoder
+    special_ids = {i for i, token in added.items() if token.special and i != tokenizer.unk_token_id}
+    special = [span for i, span in zip(ids, offsets, strict=True) if i in special_ids]
+    for part in (response, response.strip()):
+        start = text.rfind(part)
+        while start >= 0:
+            end = start + len(part)
+            if not any(s < end and start < e and not (start <= s and e <= end) for s, e in special):
+                return start, end
+            start = text.rfind(part, 0, end - 1)
+    return None
+
+
+def _clip(x: int, low: int, high: int) -> int:
+    return min(max(x, low), high)
+
+
+def _decoded_spans(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, list[tuple[int, int]]]:
+    """The text of ``ids``, and the span of each: what sampled tokens have in place of an offset mapping.
+
+    Every token is decoded behind the last ones that gave text, so that spaces survive; tokens that hold parts
+    of a character share it.
+    """
+
+    def decode(part: list[int]) -> str:
+        text: str = tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    spans: list[tuple[int, int]] = []
+    done = 0  # characters of the text whose tokens are complete
+    context, read, known, fresh = 0, 0, "", ""
+    for i in range(len(ids)):
+        start = done + len(fresh) - fresh.endswith(REPLACEMENT)
+        fresh = decode(ids[context : i + 1])[len(known) :]
+        spans.append((start, max(start + 1, done + len(fresh))) if fresh else (done, done))
+        if fresh and not fresh.endswith(REPLACEMENT):
+            done += len(fresh)
+            # Some decoders write one replacement per byte: a whole character may be shorter than its parts.
+            spans[read:] = [(min(s, done - 1), min(e, done)) if s < e else (s, e) for s, e in spans[read:]]
+            context, read = read, i + 1
+            known, fresh = decode(ids[context:read]), ""
+    return decode(ids), spans

@@ -1,0 +1,254 @@
+"""The command line: ``attnshape …``, also ``python -m attnshape``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+
+from attnshape.types import Backend
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.table import Table
+except ModuleNotFoundError:
+    sys.exit("the command line needs: pip install 'attnshape[demo]'")
+
+if TYPE_CHECKING:
+    from attnshape.compare import Case, Worst
+
+app = typer.Typer(
+    help="Dense rewards for PPO from the reward model's own attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    app()
+
+
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, …")]
+DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+
+def _fail(message: object) -> typer.Exit:
+    errors.print(str(message), style="red")
+    return typer.Exit(1)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=errors, transient=True)
+
+
+@app.command()
+def compare(
+    *,
+    backend: Annotated[Backend, typer.Option(help="The implementation under test.")] = "auto",
+    interpret: Annotated[
+        bool, typer.Option("--interpret", help="Triton kernels in its interpreter.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small shapes only.")] = False,
+    device: Device = DEFAULT_DEVICE,
+) -> None:
+    """Compare the fast implementation with the float64 reference; exit status 1 if they differ.
+
+    Printed is the error of each output's worst element beside its bound, over masks, padding sides, mask
+    semantics, discounts and kinds of attention layer.
+    """
+    if interpret and os.environ.get("TRITON_INTERPRET") != "1":
+        os.environ["TRITON_INTERPRET"] = "1"
+        if "triton" in sys.modules:  # it reads the variable when it is imported
+            os.execv(sys.executable, [sys.executable, "-m", "attnshape", *sys.argv[1:]])
+    if interpret and backend == "auto":
+        backend = "triton"
+    from attnshape.compare import compare as compare_case
+    from attnshape.compare import grid
+
+    cases = list(grid(quick))
+    worst: dict[tuple[str, str], dict[str, Worst]] = {}
+    failures: list[tuple[Case, str, Worst]] = []
+    with _progress() as progress:
+        for case in progress.track(cases, description="comparing"):
+            try:
+                outputs = compare_case(case, backend, device)
+            except (ValueError, RuntimeError) as error:
+                raise _fail(f"{error} (in {_name(case)})") from error
+            row = worst.setdefault(
+                (" ".join(map(str, case.shape)), str(case.dtype).removeprefix("torch.")), {}
+            )
+            for name, found in outputs.items():
+                row[name] = max(row.get(name, found), found, key=lambda w: w.fraction)
+                if not found.ok:
+                    failures.append((case, name, found))
+
+    console = Console(highlight=False)
+    console.print(_table(worst, f"backend {backend} on {device}"))
+    for case, name, found in failures:
+        console.print(
+            f"{name}: error {found.error:.3g}, bound {found.bound:.3g} in {_name(case)}", style="red"
+        )
+    console.print(f"{len(cases)} cases, {len(failures)} outputs beyond their bounds")
+    if failures:
+        raise typer.Exit(1)
+
+
+def _table(worst: dict[tuple[str, str], dict[str, Worst]], title: str) -> Table:
+    table = Table("B S R Hq Hkv D", "dtype", "output", title=title)
+    for heading in ("error", "bound", "of bound"):
+        table.add_column(heading, justify="right")
+    for group, row in worst.items():
+        for name, w in row.items():
+            figures = (f"{w.error:.1e}", f"{w.bound:.1e}", f"{w.fraction:.0%}")
+            table.add_row(*group, name, *figures, style=None if w.ok else "red")
+            group = ("", "")
+        table.add_section()
+    return table
+
+
+def _name(case: Case) -> str:
+    settings = {**case.shape._asdict(), "dtype": case.dtype, **case.setting._asdict()}
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+@app.command()
+def credit(
+    model: Annotated[
+        str, typer.Argument(help="Reward model: a folder or hub name of a sequence classifier.")
+    ],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="JSONL",
+            exists=True,
+            dir_okay=False,
+            help='One {"prompt": …, "response": …} or {"messages": […]} per line.',
+        ),
+    ],
+    *,
+    out: Annotated[
+        Path | None, typer.Option(help="JSONL to write; by default JSONL's name + .credit.jsonl.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Page to write, each token coloured by its credit.")
+    ] = None,
+    score_fn: Annotated[str, typer.Option(help="The score, such as 'logit[1] - logit[0]'.")] = "logit",
+    layer: Annotated[int, typer.Option(help="Attention layer that is read, negative from the last.")] = -1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Completions per forward.")] = 16,
+    device: Device = DEFAULT_DEVICE,
+) -> None:
+    """Score completions with a reward model and write each token's credit.
+
+    Lines that cannot be read or scored are named with their number and skipped; the exit status is then 1.
+    """
+    from attnshape.credit_file import credit_file, load_reward_model
+    from attnshape.score_fn import parse_score_fn
+
+    out = out or source.with_suffix(".credit.jsonl")
+    targets = [path.resolve() for path in (source, out, html) if path is not None]
+    if len(set(targets)) < len(targets):
+        raise _fail("the files that are read and written must be different ones")
+    for path in targets[1:]:
+        if not path.parent.is_dir():
+            raise _fail(f"there is no folder {path.parent}")
+    try:
+        score = parse_score_fn(score_fn)
+        reward_model, tokenizer = load_reward_model(model, device)
+        with _progress() as progress:
+            task = progress.add_task(source.name, total=source.stat().st_size)
+            counts = credit_file(
+                reward_model,
+                tokenizer,
+                source,
+                out,
+                score_fn=score,
+                html=html,
+                batch_size=batch_size,
+                layer=layer,
+                on_skip=lambda line, reason: errors.print(f"{source}:{line}: skipped: {reason}"),
+                on_read=lambda size: progress.advance(task, size),
+            )
+    except (ValueError, OSError) as error:
+        raise _fail(error) from error
+    errors.print(f"{counts.written} completions written to {out}, {counts.skipped} lines skipped")
+    if counts.skipped:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    *,
+    policy: Annotated[str | None, typer.Option(help="Causal model, in place of the demo's own.")] = None,
+    reward_model: Annotated[str | None, typer.Option(help="Sequence classifier that scores.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL with a prompt per line, or a text file.")
+    ] = None,
+    score_fn: Annotated[str | None, typer.Option(help="The score, such as 'logit[1] - logit[0]'.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Credit to compare: sparse, ABC, uniform.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Runs of every method.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="PPO steps of a run.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Completions per step.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest completion.")] = None,
+    min_new_tokens: Annotated[int | None, typer.Option(min=0, help="Shortest completion.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    kl_coef: Annotated[float | None, typer.Option(help="Weight of the KL penalty.")] = None,
+    beta: Annotated[float | None, typer.Option(help="Share of the score that is redistributed.")] = None,
+    lam: Annotated[float | None, typer.Option(help="GAE's lambda.")] = None,
+    standardize: Annotated[
+        bool | None,
+        typer.Option(
+            "--standardize/--raw-scores", help="Scores in standard deviations from the initial policy's mean."
+        ),
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="Score to which steps are counted.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that share the runs.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where trained models are kept.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, …")] = None,
+) -> None:
+    """Train a small reward model and run PPO with sparse and with attention-based credit.
+
+    With --policy, --reward-model and --prompts the same is run on those.
+    """
+    from attnshape.demo.ppo import PPOConfig
+    from attnshape.demo.run import DemoConfig, run_demo
+
+    def given(**options: Any) -> dict[str, Any]:
+        return {name: value for name, value in options.items() if value is not None}
+
+    ppo = given(
+        steps=steps,
+        batch_size=batch_size,
+        new_tokens=new_tokens,
+        min_new_tokens=min_new_tokens,
+        lr=lr,
+        kl_coef=kl_coef,
+        beta=beta,
+        lam=lam,
+    )
+    options = given(
+        policy=policy,
+        reward_model=reward_model,
+        prompts=prompts,
+        score_fn=score_fn,
+        methods=tuple(method) if method else None,
+        seeds=None if seeds is None else tuple(range(seeds)),
+        standardize=standardize,
+        threshold=threshold,
+        workers=workers,
+        cache_dir=cache_dir,
+        out=out,
+        device=device,
+    )
+    try:
+        run_demo(DemoConfig(ppo=PPOConfig(**ppo), **options))
+    except (ValueError, OSError) as error:
+        raise _fail(error) from error
