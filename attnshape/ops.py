@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from attnshape import _checks, _torch, _triton
+from attnshape import _checks, _torch
 from attnshape.types import (
     Attention,
     AttentionInputs,
@@ -35,6 +35,8 @@ def _backend(
     _checks.check_choice("backend", backend)
     if backend == "torch" or (backend == "auto" and not on_gpu):
         return _torch
+    from attnshape import _triton  # triton is there on Linux only, and PyTorch alone serves a CPU
+
     reason = _triton.unsupported(layers, *tensors)
     if reason and backend == "triton":
         raise ValueError(f'backend: got "triton", but {reason}')
