@@ -1,0 +1,65 @@
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from csrc_triton import device
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@triton.jit
+def apply_kernel(p_x, p_out, n, FUNCTION: tl.constexpr, N: tl.constexpr):
+    o = tl.arange(0, N)
+    x = tl.load(p_x + o, mask=o < n, other=0.0)
+    tl.store(p_out + o, FUNCTION(x), mask=o < n)
+
+
+@triton.jit
+def k3(x):
+    return device.kl_estimate(x, float("inf"), float("inf"), "k3")
+
+
+def apply(function, x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    apply_kernel[(1,)](x, out, x.numel(), function, triton.next_power_of_2(x.numel()))
+    return out
+
+
+ARGUMENTS = torch.tensor(
+    [0.0, *(s * 2.0**e * m for s in (1, -1) for e in range(-30, 7) for m in (1, 1.3, 1.9))],
+    device=DEVICE,
+)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("function", "truth"),
+    [
+        (device.expm1_residual, lambda x: torch.expm1(x) - x),
+        (device.tanh, torch.tanh),
+        (k3, lambda x: torch.expm1(-x) + x),
+    ],
+)
+def test_relative_accuracy(function, truth) -> None:
+    wanted = truth(ARGUMENTS.double())
+    if truth is not torch.tanh:
+        # float64 cancels, too, where the series begins with x**2 / 2.
+        small = ARGUMENTS.double().abs() < 1e-3
+        x = ARGUMENTS.double() * (-1 if function is k3 else 1)
+        wanted = torch.where(small, x**2 / 2 + x**3 / 6 + x**4 / 24, wanted)
+    actual = apply(function, ARGUMENTS).double()
+    overflown = wanted.abs() > 3.4e38
+    assert (actual[overflown] == math.inf).all()
+    error = (actual - wanted).abs()[~overflown] / wanted.abs().clamp(min=1e-300)[~overflown]
+    assert error.max() < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_non_finite_arguments() -> None:
+    x = torch.tensor([math.nan, math.inf, -math.inf], device=DEVICE)
+    for function, truth in ((device.tanh, torch.tanh), (k3, lambda x: torch.expm1(-x) + x)):
+        torch.testing.assert_close(apply(function, x), truth(x), equal_nan=True)
