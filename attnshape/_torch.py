@@ -56,18 +56,20 @@ class _Packing:
 
     index: Tensor  # [B, L], clamped
     inside: Tensor  # [B, L]
-    cu_seqlens: Tensor  # [B + 1]
-    valid: Tensor  # [B]
+    valid: Tensor  # [B]; what lies between the bounds of another row is of no use
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, total: int) -> _Packing:
-        lo, hi = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-        valid = (lo >= 0) & (lo <= hi) & (hi <= total)
-        lengths = torch.where(valid, hi - lo, 0)
-        longest = int(lengths.max()) if len(lengths) else 0
+        bounds = cu_seqlens.long()
+        lo, hi = bounds[:-1], bounds[1:]
+        lowest_after = bounds.flip(0).cummin(0).values.flip(0)
+        crossed = (bounds.cummax(0).values[:-1] > lo) | (lowest_after[1:] < hi)
+        valid = (lo >= 0) & (lo <= hi) & (hi <= total) & ~crossed
+        lo, hi = (x.clamp(0, total) for x in (torch.minimum(lo, hi), torch.maximum(lo, hi)))
+        longest = int((hi - lo).max()) if len(lo) else 0
         offsets = torch.arange(longest, device=lo.device)
         index = (lo[:, None] + offsets).clamp(0, max(total - 1, 0))
-        return cls(index, offsets < lengths[:, None], cu_seqlens, valid)
+        return cls(index, offsets < (hi - lo)[:, None], valid)
 
     def pad(self, x: Tensor) -> Tensor:
         """``[M, ...]`` to ``[B, L, ...]``."""
@@ -108,6 +110,13 @@ class _Rows:
 
     def pad(self, x: Tensor) -> Tensor:
         return x if self.packing is None else self.packing.pad(x)
+
+    @property
+    def invalid(self) -> Tensor:
+        """``[B]``: rows whose bounds are out of range."""
+        if self.packing is None:
+            return torch.zeros(len(self.live), dtype=torch.bool, device=self.live.device)
+        return ~self.packing.valid
 
     def restore(self, x: Tensor) -> Tensor:
         return x if self.packing is None else self.packing.pack(x, self.shape[0])
@@ -257,7 +266,7 @@ def _at_response(
     column: Tensor, rows: _Rows, positions: Tensor, invalid: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Weights over keys ``[B, S]`` read at the response tokens ``[B, R]``, and the invalid rows."""
-    invalid = invalid | ~_positions_in_range(rows, positions, _lowest_position(rows), lengths)
+    invalid = rows.invalid | invalid | ~_positions_in_range(rows, positions, _lowest_position(rows), lengths)
     column = torch.cat([column, column.new_zeros(len(column), 1)], 1)  # position -1 is nowhere
     nowhere = column.shape[1] - 1
     inside = (positions >= 0) & (positions < nowhere)
@@ -340,7 +349,7 @@ def attention_column_credit(
         at = order[:, lo : lo + step].clamp(0, max(keys - 1, 0))
         weights = _attention(layer, at).mean(1)  # [B, n, S]
         columns += weights.masked_fill(~asking[:, lo : lo + step, None], 0.0).sum(1)
-    invalid = layer.invalid | ~_positions_in_range(rows, positions, 0, layer.lengths)
+    invalid = rows.invalid | layer.invalid | ~_positions_in_range(rows, positions, 0, layer.lengths)
     weights = torch.cat([columns, columns.new_zeros(batch, 1)], 1).gather(1, order.clamp(0, keys))
     if variant == "mean":
         weights = weights / (queries - t).clamp(min=1)
@@ -446,7 +455,7 @@ def shape_rewards(
     batch, width = live.shape
     score_at = _score_positions(rows, config)
     lengths = rows.packing.inside.sum(1) if rows.packing is not None else torch.full_like(score_at, width)
-    invalid = filled & ((score_at < 0) | (score_at >= lengths))
+    invalid = rows.invalid | (filled & ((score_at < 0) | (score_at >= lengths)))
     attention = not isinstance(credit, Tensor | str)
     raw = None
     if isinstance(credit, Tensor):
@@ -495,7 +504,7 @@ def shape_rewards(
     score_masked = filled & ~invalid & ~(on_score & live).any(1)
     flags = {
         Status.FALLBACK: fallback & ~invalid,
-        Status.EMPTY: ~filled,
+        Status.EMPTY: ~filled & ~invalid,
         Status.SCORE_MASKED: score_masked,
         Status.OUT_OF_RANGE: invalid,
         Status.NONFINITE: ~finite,
@@ -646,8 +655,11 @@ def gae(
     config = ShapingConfig(gamma=gamma, lam=lam, lam_value=lam_value, mask_semantics=mask_semantics)
     dtype = compute_dtype(rewards, values, bootstrap)
     values = None if values is None else rows.pad(values)
-    advantages, returns = _gae(rows.pad(rewards), values, rows, config, bootstrap, dtype)
-    return rows.restore(advantages), rows.restore(returns)
+    advantages, returns = (
+        rows.restore(x.masked_fill(rows.live & rows.invalid[:, None], math.nan))
+        for x in _gae(rows.pad(rewards), values, rows, config, bootstrap, dtype)
+    )
+    return advantages, returns
 
 
 def whiten(

@@ -152,7 +152,7 @@ def shape_rewards(
         score_bounds=config.score_bounds,
         kl_estimator=config.kl_estimator,
         kl_input_clip=config.kl_input_clip,
-        kl_output_clip=config.kl_output_clip,
+        kl_output_clip=None if tokens.kl is not None else config.kl_output_clip,
         zero_nonfinite=config.on_nan == "zero_row",
         **tokens._asdict(),
         **_recurrence(config.gamma, config.lam, config.lam_value, config.mask_semantics),

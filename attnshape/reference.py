@@ -7,6 +7,7 @@ every floating input is float64. Arguments and shapes are those of the functions
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
@@ -35,12 +36,24 @@ Row = tuple[int, slice] | slice
 """What selects one row's response tokens out of ``[B, R]``, or out of packed ``[M]``."""
 
 
-def response_rows(response_mask: Tensor, response_cu_seqlens: Tensor | None) -> list[Row]:
+def segments(cu_seqlens: Tensor, total: int) -> tuple[list[slice], list[bool]]:
+    """The tokens of each packed sequence, and whether its bounds are sound and no other's lie inside."""
+    bounds = cu_seqlens.tolist()
+    tokens, sound = [], []
+    for b, (lo, hi) in enumerate(itertools.pairwise(bounds)):
+        sound.append(0 <= lo <= hi <= total and max(bounds[: b + 1]) <= lo and hi <= min(bounds[b + 1 :]))
+        lo, hi = (min(max(bound, 0), total) for bound in sorted((lo, hi)))
+        tokens.append(slice(lo, hi))
+    return tokens, sound
+
+
+def response_rows(response_mask: Tensor, response_cu_seqlens: Tensor | None) -> tuple[list[Row], Tensor]:
+    """What selects each row's tokens, and ``[B]`` bool: whether its bounds are out of range."""
     if response_cu_seqlens is None:
-        return [(b, slice(None)) for b in range(response_mask.shape[0])]
-    total = response_mask.shape[0]
-    bounds = zip(response_cu_seqlens[:-1].tolist(), response_cu_seqlens[1:].tolist(), strict=True)
-    return [slice(lo, hi) if 0 <= lo <= hi <= total else slice(0, 0) for lo, hi in bounds]
+        rows: list[Row] = [(b, slice(None)) for b in range(response_mask.shape[0])]
+        return rows, torch.zeros(len(rows), dtype=torch.bool, device=response_mask.device)
+    tokens, sound = segments(response_cu_seqlens, response_mask.shape[0])
+    return [*tokens], ~torch.tensor(sound, dtype=torch.bool, device=response_mask.device)
 
 
 # 2.1 One row of attention ----------------------------------------------------------------------------
@@ -67,10 +80,10 @@ def _sequence(inputs: AttentionInputs, b: int, last_response: int | None = None)
         mask = None if mask is None else mask[b]
         lse = None if lse is None else lse[b]
     else:
-        lo, hi = inputs.cu_seqlens[b].item(), inputs.cu_seqlens[b + 1].item()
-        if not 0 <= lo <= hi <= key.shape[0]:
+        rows, sound = segments(inputs.cu_seqlens, key.shape[0])
+        if not sound[b]:
             return None
-        tokens = slice(int(lo), int(hi))
+        tokens = rows[b]
         query = query[tokens].transpose(0, 1) if inputs.has_all_queries else query[b]
         key = key[tokens].transpose(0, 1)
         mask = None if mask is None else mask[tokens]
@@ -147,13 +160,12 @@ def attention_row(inputs: Attention) -> Tensor:
     dtype = compute_dtype(*(x for layer in layers for x in (layer.query, layer.key)))
     shape = first.key.shape[:1] if first.packed else (first.key.shape[0], first.key.shape[2])
     out = torch.zeros(shape, dtype=dtype, device=first.key.device)
-    for b in range(first.batch_size):
+    places: Sequence[int | slice] = range(len(out))
+    if first.cu_seqlens is not None:
+        places, _ = segments(first.cu_seqlens, len(out))
+    for b, place in enumerate(places):
         row = _head_mean(layers, b, None)
-        if first.cu_seqlens is None:
-            out[b] = math.nan if row is None else row
-        else:
-            lo, hi = first.cu_seqlens[b : b + 2].clamp(0, out.shape[0]).tolist()
-            out[lo:hi] = math.nan if row is None else row
+        out[place] = math.nan if row is None else row
     return out
 
 
@@ -176,8 +188,7 @@ def raw_credit(
     layers = _layers(inputs)
     dtype = compute_dtype(*(x for layer in layers for x in (layer.query, layer.key)))
     raw = torch.zeros(response_mask.shape, dtype=dtype, device=response_mask.device)
-    rows = response_rows(response_mask, response_cu_seqlens)
-    invalid = torch.zeros(len(rows), dtype=torch.bool, device=raw.device)
+    rows, invalid = response_rows(response_mask, response_cu_seqlens)
     for b, row in enumerate(rows):
         live = response_mask[row] != 0
         if not live.any():
@@ -185,7 +196,7 @@ def raw_credit(
         where = _response_positions(row, len(live), response_start, response_index, b)[live]
         attention = _head_mean(layers, b, int(where[-1]))
         lowest = -1 if response_start is None else 0
-        if attention is None or where.min() < lowest or where.max() >= len(attention):
+        if invalid[b] or attention is None or where.min() < lowest or where.max() >= len(attention):
             invalid[b] = True
             raw[row] = torch.where(live, math.nan, 0.0)
         else:
@@ -232,7 +243,8 @@ def attention_credit(
 ) -> Tensor:
     """ABC (arXiv 2402.00782): the attention row at the response tokens, normalised."""
     raw, _ = raw_credit(inputs, response_mask, response_start, response_index, response_cu_seqlens)
-    return _normalize(raw, response_mask, response_rows(response_mask, response_cu_seqlens), normalization)
+    rows, _ = response_rows(response_mask, response_cu_seqlens)
+    return _normalize(raw, response_mask, rows, normalization)
 
 
 # 2.2 Columns (ABC-D) ---------------------------------------------------------------------------------
@@ -257,14 +269,14 @@ def attention_column_credit(
     """ABC-D (arXiv 2402.00782): credit from the attention among the response's own unmasked tokens."""
     dtype = compute_dtype(inputs.query, inputs.key)
     raw = torch.zeros(response_mask.shape, dtype=dtype, device=response_mask.device)
-    rows = response_rows(response_mask, response_cu_seqlens)
+    rows, invalid = response_rows(response_mask, response_cu_seqlens)
     for b, row in enumerate(rows):
         live = response_mask[row] != 0
         if not live.any():
             continue
         where = _response_positions(row, len(live), response_start, response_index, b)[live]
         seq = _sequence(inputs, b, int(where[-1]))
-        if seq is None or where.min() < 0 or where.max() >= seq.key.shape[1]:
+        if invalid[b] or seq is None or where.min() < 0 or where.max() >= seq.key.shape[1]:
             raw[row] = torch.where(live, math.nan, 0.0)
             continue
         block = _attention_matrix(inputs, seq).mean(0)[where][:, where]  # a_s[j]: [n, n]
@@ -295,7 +307,7 @@ def attention_rollout(
     """Credit carried down through all layers, plain (arXiv 2005.00928) or weighted by norms."""
     dtype = compute_dtype(*(x for layer in layers for x in (layer.query, layer.key)))
     raw = torch.zeros(response_mask.shape, dtype=dtype, device=response_mask.device)
-    rows = response_rows(response_mask, response_cu_seqlens)
+    rows, invalid = response_rows(response_mask, response_cu_seqlens)
     for b, row in enumerate(rows):
         live = response_mask[row] != 0
         if not live.any():
@@ -304,7 +316,13 @@ def attention_rollout(
         sequences = [_sequence(layer, b, int(where[-1])) for layer in layers]
         top = sequences[-1]
         lowest = -1 if response_start is None else 0
-        if top is None or None in sequences or where.min() < lowest or where.max() >= top.key.shape[1]:
+        if (
+            invalid[b]
+            or top is None
+            or None in sequences
+            or where.min() < lowest
+            or where.max() >= top.key.shape[1]
+        ):
             raw[row] = torch.where(live, math.nan, 0.0)
             continue
         r = torch.zeros(top.key.shape[1], dtype=dtype, device=raw.device)
@@ -489,9 +507,12 @@ def gae(
     advantages = torch.zeros(response_mask.shape, dtype=dtype, device=rewards.device)
     returns = torch.zeros_like(advantages)
     gamma32 = float32_rounded(gamma)
-    for b, row in enumerate(response_rows(response_mask, response_cu_seqlens)):
+    rows, invalid = response_rows(response_mask, response_cu_seqlens)
+    for b, row in enumerate(rows):
         live = response_mask[row] != 0
-        if not live.any():
+        if invalid[b]:
+            advantages[row] = returns[row] = torch.where(live, math.nan, 0.0).to(dtype)
+        if invalid[b] or not live.any():
             continue
         r = torch.where(live, rewards[row].to(dtype), 0.0)
         if bootstrap is not None:
@@ -557,9 +578,8 @@ def shape_rewards(
     config = config or ShapingConfig()
     attention = not isinstance(credit, Tensor | str)
     floats = [score, values, logprobs, ref_logprobs, kl, token_rewards, terminal_reward, bootstrap]
-    rows = response_rows(response_mask, response_cu_seqlens)
+    rows, invalid = response_rows(response_mask, response_cu_seqlens)
     device = response_mask.device
-    invalid = torch.zeros(len(rows), dtype=torch.bool, device=device)
     if isinstance(credit, Tensor):
         raw = credit
     elif isinstance(credit, str):
@@ -591,7 +611,7 @@ def shape_rewards(
         live = response_mask[row] != 0
         n = int(live.sum())
         if n == 0:
-            status[b] |= int(Status.EMPTY)
+            status[b] |= int(Status.OUT_OF_RANGE if invalid[b] else Status.EMPTY)
             continue
         at = _score_position(live, config.score_index, b)
         if invalid[b] or not 0 <= at < len(live):

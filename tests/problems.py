@@ -211,9 +211,8 @@ def problems(draw: st.DrawFn, **fixed: Any) -> Problem:
 
 def rows_of(x: Tensor, kwargs: dict[str, Any]) -> list[Tensor]:
     """The rows of a response tensor, padded or packed."""
-    return [
-        x[row] for row in reference.response_rows(kwargs["response_mask"], kwargs.get("response_cu_seqlens"))
-    ]
+    rows, _ = reference.response_rows(kwargs["response_mask"], kwargs.get("response_cu_seqlens"))
+    return [x[row] for row in rows]
 
 
 def assert_within(name: str, got: Tensor, want: Tensor, bound: Tensor) -> None:

@@ -201,15 +201,23 @@ def with_row(x: torch.Tensor, value: int) -> torch.Tensor:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
     "where",
-    ["response_start", "response_index", "query_position", "key_start", "score_index", "cu_seqlens"],
+    [
+        "response_start",
+        "response_index",
+        "query_position",
+        "key_start",
+        "score_index",
+        "cu_seqlens",
+        "response_cu_seqlens",
+    ],
 )
 def test_indices_out_of_range(where: str, value: int, packed: bool) -> None:
     use_index = where == "response_index"
     problem = make_problem(7, holes=False, attention_mask=False, use_index=use_index)
     problem.kwargs["response_mask"][:, :2] = 1
-    if packed or where == "cu_seqlens":
+    if packed or "cu_seqlens" in where:
         problem = pack(problem)
-    if where == "response_start":
+    if where in ("response_start", "response_cu_seqlens"):
         problem.kwargs[where] = with_row(problem.kwargs[where], value)
     elif where == "response_index":
         problem.kwargs[where] = problem.kwargs[where].clone()
@@ -221,6 +229,14 @@ def test_indices_out_of_range(where: str, value: int, packed: bool) -> None:
         replaced = with_row(getattr(problem.inputs, where), value)
         problem.inputs = dataclasses.replace(problem.inputs, **{where: replaced})
     check_shaped(problem, "torch")
+    row = attnshape.attention_row(problem.inputs)
+    want = reference.attention_row(problem.inputs)
+    torch.testing.assert_close(row, want, equal_nan=True)
+    gae = {"gamma": 1.0, "lam": 0.9, "mask_semantics": "skip"}
+    gae |= {"response_cu_seqlens": problem.kwargs.get("response_cu_seqlens")}
+    arguments = (problem.kwargs["values"], None, problem.kwargs["response_mask"])
+    got, want = attnshape.gae(*arguments, **gae), reference.gae(*arguments, **gae)
+    torch.testing.assert_close(got, want, equal_nan=True)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])

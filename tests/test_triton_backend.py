@@ -6,7 +6,17 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from problems import Problem, assert_within, check_shaped, make_problem, mapped, problems, rows_of, to_float64
+from problems import (
+    Problem,
+    assert_within,
+    check_shaped,
+    make_problem,
+    mapped,
+    pack,
+    problems,
+    rows_of,
+    to_float64,
+)
 
 import attnshape
 from attnshape import AttentionInputs, ShapingConfig, Status, _triton, reference
@@ -89,10 +99,14 @@ def test_non_finite_inputs_stay_in_their_row(where: str, value: float, on_nan: s
 
 
 @pytest.mark.parametrize("value", [-1, -(2**31), 23, 24, 2**31 - 1])
-@pytest.mark.parametrize("where", ["response_start", "response_index", "query_position", "score_index"])
+@pytest.mark.parametrize(
+    "where", ["response_start", "response_index", "query_position", "score_index", "response_cu_seqlens"]
+)
 def test_indices_out_of_range(where: str, value: int) -> None:
     problem = make_problem(7, holes=False, attention_mask=False, use_index=where == "response_index")
     problem.kwargs["response_mask"][:, :2] = 1
+    if where == "response_cu_seqlens":
+        problem = pack(problem)
     if where == "score_index":
         problem.config = ShapingConfig(score_index=torch.tensor([0, value, 0]))
     elif where == "query_position":
