@@ -22,7 +22,7 @@ from csrc_triton.device import (
     slot_base,
     softmax_partial,
 )
-from csrc_triton.launch import COMPILER, ceil_div, interpreted, kernel, row_stride, tokens
+from csrc_triton.launch import COMPILER, ceil_div, interpreted, kernel, registers, row_stride, tokens
 
 SCAN = 1024
 """Tokens a preparation program looks at together."""
@@ -569,6 +569,7 @@ def _launch(
             UPCAST=interpreted(),
             CHUNK=chunk,
             **COMPILER,
+            **(registers(168) if key.element_size() < 4 else {}),
         )
         fold_kernel[(batch, ceil_div(heads, FOLD_HEADS))](
             largest,

@@ -429,7 +429,7 @@ def sweep(
         NONFINITE=status_bits.nonfinite,
         CHUNK=CHUNK,
         **COMPILER,
-        **registers(128),
+        **registers(128 if response_cu_seqlens is None else 136),
     )
     return swept
 

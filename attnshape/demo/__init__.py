@@ -1,0 +1,1 @@
+"""A miniature RLHF run: corpus, models, PPO with sparse and attention-based credit, pictures."""
