@@ -1,6 +1,8 @@
 """Dense rewards for PPO on language models, from the reward model's own attention."""
 
-from attnshape.align import align
+from typing import TYPE_CHECKING
+
+from attnshape.alignment import Alignment, align, align_texts
 from attnshape.ops import (
     attention_column_credit,
     attention_credit,
@@ -13,15 +15,20 @@ from attnshape.ops import (
 )
 from attnshape.types import AttentionInputs, ShapedRewards, ShapingConfig, Status
 
+if TYPE_CHECKING:
+    from attnshape.tap import AttentionTap
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "Alignment",
     "AttentionInputs",
     "AttentionTap",
     "ShapedRewards",
     "ShapingConfig",
     "Status",
     "align",
+    "align_texts",
     "attention_column_credit",
     "attention_credit",
     "attention_rollout",

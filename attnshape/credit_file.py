@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from attnshape.align import find_response
+from attnshape.alignment import find_response
 from attnshape.files import whole_file
 from attnshape.html import PAGE_FOOT, CreditItem, credit_section, page_head
 from attnshape.ops import shape_rewards

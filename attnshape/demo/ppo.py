@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import attnshape
-from attnshape.align import align_texts
+from attnshape.alignment import align_texts
 from attnshape.demo.agreement import mean_agreement
 from attnshape.tap import AttentionTap
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from attnshape import AttentionTap, attention_credit, reference, shape_rewards
-from attnshape.align import _decoded_spans, align, align_texts
+from attnshape.alignment import _decoded_spans, align, align_texts
 
 CORPUS = [
     "The film was not bad, and the ending was great!",
