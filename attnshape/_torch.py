@@ -556,6 +556,11 @@ def _select(x: Tensor, kept: Tensor) -> Tensor:
     return (x.view(kept.dtype) & kept).view(x.dtype)
 
 
+def _select_(x: Tensor, kept: Tensor) -> Tensor:
+    """``_select`` in place."""
+    return x.view(kept.dtype).bitwise_and_(kept).view(x.dtype)
+
+
 def _suffix_scan(x: Tensor, gl: Tensor) -> Tensor:
     """``W_t = gl * W_{t+1} + x_t`` along the rows of ``[B, R]``.
 
@@ -568,7 +573,9 @@ def _suffix_scan(x: Tensor, gl: Tensor) -> Tensor:
     i = torch.arange(chunk, dtype=torch.float64, device=x.device)
     distance = i[:, None] - i
     decays = (gl[:, None, None] ** distance.clamp(min=0)).masked_fill(distance < 0, 0.0).to(x.dtype)
-    chunks = torch.nn.functional.pad(x, (0, -width % chunk)).view(rows, -1, chunk)
+    if width % chunk:
+        x = torch.nn.functional.pad(x, (0, -width % chunk))
+    chunks = x.reshape(rows, -1, chunk)
     out = chunks @ (decays[0] if len(decays) == 1 else decays)
     if out.shape[1] > 1:
         first = _suffix_scan(out[:, :, 0].double(), gl**chunk)
@@ -635,9 +642,9 @@ def _gae(
         r = torch.zeros_like(r).scatter_add_(1, rank, r)
         v = None if v is None else torch.zeros_like(v).scatter_add_(1, rank, v)
     out = [_advantages(r, v, gamma, gl) for gl in decays]
-    returns = out[-1] if v is None else out[-1] + v
+    returns = out[-1].clone() if v is None else out[-1] + v
     out = [out[0], returns] if rank is None else [x.gather(1, rank) for x in (out[0], returns)]
-    advantages, returns = (_select(x, kept).to(dtype) for x in out)
+    advantages, returns = (_select_(x, kept).to(dtype) for x in out)
     return advantages, returns
 
 
@@ -655,10 +662,11 @@ def gae(
     config = ShapingConfig(gamma=gamma, lam=lam, lam_value=lam_value, mask_semantics=mask_semantics)
     dtype = compute_dtype(rewards, values, bootstrap)
     values = None if values is None else rows.pad(values)
-    advantages, returns = (
-        rows.restore(x.masked_fill(rows.live & rows.invalid[:, None], math.nan))
-        for x in _gae(rows.pad(rewards), values, rows, config, bootstrap, dtype)
-    )
+    advantages, returns = _gae(rows.pad(rewards), values, rows, config, bootstrap, dtype)
+    if rows.packing is None:
+        return advantages, returns
+    lost = rows.live & rows.invalid[:, None]
+    advantages, returns = (rows.restore(x.masked_fill(lost, math.nan)) for x in (advantages, returns))
     return advantages, returns
 
 

@@ -133,5 +133,6 @@ def test_failure_while_writing_leaves_the_old_files(tmp_path: Path, monkeypatch:
 
 def test_one_seed_and_one_panel_still_draw(tmp_path: Path) -> None:
     path = tmp_path / "curves.png"
-    learning_curves({"ABC": [{"score": [1.0, 2.0]}]}, path, title="one")
+    completion = Completion("the plot", [" was $x", "\x12\n日", " great" * 300], [0.2, 0.0, 0.8], 1.5, None)
+    learning_curves({"ABC": [{"score": [1.0, 2.0]}]}, completion, path, title="one")
     assert path.read_bytes().startswith(b"\x89PNG")

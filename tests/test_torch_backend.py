@@ -257,6 +257,13 @@ def test_empty(shape: tuple[int, int]) -> None:
     assert attnshape.whiten(out.advantages, torch.ones(shape)).shape == shape
 
 
+def test_no_output_shares_memory_with_another() -> None:
+    ones = torch.ones(2, 40)
+    out = attnshape.shape_rewards(torch.ones(2), "uniform", response_mask=ones)
+    pointers = {x.data_ptr() for x in (out.rewards, out.advantages, out.returns, out.credit, ones)}
+    assert len(pointers) == 5
+
+
 def test_no_keys_at_all() -> None:
     inputs = AttentionInputs(torch.randn(2, 2, 8), torch.randn(2, 1, 0, 8), 1.0)
     assert attnshape.attention_row(inputs).shape == (2, 0)

@@ -1,35 +1,48 @@
-"""Learning curves as a PNG."""
+"""Learning curves, beside a completion coloured by its credit, as a PNG."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from attnshape.demo.ppo import Method
+from attnshape.demo.ppo import Completion, Method
 from attnshape.demo.results import smooth
 
 PANELS = {"true_reward": "true reward", "score": "reward model's reward", "kl": "KL to the initial policy"}
+CHARACTERS_PER_LINE, LINES = 46, 15
+CHARACTER, LINE = (5.1, 15.0)
+"""Points between neighbours in text of 8.5 points."""
 COLORS: dict[Method, str] = {"sparse": "#777777", "ABC": "#d1495b", "uniform": "#30638e"}
 
 
 def learning_curves(
-    curves: Mapping[Method, Sequence[Mapping[str, Sequence[float]]]], path: Path, *, title: str
+    curves: Mapping[Method, Sequence[Mapping[str, Sequence[float]]]],
+    completion: Completion,
+    path: Path,
+    *,
+    title: str,
 ) -> None:
-    """One panel per quantity: seeds as thin lines, their mean as a thick one, one standard deviation shaded.
+    """A completion of the last method, then one panel per quantity.
 
-    ``curves[method][i][quantity]`` is the curve of the method's ``i``-th seed over the steps; a quantity that
-    no run has is left out. Curves are means over the last 5 steps.
+    Seeds are thin lines, their mean a thick one with one standard deviation shaded; curves are means over the
+    last 5 steps. ``curves[method][i][quantity]`` is the curve of the method's ``i``-th seed over the steps; a
+    quantity that no run has is left out.
     """
     recorded = next(iter(curves.values()))[0]
     panels = {name: label for name, label in PANELS.items() if name in recorded}
-    figure = Figure(figsize=(4.4 * len(panels), 3.6), layout="constrained")
+    figure = Figure(figsize=(4.0 * (1 + len(panels)), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    text, *row = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
+    text.set_title(f"a completion after PPO with {list(curves)[-1]}", fontsize="medium")
+    _draw_completion(text, completion)
     for axes, (name, label) in zip(row, panels.items(), strict=True):
         for method, runs in curves.items():
             ys = np.array([smooth(run[name]) for run in runs])
@@ -43,5 +56,38 @@ def learning_curves(
         axes.set_title(label, fontsize="medium")
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False)
+    row[0].legend(frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def _draw_completion(axes: Axes, completion: Completion) -> None:
+    """The prompt in grey, then every token on a ground as strong as its credit; cut where the panel ends."""
+    axes.set_axis_off()
+    background, full = np.array(to_rgb("white")), np.array(to_rgb("#f5a623"))
+    peak = max(completion.credit, default=0.0) or 1.0
+    pieces: list[tuple[str, dict[str, Any]]] = [(completion.prompt, {"color": "#777777"})]
+    for token, credit in zip(completion.tokens, completion.credit, strict=True):
+        face = background + (full - background) * max(credit, 0.0) / peak
+        pieces.append((token, {"bbox": {"facecolor": face, "edgecolor": "none", "pad": 1.2}}))
+    line = column = 0
+    for piece, style in pieces:
+        for i, word in enumerate(piece.split(" ")):
+            shown = "".join(c if c.isascii() and c.isprintable() else "\N{MIDDLE DOT}" for c in word)
+            column += bool(i and column)
+            if column and column + len(shown) > CHARACTERS_PER_LINE:
+                line, column = line + 1, 0
+            if line == LINES:
+                return
+            axes.annotate(
+                shown,
+                (0, 1),
+                xycoords="axes fraction",
+                xytext=(CHARACTER * column, -LINE * (line + 1)),
+                textcoords="offset points",
+                family="monospace",
+                fontsize=8.5,
+                parse_math=False,
+                annotation_clip=False,
+                **style,
+            )
+            column += len(shown)

@@ -231,7 +231,9 @@ def write_results(results: Results, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as scratch:
         new = Path(scratch)
-        learning_curves(curves, new / "learning_curves.png", title="sparse reward and attention-based credit")
+        last = results.of(results.config.methods[-1])[0].completions[0]
+        title = "PPO with sparse reward and with attention-based credit"
+        learning_curves(curves, last, new / "learning_curves.png", title=title)
         page = credit_page("Completions after PPO, coloured by credit", items)
         (new / "credit.html").write_text(page, encoding="utf-8")
         (new / "results.json").write_text(json.dumps(results.to_json(), indent=1, default=str) + "\n")
