@@ -16,7 +16,6 @@ from torch import Tensor
 
 from attnshape.types import (
     MIN_MASS,
-    Attention,
     AttentionInputs,
     CreditName,
     MaskSemantics,
@@ -233,23 +232,21 @@ def _attention(layer: _Layer, positions: Tensor) -> Tensor:
     return probs.masked_fill(~visible, 0.0)
 
 
-def _layers(inputs: Attention) -> Sequence[AttentionInputs]:
-    return [inputs] if isinstance(inputs, AttentionInputs) else inputs
-
-
-def _head_mean(inputs: Attention, last_response: Tensor | None) -> tuple[Tensor, _Layer, Tensor]:
+def _head_mean(
+    inputs: Sequence[AttentionInputs], last_response: Tensor | None
+) -> tuple[Tensor, _Layer, Tensor]:
     """Mean over layers and heads of the attention rows ``[B, S]``, the first layer, and the invalid rows."""
-    layers = [_layer(x, last_response) for x in _layers(inputs)]
+    layers = [_layer(x, last_response) for x in inputs]
     rows = [_attention(layer, layer.position[:, None])[:, :, 0].mean(1) for layer in layers]
     mean = rows[0] if len(rows) == 1 else torch.stack(rows).mean(0)
     invalid = torch.stack([layer.invalid for layer in layers]).any(0)
     return mean, layers[0], invalid
 
 
-def attention_row(inputs: Attention) -> Tensor:
+def attention_row(inputs: Sequence[AttentionInputs]) -> Tensor:
     row, layer, invalid = _head_mean(inputs, None)
     row = row.masked_fill(invalid[:, None], math.nan)
-    return row if layer.packing is None else layer.packing.pack(row, _layers(inputs)[0].key.shape[0])
+    return row if layer.packing is None else layer.packing.pack(row, inputs[0].key.shape[0])
 
 
 def _positions_in_range(rows: _Rows, positions: Tensor, lowest: int, lengths: Tensor) -> Tensor:
@@ -281,7 +278,7 @@ def _last_response(rows: _Rows, positions: Tensor) -> Tensor:
     return positions.gather(1, rows.last.clamp(min=0)[:, None])[:, 0]
 
 
-def _raw_credit(inputs: Attention, rows: _Rows) -> tuple[Tensor, Tensor]:
+def _raw_credit(inputs: Sequence[AttentionInputs], rows: _Rows) -> tuple[Tensor, Tensor]:
     """Head mean of the attention at the response tokens, ``[B, R]``, and the rows that are out of range."""
     positions = rows.key_positions()
     attention, layer, invalid = _head_mean(inputs, _last_response(rows, positions))
@@ -313,7 +310,9 @@ def _normalized(raw: Tensor, rows: _Rows, normalization: Normalization) -> Tenso
     return rows.restore(credit)
 
 
-def attention_credit(inputs: Attention, response: Response, normalization: Normalization) -> Tensor:
+def attention_credit(
+    inputs: Sequence[AttentionInputs], response: Response, normalization: Normalization
+) -> Tensor:
     rows = _Rows.of(response)
     return _normalized(_raw_credit(inputs, rows)[0], rows, normalization)
 
@@ -445,7 +444,7 @@ def _score_positions(rows: _Rows, config: ShapingConfig) -> Tensor:
 
 def shape_rewards(
     score: Tensor,
-    credit: Tensor | Attention | CreditName,
+    credit: Tensor | Sequence[AttentionInputs] | CreditName,
     tokens: TokenInputs,
     response: Response,
     config: ShapingConfig,

@@ -14,7 +14,6 @@ from torch import Tensor
 import csrc_triton
 from attnshape.types import (
     MIN_MASS,
-    Attention,
     AttentionInputs,
     CreditName,
     MaskSemantics,
@@ -69,17 +68,11 @@ def _mean(rows: list[Tensor]) -> Tensor:
     return rows[0] if len(rows) == 1 else torch.stack(rows).mean(0)
 
 
-def _layers(inputs: Attention) -> Sequence[AttentionInputs]:
-    return [inputs] if isinstance(inputs, AttentionInputs) else inputs
+def attention_row(inputs: Sequence[AttentionInputs]) -> Tensor:
+    return _mean([csrc_triton.attention_row(x.query, x.key, x.scaling, **_options(x)) for x in inputs])
 
 
-def attention_row(inputs: Attention) -> Tensor:
-    return _mean(
-        [csrc_triton.attention_row(x.query, x.key, x.scaling, **_options(x)) for x in _layers(inputs)]
-    )
-
-
-def _raw_credit(inputs: Attention, response: Response) -> tuple[Tensor, Tensor]:
+def _raw_credit(inputs: Sequence[AttentionInputs], response: Response) -> tuple[Tensor, Tensor]:
     """Attention at the response tokens, and the status of each row."""
     rows = [
         csrc_triton.attention_credit_raw(
@@ -93,12 +86,14 @@ def _raw_credit(inputs: Attention, response: Response) -> tuple[Tensor, Tensor]:
             out_of_range=STATUS_BITS.out_of_range,
             **_options(x),
         )
-        for x in _layers(inputs)
+        for x in inputs
     ]
     return _mean([raw for raw, _ in rows]), functools.reduce(operator.or_, [status for _, status in rows])
 
 
-def attention_credit(inputs: Attention, response: Response, normalization: Normalization) -> Tensor:
+def attention_credit(
+    inputs: Sequence[AttentionInputs], response: Response, normalization: Normalization
+) -> Tensor:
     raw, status = _raw_credit(inputs, response)
     credit = csrc_triton.sweep(
         response.mask,
@@ -129,7 +124,7 @@ def _recurrence(
 
 def shape_rewards(
     score: Tensor,
-    credit: Tensor | Attention | CreditName,
+    credit: Tensor | Sequence[AttentionInputs] | CreditName,
     tokens: TokenInputs,
     response: Response,
     config: ShapingConfig,

@@ -1,4 +1,4 @@
-"""Weights over one tokenizer's tokens carried to another's by the characters they share (spec.md 2.3, 5).
+"""Weights over one tokenizer's tokens carried to another's by the characters they share.
 
 A PPO loop decodes the policy's tokens, puts them into the reward model's chat template and tokenises again:
 the reward model's credit lies on other tokens than the policy's rewards.

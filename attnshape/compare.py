@@ -20,7 +20,7 @@ KL_COEF = 0.1
 
 
 class Shape(NamedTuple):
-    """Sizes as in spec.md section 1."""
+    """Batch, keys, response tokens, query heads, key heads, head width."""
 
     B: int
     S: int

@@ -1,4 +1,4 @@
-"""The numerical bounds of spec.md section 6, in one home: the tests and ``attnshape compare`` use these.
+"""The numerical bounds, in one home: the tests and ``attnshape compare`` use these.
 
 A row is the last dimension; packed tensors are to be split into rows first. ``expected`` is the float64
 reference on the same inputs, upcast. Non-finite values of it leave the bounds of their row finite.

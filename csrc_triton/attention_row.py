@@ -1,4 +1,4 @@
-"""One row of attention per sequence, averaged over heads: at all keys or at response tokens (spec.md 2.1)."""
+"""One row of attention per sequence, averaged over heads: at all keys or at response tokens."""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations

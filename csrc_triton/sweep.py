@@ -1,4 +1,4 @@
-"""From score and credit to rewards, advantages and returns (spec.md 3 and 4): one program per row."""
+"""From score and credit to rewards, advantages and returns: one program per row."""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The bounds of spec.md section 6 in hand-computed cases."""
+"""The numerical bounds in hand-computed cases."""
 
 import pytest
 import torch
