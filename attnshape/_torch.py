@@ -442,6 +442,44 @@ def _score_positions(rows: _Rows, config: ShapingConfig) -> Tensor:
     return torch.full_like(rows.last, rows.live.shape[1] - 1)
 
 
+def _weights(
+    raw: Tensor | None,
+    source: object,
+    rows: _Rows,
+    score_at: Tensor,
+    config: ShapingConfig,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Credit ``[B, R]`` of raw weights or a named source, raw mass ``[B]``, and the rows that fell back."""
+    if raw is not None:
+        return _normalize(raw.to(dtype), rows, score_at, config.normalization)
+    count = rows.live.sum(1)
+    total = count if config.normalization == "sum_to_length" else torch.ones_like(count)
+    mass = torch.zeros(len(count), dtype=torch.float64, device=count.device)
+    if source == "uniform":
+        each = (total / count).to(dtype)[:, None].expand(rows.live.shape)
+        weights = each.masked_fill(~rows.live, 0.0)
+    else:
+        weights = _one_hot(rows, score_at, total, torch.empty(0, dtype=dtype, device=count.device))
+    return weights, mass, torch.zeros_like(count, dtype=torch.bool)
+
+
+def _row_stats(
+    weights: Tensor, spread: Tensor, score: Tensor, mass: Tensor | None, rows: _Rows, usable: Tensor
+) -> RowStats:
+    dtype = weights.dtype
+    share = weights / weights.sum(1, dtype=torch.float64).to(dtype)[:, None]
+    share = share.masked_fill(weights == 0, 0.0)
+    at_last = torch.arange(weights.shape[1], device=weights.device) == rows.last[:, None]
+    error = (spread.sum(1, dtype=torch.float64) - score).abs().to(dtype)
+    return RowStats(
+        entropy=torch.special.entr(share).sum(1).masked_fill(~usable, 0.0),
+        last_share=share.masked_fill(~at_last, 0.0).sum(1).masked_fill(~usable, 0.0),
+        response_share=None if mass is None else mass.to(dtype).masked_fill(~usable, 0.0),
+        score_error=error.masked_fill(~usable, 0.0),
+    )
+
+
 def shape_rewards(
     score: Tensor,
     credit: Tensor | Sequence[AttentionInputs] | CreditName,
@@ -451,38 +489,25 @@ def shape_rewards(
 ) -> ShapedRewards:
     rows = _Rows.of(response)
     live, filled = rows.live, rows.live.any(1)
-    batch, width = live.shape
+    width = live.shape[1]
     score_at = _score_positions(rows, config)
     lengths = rows.packing.inside.sum(1) if rows.packing is not None else torch.full_like(score_at, width)
     invalid = rows.invalid | (filled & ((score_at < 0) | (score_at >= lengths)))
-    attention = not isinstance(credit, Tensor | str)
     raw = None
+    attention = not isinstance(credit, Tensor | str)
     if isinstance(credit, Tensor):
         raw = rows.pad(credit)
     elif not isinstance(credit, str):
         raw, bad = _raw_credit(credit, rows)
         invalid = invalid | bad
-    floats = [x for x in tokens if x is not tokens.kl_coef]
-    dtype = compute_dtype(score, raw, *floats)
+    dtype = compute_dtype(score, raw, *(x for x in tokens if x is not tokens.kl_coef))
     score = score.to(dtype).clamp(*config.score_bounds)
-    count = live.sum(1)
-    fallback = torch.zeros_like(filled)
-    mass = torch.zeros(batch, dtype=torch.float64, device=live.device)
-    total = count if config.normalization == "sum_to_length" else torch.ones_like(count)
-    like = torch.empty(0, dtype=dtype, device=live.device)
-    if raw is not None:
-        weights, mass, fallback = _normalize(raw.to(dtype), rows, score_at, config.normalization)
-    elif credit == "uniform":
-        weights = live * (total / count).to(dtype)[:, None]
-        weights = weights.masked_fill(~live, 0.0)
-    else:
-        weights = _one_hot(rows, score_at, total, like)
+    weights, mass, fallback = _weights(raw, credit, rows, score_at, config, dtype)
 
-    on_score = torch.arange(width, device=live.device) == score_at[:, None]
+    on_score = live & (torch.arange(width, device=live.device) == score_at[:, None])
     spread = config.beta * score[:, None] * weights
     spread = spread + torch.where(on_score, ((1 - config.beta) * score)[:, None], 0.0)
-    spread = spread.masked_fill(~live, 0.0)
-    rewards = spread
+    spread = rewards = spread.masked_fill(~live, 0.0)
     if tokens.terminal_reward is not None:
         rewards = rewards + torch.where(on_score, tokens.terminal_reward.to(dtype)[:, None], 0.0)
     if tokens.token_rewards is not None:
@@ -500,30 +525,17 @@ def shape_rewards(
     finite = torch.stack([x.isfinite().all(1) for x in outputs]).all(0)
     if config.on_nan == "zero_row":
         outputs = [torch.where(finite[:, None], x, 0.0) for x in outputs]
-    score_masked = filled & ~invalid & ~(on_score & live).any(1)
+    usable = filled & ~invalid
     flags = {
         Status.FALLBACK: fallback & ~invalid,
         Status.EMPTY: ~filled & ~invalid,
-        Status.SCORE_MASKED: score_masked,
+        Status.SCORE_MASKED: usable & ~on_score.any(1),
         Status.OUT_OF_RANGE: invalid,
         Status.NONFINITE: ~finite,
     }
-    status = torch.zeros(batch, dtype=torch.int32, device=live.device)
+    status = torch.zeros(len(live), dtype=torch.int32, device=live.device)
     for flag, which in flags.items():
         status |= which.to(torch.int32) * int(flag)
-
-    usable = filled & ~invalid
-    weight_sum = weights.sum(1, dtype=torch.float64)
-    p = weights / weight_sum.to(dtype)[:, None]
-    p = p.masked_fill(weights == 0, 0.0)
-    last_weight = p.gather(1, rows.last.clamp(min=0)[:, None])[:, 0] if width else torch.zeros_like(score)
-    error = (spread.sum(1, dtype=torch.float64) - score).abs().to(dtype)
-    stats = RowStats(
-        entropy=torch.special.entr(p).sum(1).masked_fill(~usable, 0.0),
-        last_share=last_weight.masked_fill(~usable, 0.0),
-        response_share=mass.to(dtype).masked_fill(~usable, 0.0) if attention else None,
-        score_error=error.masked_fill(~usable, 0.0),
-    )
     restored = [rows.restore(x) for x in outputs]
     return ShapedRewards(
         rewards=restored[0],
@@ -532,7 +544,7 @@ def shape_rewards(
         credit=restored[3],
         kl=None if kl is None else restored[4],
         status=status,
-        row_stats=stats,
+        row_stats=_row_stats(weights, spread, score, mass if attention else None, rows, usable),
     )
 
 
