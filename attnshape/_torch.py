@@ -575,7 +575,8 @@ def _select_(x: Tensor, kept: Tensor) -> Tensor:
 def _suffix_scan(x: Tensor, gl: Tensor) -> Tensor:
     """``W_t = gl * W_{t+1} + x_t`` along the rows of ``[B, R]``.
 
-    Within a chunk a triangular product, between chunks the same scan over their first values, in float64.
+    Within a chunk a triangular product, between chunks the same scan over their first values: no sum is
+    longer than a chunk, so float32 is enough at any length.
     """
     rows, width = x.shape
     if not x.numel():
@@ -589,8 +590,8 @@ def _suffix_scan(x: Tensor, gl: Tensor) -> Tensor:
     chunks = x.reshape(rows, -1, chunk)
     out = chunks @ (decays[0] if len(decays) == 1 else decays)
     if out.shape[1] > 1:
-        first = _suffix_scan(out[:, :, 0].double(), gl**chunk)
-        later = torch.nn.functional.pad(first[:, 1:], (0, 1)).to(x.dtype)
+        first = _suffix_scan(out[:, :, 0], gl**chunk)
+        later = torch.nn.functional.pad(first[:, 1:], (0, 1))
         out.addcmul_(later[:, :, None], (gl[:, None, None] ** (chunk - i)).to(x.dtype))
     return out.view(rows, -1)[:, :width]
 

@@ -39,6 +39,21 @@ def finite(x: Tensor) -> Tensor:
     return torch.nan_to_num(x.double(), 0.0, 0.0, 0.0)
 
 
+def log_sum_exp(query: Tensor, key: Tensor, attended: Tensor, layer: dict[str, Any]) -> Tensor:
+    """Of the scores of every query, or of the last, with what it sees: ``[B, Hq, S]`` or ``[B, Hq]``."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1).nan_to_num(0.0)
+    last = attended * torch.arange(attended.shape[1])
+    position = last.amax(1, keepdim=True) if query.ndim == 3 else torch.arange(attended.shape[1])[None]
+    queries = query[:, :, None] if query.ndim == 3 else query
+    scores = 0.3 * queries.double() @ key.double().transpose(-1, -2)
+    if layer.get("softcap"):
+        scores = layer["softcap"] * torch.tanh(scores / layer["softcap"])
+    distance = position[:, :, None] - torch.arange(attended.shape[1])
+    visible = attended[:, None] & (distance >= 0) & (distance < (layer.get("sliding_window") or 10**6))
+    lse = scores.masked_fill(~visible[:, None], float("-inf")).logsumexp(-1).float()
+    return lse[:, :, 0] if query.ndim == 3 else lse
+
+
 @dataclass
 class Problem:
     """One call of ``shape_rewards``, as padded inputs."""
@@ -135,8 +150,21 @@ def make_problem(
     row = query.transpose(1, 2)[torch.arange(batch), position]
     if whole_query and attention_mask:
         layer["query_position"] = position
+    if layer.pop("lse", False):
+        layer["lse"] = log_sum_exp(query if whole_query else row, key, attended, layer)
     inputs = AttentionInputs((query if whole_query else row).to(dtype), key.to(dtype), 0.3, **layer)
     return Problem(normal(batch), inputs, kwargs, config or ShapingConfig())
+
+
+def distant_response(distance: float) -> Problem:
+    """A prompt key outscores the response's keys by ``distance``: their weights are ``exp(-distance)``."""
+    key = torch.zeros(1, 1, 5, 8)
+    key[0, 0, 0, 0] = distance
+    key[0, 0, 2:, 0] = torch.tensor([0.0, 0.5, -0.5])
+    query = torch.zeros(1, 1, 8)
+    query[..., 0] = 1.0
+    kwargs = {"response_mask": torch.ones(1, 3), "response_start": torch.tensor([2])}
+    return Problem(torch.ones(1), AttentionInputs(query, key, 1.0), kwargs)
 
 
 def pack(problem: Problem) -> Problem:
@@ -152,13 +180,16 @@ def pack(problem: Problem) -> Problem:
     query = inputs.query
     if query.ndim == 4:
         query = query.transpose(1, 2).flatten(0, 1)
-    mask = inputs.attention_mask
+    mask, lse = inputs.attention_mask, inputs.lse
+    if lse is not None and lse.ndim == 3:
+        lse = lse.transpose(1, 2).flatten(0, 1)
     packed = dataclasses.replace(
         inputs,
         query=query,
         key=inputs.key.transpose(1, 2).flatten(0, 1),
         attention_mask=None if mask is None else mask.flatten(),
         cu_seqlens=cu_seqlens,
+        lse=lse,
     )
     return Problem(problem.score, packed, kwargs, problem.config)
 
@@ -202,6 +233,7 @@ def problems(draw: st.DrawFn, **fixed: Any) -> Problem:
         "softcap": pick(None, 5.0),
         "sliding_window": pick(None, None, 1, 7),
         "sinks": draw(st.booleans()),
+        "lse": draw(st.booleans()),
         "dtype": pick(torch.float32, torch.bfloat16, torch.float16),
         "config": config,
     }

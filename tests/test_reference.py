@@ -234,6 +234,14 @@ def test_a_hand_computed_row() -> None:
     torch.testing.assert_close(out.row_stats.last_share, f64([0.75])[0])
 
 
+def test_score_clip() -> None:
+    for clip, want in ((4.0, -4.0), ((-3.0, 9.0), -3.0), (None, -6.0)):
+        out = reference.shape_rewards(
+            f64([-6.0])[0], "sparse", response_mask=torch.ones(1, 2), config=ShapingConfig(score_clip=clip)
+        )
+        assert out.rewards.tolist() == [[0.0, want]]
+
+
 def test_one_token() -> None:
     out = reference.shape_rewards(
         f64([2.0])[0],

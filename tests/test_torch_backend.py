@@ -9,7 +9,17 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import Problem, assert_within, check_shaped, make_problem, pack, problems, rows_of, to_float64
+from problems import (
+    Problem,
+    assert_within,
+    check_shaped,
+    distant_response,
+    make_problem,
+    pack,
+    problems,
+    rows_of,
+    to_float64,
+)
 
 import attnshape
 from attnshape import AttentionInputs, ShapingConfig, Status, reference
@@ -257,6 +267,15 @@ def test_empty(shape: tuple[int, int]) -> None:
     assert attnshape.whiten(out.advantages, torch.ones(shape)).shape == shape
 
 
+@pytest.mark.parametrize("distance", [60.0, 75.0, 300.0])
+def test_credit_underflows_where_the_reference_says(distance: float) -> None:
+    check_shaped(distant_response(distance), "torch")
+    fell_back = attnshape.shape_rewards(
+        torch.ones(1), distant_response(distance).inputs, **distant_response(distance).kwargs
+    ).status
+    assert bool(fell_back & int(Status.FALLBACK)) == (distance > 70)
+
+
 def test_no_output_shares_memory_with_another() -> None:
     ones = torch.ones(2, 40)
     out = attnshape.shape_rewards(torch.ones(2), "uniform", response_mask=ones)
@@ -299,7 +318,7 @@ def test_whiten(bessel: bool, eps_mode: str, shift_mean: bool, count: int) -> No
     torch.testing.assert_close(kept.double(), want, rtol=1e-6, atol=1e-6)
 
 
-SHARDS = [(4, 0.5), (3, 2.0), (0, 0.5)]  # rows and share of live tokens: uneven, none live, empty
+SHARDS = [(4, 0.5), (2, 0.25), (3, 2.0), (0, 0.5)]  # rows and share of live tokens: uneven, none live, empty
 
 
 def _shard(rank: int) -> tuple[torch.Tensor, torch.Tensor]:

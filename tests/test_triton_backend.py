@@ -10,6 +10,7 @@ from problems import (
     Problem,
     assert_within,
     check_shaped,
+    distant_response,
     make_problem,
     mapped,
     pack,
@@ -115,6 +116,11 @@ def test_indices_out_of_range(where: str, value: int) -> None:
     else:
         problem.kwargs[where][1] = value
     check_shaped(problem, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("distance", [60.0, 75.0, 300.0])
+def test_credit_underflows_where_the_reference_says(distance: float) -> None:
+    check_shaped(distant_response(distance), "triton", DEVICE)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
