@@ -350,17 +350,13 @@ def validate_attention(layers: Sequence[AttentionInputs]) -> list[int]:
 def validate_response(response: Response, lengths: Sequence[int] | None, score_index: object = None) -> None:
     """Raises where a response token's key position, or ``score_index``, is out of range."""
     mask = response.mask.cpu()
-    if response.cu_seqlens is None:
-        spans = [(b, slice(None)) for b in range(mask.shape[0])]
-        rows = [mask[span] != 0 for span in spans]
-        at = None if response.index is None else [response.index.cpu()[span] for span in spans]
-    else:
-        _cu_seqlens_in_range("response_cu_seqlens", response.cu_seqlens, mask.shape[0])
-        bounds = response.cu_seqlens.tolist()
-        packed = [slice(lo, hi) for lo, hi in itertools.pairwise(bounds)]
-        rows = [mask[span] != 0 for span in packed]
-        at = None if response.index is None else [response.index.cpu()[span] for span in packed]
-    for b, live in enumerate(rows):
+    index = None if response.index is None else response.index.cpu()
+    rows: Sequence[int | slice] = range(len(mask))
+    if response.cu_seqlens is not None:
+        _cu_seqlens_in_range("response_cu_seqlens", response.cu_seqlens, len(mask))
+        rows = [slice(lo, hi) for lo, hi in itertools.pairwise(response.cu_seqlens.tolist())]
+    for b, row in enumerate(rows):
+        live = mask[row] != 0
         if not live.any():
             continue
         if isinstance(score_index, Tensor) and not 0 <= int(score_index[b]) < len(live):
@@ -369,8 +365,8 @@ def validate_response(response: Response, lengths: Sequence[int] | None, score_i
             )
         if lengths is None:
             continue
-        if at is not None:
-            low, high = int(at[b][live].min()), int(at[b][live].max())
+        if index is not None:
+            low, high = int(index[row][live].min()), int(index[row][live].max())
             if low < -1 or high >= lengths[b]:
                 raise ValueError(
                     f"response_index: row {b} spans {low} to {high}, want -1 <= response_index < {lengths[b]}"

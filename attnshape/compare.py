@@ -87,8 +87,8 @@ def compare(case: Case, backend: Backend, device: str) -> dict[str, Worst]:
     ``status`` is compared exactly: its bound is 0.
     """
     arguments = _draw(case)
-    got = shape_rewards(**_mapped(arguments, lambda x: x.to(device)), backend=backend)
-    arguments = _mapped(arguments, lambda x: x.double() if x.is_floating_point() else x)
+    got = shape_rewards(**mapped(arguments, lambda x: x.to(device)), backend=backend)
+    arguments = mapped(arguments, lambda x: x.double() if x.is_floating_point() else x)
     want = reference.shape_rewards(**arguments)
     assert want.kl is not None
     assert got.kl is not None
@@ -187,16 +187,16 @@ def _draw(case: Case) -> dict[str, Any]:
     }
 
 
-def _mapped(arguments: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """``arguments`` with every tensor changed."""
-
-    def mapped(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            return change(x)
-        if isinstance(x, AttentionInputs):
-            return dataclasses.replace(
-                x, **{f.name: mapped(getattr(x, f.name)) for f in dataclasses.fields(x) if f.name != "_"}
-            )
-        return x
-
-    return {name: mapped(x) for name, x in arguments.items()}
+def mapped(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """An argument, or what holds arguments, with its tensors changed."""
+    if isinstance(x, Tensor):
+        return change(x)
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return dataclasses.replace(
+            x, **{f.name: mapped(getattr(x, f.name), change) for f in dataclasses.fields(x)}
+        )
+    if isinstance(x, dict):
+        return {name: mapped(value, change) for name, value in x.items()}
+    if isinstance(x, list):
+        return [mapped(value, change) for value in x]
+    return x

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,22 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnshape import AttentionInputs, ShapingConfig, Status, reference, shape_rewards
+from attnshape.compare import mapped
 from attnshape.tolerance import credit_bound, gae_bound, kl_bound, reward_bound
-
-
-def mapped(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """An argument, or what holds arguments, with its tensors changed."""
-    if isinstance(x, Tensor):
-        return change(x)
-    if dataclasses.is_dataclass(x) and not isinstance(x, type):
-        return dataclasses.replace(
-            x, **{f.name: mapped(getattr(x, f.name), change) for f in dataclasses.fields(x)}
-        )
-    if isinstance(x, dict):
-        return {name: mapped(value, change) for name, value in x.items()}
-    if isinstance(x, list):
-        return [mapped(value, change) for value in x]
-    return x
 
 
 def to_float64(x: Any) -> Any:

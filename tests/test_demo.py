@@ -284,6 +284,19 @@ def test_any_saved_models_run(foreign: Path, tmp_path: Path, quiet: Console) -> 
     assert len(results.runs) == 2
 
 
+def test_a_model_without_a_trained_head_is_refused(foreign: Path, tmp_path: Path, quiet: Console) -> None:
+    config = DemoConfig(
+        policy=str(foreign / "policy"),
+        reward_model=str(foreign / "policy"),
+        prompts=foreign / "prompts.jsonl",
+        seeds=(5,),
+        out=tmp_path / "out",
+    )
+    with pytest.raises(ValueError, match="is no reward model: it lacks score"):
+        run_demo(config, quiet)
+    assert not (tmp_path / "out").exists()
+
+
 def test_credit_crosses_tokenizers(foreign: Path) -> None:
     torch.manual_seed(2)
     setup = Setup(

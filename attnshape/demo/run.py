@@ -30,12 +30,12 @@ from rich.progress import (
 )
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
+from attnshape.credit_file import load_reward_model
 from attnshape.demo.corpus import leave_one_out, true_reward, write_review
 from attnshape.demo.models import (
     POLICY,
@@ -125,16 +125,13 @@ class Setup:
     def load(self) -> tuple[ActorCritic, Judge]:
         """The policy with a new value head, and the reward model that judges it."""
         policy = AutoModelForCausalLM.from_pretrained(self.policy, dtype=torch.float32).to(self.device)
-        model = AutoModelForSequenceClassification.from_pretrained(self.reward_model, dtype=torch.float32)
-        tokenizer, judge_tokenizer = (
-            _padded(AutoTokenizer.from_pretrained(name)) for name in (self.policy, self.reward_model)
-        )
+        tokenizer = _padded(AutoTokenizer.from_pretrained(self.policy))
+        model, judge_tokenizer = load_reward_model(self.reward_model, self.device)
+        judge_tokenizer = _padded(judge_tokenizer)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = judge_tokenizer.pad_token_id
         score_function = parse_score_fn(self.score_fn)
-        judge = Judge(
-            model.to(self.device), judge_tokenizer, tokenizer, score_function, mean=self.mean, std=self.std
-        )
+        judge = Judge(model.float(), judge_tokenizer, tokenizer, score_function, mean=self.mean, std=self.std)
         return ActorCritic(policy, tokenizer), judge
 
     def reference(self, config: PPOConfig) -> tuple[float, float, float | None]:
