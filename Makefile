@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/attnshape demo --out demo-out
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --benchmark-disable
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -22,16 +22,12 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-# On a machine with a GPU whose PYTHON has torch, triton, transformers and pytest: the kernels compiled, not
-# interpreted; first that they are correct, then how fast they are. Reports go to OUT. What has nothing to do
-# with a GPU is left to `make test`.
+# On a machine with a GPU whose PYTHON has torch, triton, transformers, hypothesis, pytest, rich and typer: the
+# kernels compiled, not interpreted; first that they are correct, then how fast they are. Reports go to OUT.
+# What has nothing to do with a GPU is left to `make test`.
 gpu:
-	mkdir -p $(OUT)
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a GPU'"
-	PYTHONPATH=. $(PYTHON) -m pytest tests -q -o filterwarnings=default --junitxml=$(OUT)/tests.xml \
-		--ignore tests/test_demo.py --ignore tests/test_kernels_compile.py
-	PYTHONPATH=. $(PYTHON) -m attnshape compare --backend triton --device cuda
-	PYTHONPATH=. $(PYTHON) -m pytest benchmarks --benchmark-only --benchmark-json=$(OUT)/benchmarks.json
+	$(PYTHON) -m benchmarks.on_gpu $(OUT)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

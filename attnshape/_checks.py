@@ -6,6 +6,7 @@ checked only where the caller asks for it with ``validate=True``.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -63,18 +64,26 @@ def _has_dtype(name: str, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
         raise TypeError(f"{name}: got {x.dtype}, want one of {', '.join(map(str, dtypes))}")
 
 
-def _floats(name: str, x: object, shape: Sequence[int], of: str, like: Tensor, like_name: str) -> None:
+def _fits(
+    dtypes: Sequence[torch.dtype],
+    name: str,
+    x: object,
+    shape: Sequence[int],
+    of: str,
+    like: Tensor,
+    like_name: str,
+) -> None:
+    # A right argument costs one condition: every call makes a dozen of these checks.
+    if isinstance(x, Tensor) and x.dtype in dtypes and x.shape == shape and x.device == like.device:
+        return
     tensor = _is_tensor(name, x)
-    _has_dtype(name, tensor, FLOATS)
+    _has_dtype(name, tensor, dtypes)
     _has_shape(name, tensor, shape, of)
     _is_on(name, tensor, like.device, like_name)
 
 
-def _ints(name: str, x: object, shape: Sequence[int], of: str, like: Tensor, like_name: str) -> None:
-    tensor = _is_tensor(name, x)
-    _has_dtype(name, tensor, INTEGERS)
-    _has_shape(name, tensor, shape, of)
-    _is_on(name, tensor, like.device, like_name)
+_floats = functools.partial(_fits, FLOATS)
+_ints = functools.partial(_fits, INTEGERS)
 
 
 def layers_of(inputs: Attention) -> Sequence[AttentionInputs]:
@@ -136,7 +145,9 @@ def _check_layer(x: AttentionInputs) -> None:
         raise ValueError(f"query: got head width {query.shape[-1]}, want {width}, that of key")
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
         raise ValueError(f"query: got {heads} heads, want a multiple of key's {kv_heads}")
-    if x.has_all_queries is False and x.query_position == "last_response":
+    # A tensor takes long to say that it is no string.
+    position = x.query_position if isinstance(x.query_position, str) else None
+    if position == "last_response" and not x.has_all_queries:
         raise ValueError(
             'query_position: got "last_response" with one query row per sequence, want every query'
         )
@@ -145,7 +156,7 @@ def _check_layer(x: AttentionInputs) -> None:
         _ints("key_start", x.key_start, (batch,), "[B]", key, "key")
     if isinstance(x.query_position, Tensor):
         _ints("query_position", x.query_position, (batch,), "[B]", key, "key")
-    elif x.query_position not in (None, "last_response"):
+    elif x.query_position is not None and position != "last_response":
         raise ValueError(f'query_position: got {x.query_position!r}, want int [B], "last_response" or None')
     if x.attention_mask is not None:
         _has_shape("attention_mask", _is_tensor("attention_mask", x.attention_mask), wanted, of)
@@ -160,6 +171,9 @@ def _check_layer(x: AttentionInputs) -> None:
         else:
             shape, of = (batch, heads), "[B, Hq]"
         _floats("lse", x.lse, shape, of, key, "key")
+    if x.head_mask is not None:
+        _has_shape("head_mask", _is_tensor("head_mask", x.head_mask), (heads,), "[Hq]")
+        _is_on("head_mask", x.head_mask, key.device, "key")
     if not math.isfinite(x.scaling):
         raise ValueError(f"scaling: got {x.scaling}, want a finite number")
     if x.softcap is not None and not x.softcap > 0:
@@ -287,11 +301,17 @@ def check_config(config: ShapingConfig, batch: int, mask: Tensor) -> None:
         )
 
 
-def check_whiten(x: object, mask: object) -> None:
+def check_whiten(x: object, mask: object, moments: object) -> None:
     x, mask = _is_tensor("x", x), _is_tensor("mask", mask)
     _has_dtype("x", x, FLOATS)
     _has_shape("mask", mask, x.shape, "that of x")
     _is_on("mask", mask, x.device, "x")
+    if moments is not None:
+        moments = _is_tensor("moments", moments)
+        _has_dtype("moments", moments, FLOATS)
+        if moments.ndim == 0 or moments.shape[-1] != 3:
+            raise ValueError(f"moments: got shape {tuple(moments.shape)}, want [..., 3]")
+        _is_on("moments", moments, x.device, "x")
 
 
 def check_rollout_norms(

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from attnshape.types import (
@@ -232,12 +231,26 @@ def _attention(layer: _Layer, positions: Tensor) -> Tensor:
     return probs.masked_fill(~visible, 0.0)
 
 
+def _chosen(inputs: AttentionInputs, x: Tensor) -> Tensor:
+    """``x`` ([B, Hq, ...]), 0 in heads that do not count."""
+    if inputs.head_mask is None:
+        return x
+    return x.masked_fill((inputs.head_mask == 0).view(-1, *[1] * (x.ndim - 2)), 0.0)
+
+
+def _mean_over_heads(inputs: AttentionInputs, probs: Tensor) -> Tensor:
+    """``[B, Hq, ...]`` to ``[B, ...]``."""
+    if inputs.head_mask is None:
+        return probs.mean(1)
+    return _chosen(inputs, probs).sum(1) / (inputs.head_mask != 0).sum().clamp(min=1)
+
+
 def _head_mean(
     inputs: Sequence[AttentionInputs], last_response: Tensor | None
 ) -> tuple[Tensor, _Layer, Tensor]:
     """Mean over layers and heads of the attention rows ``[B, S]``, the first layer, and the invalid rows."""
     layers = [_layer(x, last_response) for x in inputs]
-    rows = [_attention(layer, layer.position[:, None])[:, :, 0].mean(1) for layer in layers]
+    rows = [_mean_over_heads(x.inputs, _attention(x, x.position[:, None])[:, :, 0]) for x in layers]
     mean = rows[0] if len(rows) == 1 else torch.stack(rows).mean(0)
     invalid = torch.stack([layer.invalid for layer in layers]).any(0)
     return mean, layers[0], invalid
@@ -346,7 +359,7 @@ def attention_column_credit(
     step = _query_chunk(layer)
     for lo in range(0, width, step):
         at = order[:, lo : lo + step].clamp(0, max(keys - 1, 0))
-        weights = _attention(layer, at).mean(1)  # [B, n, S]
+        weights = _mean_over_heads(inputs, _attention(layer, at))  # [B, n, S]
         columns += weights.masked_fill(~asking[:, lo : lo + step, None], 0.0).sum(1)
     invalid = rows.invalid | layer.invalid | ~_positions_in_range(rows, positions, 0, layer.lengths)
     weights = torch.cat([columns, columns.new_zeros(batch, 1)], 1).gather(1, order.clamp(0, keys))
@@ -384,7 +397,7 @@ def attention_rollout(
             norms, residual = value_norms[i], residual_norms[i]
             if layer.packing is not None:
                 norms, residual = layer.packing.pad(norms).transpose(1, 2), layer.packing.pad(residual)
-            norms = norms.to(layer.dtype).masked_fill(~layer.attended[:, None], 0.0)
+            norms = _chosen(layer.inputs, norms.to(layer.dtype)).masked_fill(~layer.attended[:, None], 0.0)
             residual = residual.to(layer.dtype)
         below = torch.zeros_like(r)
         step = _query_chunk(layer)
@@ -393,11 +406,12 @@ def attention_rollout(
             attention, above = _attention(layer, at), r[:, lo : lo + step]
             asked = (above != 0)[..., None]  # a query that carries nothing adds nothing, NaN included
             if plain:
-                moved = attention.mean(1).masked_fill(~asked, 0.0)
+                moved = _mean_over_heads(layer.inputs, attention).masked_fill(~asked, 0.0)
                 below += torch.einsum("bs,bst->bt", above, moved) / 2
                 below[:, lo : lo + step] += above / 2
                 continue
-            moved = torch.einsum("bhst,bht->bst", attention, norms).masked_fill(~asked, 0.0)
+            moved = torch.einsum("bhst,bht->bst", _chosen(layer.inputs, attention), norms)
+            moved = moved.masked_fill(~asked, 0.0)
             kept = residual[:, lo : lo + step]
             share = (above / (moved.sum(-1) + kept)).masked_fill(above == 0, 0.0)
             below += torch.einsum("bs,bst->bt", share, moved)
@@ -465,7 +479,13 @@ def _weights(
 
 
 def _row_stats(
-    weights: Tensor, spread: Tensor, score: Tensor, mass: Tensor | None, rows: _Rows, usable: Tensor
+    weights: Tensor,
+    spread: Tensor,
+    score: Tensor,
+    mass: Tensor | None,
+    advantages: Tensor,
+    rows: _Rows,
+    usable: Tensor,
 ) -> RowStats:
     dtype = weights.dtype
     share = weights / weights.sum(1, dtype=torch.float64).to(dtype)[:, None]
@@ -477,6 +497,7 @@ def _row_stats(
         last_share=share.masked_fill(~at_last, 0.0).sum(1).masked_fill(~usable, 0.0),
         response_share=None if mass is None else mass.to(dtype).masked_fill(~usable, 0.0),
         score_error=error.masked_fill(~usable, 0.0),
+        advantage_moments=_moments(advantages, rows.live).to(dtype),
     )
 
 
@@ -544,7 +565,7 @@ def shape_rewards(
         credit=restored[3],
         kl=None if kl is None else restored[4],
         status=status,
-        row_stats=_row_stats(weights, spread, score, mass if attention else None, rows, usable),
+        row_stats=_row_stats(weights, spread, score, mass if attention else None, outputs[1], rows, usable),
     )
 
 
@@ -669,47 +690,59 @@ def gae(
     lam_value: float | Tensor | None,
     mask_semantics: MaskSemantics,
     bootstrap: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    return_moments: bool,
+) -> tuple[Tensor, ...]:
     rows = _Rows.of(response)
     config = ShapingConfig(gamma=gamma, lam=lam, lam_value=lam_value, mask_semantics=mask_semantics)
     dtype = compute_dtype(rewards, values, bootstrap)
     values = None if values is None else rows.pad(values)
     advantages, returns = _gae(rows.pad(rewards), values, rows, config, bootstrap, dtype)
-    if rows.packing is None:
-        return advantages, returns
-    lost = rows.live & rows.invalid[:, None]
-    advantages, returns = (rows.restore(x.masked_fill(lost, math.nan)) for x in (advantages, returns))
-    return advantages, returns
+    if rows.packing is not None:
+        lost = rows.live & rows.invalid[:, None]
+        advantages, returns = (x.masked_fill(lost, math.nan) for x in (advantages, returns))
+    moments = (_moments(advantages, rows.live).to(dtype),) if return_moments else ()
+    return rows.restore(advantages), rows.restore(returns), *moments
+
+
+# Whitening -------------------------------------------------------------------------------------------
+
+
+def _moments(x: Tensor, live: Tensor) -> Tensor:
+    """Count, mean and sum of squared deviations along the last axis where ``live``: float64 ``[..., 3]``."""
+    count = live.sum(-1).double()
+    tokens = x.double().masked_fill(~live, 0.0)
+    mean = tokens.sum(-1) / count.clamp(min=1)
+    m2 = (tokens - mean[..., None]).masked_fill(~live, 0.0).square().sum(-1)
+    return torch.stack([count, mean, m2], -1)
+
+
+def _folded(moments: Tensor) -> Tensor:
+    """The moments of what ``moments`` ([..., 3]) are moments of parts of: float64 ``[3]``."""
+    counts, means, m2s = moments.double().reshape(-1, 3).unbind(1)
+    means = means.masked_fill(counts == 0, 0.0)
+    count = counts.sum()
+    mean = (counts * means).sum() / count.clamp(min=1)
+    m2 = m2s.sum() + (counts * (means - mean).square()).sum()
+    return torch.stack([count, mean, m2])
 
 
 def whiten(
     x: Tensor,
     mask: Tensor,
+    moments: Tensor | None,
+    gather: Callable[[Tensor], Tensor] | None,
     bessel: bool,
     eps: float,
     eps_mode: Literal["add", "clamp"],
     shift_mean: bool,
     zero_masked: bool,
-    process_group: dist.ProcessGroup | None,
 ) -> Tensor:
-    live = mask != 0
-    dtype = compute_dtype(x)
-    tokens = x.double().masked_fill(~live, 0.0)
-    count = live.sum().double()
-    mean = tokens.sum() / count.clamp(min=1)
-    m2 = (tokens - mean).masked_fill(~live, 0.0).square().sum()
-    if process_group is not None:
-        ranks = dist.get_world_size(process_group)
-        moments = torch.stack([count, mean, m2])
-        gathered = [torch.empty_like(moments) for _ in range(ranks)]
-        dist.all_gather(gathered, moments, group=process_group)
-        counts, means, m2s = torch.stack(gathered).unbind(1)
-        count = counts.sum()
-        mean = (counts * means).sum() / count.clamp(min=1)
-        m2 = m2s.sum() + (counts * (means - mean).square()).sum()
+    if moments is None:
+        moments = _moments(x.reshape(-1), mask.reshape(-1) != 0)
+    count, mean, m2 = (_folded(moments) if gather is None else _folded(gather(_folded(moments)))).unbind()
     var = m2 / ((count - 1).clamp(min=1) if bessel else count.clamp(min=1))
     scale = (var + eps if eps_mode == "add" else var.clamp(min=eps)).rsqrt()
     out = (x.double() - mean) * scale
     if not shift_mean:
         out = out + mean
-    return (out.masked_fill(~live, 0.0) if zero_masked else out).to(dtype)
+    return (out.masked_fill(mask == 0, 0.0) if zero_masked else out).to(compute_dtype(x))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +19,6 @@ from attnshape.types import (
     RowStats,
     ShapedRewards,
     ShapingConfig,
-    Status,
     TokenInputs,
     decay,
     float32_rounded,
@@ -30,13 +26,7 @@ from attnshape.types import (
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
-STATUS_BITS = csrc_triton.StatusBits(
-    fallback=int(Status.FALLBACK),
-    empty=int(Status.EMPTY),
-    score_masked=int(Status.SCORE_MASKED),
-    out_of_range=int(Status.OUT_OF_RANGE),
-    nonfinite=int(Status.NONFINITE),
-)
+OUTPUTS: Final = ("rewards", "advantages", "returns", "credit", "kl", "status", "stats", "moments")
 
 
 def unsupported(layers: Sequence[AttentionInputs], *tensors: Tensor | None) -> str | None:
@@ -58,55 +48,76 @@ def unsupported(layers: Sequence[AttentionInputs], *tensors: Tensor | None) -> s
     return None
 
 
-def _options(layer: AttentionInputs) -> dict[str, Any]:
-    """Everything a layer has besides queries, keys and scaling."""
-    names = [field.name for field in dataclasses.fields(layer)]
-    return {name: getattr(layer, name) for name in names if name not in ("query", "key", "scaling")}
-
-
-def _mean(rows: list[Tensor]) -> Tensor:
-    return rows[0] if len(rows) == 1 else torch.stack(rows).mean(0)
-
-
 def attention_row(inputs: Sequence[AttentionInputs]) -> Tensor:
-    return _mean([csrc_triton.attention_row(x.query, x.key, x.scaling, **_options(x)) for x in inputs])
+    return csrc_triton.attention_row(inputs)
 
 
-def _raw_credit(inputs: Sequence[AttentionInputs], response: Response) -> tuple[Tensor, Tensor]:
-    """Attention at the response tokens, and the status of each row."""
-    rows = [
-        csrc_triton.attention_credit_raw(
-            x.query,
-            x.key,
-            x.scaling,
-            response.mask,
-            response_start=response.start,
-            response_index=response.index,
-            response_cu_seqlens=response.cu_seqlens,
-            out_of_range=STATUS_BITS.out_of_range,
-            **_options(x),
-        )
-        for x in inputs
-    ]
-    return _mean([raw for raw, _ in rows]), functools.reduce(operator.or_, [status for _, status in rows])
+def _attention(inputs: Sequence[AttentionInputs], response: Response) -> csrc_triton.Attention:
+    return csrc_triton.Attention(inputs, response.start, response.index)
+
+
+def _normalized(
+    credit: Tensor | csrc_triton.Attention,
+    response: Response,
+    normalization: Normalization,
+    status: Tensor | None = None,
+) -> Tensor:
+    out = csrc_triton.sweep(
+        response.mask,
+        ("credit",),
+        response_cu_seqlens=response.cu_seqlens,
+        credit=credit,
+        row_status=status,
+        normalization=normalization,
+        min_mass=MIN_MASS,
+    ).credit
+    assert out is not None
+    return out
 
 
 def attention_credit(
     inputs: Sequence[AttentionInputs], response: Response, normalization: Normalization
 ) -> Tensor:
-    raw, status = _raw_credit(inputs, response)
-    credit = csrc_triton.sweep(
+    return _normalized(_attention(inputs, response), response, normalization)
+
+
+def _place(response: Response) -> dict[str, Tensor | None]:
+    """Where the tokens lie, as the launchers are told it."""
+    return {
+        "response_start": response.start,
+        "response_index": response.index,
+        "response_cu_seqlens": response.cu_seqlens,
+    }
+
+
+def attention_column_credit(
+    inputs: AttentionInputs,
+    response: Response,
+    variant: Literal["mean", "last"],
+    shift: Literal[0, 1],
+    normalization: Normalization,
+) -> Tensor:
+    raw, status = csrc_triton.column_credit_raw(
+        inputs, response.mask, variant=variant, shift=shift, **_place(response)
+    )
+    return _normalized(raw, response, normalization, status)
+
+
+def attention_rollout(
+    layers: Sequence[AttentionInputs],
+    response: Response,
+    value_norms: Sequence[Tensor] | None,
+    residual_norms: Sequence[Tensor] | None,
+    normalization: Normalization,
+) -> Tensor:
+    raw, status = csrc_triton.rollout_raw(
+        layers,
         response.mask,
-        ("credit",),
-        response_cu_seqlens=response.cu_seqlens,
-        credit=raw,
-        normalization=normalization,
-        row_status=status,
-        min_mass=MIN_MASS,
-        status_bits=STATUS_BITS,
-    ).credit
-    assert credit is not None
-    return credit
+        value_norms=value_norms,
+        residual_norms=residual_norms,
+        **_place(response),
+    )
+    return _normalized(raw, response, normalization, status)
 
 
 def _recurrence(
@@ -118,7 +129,6 @@ def _recurrence(
         "gl_value": None if lam_value is None else decay(gamma, lam_value),
         "skip_masked": mask_semantics == "skip",
         "min_mass": MIN_MASS,
-        "status_bits": STATUS_BITS,
     }
 
 
@@ -129,19 +139,14 @@ def shape_rewards(
     response: Response,
     config: ShapingConfig,
 ) -> ShapedRewards:
-    row_status, attention = None, False
-    if not isinstance(credit, Tensor | str):
-        attention = True
-        credit, row_status = _raw_credit(credit, response)
-    has_kl = tokens.kl is not None or tokens.logprobs is not None
+    attention = not isinstance(credit, Tensor | str)
     swept: Any = csrc_triton.sweep(
         response.mask,
-        ("rewards", "advantages", "returns", "credit", *(("kl",) if has_kl else ()), "status", "stats"),
+        OUTPUTS,
         response_cu_seqlens=response.cu_seqlens,
         score=score,
-        credit=credit,
+        credit=credit if isinstance(credit, Tensor | str) else _attention(credit, response),
         normalization=config.normalization,
-        row_status=row_status,
         score_index=config.score_index,
         beta=config.beta,
         score_bounds=config.score_bounds,
@@ -153,7 +158,7 @@ def shape_rewards(
         **_recurrence(config.gamma, config.lam, config.lam_value, config.mask_semantics),
     )
     entropy, last_share, share, error = swept.stats.unbind(1)
-    stats = RowStats(entropy, last_share, share if attention else None, error)
+    stats = RowStats(entropy, last_share, share if attention else None, error, swept.moments)
     return ShapedRewards(
         swept.rewards, swept.advantages, swept.returns, swept.credit, swept.kl, swept.status, stats
     )
@@ -168,16 +173,30 @@ def gae(
     lam_value: float | Tensor | None,
     mask_semantics: MaskSemantics,
     bootstrap: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    swept = csrc_triton.sweep(
+    return_moments: bool,
+) -> tuple[Tensor, ...]:
+    swept: Any = csrc_triton.sweep(
         response.mask,
-        ("advantages", "returns"),
+        ("advantages", "returns", "moments") if return_moments else ("advantages", "returns"),
         response_cu_seqlens=response.cu_seqlens,
         token_rewards=rewards,
         values=values,
         bootstrap=bootstrap,
         **_recurrence(gamma, lam, lam_value, mask_semantics),
     )
-    assert swept.advantages is not None
-    assert swept.returns is not None
-    return swept.advantages, swept.returns
+    moments = (swept.moments,) if return_moments else ()
+    return swept.advantages, swept.returns, *moments
+
+
+def whiten(
+    x: Tensor,
+    mask: Tensor,
+    moments: Tensor | None,
+    gather: Callable[[Tensor], Tensor] | None,
+    bessel: bool,
+    eps: float,
+    eps_mode: Literal["add", "clamp"],
+    shift_mean: bool,
+    zero_masked: bool,
+) -> Tensor:
+    return csrc_triton.whiten(x, mask, moments, gather, bessel, eps, eps_mode, shift_mean, zero_masked)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import ModuleType
-from typing import Literal
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from attnshape import _checks, _torch
+from attnshape import _checks, _library, _torch
 from attnshape.types import (
     Attention,
     AttentionInputs,
@@ -28,28 +28,37 @@ from attnshape.types import (
 DEFAULT_CONFIG = ShapingConfig()
 
 
-def _backend(
-    backend: Backend, on_gpu: bool, layers: Sequence[AttentionInputs], *tensors: Tensor | None
-) -> ModuleType:
-    """The module that computes: Triton for what it can do on a GPU, PyTorch for the rest."""
+def _function(
+    name: str,
+    backend: Backend,
+    device: torch.device,
+    layers: Sequence[AttentionInputs],
+    *tensors: Tensor | None,
+) -> Callable[..., Any]:
+    """The function that computes: Triton's for what it can do on a GPU, PyTorch's for the rest."""
     _checks.check_choice("backend", backend)
-    if backend == "torch" or (backend == "auto" and not on_gpu):
-        return _torch
+    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
+        return getattr(_torch, name)  # type: ignore[no-any-return]
     from attnshape import _triton  # triton is there on Linux only, and PyTorch alone serves a CPU
 
     reason = _triton.unsupported(layers, *tensors)
     if reason and backend == "triton":
         raise ValueError(f'backend: got "triton", but {reason}')
-    return _torch if reason else _triton
+    if reason:
+        return getattr(_torch, name)  # type: ignore[no-any-return]
+    function: Callable[..., Any] = getattr(_triton, name)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return functools.partial(_on_device, device, function)
+    return function
 
 
-def _torch_only(backend: Backend, name: str) -> None:
-    _checks.check_choice("backend", backend)
-    if backend == "triton":
-        raise ValueError(f'backend: got "triton", but {name} has no kernel yet')
+def _on_device(device: torch.device, function: Callable[..., Any], *arguments: object) -> Any:
+    """A kernel is launched on the current device's stream, wherever its tensors are."""
+    with torch.cuda.device(device):
+        return function(*arguments)
 
 
-@torch.no_grad()
+@_library.operator(_library.attention_row)
 def attention_row(inputs: Attention, *, backend: Backend = "auto", validate: bool = False) -> Tensor:
     """One attention row per sequence, averaged over heads (and layers, if several are given), not normalised.
 
@@ -68,17 +77,17 @@ def attention_row(inputs: Attention, *, backend: Backend = "auto", validate: boo
         ValueError, TypeError: shapes, dtypes or devices that do not fit together.
     """
     layers = _checks.layers_of(inputs)
-    if any(x.query_position == "last_response" for x in layers):
+    if any(isinstance(x.query_position, str) for x in layers):
         raise ValueError(
             'query_position: got "last_response", which attention_row cannot resolve, want int [B]'
         )
     if validate:
         _checks.validate_attention(layers)
-    out: Tensor = _backend(backend, layers[0].key.is_cuda, layers).attention_row(layers)
+    out: Tensor = _function("attention_row", backend, layers[0].key.device, layers)(layers)
     return out
 
 
-@torch.no_grad()
+@_library.operator(_library.credit_of("inputs"))
 def attention_credit(
     inputs: Attention,
     response_mask: Tensor,
@@ -114,8 +123,8 @@ def attention_credit(
     _checks.check_response(response, layers[0].batch_size, layers[0].key)
     if validate:
         _checks.validate_response(response, _checks.validate_attention(layers))
-    module = _backend(backend, response_mask.is_cuda, layers)
-    out: Tensor = module.attention_credit(layers, response, normalization)
+    compute = _function("attention_credit", backend, response_mask.device, layers)
+    out: Tensor = compute(layers, response, normalization)
     return out
 
 
@@ -127,7 +136,7 @@ def _all_queries(name: str, layers: Sequence[AttentionInputs]) -> None:
             )
 
 
-@torch.no_grad()
+@_library.operator(_library.credit_of("inputs"))
 def attention_column_credit(
     inputs: AttentionInputs,
     response_mask: Tensor,
@@ -149,7 +158,6 @@ def attention_column_credit(
 
     Other arguments, returns and errors as for ``attention_credit``; ``inputs.query`` must hold every query.
     """
-    _torch_only(backend, "attention_column_credit")
     layers = _checks.layers_of(inputs)
     if len(layers) != 1:
         raise ValueError(f"inputs: got {len(layers)} layers, want one")
@@ -160,10 +168,12 @@ def attention_column_credit(
     _checks.check_response(response, layers[0].batch_size, layers[0].key)
     if validate:
         _checks.validate_response(response, _checks.validate_attention(layers))
-    return _torch.attention_column_credit(layers[0], response, variant, shift, normalization)
+    compute = _function("attention_column_credit", backend, response_mask.device, layers)
+    out: Tensor = compute(layers[0], response, variant, shift, normalization)
+    return out
 
 
-@torch.no_grad()
+@_library.operator(_library.credit_of("layers"))
 def attention_rollout(
     layers: Sequence[AttentionInputs],
     response_mask: Tensor,
@@ -190,7 +200,6 @@ def attention_rollout(
 
     Other arguments, returns and errors as for ``attention_credit``.
     """
-    _torch_only(backend, "attention_rollout")
     checked = _checks.layers_of(layers)
     _all_queries("layers", checked)
     _checks.check_choice("normalization", normalization)
@@ -199,10 +208,13 @@ def attention_rollout(
     _checks.check_response(response, checked[0].batch_size, checked[0].key)
     if validate:
         _checks.validate_response(response, _checks.validate_attention(checked))
-    return _torch.attention_rollout(checked, response, value_norms, residual_norms, normalization)
+    norms = [*(value_norms or ()), *(residual_norms or ())]
+    compute = _function("attention_rollout", backend, response_mask.device, checked, *norms)
+    out: Tensor = compute(checked, response, value_norms, residual_norms, normalization)
+    return out
 
 
-@torch.no_grad()
+@_library.operator(_library.shape_rewards, _library.kl_coef_as_tensor)
 def shape_rewards(
     score: Tensor,
     credit: Tensor | Attention | CreditName,
@@ -273,10 +285,8 @@ def shape_rewards(
         lengths = None if layers is None else _checks.validate_attention(layers)
         _checks.validate_response(response, lengths, config.score_index)
     given = [x for x in tokens if isinstance(x, Tensor)]
-    module = _backend(backend, response_mask.is_cuda, layers or (), score, *given)
-    shaped: ShapedRewards = module.shape_rewards(
-        score, credit if layers is None else layers, tokens, response, config
-    )
+    compute = _function("shape_rewards", backend, response_mask.device, layers or (), score, *given)
+    shaped: ShapedRewards = compute(score, credit if layers is None else layers, tokens, response, config)
     return shaped
 
 
@@ -310,7 +320,7 @@ def redistribute(
     ).rewards
 
 
-@torch.no_grad()
+@overload
 def gae(
     rewards: Tensor,
     values: Tensor | None,
@@ -322,9 +332,46 @@ def gae(
     lam_value: float | Tensor | None = None,
     bootstrap: Tensor | None = None,
     response_cu_seqlens: Tensor | None = None,
+    return_moments: Literal[False] = False,
     backend: Backend = "auto",
     validate: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def gae(
+    rewards: Tensor,
+    values: Tensor | None,
+    response_mask: Tensor,
+    *,
+    gamma: float,
+    lam: float | Tensor,
+    mask_semantics: MaskSemantics,
+    lam_value: float | Tensor | None = None,
+    bootstrap: Tensor | None = None,
+    response_cu_seqlens: Tensor | None = None,
+    return_moments: Literal[True],
+    backend: Backend = "auto",
+    validate: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@_library.operator(_library.gae)
+def gae(
+    rewards: Tensor,
+    values: Tensor | None,
+    response_mask: Tensor,
+    *,
+    gamma: float,
+    lam: float | Tensor,
+    mask_semantics: MaskSemantics,
+    lam_value: float | Tensor | None = None,
+    bootstrap: Tensor | None = None,
+    response_cu_seqlens: Tensor | None = None,
+    return_moments: bool = False,
+    backend: Backend = "auto",
+    validate: bool = False,
+) -> tuple[Tensor, ...]:
     """Generalised advantage estimation over masked token rewards (arXiv 1506.02438).
 
     Args:
@@ -332,10 +379,12 @@ def gae(
         values: likewise; None gives discounted rewards-to-go.
         gamma, lam, lam_value, mask_semantics: see ``ShapingConfig``.
         bootstrap: ``[B]``, value after the last unmasked token.
+        return_moments: return ``RowStats.advantage_moments``, ``[B, 3]``, too: ``whiten`` takes them.
         response_cu_seqlens, backend, validate: as for ``shape_rewards``.
 
     Returns:
-        ``(advantages, returns)``, float32 (float64 where every floating input is), 0 where masked; detached.
+        ``(advantages, returns)`` or ``(advantages, returns, moments)``, float32 (float64 where every floating
+        input is), 0 where masked; detached.
     """
     response = Response(response_mask, cu_seqlens=response_cu_seqlens)
     batch = _checks.check_response(response, None, None)
@@ -345,18 +394,19 @@ def gae(
     _checks.check_gae(gamma, lam, lam_value, mask_semantics, batch, response_mask)
     if validate:
         _checks.validate_response(response, None)
-    module = _backend(backend, response_mask.is_cuda, (), rewards, values, bootstrap)
-    out: tuple[Tensor, Tensor] = module.gae(
-        rewards, values, response, gamma, lam, lam_value, mask_semantics, bootstrap
+    compute = _function("gae", backend, response_mask.device, (), rewards, values, bootstrap)
+    out: tuple[Tensor, ...] = compute(
+        rewards, values, response, gamma, lam, lam_value, mask_semantics, bootstrap, return_moments
     )
     return out
 
 
-@torch.no_grad()
+@_library.operator(_library.whiten)
 def whiten(
     x: Tensor,
     mask: Tensor,
     *,
+    moments: Tensor | None = None,
     bessel: bool = True,
     eps: float = 1e-8,
     eps_mode: Literal["add", "clamp"] = "add",
@@ -372,6 +422,9 @@ def whiten(
     Args:
         x: any shape, floating.
         mask: of its shape, non-zero where a token counts.
+        moments: counts, means and sums of squared deviations, ``[..., 3]``, of the parts that the statistics
+            are over, so that ``x`` is read only once: ``out.row_stats.advantage_moments`` where ``x`` is
+            ``out.advantages``, or those of all micro-batches, concatenated.
         bessel: divide the variance by ``n - 1``.
         eps, eps_mode: added to the variance, or its lower bound.
         shift_mean: False keeps the mean.
@@ -381,7 +434,16 @@ def whiten(
     Returns:
         float32 (float64 where ``x`` is) of ``x``'s shape; detached.
     """
-    _torch_only(backend, "whiten")
     _checks.check_choice("eps_mode", eps_mode)
-    _checks.check_whiten(x, mask)
-    return _torch.whiten(x, mask, bessel, eps, eps_mode, shift_mean, zero_masked, process_group)
+    _checks.check_whiten(x, mask, moments)
+    gather = None if process_group is None else functools.partial(_gathered, process_group)
+    compute = _function("whiten", backend, x.device, (), x)
+    out: Tensor = compute(x, mask, moments, gather, bessel, eps, eps_mode, shift_mean, zero_masked)
+    return out
+
+
+def _gathered(process_group: dist.ProcessGroup, x: Tensor) -> Tensor:
+    """``x`` of all ranks, ``[ranks, ...]``."""
+    ranks = [torch.empty_like(x) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(ranks, x, group=process_group)
+    return torch.stack(ranks)

@@ -138,6 +138,16 @@ def _attention(inputs: AttentionInputs, seq: _Layer, p: int) -> Tensor:
     return out
 
 
+def _chosen(inputs: AttentionInputs, x: Tensor) -> Tensor:
+    """Of ``x`` ([Hq, ...]) the heads that count."""
+    return x if inputs.head_mask is None else x[inputs.head_mask != 0]
+
+
+def _mean_over_heads(inputs: AttentionInputs, a: Tensor) -> Tensor:
+    chosen = _chosen(inputs, a)
+    return chosen.sum(0) / max(len(chosen), 1)
+
+
 def _layers(inputs: Attention) -> Sequence[AttentionInputs]:
     return [inputs] if isinstance(inputs, AttentionInputs) else inputs
 
@@ -149,7 +159,7 @@ def _head_mean(layers: Iterable[AttentionInputs], b: int, last_response: int | N
         seq = _sequence(layer, b, last_response)
         if seq is None:
             return None
-        rows.append(_attention(layer, seq, seq.position).mean(0))
+        rows.append(_mean_over_heads(layer, _attention(layer, seq, seq.position)))
     return torch.stack(rows).mean(0)
 
 
@@ -279,7 +289,7 @@ def attention_column_credit(
         if invalid[b] or seq is None or where.min() < 0 or where.max() >= seq.key.shape[1]:
             raw[row] = torch.where(live, math.nan, 0.0)
             continue
-        block = _attention_matrix(inputs, seq).mean(0)[where][:, where]  # a_s[j]: [n, n]
+        block = _mean_over_heads(inputs, _attention_matrix(inputs, seq))[where][:, where]  # a_s[j]: [n, n]
         n = len(where)
         queries = n - shift
         weights = torch.zeros(n, dtype=dtype, device=raw.device)
@@ -333,13 +343,13 @@ def attention_rollout(
             asked = (r != 0)[None, :, None]  # a query that carries nothing adds nothing, NaN included
             a = torch.where(asked, _attention_matrix(layers[i], seq), 0.0)  # [Hq, S, S]
             if value_norms is None or residual_norms is None:
-                r = (r + r @ a.mean(0)) / 2
+                r = (r + r @ _mean_over_heads(layers[i], a)) / 2
                 continue
             packed = layers[i].packed
             norms = value_norms[i][seq.tokens].transpose(0, 1) if packed else value_norms[i][b]  # [Hq, S]
             residual = (residual_norms[i][seq.tokens] if packed else residual_norms[i][b]).to(dtype)  # [S]
             norms = torch.where(seq.attended, norms.to(dtype), 0.0)
-            moved = torch.einsum("hst,ht->st", a, norms)
+            moved = torch.einsum("hst,ht->st", _chosen(layers[i], a), _chosen(layers[i], norms))
             share = torch.where(r == 0, 0.0, r / (moved.sum(1) + residual))
             r = share @ moved + torch.where(share == 0, 0.0, share * residual)
         padded = torch.cat([r, r.new_zeros(1)])
@@ -501,8 +511,9 @@ def gae(
     lam_value: float | Tensor | None = None,
     bootstrap: Tensor | None = None,
     response_cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """GAE (arXiv 1506.02438): advantages and returns."""
+    return_moments: bool = False,
+) -> tuple[Tensor, ...]:
+    """GAE (arXiv 1506.02438): advantages and returns, and the moments of the advantages if asked for."""
     dtype = compute_dtype(rewards, values, bootstrap)
     advantages = torch.zeros(response_mask.shape, dtype=dtype, device=rewards.device)
     returns = torch.zeros_like(advantages)
@@ -526,13 +537,28 @@ def gae(
         gl_value = gl if lam_value is None else _lam_of_row(lam_value, gamma, b)
         advantages[row] = _recurrence(r, v, live, gamma32, gl, mask_semantics)
         returns[row] = _recurrence(r, v, live, gamma32, gl_value, mask_semantics) + v
+    if return_moments:
+        return advantages, returns, row_moments(advantages, response_mask, response_cu_seqlens)
     return advantages, returns
+
+
+def moments_of(tokens: Tensor) -> Tensor:
+    """Count, mean and sum of squared deviations of ``tokens`` ([n]): ``[3]``."""
+    mean = tokens.sum() / max(len(tokens), 1)
+    return torch.stack([tokens.new_tensor(len(tokens)), mean, (tokens - mean).square().sum()])
+
+
+def row_moments(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Of each row's unmasked tokens, ``[B, 3]``."""
+    rows, _ = response_rows(mask, cu_seqlens)
+    return torch.stack([moments_of(x[row][mask[row] != 0]) for row in rows]) if rows else x.new_zeros(0, 3)
 
 
 def whiten(
     x: Tensor,
     mask: Tensor,
     *,
+    moments: Tensor | None = None,
     bessel: bool = True,
     eps: float = 1e-8,
     eps_mode: Literal["add", "clamp"] = "add",
@@ -542,10 +568,13 @@ def whiten(
     """``(x - mean) * rsqrt(var + eps)`` over unmasked tokens."""
     live = mask != 0
     dtype = compute_dtype(x)
-    tokens = x[live].to(dtype)
-    count = max(len(tokens), 1)
-    mean = tokens.sum() / count
-    var = (tokens - mean).square().sum() / (max(count - 1, 1) if bessel else count)
+    if moments is None:
+        moments = moments_of(x[live].to(dtype))
+    counts, means, m2s = moments.to(dtype).reshape(-1, 3).unbind(1)
+    count = counts.sum().clamp(min=1)
+    mean = (counts * means).sum() / count
+    m2 = m2s.sum() + (counts * (means - mean).square()).sum()
+    var = m2 / ((count - 1).clamp(min=1) if bessel else count)
     scale = (var + eps if eps_mode == "add" else var.clamp(min=eps)).rsqrt()
     out = (x.to(dtype) - mean) * scale
     if not shift_mean:
@@ -667,7 +696,8 @@ def shape_rewards(
             if config.on_nan == "zero_row":
                 for x in outputs:
                     x[row] = 0.0
-    stats = RowStats(entropy, last_share, share if attention else None, error)
+    moments = row_moments(advantages, response_mask, response_cu_seqlens)
+    stats = RowStats(entropy, last_share, share if attention else None, error, moments)
     return ShapedRewards(rewards, advantages, returns, weights, kl, status, stats)
 
 

@@ -78,6 +78,8 @@ class AttentionInputs:
         sinks: one logit per query head, ``[Hq]``, if the layer has them.
         lse: natural log-sum-exp over the visible keys, sink not included, of the rows that are read,
             ``[B, Hq]``, or of every query, ``[B, Hq, S]`` (packed: ``[N, Hq]``).
+        head_mask: ``[Hq]``, any dtype, non-zero where a head counts in the mean over heads; all, if not
+            given. Where no head counts the mean is 0.
     """
 
     query: Tensor
@@ -92,6 +94,7 @@ class AttentionInputs:
     sliding_window: int | None = None
     sinks: Tensor | None = None
     lse: Tensor | None = None
+    head_mask: Tensor | None = None
 
     @property
     def packed(self) -> bool:
@@ -187,7 +190,7 @@ class ShapingConfig:
 
 @dataclass(frozen=True, eq=False)
 class RowStats:
-    """One float32 ``[B]`` tensor per quantity, on the device; what ``ShapedRewards.metrics`` averages."""
+    """Per row, ``[B]`` if not said otherwise, on the device; what ``ShapedRewards.metrics`` averages."""
 
     entropy: Tensor
     """Entropy of the row's normalised credit, in nats."""
@@ -197,6 +200,9 @@ class RowStats:
     """Share of the query's attention that falls on unmasked response tokens; None without attention."""
     score_error: Tensor
     """``|sum of the redistributed score - score|``."""
+    advantage_moments: Tensor
+    """``[B, 3]``: unmasked tokens of the row, mean and sum of squared deviations of their advantages, for
+    ``whiten``. NaN where the advantages are; of an empty row 0."""
 
 
 @dataclass(frozen=True, eq=False)

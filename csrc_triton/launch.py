@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -53,3 +54,65 @@ def tokens(x: Tensor | None) -> Tensor | None:
 
 def row_stride(x: Tensor | None) -> int:
     return 0 if x is None or x.ndim == 1 else x.stride(0)
+
+
+def stride_unit(*strides: int) -> int:
+    """What strides are counted in: 16 bytes or more where all allow it, so that loads may be that wide."""
+    return 1 if any(stride % 8 for stride in strides) else 8
+
+
+def padded(size: int) -> int:
+    """The power of two at or above ``size``."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; an H200's where there is none, for the interpreter to take the same paths."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+class Counters:
+    """Zeroed int32 counters by which programs of a launch find each other; each launch leaves them zero.
+
+    A stream has its own, since its launches follow one another. A captured graph has its own for good: it may
+    be replayed beside anything. They come from memory zeroed ahead, so that a replay needs no memset.
+    """
+
+    SPARE = 1 << 20
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._of_stream: dict[tuple[torch.device, int], Tensor] = {}
+        self._spare: dict[torch.device, Tensor] = {}
+
+    def take(self, device: torch.device, count: int) -> Tensor:
+        """At least ``count`` counters for the next launch on the current stream."""
+        on_gpu = device.type == "cuda"
+        stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else threading.get_ident()
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            return self._for_graph(device, count)
+        counters = self._of_stream.get((device, stream))
+        if counters is None or len(counters) < count:
+            counters = torch.zeros(padded(max(count, 4096)), dtype=torch.int32, device=device)
+            with self._lock:
+                self._of_stream[device, stream] = counters
+                if on_gpu and device not in self._spare:
+                    self._spare[device] = torch.zeros(self.SPARE, dtype=torch.int32, device=device)
+        return counters
+
+    def _for_graph(self, device: torch.device, count: int) -> Tensor:
+        with self._lock:
+            spare = self._spare.get(device)
+            if spare is None or len(spare) < count:
+                # Zeroed by the graph itself, at each replay.
+                return torch.zeros(count, dtype=torch.int32, device=device)
+            counters, self._spare[device] = spare[:count], spare[ceil_div(count, 32) * 32 :]
+            return counters
+
+    def discard(self, device: torch.device) -> None:
+        """After a launch that broke off: what its programs left is of no use."""
+        with self._lock:
+            self._of_stream = {key: x for key, x in self._of_stream.items() if key[0] != device}
+
+
+COUNTERS = Counters()

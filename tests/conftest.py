@@ -9,12 +9,28 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, is_hypothesis_test, settings
 
 settings.register_profile(
     "attnshape", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("attnshape")
+COMPILED_EXAMPLES = 12
+"""At most, on a GPU: nearly each example needs another specialisation, which takes seconds to compile."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", default="0/1", help="i/n: every n-th test, from the i-th on")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    shard, shards = map(int, config.getoption("--shard").split("/"))
+    items[:] = items[shard::shards]
+    for test in {item.obj for item in items if isinstance(item, pytest.Function)}:
+        if torch.cuda.is_available() and is_hypothesis_test(test):
+            asked = test._hypothesis_internal_use_settings
+            examples = min(asked.max_examples, COMPILED_EXAMPLES)
+            test._hypothesis_internal_use_settings = settings(asked, max_examples=examples)
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +41,9 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         def made(*args, **kwargs):
             x = make(*args, **kwargs)
             if isinstance(x, torch.Tensor) and x.device.type != "meta":
-                x.fill_(float("nan") if x.is_floating_point() else 77 if x.dtype != torch.bool else True)
+                x.detach().fill_(
+                    float("nan") if x.is_floating_point() else 77 if x.dtype != torch.bool else True
+                )
             return x
 
         return made

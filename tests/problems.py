@@ -128,6 +128,9 @@ def make_problem(
         }
     if layer.pop("sinks", False):
         layer["sinks"] = normal(heads)
+    if layer.pop("head_mask", False):
+        layer["head_mask"] = torch.rand(heads, generator=g) > 0.4
+        query = query.masked_fill(~layer["head_mask"][:, None, None], float("nan"))
     if not attention_mask:
         layer |= {"key_start": pad.int(), "query_position": position.int()}
     else:
@@ -219,6 +222,7 @@ def problems(draw: st.DrawFn, **fixed: Any) -> Problem:
         "sliding_window": pick(None, None, 1, 7),
         "sinks": draw(st.booleans()),
         "lse": draw(st.booleans()),
+        "head_mask": pick(False, False, True),
         "dtype": pick(torch.float32, torch.bfloat16, torch.float16),
         "config": config,
     }

@@ -9,35 +9,26 @@ from torch import Tensor
 
 from attnshape import reference
 from attnshape.tolerance import credit_bound, error_fraction
-from attnshape.types import AttentionInputs, Status
-from csrc_triton.attention_row import attention_credit_raw, attention_row
+from attnshape.types import MIN_MASS, AttentionInputs, Status
+from csrc_triton.fused import Attention, attention_row, sweep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 OUT_OF_RANGE = int(Status.OUT_OF_RANGE)
 
 
-def options(inputs: AttentionInputs) -> dict:
-    names = "key_start query_position attention_mask cu_seqlens softcap sliding_window sinks lse".split()
-    return {name: getattr(inputs, name) for name in names}
-
-
 def row(inputs: AttentionInputs) -> Tensor:
-    return attention_row(inputs.query, inputs.key, inputs.scaling, **options(inputs))
+    return attention_row([inputs])
 
 
 def raw(inputs: AttentionInputs, mask: Tensor, start=None, index=None, cu=None) -> tuple[Tensor, Tensor]:
-    return attention_credit_raw(
-        inputs.query,
-        inputs.key,
-        inputs.scaling,
-        mask,
-        response_start=start,
-        response_index=index,
-        response_cu_seqlens=cu,
-        out_of_range=OUT_OF_RANGE,
-        **options(inputs),
+    """The attention at the response tokens, and the status of each row."""
+    credit = Attention([inputs], start, index)
+    outputs = ("credit", "status")
+    swept = sweep(
+        mask, outputs, response_cu_seqlens=cu, credit=credit, normalization="none", min_mass=MIN_MASS
     )
+    return swept.credit, swept.status & OUT_OF_RANGE
 
 
 def exact(inputs: AttentionInputs) -> AttentionInputs:

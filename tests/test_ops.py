@@ -1,5 +1,6 @@
 """The public functions: what bad input gets, choice of backend, layouts, metrics."""
 
+import contextlib
 import dataclasses
 import re
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from problems import make_problem, pack
 
 import attnshape
-from attnshape import AttentionInputs, ShapingConfig, Status
+from attnshape import AttentionInputs, ShapingConfig, Status, _triton, ops
 
 
 def inputs(**changes: Any) -> AttentionInputs:
@@ -101,6 +102,9 @@ BAD_INPUTS = [
     ({"attention_mask": torch.ones(3, 9)}, ValueError, "attention_mask: got shape (3, 9), want (3, 10)"),
     ({"sinks": torch.ones(2)}, ValueError, "sinks: got shape (2,), want (4,)"),
     ({"lse": torch.ones(3, 4, 10)}, ValueError, "lse: got shape (3, 4, 10), want (3, 4)"),
+    ({"head_mask": torch.ones(2)}, ValueError, "head_mask: got shape (2,), want (4,) = [Hq]"),
+    ({"head_mask": [1, 0, 0, 1]}, TypeError, "head_mask: got list"),
+    ({"head_mask": torch.ones(4, device="meta")}, ValueError, "head_mask: got a tensor on meta"),
     ({"softcap": 0.0}, ValueError, "softcap: got 0.0"),
     ({"sliding_window": 0}, ValueError, "sliding_window: got 0"),
     ({"scaling": float("inf")}, ValueError, "scaling: got inf"),
@@ -172,6 +176,9 @@ def test_functions_name_their_own_arguments() -> None:
             [whole], ones, response_start=start, value_norms=[ones], residual_norms=[ones]
         ),
         "mask: got shape": lambda: attnshape.whiten(ones, torch.ones(4)),
+        "moments: got shape (4, 2), want [..., 3]": lambda: attnshape.whiten(
+            ones, ones, moments=torch.ones(4, 2)
+        ),
         "eps_mode: got 'max'": lambda: attnshape.whiten(ones, ones, eps_mode="max"),
         "attention_row cannot resolve": lambda: attnshape.attention_row(
             dataclasses.replace(whole, query_position="last_response")
@@ -289,3 +296,18 @@ def test_masks_of_any_dtype() -> None:
         torch.tensor([3.0]), "uniform", torch.tensor([[0.25, 0.0, 7.0]]), beta=1.0
     )
     torch.testing.assert_close(fraction, torch.tensor([[1.5, 0.0, 1.5]]))
+
+
+def test_kernels_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered = []
+
+    def device(entered_device: torch.device) -> contextlib.nullcontext[None]:
+        entered.append(entered_device)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(_triton, "gae", lambda *arguments: arguments)
+    for index in (0, 1, 2):
+        assert ops._function("gae", "auto", torch.device("cuda", index), ())(3, 4) == (3, 4)
+    assert entered == [torch.device("cuda", 0), torch.device("cuda", 2)]

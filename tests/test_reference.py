@@ -157,6 +157,42 @@ def test_grouped_heads_layers_and_packing() -> None:
     torch.testing.assert_close(reference.attention_row(packed), want.flatten())
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, F64])
+def test_only_chosen_heads_count(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 3, 5, 8, dtype=F64), torch.randn(1, 3, 5, 8, dtype=F64)
+    key[:, 1] = math.nan
+    inputs = AttentionInputs(query, key, 0.5, head_mask=torch.tensor([2, 0, -1]).to(dtype))
+    kept = AttentionInputs(query[:, ::2], key[:, ::2], 0.5)
+    mask, place = torch.ones(1, 3), {"response_start": torch.tensor([1])}
+    norms, residual = torch.rand(1, 3, 5, dtype=F64), [torch.rand(1, 5, dtype=F64)]
+    norms[:, 1] = math.nan
+    for credit in (reference.attention_credit, reference.attention_column_credit):
+        torch.testing.assert_close(credit(inputs, mask, **place), credit(kept, mask, **place))
+    for weights, kept_weights in (
+        ({}, {}),
+        (
+            {"value_norms": [norms], "residual_norms": residual},
+            {"value_norms": [norms[:, ::2]], "residual_norms": residual},
+        ),
+    ):
+        got = reference.attention_rollout([inputs], mask, **place, **weights)
+        want = reference.attention_rollout([kept], mask, **place, **kept_weights)
+        torch.testing.assert_close(got, want)
+
+
+def test_where_no_head_counts_the_score_stays_on_its_token() -> None:
+    inputs = AttentionInputs(
+        torch.randn(1, 2, 4), torch.randn(1, 2, 4, 4), 1.0, head_mask=torch.zeros(2, dtype=torch.bool)
+    )
+    assert not reference.attention_row(inputs).any()
+    out = reference.shape_rewards(
+        torch.ones(1), inputs, response_mask=torch.ones(1, 3), response_start=torch.tensor([1])
+    )
+    assert out.credit.tolist() == [[0.0, 0.0, 1.0]]
+    assert out.status.tolist() == [Status.FALLBACK]
+
+
 @pytest.mark.parametrize(
     ("estimator", "want"),
     [
@@ -332,6 +368,24 @@ def test_whiten_by_hand() -> None:
     torch.testing.assert_close(reference.whiten(x, mask, eps=2.0, zero_masked=False), f64([-0.5, 0.5, 49.0]))
     assert reference.whiten(x, torch.tensor([[0, 1, 0]])).tolist() == [[0.0, 0.0, 0.0]]
     assert reference.whiten(x, torch.zeros(1, 3)).tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_moments_by_hand() -> None:
+    x, mask = f64([1.0, 3.0, 100.0], [9.0, 9.0, 9.0], [5.0, 7.0, 9.0]), torch.ones(3, 3)
+    mask[0, 2] = mask[1, :] = 0
+    want = f64([2.0, 2.0, 2.0], [0.0, 0.0, 0.0], [3.0, 7.0, 8.0])
+    torch.testing.assert_close(reference.row_moments(x, mask), want)
+    cu_seqlens = torch.tensor([0, 3, 6, 9], dtype=torch.int32)
+    torch.testing.assert_close(reference.row_moments(x.flatten(), mask.flatten(), cu_seqlens), want)
+    *_, moments = reference.gae(x, None, mask, gamma=0.0, lam=1.0, mask_semantics="skip", return_moments=True)
+    torch.testing.assert_close(moments, want)
+    out = reference.shape_rewards(
+        torch.zeros(3, dtype=F64), x, response_mask=mask, token_rewards=x, config=ShapingConfig(gamma=0.0)
+    )
+    torch.testing.assert_close(out.row_stats.advantage_moments, want)
+    whitened = reference.whiten(x, mask)
+    torch.testing.assert_close(reference.whiten(x, mask, moments=want), whitened)
+    torch.testing.assert_close(reference.whiten(x, mask, moments=want[None, ::2]), whitened)
 
 
 def test_dtype_of_results() -> None:

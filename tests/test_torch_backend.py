@@ -15,6 +15,7 @@ from problems import (
     check_shaped,
     distant_response,
     make_problem,
+    mapped,
     pack,
     problems,
     rows_of,
@@ -299,6 +300,42 @@ def test_outputs_are_detached() -> None:
     assert not out.advantages.requires_grad
 
 
+@settings(max_examples=40)
+@given(problems(), st.sampled_from([torch.float32, F64]))
+def test_moments_are_those_of_the_advantages(problem: Problem, dtype: torch.dtype) -> None:
+    kwargs = mapped(problem.kwargs, lambda x: x.to(dtype) if x.is_floating_point() else x)
+    score, place = problem.score.to(dtype), (kwargs["response_mask"], kwargs.get("response_cu_seqlens"))
+    out = attnshape.shape_rewards(score, "uniform", config=to_float64(problem.config), **kwargs)
+    moments = out.row_stats.advantage_moments
+    assert moments.dtype == dtype
+    want = reference.row_moments(out.advantages.double(), *place)
+    torch.testing.assert_close(moments.double(), want, rtol=1e-5, atol=1e-5)
+    options = {"gamma": 1.0, "lam": 0.9, "mask_semantics": "skip", "response_cu_seqlens": place[1]}
+    rewards = out.rewards.masked_fill(place[0] == 0, float("nan"))
+    advantages, returns, moments = attnshape.gae(rewards, None, place[0], **options, return_moments=True)
+    torch.testing.assert_close(
+        moments.double(), reference.row_moments(advantages.double(), *place), rtol=1e-5, atol=1e-5
+    )
+    assert torch.equal(returns, attnshape.gae(rewards, None, place[0], **options)[1])
+    whitened = attnshape.whiten(advantages, place[0], moments=moments)
+    torch.testing.assert_close(whitened, attnshape.whiten(advantages, place[0]), rtol=1e-5, atol=1e-5)
+
+
+def test_moments_of_lost_and_of_zeroed_rows() -> None:
+    values = torch.tensor([[1.0, float("nan")], [1.0, 2.0]])
+    for on_nan, (mean, m2) in (("propagate", (float("nan"),) * 2), ("zero_row", (0.0, 0.0))):
+        out = attnshape.shape_rewards(
+            torch.ones(2),
+            "sparse",
+            values=values,
+            response_mask=torch.ones(2, 2),
+            config=ShapingConfig(on_nan=on_nan),
+        )
+        want = torch.tensor([2.0, mean, m2])
+        torch.testing.assert_close(out.row_stats.advantage_moments[0], want, equal_nan=True)
+        assert out.row_stats.advantage_moments[1].isfinite().all()
+
+
 @pytest.mark.parametrize("bessel", [True, False])
 @pytest.mark.parametrize("eps_mode", ["add", "clamp"])
 @pytest.mark.parametrize("shift_mean", [True, False])
@@ -313,6 +350,9 @@ def test_whiten(bessel: bool, eps_mode: str, shift_mean: bool, count: int) -> No
     got = attnshape.whiten(x.masked_fill(mask == 0, float("nan")), mask, **kwargs)
     want = reference.whiten(x.double(), mask, **kwargs)
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+    moments = reference.row_moments(x.double(), mask)
+    folded = attnshape.whiten(x.masked_fill(mask == 0, float("nan")), mask, moments=moments, **kwargs)
+    torch.testing.assert_close(folded, got)
     kept = attnshape.whiten(x, mask, zero_masked=False, **kwargs)
     want = reference.whiten(x.double(), mask, zero_masked=False, **kwargs)
     torch.testing.assert_close(kept.double(), want, rtol=1e-6, atol=1e-6)
@@ -330,11 +370,13 @@ def _shard(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 def _whiten_rank(rank: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(SHARDS))
     x, mask = _shard(rank)
-    got = attnshape.whiten(x, mask, process_group=dist.group.WORLD)
     shards = [_shard(r) for r in range(len(SHARDS))]
     whole = reference.whiten(torch.cat([s[0] for s in shards]).double(), torch.cat([s[1] for s in shards]))
     before = sum(rows for rows, _ in SHARDS[:rank])
-    torch.testing.assert_close(got.double(), whole[before : before + len(x)], rtol=1e-6, atol=1e-6)
+    whole = whole[before : before + len(x)]
+    for moments in (None, reference.row_moments(x, mask)):
+        got = attnshape.whiten(x, mask, moments=moments, process_group=dist.group.WORLD)
+        torch.testing.assert_close(got.double(), whole, rtol=1e-6, atol=1e-6)
     dist.destroy_process_group()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from problems import (
     Problem,
     assert_within,
@@ -20,6 +21,7 @@ from problems import (
 )
 
 import attnshape
+import csrc_triton
 from attnshape import AttentionInputs, ShapingConfig, Status, _triton, reference
 from attnshape.tolerance import credit_bound, gae_bound
 
@@ -160,3 +162,48 @@ def test_auto_is_triton_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bool(called) == (DEVICE.type == "cuda")
     attnshape.gae(ones, ones, ones, gamma=1.0, lam=1.0, mask_semantics="skip", backend="triton")
     assert called
+
+
+def response_of(problem: Problem) -> dict[str, Any]:
+    names = ("response_mask", "response_start", "response_index", "response_cu_seqlens")
+    return {name: problem.kwargs[name] for name in names if name in problem.kwargs}
+
+
+@settings(max_examples=12)
+@given(
+    problems(whole_query=True, use_index=False), st.sampled_from(["mean", "last"]), st.sampled_from([0, 1])
+)
+def test_column_credit(problem: Problem, variant: str, shift: int) -> None:
+    kwargs = response_of(problem)
+    options = {"variant": variant, "shift": shift, "normalization": problem.config.normalization}
+    want = reference.attention_column_credit(to_float64(problem.inputs), **kwargs, **options)
+    inputs, there = mapped([problem.inputs, kwargs], lambda x: x.to(DEVICE))
+    got = attnshape.attention_column_credit(inputs, **there, **options, backend="triton").cpu()
+    for got_row, row in zip(rows_of(got, kwargs), rows_of(want, kwargs), strict=True):
+        assert_within("credit", got_row, row, credit_bound(row, problem.max_score))
+
+
+@settings(max_examples=8)
+@given(problems(whole_query=True), st.integers(1, 2))
+def test_rollout(problem: Problem, count: int) -> None:
+    kwargs = response_of(problem)
+    layers = [dataclasses.replace(problem.inputs, scaling=0.3 / (i + 1)) for i in range(count)]
+    want = reference.attention_rollout(to_float64(layers), **kwargs)
+    there, kwargs_there = mapped([layers, kwargs], lambda x: x.to(DEVICE))
+    got = attnshape.attention_rollout(there, **kwargs_there, backend="triton").cpu()
+    for got_row, row in zip(rows_of(got, kwargs), rows_of(want, kwargs), strict=True):
+        assert_within("credit", got_row, row, count * credit_bound(row, problem.max_score))
+
+
+def test_columns_and_rollout_run_in_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    for name in ("column_credit_raw", "rollout_raw"):
+        function = getattr(csrc_triton, name)
+        monkeypatch.setattr(
+            csrc_triton, name, lambda *a, f=function, **k: (called.append(f.__name__), f(*a, **k))[1]
+        )
+    problem = make_problem(0, batch=1, whole_query=True)
+    inputs, kwargs = mapped([problem.inputs, response_of(problem)], lambda x: x.to(DEVICE))
+    attnshape.attention_column_credit(inputs, **kwargs, backend="triton")
+    attnshape.attention_rollout([inputs], **kwargs, backend="triton")
+    assert called == ["column_credit_raw", "rollout_raw"]

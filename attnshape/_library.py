@@ -1,0 +1,253 @@
+"""The public functions as ``torch.library`` operators, for ``torch.compile``, ``make_fx`` and fake tensors.
+
+An operator takes tensors, numbers, and a string that says how they make up the function's arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from attnshape.types import (
+    AttentionInputs,
+    RowStats,
+    ShapedRewards,
+    ShapingConfig,
+    TokenInputs,
+    compute_dtype,
+)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+SCHEMA = "(Tensor[] tensors, float[] floats, SymInt[] ints, str structure) -> Tensor[]"
+FIELDS: dict[type, tuple[str, ...]] = {
+    cls: tuple(field.name for field in dataclasses.fields(cls))
+    for cls in (AttentionInputs, ShapingConfig, ShapedRewards, RowStats)
+}
+CLASSES = {cls.__name__: cls for cls in FIELDS}
+TENSOR, FLOAT, INT = 0, 1, 2
+
+
+class Leaves(NamedTuple):
+    """What a structure holds, in order."""
+
+    tensors: list[Tensor]
+    floats: list[float]
+    ints: list[int]
+
+
+def flatten(x: object, leaves: Leaves) -> str:
+    """Appends what ``x`` holds to ``leaves``; what is left, as JSON: a number stands for a leaf."""
+    if x is None:
+        return "null"
+    if isinstance(x, Tensor):
+        leaves.tensors.append(x)
+        return str(TENSOR)
+    if isinstance(x, bool):
+        return "true" if x else "false"
+    if isinstance(x, float):
+        leaves.floats.append(x)
+        return str(FLOAT)
+    if isinstance(x, int):
+        leaves.ints.append(x)
+        return str(INT)
+    if isinstance(x, str):
+        return f'"{x}"'
+    if isinstance(x, list | tuple):
+        return "[" + ",".join([flatten(item, leaves) for item in x]) + "]"
+    if isinstance(x, dist.ProcessGroup):
+        return '{"ProcessGroup":["' + x.group_name + '"]}'
+    if type(x) not in FIELDS:
+        raise TypeError(f"got {type(x).__name__}, which cannot be compiled")
+    items = [flatten(getattr(x, name), leaves) for name in FIELDS[type(x)]]
+    return '{"' + type(x).__name__ + '":[' + ",".join(items) + "]}"
+
+
+def unflatten(structure: str, leaves: Leaves) -> Any:
+    """The inverse of ``flatten``; lists become tuples."""
+    kinds: list[Iterator[Any]] = [iter(kind) for kind in leaves]
+
+    def build(x: Any) -> Any:
+        if x is None or isinstance(x, bool | str):
+            return x
+        if isinstance(x, int):
+            return next(kinds[x])
+        if isinstance(x, list):
+            return tuple(build(item) for item in x)
+        [(name, items)] = x.items()
+        if name == "ProcessGroup":
+            return dist.distributed_c10d._resolve_process_group(items[0])
+        return CLASSES[name](**dict(zip(FIELDS[CLASSES[name]], build(items), strict=True)))
+
+    return build(json.loads(structure))
+
+
+class Output(NamedTuple):
+    shape: Sequence[int]
+    dtype: torch.dtype
+
+
+def replaced(x: Any, output: Callable[[Output], Any]) -> Any:
+    """The structure ``x`` with something else in place of each ``Output``."""
+    if isinstance(x, Output):
+        return output(x)
+    if isinstance(x, tuple):
+        return tuple([replaced(item, output) for item in x])
+    if x is None:
+        return None
+    items = [replaced(getattr(x, name), output) for name in FIELDS[type(x)]]
+    return type(x)(*items)
+
+
+def owned(x: Tensor) -> Tensor:
+    """``x``, contiguous and with memory of its own: an operator's outputs must not share any."""
+    whole = x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes
+    return x if whole else x.clone(memory_format=torch.contiguous_format)
+
+
+def is_traced() -> bool:
+    """Whether a compiler looks on, or a mode that replaces tensors by fake ones or records what is done."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def operator(
+    outputs: Callable[[dict[str, Any]], Any],
+    prepare: Callable[[dict[str, Any]], None] | None = None,
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Registers a function as ``attnshape::<its name>``, which is called instead where a compiler looks on.
+
+    Either way no gradient is recorded.
+
+    Args:
+        outputs: from the function's arguments to the structure it returns, of ``Output``.
+        prepare: changes the arguments before they enter the operator.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        parameters = inspect.signature(function).parameters
+        names = tuple(parameters)
+        defaults = {p.name: p.default for p in parameters.values() if p.default is not p.empty}
+
+        def arguments(*flat: Any) -> dict[str, Any]:
+            *leaves, structure = flat
+            return dict(zip(names, unflatten(structure, Leaves(*leaves)), strict=True))
+
+        def compute(
+            tensors: Sequence[Tensor], floats: Sequence[float], ints: Sequence[int], structure: str
+        ) -> list[Tensor]:
+            leaves = Leaves([], [], [])
+            result: Any = function(**arguments(tensors, floats, ints, structure))  # type: ignore[call-arg]
+            flatten(result, leaves)
+            return [owned(x) for x in leaves.tensors]
+
+        def fake(
+            tensors: Sequence[Tensor], floats: Sequence[float], ints: Sequence[int], structure: str
+        ) -> list[Tensor]:
+            made: list[Tensor] = []
+
+            def make(x: Output) -> None:
+                made.append(torch.empty(x.shape, dtype=x.dtype, device=tensors[0].device))
+
+            replaced(outputs(arguments(tensors, floats, ints, structure)), make)
+            return made
+
+        registered: Any = torch.library.custom_op(
+            f"attnshape::{function.__name__}", compute, mutates_args=(), schema=SCHEMA
+        )
+        registered.register_fake(fake)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            if not is_traced():
+                grad = torch.is_grad_enabled()
+                torch._C._set_grad_enabled(False)  # a tenth of what `torch.no_grad` costs
+                try:
+                    return function(*args, **kwargs)
+                finally:
+                    torch._C._set_grad_enabled(grad)
+            given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+            if prepare is not None:
+                prepare(given)
+            leaves = Leaves([], [], [])
+            structure = flatten([given[name] for name in names], leaves)
+            with torch.no_grad():
+                computed = iter(registered(*leaves, structure))
+            return replaced(outputs(given), lambda _: next(computed))  # type: ignore[no-any-return]
+
+        return call
+
+    return decorate
+
+
+# What the public functions return -----------------------------------------------------------------------
+
+
+def _layers(x: Any) -> Sequence[AttentionInputs]:
+    if isinstance(x, AttentionInputs):
+        return (x,)
+    return x if isinstance(x, list | tuple) else ()
+
+
+def _operands(x: Any) -> list[Tensor]:
+    return [tensor for layer in _layers(x) for tensor in (layer.query, layer.key)]
+
+
+def attention_row(given: dict[str, Any]) -> Output:
+    key = _layers(given["inputs"])[0].key
+    packed = _layers(given["inputs"])[0].packed
+    shape = key.shape[:1] if packed else (key.shape[0], key.shape[2])
+    return Output(shape, compute_dtype(*_operands(given["inputs"])))
+
+
+def credit_of(argument: str) -> Callable[[dict[str, Any]], Output]:
+    """Credit of each response token from the layers given as ``argument``."""
+
+    def credit(given: dict[str, Any]) -> Output:
+        return Output(given["response_mask"].shape, compute_dtype(*_operands(given[argument])))
+
+    return credit
+
+
+def _batch(given: dict[str, Any]) -> int:
+    cu_seqlens = given["response_cu_seqlens"]
+    # Not `len`, which makes a size a constant.
+    rows: int = given["response_mask"].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return rows
+
+
+def shape_rewards(given: dict[str, Any]) -> ShapedRewards:
+    floats = [given[name] for name in ("score", "credit", *TokenInputs._fields) if name != "kl_coef"]
+    dtype = compute_dtype(*floats, *_operands(given["credit"]))
+    batch, token = _batch(given), Output(given["response_mask"].shape, dtype)
+    has_kl = given["kl"] is not None or given["logprobs"] is not None
+    row, moments, status = Output((batch,), dtype), Output((batch, 3), dtype), Output((batch,), torch.int32)
+    stats: list[Any] = [row, row, row if _layers(given["credit"]) else None, row, moments]
+    shaped: list[Any] = [token, token, token, token, token if has_kl else None, status, RowStats(*stats)]
+    return ShapedRewards(*shaped)
+
+
+def kl_coef_as_tensor(given: dict[str, Any]) -> None:
+    """Its value changes from step to step, and compilers specialise on numbers that enter an operator."""
+    x, score = given["kl_coef"], given["score"]
+    if isinstance(x, int | float) and x != 0:
+        # A sum, and not `torch.full`, is what they take a changing number in.
+        given["kl_coef"] = torch.zeros((), dtype=compute_dtype(score), device=score.device) + x
+
+
+def gae(given: dict[str, Any]) -> tuple[Output, ...]:
+    dtype = compute_dtype(given["rewards"], given["values"], given["bootstrap"])
+    token = Output(given["response_mask"].shape, dtype)
+    return (token, token, Output((_batch(given), 3), dtype)) if given["return_moments"] else (token, token)
+
+
+def whiten(given: dict[str, Any]) -> Output:
+    return Output(given["x"].shape, compute_dtype(given["x"]))
