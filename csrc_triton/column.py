@@ -847,6 +847,7 @@ class _Response:
                 H=MEAN_HEADS,
                 CHUNK=CHUNK,
                 **COMPILER,
+                **registers(128),
             )
 
 
@@ -956,7 +957,7 @@ def _normalizer(
     norms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Per head and query, ``[Hq, entries]``: log2 of the softmax's denominator; the sum of ``norms``."""
-    heads, tiles = layer.query.shape[1], _tiles(layer)
+    heads, tiles = layer.query.shape[1], _tiles(layer, 128)
     normalizer = torch.empty(heads, axis.total, dtype=torch.float32, device=layer.key.device)
     moved = None if norms is None else torch.empty_like(normalizer)
     slots = axis.slots(tiles["BLOCK"])
@@ -1000,7 +1001,7 @@ def _columns(
     ordered: bool = True,
 ) -> Tensor:
     """Per head, what every entry gets from the queries from it on, ``[Hq, entries]``."""
-    heads, tiles = layer.query.shape[1], _tiles(layer, order)
+    heads, tiles = layer.query.shape[1], _tiles(layer, None if weight is None else 255, order)
     columns = torch.empty_like(normalizer)
     slots = axis.slots(tiles["BLOCK"])
     operands, layout = _operands(layer)
@@ -1047,10 +1048,11 @@ def _operands(layer: Layer) -> tuple[list[Any], dict[str, Any]]:
     }
 
 
-def _tiles(layer: Layer, ordered_by: Tensor | None = None) -> dict[str, Any]:
+def _tiles(layer: Layer, most: int | None, ordered_by: Tensor | None = None) -> dict[str, Any]:
     """Rows a program holds and rows it streams, in parts of the head width, and how it is compiled.
 
-    E.g. 128 rows of width 128 in bfloat16 (32 KB) held, and 3 tiles of 64 on their way (48 KB).
+    E.g. 128 rows of width 128 in bfloat16 (32 KB) held, and 3 tiles of 64 on their way (48 KB). ``most``
+    registers, or as ptxas chooses: two programs share a multiprocessor where nothing spills.
     """
     width = max(16, padded(layer.key.shape[-1]))
     if layer.key.element_size() == 4:
@@ -1063,8 +1065,9 @@ def _tiles(layer: Layer, ordered_by: Tensor | None = None) -> dict[str, Any]:
         tiles = {"BLOCK": 64, "STEP": 32, "BLOCK_D": width, "num_warps": 4, "num_stages": stages}
         return COMPILER | tiles | registers(255)
     tiles = {"BLOCK": 128, "STEP": 64, "BLOCK_D": width, "num_warps": 8, "num_stages": stages}
-    # Without tanh, two programs share a multiprocessor if ptxas is left alone.
-    return COMPILER | tiles | (registers(255) if layer.softcap else {})
+    if layer.softcap:
+        most = 255
+    return COMPILER | tiles | ({} if most is None else registers(most))
 
 
 def _axis(layer: Layer) -> _Axis:

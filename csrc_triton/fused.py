@@ -968,8 +968,8 @@ def _layer(layer: Layer, credit: Attention, shape: dict[str, Any], finish: str) 
 
 
 def chunk_size(key: Tensor) -> int:
-    """Keys per chunk, a constant of the layer: 64 KB at the most, e.g. 128 of width 256 in bfloat16."""
-    return 64 if padded(key.shape[-1]) * key.element_size() > 512 else 128
+    """Keys per chunk, a constant of the layer: at most 64 KB, or 32 KB of float32, lest it spill."""
+    return 32 if padded(key.shape[-1]) * key.element_size() > 512 else 128
 
 
 def chunks_per_program(n_chunks: int, processors: int) -> int:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,8 @@ def test_half_precision_rows_use_tensor_cores(compiled: tuple[str, list[dict]]) 
 
 def test_alignment_does_not_change_the_order_of_additions(compiled: tuple[str, list[dict]]) -> None:
     _, variants = compiled
-    rows = {facts["case"]: facts["layouts"] for facts in key_readers(variants)}
+    # A loop whose first or last step is taken out of it has the same reductions twice.
+    rows = {facts["case"]: [x for x, _ in groupby(facts["layouts"])] for facts in key_readers(variants)}
     aligned = {
         "bfloat16": "credit, bfloat16 32/8x128 token-major",
         "float32": "credit, float32 32/8x128 head-major",
