@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -29,6 +30,7 @@ def compute_dtype(*tensors: object) -> torch.dtype:
     return torch.float64 if floats == {torch.float64} else torch.float32
 
 
+@functools.lru_cache
 def float32_rounded(x: float) -> float:
     """``gamma`` and ``gamma * lam`` are rounded to float32 once, before any arithmetic."""
     return torch.tensor(x, dtype=torch.float32).item()

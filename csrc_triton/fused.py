@@ -27,6 +27,7 @@ from csrc_triton.device import INF, LOG2E, arrive, clamp, fold_chunks, number, r
 from csrc_triton.launch import (
     COMPILER,
     COUNTERS,
+    Launcher,
     ceil_div,
     interpreted,
     kernel,
@@ -81,7 +82,7 @@ def shape_kernel(
     p_ref_logprobs,
     stride_ref_logprobs,
     p_kl_in,
-    stride_kl,
+    stride_kl_in,
     p_token_rewards,
     stride_token_rewards,
     p_score,  # rows' inputs, or None
@@ -355,7 +356,7 @@ def shape_kernel(
                 at_values = row * stride_values
                 at_logprobs = row * stride_logprobs
                 at_ref_logprobs = row * stride_ref_logprobs
-                at_kl = row * stride_kl
+                at_kl = row * stride_kl_in
                 at_token_rewards = row * stride_token_rewards
             tokens = Tokens(
                 None if p_mask is None else p_mask + place.at_mask,
@@ -609,17 +610,17 @@ Output = Literal["rewards", "advantages", "returns", "credit", "kl", "status", "
 class Swept(NamedTuple):
     """What was asked for; the rest is None. ``[B, R]`` (packed ``[M]``) float32."""
 
-    rewards: Tensor | None
-    advantages: Tensor | None
-    returns: Tensor | None
-    credit: Tensor | None
-    kl: Tensor | None
-    status: Tensor | None
+    rewards: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    credit: Tensor | None = None
+    kl: Tensor | None = None
+    status: Tensor | None = None
     """int32 ``[B]``, bits as in ``csrc_triton.device``."""
-    stats: Tensor | None
+    stats: Tensor | None = None
     """float32 ``[B, 4]``: entropy of the credit (nats), its share on the last unmasked token, raw mass, and
     ``|sum of the redistributed score - score|``."""
-    moments: Tensor | None
+    moments: Tensor | None = None
     """float32 ``[B, 3]``: unmasked tokens, mean and sum of squared deviations of their advantages."""
 
 
@@ -708,7 +709,7 @@ def sweep(
             out[name] = torch.empty(batch, PER_ROW[name], dtype=torch.float32, device=device)
         else:
             out[name] = torch.empty(response_mask.shape, dtype=torch.float32, device=device)
-    swept = Swept(*(out.get(name) for name in Swept._fields))
+    swept = Swept(**out)
     if batch == 0:
         # Tokens of no row.
         return Swept(*(None if x is None else x.zero_() for x in swept))
@@ -717,15 +718,20 @@ def sweep(
     second = gl_value is not None
     if gl_value is None:
         gl_value = gl
+    weights = credit if isinstance(credit, Tensor) else None
+    if isinstance(credit, Attention):
+        weights = swept.credit
     shape = {
         **{f"p_{name}": x for name, x in out.items()},
-        **_tokens("mask", response_mask),
-        **_tokens("weights", credit if isinstance(credit, Tensor) else None),
-        **_tokens("values", values),
-        **_tokens("logprobs", logprobs),
-        **_tokens("ref_logprobs", ref_logprobs),
-        **_tokens("kl_in", kl),
-        **_tokens("token_rewards", token_rewards),
+        **_tokens(
+            mask=response_mask,
+            weights=weights,
+            values=values,
+            logprobs=logprobs,
+            ref_logprobs=ref_logprobs,
+            kl_in=kl,
+            token_rewards=token_rewards,
+        ),
         "p_score": _row(score),
         "p_score_index": _row(score_index),
         "p_terminal": _row(terminal_reward),
@@ -752,11 +758,10 @@ def sweep(
         "UNIT": all(isinstance(x, float | int) and x == 1 for x in (gl, gl_value)),
         "TWO_RECURRENCES": second and "returns" in outputs,
         "ZERO_NONFINITE": zero_nonfinite,
-        "FACTS": credit is not None or bootstrap is not None or any(name in PER_ROW for name in out),
+        "FACTS": credit is not None or bootstrap is not None or not PER_ROW.keys().isdisjoint(out),
         "FINISH": "shape",
     }
     if isinstance(credit, Attention):
-        shape |= _tokens("weights", swept.credit)
         _attend(credit, shape)
     else:
         shape["SOURCE"] = "weights" if isinstance(credit, Tensor) else None
@@ -919,7 +924,7 @@ def _layer(layer: Layer, credit: Attention, shape: dict[str, Any], finish: str) 
         "p_attention_mask": mask,
         "stride_mb": 0 if mask is None else row_stride(mask),
         "stride_mt": 0 if mask is None else mask.stride(-1),
-        "window": layer.sliding_window,
+        "window": None if layer.sliding_window is None else min(layer.sliding_window, keys),
         "scaling": float(layer.scaling),
         "softcap": layer.softcap,
         "p_sinks": _row(layer.sinks),
@@ -1023,11 +1028,7 @@ def _launch(arguments: dict[str, Any]) -> None:
     if not programs:
         return
     try:
-        shape_kernel[(programs,)](
-            **DEFAULTS | arguments | {"CHUNK": CHUNK},
-            **COMPILER,
-            **_registers(arguments),
-        )
+        LAUNCHER(programs, arguments, COMPILER | _registers(arguments))
     except BaseException:
         COUNTERS.discard(next(x.device for x in arguments.values() if isinstance(x, Tensor)))
         raise
@@ -1053,13 +1054,19 @@ FLOATS = (
 DEFAULTS = {name: _default(name) for name in shape_kernel.arg_names} | {
     "NORMALIZATION": "none",
     "SCORE_INDEX": "last_unmasked",
+    "CHUNK": CHUNK,
 }
 """Arguments of the kernel that a launch leaves out."""
+LAUNCHER = Launcher(shape_kernel, DEFAULTS, ("p_query", "p_key"))
 
 
-def _tokens(name: str, x: Tensor | None) -> dict[str, Any]:
-    x = tokens(x)
-    return {f"p_{name}": x, f"stride_{name.removesuffix('_in')}": row_stride(x)}
+def _tokens(**given: Tensor | None) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, x in given.items():
+        x = tokens(x)
+        if x is not None:
+            out[f"p_{name}"], out[f"stride_{name}"] = x, row_stride(x)
+    return out
 
 
 def _row(x: Tensor | str | None) -> Tensor | None:
