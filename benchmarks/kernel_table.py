@@ -3,13 +3,14 @@
 ``python -m benchmarks.kernel_table`` writes ``results/kernels.json`` and ``kernels.md``. With a target's
 name, and an expression that names of cases match, it prints what it found for that target: each has a process
 of its own, since Triton's interpreter leaves nothing to compile. With ``count`` it prints the specialisations
-that 200 random shapes need.
+that 200 random shapes need; with ``kinds``, how many stand behind each key of the launcher, for all calls.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -447,6 +448,20 @@ def specialisations(target: str = "sm_90") -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def specialisations_per_key(target: str = "sm_90") -> list[int]:
+    """For each key under which the launcher keeps what was compiled: how many Triton would tell apart."""
+    from triton.backends.compiler import GPUTarget
+
+    from csrc_triton.fused import LAUNCHER
+
+    gpu, found = GPUTarget(*TARGETS[target]), {}
+    for launch in captured_launches(itertools.chain(calls(), random_calls())):
+        if launch.kernel is LAUNCHER.kernel:
+            named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=True))
+            found.setdefault(LAUNCHER.key(named, launch.options), set()).add(launch.variant(gpu).key)
+    return [len(variants) for variants in found.values()]
+
+
 def printed_apart(*arguments: str, root: Path = ROOT) -> Any:
     """What ``main`` prints with these arguments, in a process of its own, of the sources under ``root``."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -536,7 +551,9 @@ def markdown(table: dict[str, Any]) -> str:
 
 def main() -> None:
     if len(sys.argv) > 1:
-        print(json.dumps(specialisations() if sys.argv[1] == "count" else measured(*sys.argv[1:])))
+        apart = {"count": specialisations, "kinds": specialisations_per_key}
+        what = apart.get(sys.argv[1])
+        print(json.dumps(what() if what else measured(*sys.argv[1:])))
         return
     table = table_of(measured_all())
     TABLE.write_text(json.dumps(table, indent=1) + "\n")

@@ -55,7 +55,8 @@ class Launcher:
         numbers = [name for name in constant if not constant[name] and not name.startswith("p_")]
 
         def chosen(names: Iterable[str]) -> Callable[[Any], Any]:
-            return operator.itemgetter(*names)
+            names = tuple(names)
+            return operator.itemgetter(*names) if len(names) != 1 else lambda found: (found[names[0]],)
 
         self.in_order = chosen(constant)
         self.constants = chosen(name for name in constant if constant[name])

@@ -178,3 +178,9 @@ def test_launches_are_those_of_the_cost_model(found: dict[str, dict]) -> None:
 def test_shapes_do_not_recompile() -> None:
     found = printed_apart("count")
     assert 4 <= len(found) <= 12, found
+
+
+def test_the_launcher_tells_apart_what_triton_does() -> None:
+    found = printed_apart("kinds")
+    assert len(found) > 20
+    assert set(found) == {1}

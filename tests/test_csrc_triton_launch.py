@@ -1,0 +1,89 @@
+"""The launcher that starts a kernel with what was compiled before."""
+
+from typing import Any
+
+import pytest
+import torch
+import triton.language as tl
+
+from csrc_triton.launch import Launcher
+
+DEFAULTS = {"p_out": None, "p_in": None, "window": None, "n": 0, "scale": 0.0, "BLOCK": 128}
+
+
+def parameters(p_out, p_in, window, n, scale, BLOCK: tl.constexpr) -> None:
+    """Those of the kernel."""
+
+
+class Compiled:
+    """Keeps with what it was launched."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *arguments: self.launches.append((grid, arguments))
+
+
+class Kernel:
+    """Compiles at every launch, as Triton would where it had seen nothing alike."""
+
+    fn = staticmethod(parameters)
+
+    def __init__(self) -> None:
+        self.compiled: list[Compiled] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*arguments: Any, **options: Any) -> Compiled:
+            self.compiled.append(Compiled())
+            self.compiled[-1][grid](*arguments)
+            return self.compiled[-1]
+
+        return launch
+
+
+@pytest.fixture
+def launcher() -> Launcher:
+    return Launcher(Kernel(), DEFAULTS, ("p_in", "p_out"))
+
+
+def base() -> dict[str, Any]:
+    x = torch.empty(64)
+    return {"p_out": x[:16], "p_in": x[16:], "n": 3}
+
+
+def test_the_like_is_compiled_once_and_gets_its_own_arguments(launcher: Launcher) -> None:
+    first = base()
+    other = {"p_out": torch.empty(9), "p_in": torch.empty(9), "n": 2**31 - 1, "scale": 0.5}
+    launcher(4, first, {"num_warps": 4})
+    launcher(5, other, {"num_warps": 4})
+    (compiled,) = launcher.kernel.compiled
+    for (grid, passed), programs, given in zip(compiled.launches, (4, 5), (first, other), strict=True):
+        assert grid == (programs, 1, 1)
+        assert all(x is y for x, y in zip(passed, (DEFAULTS | given).values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"p_in": torch.empty(64, dtype=torch.float64)},
+        {"p_in": None},
+        {"p_in": torch.empty(64)[1:]},
+        {"window": 7},
+        {"n": 2**31},
+        {"BLOCK": 256},
+        {"num_warps": 8},
+    ],
+    ids=["dtype", "absent", "misaligned", "present", "wide", "constant", "option"],
+)
+def test_what_differs_in_kind_is_compiled_anew(launcher: Launcher, other: dict[str, Any]) -> None:
+    launcher(4, base(), {"num_warps": 4})
+    options = {"num_warps": other.get("num_warps", 4)}
+    launcher(4, base() | {name: x for name, x in other.items() if name in DEFAULTS}, options)
+    assert [len(compiled.launches) for compiled in launcher.kernel.compiled] == [1, 1]
+
+
+def test_wide_integers_are_left_to_triton(launcher: Launcher) -> None:
+    for n in (2**31, 2**63):
+        launcher(4, base() | {"n": n}, {"num_warps": 4})
+    assert len(launcher.kernel.compiled) == 2
