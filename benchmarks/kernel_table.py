@@ -3,7 +3,7 @@
 ``python -m benchmarks.kernel_table`` writes ``results/kernels.json`` and ``kernels.md``. With a target's
 name, and an expression that names of cases match, it prints what it found for that target: each has a process
 of its own, since Triton's interpreter leaves nothing to compile. With ``count`` it prints the specialisations
-that 200 random shapes need; with ``kinds``, how many stand behind each key of the launcher, for all calls.
+that 200 random shapes need; with ``kinds`` and a target, how many stand behind each key of the launcher.
 """
 
 from __future__ import annotations
@@ -448,8 +448,8 @@ def specialisations(target: str = "sm_90") -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def specialisations_per_key(target: str = "sm_90") -> list[int]:
-    """For each key under which the launcher keeps what was compiled: how many Triton would tell apart."""
+def specialisations_per_key(target: str) -> list[int]:
+    """For each key that the launcher gives any of the calls: how many Triton would tell apart."""
     from triton.backends.compiler import GPUTarget
 
     from csrc_triton.fused import LAUNCHER
@@ -551,9 +551,9 @@ def markdown(table: dict[str, Any]) -> str:
 
 def main() -> None:
     if len(sys.argv) > 1:
+        what, *arguments = sys.argv[1:]
         apart = {"count": specialisations, "kinds": specialisations_per_key}
-        what = apart.get(sys.argv[1])
-        print(json.dumps(what() if what else measured(*sys.argv[1:])))
+        print(json.dumps(apart[what](*arguments) if what in apart else measured(what, *arguments)))
         return
     table = table_of(measured_all())
     TABLE.write_text(json.dumps(table, indent=1) + "\n")

@@ -42,10 +42,10 @@ def _parameters(function: Callable[..., Any]) -> dict[str, bool]:
 class Launcher:
     """Starts a kernel with what was compiled for arguments of the same kinds.
 
-    Triton finds that out anew at every launch, which takes a kernel of 135 parameters 0.1 ms. Kinds are those
-    of ``kernel``: constants, dtypes, what is None, and whether ``aligned`` pointers are. Pointers are named
-    ``p_``; of the other parameters that are not constants, those whose default is None may be None, and are
-    of one type else.
+    Triton finds that out anew at every launch, parameter by parameter. Kinds are those of ``kernel``:
+    constants, dtypes, what is None, and of ``aligned`` pointers whether they are, and whether 32 bits reach
+    all of their memory. Pointers are named ``p_``; of the other parameters that are not constants, those
+    whose default is None may be None, and are of one type else.
     """
 
     def __init__(self, kernel: Any, defaults: dict[str, Any], aligned: Sequence[str]) -> None:
@@ -80,11 +80,12 @@ class Launcher:
 
     def key(self, arguments: dict[str, Any], options: dict[str, Any]) -> tuple[Any, ...]:
         """What arguments have in common that are served by one compilation."""
-        pointers = self.pointers(arguments)
+        pointers, aligned = self.pointers(arguments), self.aligned(arguments)
         return (
             next(x.device for x in pointers if x is not None),
             tuple([None if x is None else x.dtype for x in pointers]),
-            tuple([x is None or x.data_ptr() % 16 == 0 for x in self.aligned(arguments)]),
+            tuple([x is None or x.data_ptr() % 16 == 0 for x in aligned]),
+            tuple([x is None or x.untyped_storage().nbytes() < 2**31 for x in aligned]),  # AMD
             tuple([x is None for x in self.optional(arguments)]),
             max(self.integers(arguments)) < 2**31,  # others are passed in 64 bits
             self.constants(arguments),

@@ -69,12 +69,13 @@ def test_the_like_is_compiled_once_and_gets_its_own_arguments(launcher: Launcher
         {"p_in": torch.empty(64, dtype=torch.float64)},
         {"p_in": None},
         {"p_in": torch.empty(64)[1:]},
+        {"p_in": torch.empty(2**29, device="meta")},
         {"window": 7},
         {"n": 2**31},
         {"BLOCK": 256},
         {"num_warps": 8},
     ],
-    ids=["dtype", "absent", "misaligned", "present", "wide", "constant", "option"],
+    ids=["dtype", "absent", "misaligned", "far", "present", "wide", "constant", "option"],
 )
 def test_what_differs_in_kind_is_compiled_anew(launcher: Launcher, other: dict[str, Any]) -> None:
     launcher(4, base(), {"num_warps": 4})

@@ -180,7 +180,8 @@ def test_shapes_do_not_recompile() -> None:
     assert 4 <= len(found) <= 12, found
 
 
-def test_the_launcher_tells_apart_what_triton_does() -> None:
-    found = printed_apart("kinds")
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_the_launcher_tells_apart_what_triton_does(target: str) -> None:
+    found = printed_apart("kinds", target)
     assert len(found) > 20
     assert set(found) == {1}
