@@ -21,6 +21,7 @@ from attnshape.types import (
     MaskLayout,
     Response,
     ShapingConfig,
+    SignedLayer,
     TokenInputs,
 )
 
@@ -326,25 +327,75 @@ def check_whiten(x: object, mask: object, moments: object) -> None:
         _is_on("moments", moments, x.device, "x")
 
 
-def check_rollout_norms(
-    layers: Sequence[AttentionInputs],
-    value_norms: Sequence[Tensor] | None,
-    residual_norms: Sequence[Tensor] | None,
-) -> None:
-    if value_norms is None and residual_norms is None:
-        return
-    if value_norms is None or residual_norms is None:
-        missing = "value_norms" if value_norms is None else "residual_norms"
-        raise ValueError(f"{missing}: got None, want it beside the other norms")
-    for name, norms in (("value_norms", value_norms), ("residual_norms", residual_norms)):
-        if len(norms) != len(layers):
-            raise ValueError(f"{name}: got {len(norms)} tensors, want {len(layers)}, one for each layer")
+def check_rollout_norms(layers: Sequence[AttentionInputs]) -> tuple[list[Tensor], list[Tensor]] | None:
+    """The value norms and the residual norms of all layers; None where no layer has any."""
+    found: dict[str, list[Tensor]] = {"value_norm": [], "residual_norm": []}
     for i, layer in enumerate(layers):
         axes, heads = _token_axes(layer), layer.query.shape[1]
         shape, of = ((*axes, heads), "[N, Hq]") if layer.packed else ((axes[0], heads, axes[1]), "[B, Hq, S]")
-        _floats(f"value_norms[{i}]", value_norms[i], shape, of, layer.key, "key")
-        of = "[N]" if layer.packed else "[B, S]"
-        _floats(f"residual_norms[{i}]", residual_norms[i], axes, of, layer.key, "key")
+        wanted = {"value_norm": (shape, of), "residual_norm": (axes, "[N]" if layer.packed else "[B, S]")}
+        for name, (shape, of) in wanted.items():
+            norm = getattr(layer, name)
+            if norm is not None:
+                _floats(f"layers[{i}].{name}", norm, shape, of, layer.key, "key")
+                found[name].append(norm)
+    counts = {name: len(norms) for name, norms in found.items()}
+    if set(counts.values()) == {0}:
+        return None
+    for name, count in counts.items():
+        if count != len(layers):
+            raise ValueError(
+                f"layers: got {count} with {name}, want it for each of the {len(layers)}, or no norms"
+            )
+    return found["value_norm"], found["residual_norm"]
+
+
+# Token tensors of `attnshape.credit` ------------------------------------------------------------------
+
+
+def check_like_mask(name: str, x: object, mask: Tensor) -> None:
+    _floats(name, x, _is_tensor("response_mask", mask).shape, "that of response_mask", mask, "response_mask")
+
+
+def check_per_row(name: str, x: object, rows: int, mask: Tensor) -> None:
+    _floats(name, x, (rows,), "[B]", mask, "response_mask")
+
+
+def check_number(name: str, x: object) -> None:
+    if not isinstance(x, int | float) or isinstance(x, bool):
+        raise TypeError(f"{name}: got {type(x).__name__}, want a number")
+    if not math.isfinite(x):
+        raise ValueError(f"{name}: got {x}, want a finite number")
+
+
+def check_inputs(name: str, x: object) -> None:
+    """What ``credit.gradient_weights`` differentiates by: values or embeddings."""
+    x = _is_tensor(name, x)
+    _has_dtype(name, x, FLOATS)
+    if x.ndim not in (3, 4):
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, want [B, S, hidden] or [B, Hkv, S, D]")
+    if not x.requires_grad:
+        raise ValueError(
+            f"{name}: got a tensor without gradient, want what a tap with a gradient source took"
+        )
+
+
+def check_signed_layers(layers: object) -> None:
+    if not isinstance(layers, list | tuple) or not all(isinstance(x, SignedLayer) for x in layers):
+        raise TypeError(f"layers: got {type(layers).__name__}, want a list or tuple of SignedLayer")
+    if not layers:
+        raise ValueError("layers: got none, want one or more")
+    for i, (inputs, value, pull) in enumerate(layers):
+        [layer] = layers_of(inputs)
+        if not layer.has_all_queries:
+            raise ValueError(f"layers[{i}].inputs: got one query row per sequence, want every query")
+        heads, kv_heads = layer.query.shape[1], layer.key.shape[1]
+        width = _is_tensor(f"layers[{i}].value", value).shape[-1]
+        axes = _token_axes(layer)
+        for name, x, n, of in (("value", value, kv_heads, "Hkv"), ("pull", pull, heads, "Hq")):
+            shape = (*axes, n, width) if layer.packed else (axes[0], n, axes[1], width)
+            of = f"[N, {of}, Dv]" if layer.packed else f"[B, {of}, S, Dv]"
+            _floats(f"layers[{i}].{name}", x, shape, of, layer.key, "key")
 
 
 # Values, with a synchronisation ----------------------------------------------------------------------

@@ -179,8 +179,6 @@ def attention_rollout(
     layers: Sequence[AttentionInputs],
     response_mask: Tensor,
     *,
-    value_norms: Sequence[Tensor] | None = None,
-    residual_norms: Sequence[Tensor] | None = None,
     response_start: Tensor | None = None,
     response_index: Tensor | None = None,
     response_cu_seqlens: Tensor | None = None,
@@ -190,27 +188,27 @@ def attention_rollout(
 ) -> Tensor:
     """Credit carried from the score's token down through all layers, in O(T) memory.
 
-    Without norms ``r[t] = (r[t] + sum_s r[s] mean_h a[h, s, t]) / 2`` (arXiv 2005.00928). With them each
-    layer's attention is weighted by the length of what it moves, and the residual stream by its own.
+    Where the layers have no norms ``r[t] = (r[t] + sum_s r[s] mean_h a[h, s, t]) / 2`` (arXiv 2005.00928).
+    With ``value_norm`` and ``residual_norm`` each layer's attention is weighted by the length of what it
+    moves (arXiv 2004.10102), and the residual stream by its own (arXiv 2109.07152).
 
     Args:
         layers: every layer from the lowest to the highest, with every query; the row starts at the highest
-            layer's ``query_position``.
-        value_norms: per layer ``|W_O,h v[h, t]|``, ``[B, Hq, S]`` (packed ``[N, Hq]``).
-        residual_norms: per layer ``|x[s]|`` of the residual stream entering it, ``[B, S]`` (packed ``[N]``).
+            layer's ``query_position``. ``AttentionTap(model, source="rollout").take()`` returns them.
 
     Other arguments, returns and errors as for ``attention_credit``.
     """
     checked = _checks.layers_of(layers)
     _all_queries("layers", checked)
     _checks.check_choice("normalization", normalization)
-    _checks.check_rollout_norms(checked, value_norms, residual_norms)
+    norms = _checks.check_rollout_norms(checked)
     response = Response(response_mask, response_start, response_index, response_cu_seqlens)
     _checks.check_response(response, checked[0].batch_size, checked[0].key)
     if validate:
         _checks.validate_response(response, _checks.validate_attention(checked))
-    norms = [*(value_norms or ()), *(residual_norms or ())]
-    compute = _function("attention_rollout", backend, response_mask.device, checked, *norms)
+    value_norms, residual_norms = norms or (None, None)
+    given = [*(value_norms or ()), *(residual_norms or ())]
+    compute = _function("attention_rollout", backend, response_mask.device, checked, *given)
     out: Tensor = compute(checked, response, value_norms, residual_norms, normalization)
     return out
 

@@ -308,8 +308,6 @@ def attention_rollout(
     layers: Sequence[AttentionInputs],
     response_mask: Tensor,
     *,
-    value_norms: Sequence[Tensor] | None = None,
-    residual_norms: Sequence[Tensor] | None = None,
     response_start: Tensor | None = None,
     response_index: Tensor | None = None,
     response_cu_seqlens: Tensor | None = None,
@@ -343,12 +341,13 @@ def attention_rollout(
             assert seq is not None
             asked = (r != 0)[None, :, None]  # a query that carries nothing adds nothing, NaN included
             a = torch.where(asked, _attention_matrix(layers[i], seq), 0.0)  # [Hq, S, S]
-            if value_norms is None or residual_norms is None:
+            norms, residual = layers[i].value_norm, layers[i].residual_norm
+            if norms is None or residual is None:
                 r = (r + r @ _mean_over_heads(layers[i], a)) / 2
                 continue
             packed = layers[i].packed
-            norms = value_norms[i][seq.tokens].transpose(0, 1) if packed else value_norms[i][b]  # [Hq, S]
-            residual = (residual_norms[i][seq.tokens] if packed else residual_norms[i][b]).to(dtype)  # [S]
+            norms = norms[seq.tokens].transpose(0, 1) if packed else norms[b]  # [Hq, S]
+            residual = (residual[seq.tokens] if packed else residual[b]).to(dtype)  # [S]
             norms = torch.where(seq.attended, norms.to(dtype), 0.0)
             moved = torch.einsum("hst,ht->st", _chosen(layers[i], a), _chosen(layers[i], norms))
             share = torch.where(r == 0, 0.0, r / (moved.sum(1) + residual))

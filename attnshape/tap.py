@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import threading
@@ -14,16 +15,22 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
-from attnshape.types import AttentionInputs
+from attnshape._flow import Flow, Moved
+from attnshape.types import AttentionInputs, SignedLayer
 
 AttentionFunction: TypeAlias = Callable[..., Any]
 Mask: TypeAlias = Tensor | BlockMask | None
 QueryPosition: TypeAlias = Literal["pooled", "last_visible", "last_response", "all"] | Tensor
+Source: TypeAlias = Literal["attention", "rollout", "signed_rollout", "gradient_value", "gradient_embedding"]
+Taken: TypeAlias = AttentionInputs | SignedLayer | Tensor
 
+_SOURCES = ("attention", "rollout", "signed_rollout", "gradient_value", "gradient_embedding")
+_ROLLOUTS = ("rollout", "signed_rollout")
 _POSITIONS = ("pooled", "last_visible", "last_response", "all")
 _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q")
 _EAGER = "eager_attention_forward"
@@ -35,7 +42,7 @@ _lock = threading.Lock()
 
 
 class AttentionTap:
-    """Context manager that hands out the queries and keys of attention layers while a model runs.
+    """Context manager that hands out what credit is made of while a model runs.
 
     The model keeps its own attention implementation and its logits keep their bits. While the tap is open
     the attention function of its layers is wrapped under its own name; leaving the block, by an exception
@@ -44,7 +51,13 @@ class AttentionTap:
     Args:
         model: a Hugging Face model whose attention goes through transformers' ``AttentionInterface``, or a
             module around one (value head, PEFT, data parallel, ``torch.compile``).
-        layer: which of the model's attention layers, negative from the last; or several.
+        layer: which of the model's attention layers, negative from the last; or several. Not for rollouts,
+            which read every layer, nor for embeddings, which belong to none. Of one layer only the values.
+        source: what ``take`` hands out. ``"attention"``: queries and keys, of the last layer if no ``layer``
+            is given. ``"rollout"``: those of every layer with the norms of what they move, for
+            ``attention_rollout``. ``"signed_rollout"``: for ``credit.signed_rollout``. ``"gradient_value"``:
+            the values of the first layer, or of ``layer``, and ``"gradient_embedding"``: the token
+            embeddings, for ``credit.gradient_weights``. Only ``"attention"`` works in compiled models.
         query_position: the query that is read; may be assigned between forwards. ``"pooled"``: the token
             whose hidden state gave the score, which is the sequence-classification head's choice, or the
             last visible key where there is no such head. ``"last_visible"``. Int ``[B]``: these positions.
@@ -59,12 +72,15 @@ class AttentionTap:
     def __init__(
         self,
         model: nn.Module,
-        layer: int | Sequence[int] = -1,
+        layer: int | Sequence[int] | None = None,
         *,
+        source: Source = "attention",
         query_position: QueryPosition = "pooled",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if source not in _SOURCES:
+            raise ValueError(f"source: got {source!r}, want one of {_SOURCES}")
         modules = dict(model.named_modules())
         names = [
             n for n, m in modules.items() if _interface(type(m).forward) and getattr(m, "is_causal", True)
@@ -74,10 +90,26 @@ class AttentionTap:
                 f"model: {type(model).__name__} has no causal attention layer that takes its function from "
                 "transformers' AttentionInterface, so its queries and keys cannot be tapped"
             )
+        self._source = source
+        layer = _layer_of(source, layer, len(names))
         self._single = isinstance(layer, int)
         self._layers = [_Layer(name, modules[name]) for name in _choose(names, layer)]
         for tapped in self._layers:
             _check_layer(tapped)
+        if source != "attention" and any(_is_compiled(m) for m in modules.values()):
+            raise ValueError(
+                f"model: compiled, want source='attention', or the model as it was, for {source!r}"
+            )
+        self._flows = [
+            Flow(
+                modules[t.name],
+                modules[t.name.rpartition(".")[0]],
+                signed=source == "signed_rollout",
+                is_watched=self._is_watched,
+            )
+            for t in self._layers
+            if source in _ROLLOUTS
+        ]
         self._models = [
             _Model(m, tuple(inspect.signature(m.forward).parameters))
             for n, m in modules.items()
@@ -89,6 +121,7 @@ class AttentionTap:
         self._call: _Call | None = None
         self._entries: list[_Entry] = []
         self._thread: int | None = None
+        self._embedding_hook: RemovableHandle | None = None
         self.query_position = query_position
 
     @property
@@ -123,6 +156,11 @@ class AttentionTap:
             for index, layer in enumerate(self._layers):
                 _attach(layer.module, _Probe(self, index))
                 self._entries += [_install(*lookup) for lookup in _lookups(layer.module)]
+        for flow in self._flows:
+            flow.open()
+        if self._source == "gradient_embedding":
+            embedding = self._models[0].module.get_input_embeddings()
+            self._embedding_hook = embedding.register_forward_hook(self._on_embedding)
         return self
 
     def __exit__(
@@ -136,13 +174,22 @@ class AttentionTap:
             for model in self._models:
                 if not _detach(model.module, self):
                     _unhook(model.module)
+        for flow in self._flows:
+            flow.close()
+        if self._embedding_hook is not None:
+            self._embedding_hook.remove()
+            self._embedding_hook = None
         self._thread = None
 
-    def take(self) -> AttentionInputs | tuple[AttentionInputs, ...]:
+    def take(self) -> Any:
         """What the one forward since the last ``take`` used; works after the block too.
 
         Returns:
             ``AttentionInputs`` if ``layer`` was an int, else a tuple in the order of ``layer``; detached.
+            A rollout gives a tuple of every layer, from the lowest: ``AttentionInputs`` with norms and every
+            query, or ``SignedLayer``. A gradient source gives the tensor that the score is differentiated by,
+            still in the graph.
+
             ``query`` is a copy of the rows, ``[B, Hq, D]`` (every query, by reference, for ``"all"`` and
             ``"last_response"``); ``key`` is the layer's own, by reference. Packed input, which is
             ``cu_seq_lens_q`` or restarting ``position_ids``, both without a mask, gives one row per sequence
@@ -155,6 +202,7 @@ class AttentionTap:
         """
         attended = [layer.attended for layer in self._layers]
         forwards = [layer.forwards for layer in self._layers]
+        moved = [flow.moved for flow in self._flows] or [None] * len(attended)
         self._reset()
         for layer, count in zip(self._layers, forwards, strict=True):
             if count != 1:
@@ -162,18 +210,24 @@ class AttentionTap:
                     f"take() wants exactly one forward since the last take(), inside the block and in the "
                     f"thread that entered it; layer {layer.name!r} ran {count}"
                 )
-        inputs = []
-        for found in attended:
+        taken: list[Taken] = []
+        for found, flow in zip(attended, moved, strict=True):
             if isinstance(found, ValueError):
                 raise found
-            if found is not None:
-                inputs.append(found.inputs())
-        return inputs[0] if self._single else tuple(inputs)
+            if isinstance(flow, ValueError):
+                raise flow
+            if isinstance(found, Tensor):
+                taken.append(found)
+            elif found is not None:
+                taken.append(found.inputs() if flow is None else found.with_flow(flow))
+        return taken[0] if self._single else tuple(taken)
 
     def _reset(self) -> None:
         self._call = None
         for layer in self._layers:
             layer.forwards, layer.attended = 0, None
+        for flow in self._flows:
+            flow.moved = None
 
     def _on_call(self, level: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A model is called: a forward begins, or reaches a model inside the one that began it."""
@@ -198,22 +252,26 @@ class AttentionTap:
         function: AttentionFunction,
         query: Tensor,
         key: Tensor,
+        value: Tensor,
         mask: Mask,
         options: dict[str, Any],
-    ) -> None:
-        """A tapped layer calls its attention function."""
+    ) -> Tensor:
+        """A tapped layer is about to call its attention function; returns the values to call it with."""
         call = self._call
-        if call is None or self._is_other_thread():
-            return
+        if call is None or self._is_other_thread() or self._source == "gradient_embedding":
+            return value
         layer = self._layers[index]
         if call.seen[index]:
             layer.attended = ValueError(f"layer: {layer.name!r} attends more than once in a forward")
-            return
+            return value
         call.seen[index] = True
         layer.forwards += 1
         layer.attended = None
         if layer.forwards > 1:
-            return
+            return value
+        if self._source == "gradient_value":
+            layer.attended = _differentiable(value)
+            return value if isinstance(layer.attended, ValueError) else layer.attended
         pooled, position = None, self._query_position
         if isinstance(position, str) and position == "pooled" and isinstance(self._head, PreTrainedModel):
             pooled = _pooled(self._head, call.given.get("input_ids"), query)
@@ -228,10 +286,30 @@ class AttentionTap:
                 given=call.given,
                 position=position,
                 pooled=pooled,
+                whole=self._source in _ROLLOUTS,
             )
         except ValueError as error:
             # The forward goes on; take() says why there is nothing to give.
             layer.attended = error
+        return value
+
+    def _on_attended(self, index: int, value: Tensor, output: Any) -> None:
+        """The attention function of a tapped layer returned."""
+        if self._flows and self._is_watched() and self._layers[index].forwards == 1:
+            self._flows[index].attended(value, output[0])
+
+    def _on_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """The token embeddings of a forward, which it goes on with."""
+        if self._call is None or self._is_other_thread():
+            return output
+        layer = self._layers[0]
+        layer.forwards += 1
+        layer.attended = _differentiable(output)
+        return output if isinstance(layer.attended, ValueError) else layer.attended
+
+    def _is_watched(self) -> bool:
+        """Whether this thread is inside a forward of the tapped model."""
+        return self._call is not None and not self._is_other_thread()
 
     def _is_other_thread(self) -> bool:
         # A compiled graph cannot ask which thread runs it.
@@ -249,7 +327,7 @@ class _Layer:
     name: str
     module: nn.Module
     forwards: int = 0
-    attended: _Attended | ValueError | None = None
+    attended: _Attended | Tensor | ValueError | None = None
 
 
 @dataclass
@@ -272,6 +350,8 @@ class _Attended:
     options: dict[str, Any]
     position: QueryPosition
     pooled: Tensor | None
+    whole: bool
+    """Whether every query is kept."""
     mask: Tensor | None
     square_mask: Mask
     """``[B, 1, S, S]``: given in the place of ``mask``."""
@@ -294,9 +374,11 @@ class _Attended:
     def _locate_padded(self) -> None:
         batch, _, length, _ = self.key.shape
         position = self.position
-        if isinstance(position, str) and position in ("all", "last_response"):
-            if self.square_mask is not None:
-                raise ValueError(f"attention_mask: got 4-D, want [B, S] for query_position={position!r}")
+        every = isinstance(position, str) and position in ("all", "last_response")
+        if (every or self.whole) and self.square_mask is not None:
+            wanted = f"query_position={position!r}" if every else "a rollout"
+            raise ValueError(f"attention_mask: got 4-D, want [B, S] for {wanted}")
+        if every:
             return
         keys = torch.arange(length, device=self.key.device)
         if isinstance(position, str) and position == "pooled" and self.pooled is not None:
@@ -309,6 +391,8 @@ class _Attended:
                 visible = _sees(self.square_mask, keys, keys, batch)
             position = (visible * keys).argmax(-1).to(torch.int32)
         self.position = _checked(position, batch).to(keys.device)
+        if self.whole:
+            return
         rows = self.position.clamp(0, length - 1)
         if self.square_mask is not None:
             self.mask, self.square_mask = _sees(self.square_mask, rows[:, None], keys, batch), None
@@ -321,6 +405,8 @@ class _Attended:
                 return
             self.position = cu_seqlens.diff() - 1
         self.position = _checked(self.position, len(cu_seqlens) - 1).to(self.key.device)
+        if self.whole:
+            return
         rows = cu_seqlens[:-1] + self.position
         self.query = self.query[rows.clamp(0, len(self.key) - 1)]
 
@@ -348,6 +434,26 @@ class _Attended:
             **self.options,
         )
 
+    def with_flow(self, moved: Moved) -> AttentionInputs | SignedLayer:
+        """``inputs`` with what the layer moved."""
+        inputs = self.inputs()
+        value, norm, residual, pull = moved
+        if self.cu_seqlens is not None:
+            value, norm, residual = value[0].transpose(0, 1), norm[0].T, residual[0]
+            pull = None if pull is None else pull[0].transpose(0, 1)
+        if pull is not None:
+            return SignedLayer(inputs, value, pull)
+        return dataclasses.replace(inputs, value_norm=norm, residual_norm=residual)
+
+
+def _differentiable(x: Tensor) -> Tensor | ValueError:
+    """``x``, or the same numbers as the place where a graph begins."""
+    if not torch.is_grad_enabled():
+        return ValueError(
+            "source: a gradient source wants a forward under torch.enable_grad(), got one without"
+        )
+    return x if x.requires_grad else x.detach().requires_grad_()
+
 
 def _attended(
     module: nn.Module,
@@ -360,6 +466,7 @@ def _attended(
     given: dict[str, Any],
     position: QueryPosition,
     pooled: Tensor | None,
+    whole: bool,
 ) -> _Attended:
     """What the layer attended with, if ``AttentionInputs`` can express it; else ``ValueError``."""
     if isinstance(key, DTensor):
@@ -394,6 +501,7 @@ def _attended(
         _score_options(function, options),
         position,
         pooled,
+        whole,
         mask,
         square_mask,
         None if cu_seqlens is None else cu_seqlens.to(key.device, torch.int32),
@@ -504,6 +612,23 @@ def _lookups(module: Any) -> list[tuple[dict[str, Any], str, AttentionFunction]]
     return found + [(forward.__globals__, n, forward.__globals__[n]) for n in names]
 
 
+def _layer_of(source: Source, layer: int | Sequence[int] | None, layers: int) -> int | Sequence[int]:
+    """The layers that a source reads, where ``layer`` does not say."""
+    if source in _ROLLOUTS or source == "gradient_embedding":
+        if layer is not None:
+            raise ValueError(f"layer: got {layer!r}, want none for source={source!r}")
+        return range(layers) if source in _ROLLOUTS else 0
+    if layer is None:
+        return -1 if source == "attention" else 0
+    if source == "gradient_value" and not isinstance(layer, int):
+        raise TypeError(f"layer: got {layer!r}, want int for source={source!r}")
+    return layer
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+
+
 def _choose(names: Sequence[str], layer: int | Sequence[int]) -> list[str]:
     """The names of the attention layers that ``layer`` asks for."""
     chosen = []
@@ -602,9 +727,13 @@ def _tapped(function: AttentionFunction) -> AttentionFunction:
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Mask, **options: Any
     ) -> Any:
-        for probe in getattr(module, _PROBES, ()):
-            probe.tap._on_attention(probe.index, function, query, key, attention_mask, options)
-        return function(module, query, key, value, attention_mask, **options)
+        probes = getattr(module, _PROBES, ())
+        for probe in probes:
+            value = probe.tap._on_attention(probe.index, function, query, key, value, attention_mask, options)
+        output = function(module, query, key, value, attention_mask, **options)
+        for probe in probes:
+            probe.tap._on_attended(probe.index, value, output)
+        return output
 
     return attend
 

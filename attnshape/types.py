@@ -86,6 +86,9 @@ class AttentionInputs:
             ``[B, Hq]``, or of every query, ``[B, Hq, S]`` (packed: ``[N, Hq]``).
         head_mask: ``[Hq]``, any dtype, non-zero where a head counts in the mean over heads; all, if not
             given. Where no head counts the mean is 0.
+        value_norm: ``|W_O,h v[h, t]|``, ``[B, Hq, S]`` (packed: ``[N, Hq]``): how much each head moves from
+            a key; for ``attention_rollout``.
+        residual_norm: ``|x[s]|`` of the residual stream entering the layer, ``[B, S]`` (packed: ``[N]``).
     """
 
     query: Tensor
@@ -101,6 +104,8 @@ class AttentionInputs:
     sinks: Tensor | None = None
     lse: Tensor | None = None
     head_mask: Tensor | None = None
+    value_norm: Tensor | None = None
+    residual_norm: Tensor | None = None
 
     @property
     def packed(self) -> bool:
@@ -118,6 +123,18 @@ class AttentionInputs:
             return self.query.ndim == 4
         # With as many rows as tokens every sequence has one token, and the two readings agree.
         return self.query.shape[0] == self.key.shape[0]
+
+
+class SignedLayer(NamedTuple):
+    """A layer whose attention moves things for and against: for ``credit.signed_rollout``."""
+
+    inputs: AttentionInputs
+    """With every query."""
+    value: Tensor
+    """``[B, Hkv, S, Dv]`` (packed: ``[N, Hkv, Dv]``)."""
+    pull: Tensor
+    """``W_O,h^T y[s] / |y[s]|^2``, ``[B, Hq, S, Dv]`` (packed: ``[N, Hq, Dv]``), with ``y`` the residual
+    stream after the attention: its product with a value is the share of ``y`` that the value makes up."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -311,8 +311,8 @@ def column_calls() -> Calls:
     rollout = functools.partial(attnshape.attention_rollout, backend="triton")
     layers = [AttentionInputs(query, key, 0.1)] * 2
     yield "rollout", rollout, {"layers": layers, **where}
-    norms = {"value_norms": [torch.empty(2, 32, 300)] * 2, "residual_norms": [torch.empty(2, 300)] * 2}
-    yield "rollout, norms", rollout, {"layers": layers, **norms, **where}
+    norms = {"value_norm": torch.empty(2, 32, 300), "residual_norm": torch.empty(2, 300)}
+    yield "rollout, norms", rollout, {"layers": [AttentionInputs(query, key, 0.1, **norms)] * 2, **where}
     whiten = functools.partial(attnshape.whiten, backend="triton")
     x = {"x": torch.empty(2, 50), "mask": mask}
     yield "whiten, moments", whiten, {**x, "moments": torch.empty(2, 3)}

@@ -70,8 +70,10 @@ def norms_of(problem: Problem, count: int) -> dict[str, list[Tensor]]:
 
 def check_rollout(layers: list[AttentionInputs], problem: Problem, norms: dict[str, Any]) -> Tensor:
     raw, _ = rollout(layers, problem, **norms)
-    exact = {name: [x.double() for x in norms[name]] for name in norms}
-    want = reference.attention_rollout(to_float64(layers), **place(problem), **exact, normalization="none")
+    if norms:
+        pairs = zip(layers, norms["value_norms"], norms["residual_norms"], strict=True)
+        layers = [replace(x, value_norm=v, residual_norm=r) for x, v, r in pairs]
+    want = reference.attention_rollout(to_float64(layers), **place(problem), normalization="none")
     check(problem, raw, want, len(layers))
     return raw
 

@@ -169,11 +169,19 @@ def test_functions_name_their_own_arguments() -> None:
         "layers: got one query row": lambda: attnshape.attention_rollout(
             [inputs()], ones, response_start=start
         ),
-        "residual_norms: got None": lambda: attnshape.attention_rollout(
-            [whole], ones, response_start=start, value_norms=[torch.ones(3, 4, 10)]
+        "layers: got 0 with residual_norm": lambda: attnshape.attention_rollout(
+            [dataclasses.replace(whole, value_norm=torch.ones(3, 4, 10))], ones, response_start=start
         ),
-        "value_norms[0]: got shape": lambda: attnshape.attention_rollout(
-            [whole], ones, response_start=start, value_norms=[ones], residual_norms=[ones]
+        "layers: got 1 with value_norm": lambda: attnshape.attention_rollout(
+            [
+                whole,
+                dataclasses.replace(whole, value_norm=torch.ones(3, 4, 10), residual_norm=torch.ones(3, 10)),
+            ],
+            ones,
+            response_start=start,
+        ),
+        "layers[0].value_norm: got shape": lambda: attnshape.attention_rollout(
+            [dataclasses.replace(whole, value_norm=ones, residual_norm=ones)], ones, response_start=start
         ),
         "mask: got shape": lambda: attnshape.whiten(ones, torch.ones(4)),
         "moments: got shape (4, 2), want [..., 3]": lambda: attnshape.whiten(

@@ -1,5 +1,6 @@
 """The reference against closed forms, hand-computed cases and the textbook loops."""
 
+import dataclasses
 import math
 
 import pytest
@@ -165,19 +166,15 @@ def test_only_chosen_heads_count(dtype: torch.dtype) -> None:
     inputs = AttentionInputs(query, key, 0.5, head_mask=torch.tensor([2, 0, -1]).to(dtype))
     kept = AttentionInputs(query[:, ::2], key[:, ::2], 0.5)
     mask, place = torch.ones(1, 3), {"response_start": torch.tensor([1])}
-    norms, residual = torch.rand(1, 3, 5, dtype=F64), [torch.rand(1, 5, dtype=F64)]
+    norms, residual = torch.rand(1, 3, 5, dtype=F64), torch.rand(1, 5, dtype=F64)
     norms[:, 1] = math.nan
     for credit in (reference.attention_credit, reference.attention_column_credit):
         torch.testing.assert_close(credit(inputs, mask, **place), credit(kept, mask, **place))
-    for weights, kept_weights in (
-        ({}, {}),
-        (
-            {"value_norms": [norms], "residual_norms": residual},
-            {"value_norms": [norms[:, ::2]], "residual_norms": residual},
-        ),
-    ):
-        got = reference.attention_rollout([inputs], mask, **place, **weights)
-        want = reference.attention_rollout([kept], mask, **place, **kept_weights)
+    weighted = dataclasses.replace(inputs, value_norm=norms, residual_norm=residual)
+    kept_weighted = dataclasses.replace(kept, value_norm=norms[:, ::2], residual_norm=residual)
+    for layer, kept_layer in ((inputs, kept), (weighted, kept_weighted)):
+        got = reference.attention_rollout([layer], mask, **place)
+        want = reference.attention_rollout([kept_layer], mask, **place)
         torch.testing.assert_close(got, want)
 
 
@@ -351,9 +348,8 @@ def test_rollout_by_hand() -> None:
     torch.testing.assert_close(got, f64([7 / 16, 9 / 16]))
     # One weighted layer: token 0 moves 1/2 * (1 + 3), token 1 moves 1/2 * (2 + 2), the residual keeps 4 of 8.
     norms = f64([1.0, 2.0], [3.0, 2.0])[None]
-    weighted = reference.attention_rollout(
-        [inputs], mask, value_norms=[norms], residual_norms=[f64([7.0, 4.0])], **kwargs
-    )
+    layer = dataclasses.replace(inputs, value_norm=norms, residual_norm=f64([7.0, 4.0]))
+    weighted = reference.attention_rollout([layer], mask, **kwargs)
     torch.testing.assert_close(weighted, f64([2 / 8, 6 / 8]))
 
 

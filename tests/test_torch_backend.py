@@ -79,16 +79,14 @@ def test_rollout(problem: Problem, weighted: bool, count: int) -> None:
         packed = problem.inputs.packed
         norms = (shape[0], heads) if packed else (shape[0], heads, shape[2])
         residual = shape[:1] if packed else (shape[0], shape[2])
-        kwargs["value_norms"] = [torch.rand(norms) for _ in layers]
-        kwargs["residual_norms"] = [torch.rand(residual) + 0.5 for _ in layers]
-    want = reference.attention_rollout(to_float64(layers), **to_float64(kwargs) | _norms(kwargs))
+        layers = [
+            dataclasses.replace(x, value_norm=torch.rand(norms), residual_norm=torch.rand(residual) + 0.5)
+            for x in layers
+        ]
+    want = reference.attention_rollout(to_float64(layers), **to_float64(kwargs))
     got = attnshape.attention_rollout(layers, **kwargs, backend="torch")
     for got_row, row in zip(rows_of(got, kwargs), rows_of(want, kwargs), strict=True):
         assert_within("credit", got_row, row, count * credit_bound(row, problem.max_score))
-
-
-def _norms(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: [x.double() for x in kwargs[name]] for name in kwargs if name.endswith("_norms")}
 
 
 def test_columns_and_rollout_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,154 @@
+"""What a layer's attention moves along the residual stream, measured by hooks while the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from attnshape.types import compute_dtype
+
+
+class Moved(NamedTuple):
+    """Of one forward, before packed sequences are told apart: ``[B, ...]`` over all positions."""
+
+    value: Tensor
+    """``[B, Hkv, S, Dv]``, the layer's own, by reference."""
+    value_norm: Tensor
+    """``|W_O,h v[h, t]|``, ``[B, Hq, S]``."""
+    residual_norm: Tensor
+    """``|x[s]|``, ``[B, S]``, divided by the factor that the layer puts on what its attention adds."""
+    pull: Tensor | None
+    """``W_O,h^T y[s] / |y[s]|^2``, ``[B, Hq, S, Dv]``, where it was asked for."""
+
+
+class Flow:
+    """Watches a decoder layer from its input to what its attention adds.
+
+    The output projection is the child of the attention module that is called with the attention function's
+    output itself and whose output the module returns. What other children of the layer make of that before it
+    is added (a norm in Gemma 2 and OLMo 2, dropout) is followed in the same way, and counts as one factor per
+    position; Granite's constant factor is the layer's ``residual_multiplier``.
+
+    Args:
+        attention: the attention module.
+        layer: the module that it is part of, which is called with the residual stream.
+        signed: whether ``Moved.pull`` is needed.
+        is_watched: whether the forward that is under way is one to look at.
+    """
+
+    def __init__(
+        self, attention: nn.Module, layer: nn.Module, *, signed: bool, is_watched: Callable[[], bool]
+    ) -> None:
+        self._attention, self._layer = attention, layer
+        self._signed, self._is_watched = signed, is_watched
+        self._handles: list[RemovableHandle] = []
+        self.moved: Moved | ValueError | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._stream: Tensor | None = None
+        self._value: Tensor | None = None
+        self._heads: Tensor | None = None  # [B, S, Hq, Dv], what the attention function returned
+        self._projection: tuple[nn.Module, Tensor] | None = None  # and its output
+        self._out: Tensor | None = None
+        self._added: Tensor | None = None
+
+    def open(self) -> None:
+        """Hook the modules; ``close`` undoes it."""
+        layer, attention = self._layer, self._attention
+        self._handles = [
+            layer.register_forward_pre_hook(self._on_enter, with_kwargs=True),
+            attention.register_forward_hook(self._on_attention),
+            layer.register_forward_hook(self._on_leave),
+        ]
+        self._handles += [m.register_forward_hook(self._on_projection) for m in attention.children()]
+        self._handles += [
+            m.register_forward_hook(self._on_addition) for m in layer.children() if m is not attention
+        ]
+
+    def close(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self._forget()
+
+    def attended(self, value: Tensor, heads: Tensor) -> None:
+        """The attention function was given ``value`` and returned ``heads``."""
+        self._value, self._heads = value.detach(), heads.detach()
+
+    def _on_enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._is_watched():
+            self._forget()
+            self._stream = (args[0] if args else kwargs["hidden_states"]).detach()
+
+    def _on_projection(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._is_watched() and self._projection is None and args and _same(args[0], self._heads):
+            self._projection = module, output
+
+    def _on_attention(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._is_watched() and self._heads is not None:
+            self._out = self._added = (output[0] if isinstance(output, tuple) else output).detach()
+
+    def _on_addition(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._is_watched() and args and _same(args[0], self._added) and isinstance(output, Tensor):
+            self._added = output.detach()
+
+    def _on_leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._is_watched() and self._heads is not None:
+            try:
+                self.moved = self._measure()
+            except ValueError as error:
+                self.moved = error
+            self._forget()
+
+    @torch.no_grad()
+    def _measure(self) -> Moved:
+        stream, value, heads, out, added = self._stream, self._value, self._heads, self._out, self._added
+        projection, projected = self._projection or (None, None)
+        if (
+            projection is None
+            or stream is None
+            or value is None
+            or heads is None
+            or out is None
+            or added is None
+            or not _same(projected, out)
+        ):
+            raise ValueError(
+                f"source: {type(self._attention).__name__} does not pass on what its heads give as it is, so "
+                "its output projection is not known; want source='attention' or a gradient source"
+            )
+        dtype = compute_dtype(value)
+        hq, width = heads.shape[-2:]
+        # The columns of the projection, whatever kind of module it is (LoRA, quantised).
+        basis = torch.eye(hq * width, dtype=heads.dtype, device=heads.device)
+        bias = projection.forward(torch.zeros_like(basis[:1]))
+        weight = (projection.forward(basis) - bias).to(dtype)
+        by_head = weight.view(hq, width, -1)
+        gram = by_head @ by_head.mT  # |W_O v|^2 = v^T (W_O^T W_O) v
+        v = value.to(dtype).repeat_interleave(hq // value.shape[1], 1)
+        value_norm = ((v @ gram) * v).sum(-1).clamp(min=0).sqrt()
+        constant = getattr(self._layer, "residual_multiplier", 1.0)
+        before, after = (x.to(dtype).norm(dim=-1) for x in (out, added))
+        factor = constant * torch.where(before > 0, after / before, 1.0)
+        residual_norm = stream.to(dtype).norm(dim=-1) / factor
+        pull = None
+        if self._signed:
+            y = stream.to(dtype) + constant * added.to(dtype)
+            square = y.square().sum(-1).clamp(min=torch.finfo(dtype).tiny)
+            pull = (y @ weight.mT) * (factor / square)[..., None]
+            pull = pull.unflatten(-1, (hq, width)).transpose(1, 2)
+        return Moved(value, value_norm, residual_norm, pull)
+
+
+def _same(given: object, x: Tensor | None) -> bool:
+    """Whether ``given`` holds the very elements of ``x``."""
+    if not isinstance(given, Tensor) or x is None:
+        return False
+    if x.is_contiguous():
+        return given.data_ptr() == x.data_ptr()
+    # GPT-2's eager attention leaves the copying to its caller.
+    return given.numel() == x.numel() and torch.equal(given.reshape(x.shape), x)

@@ -1,0 +1,404 @@
+"""Every source of credit in one place: where the reward of each token comes from.
+
+Non-negative credit goes to ``shape_rewards(score, credit, ...)``, which normalises it; signed token rewards
+go to ``shape_rewards(..., token_rewards=...)``, which adds them as they are. ``CREDIT.md`` beside this file
+says which is which, what each costs, and which leave the return of a completion, and so the optimal policy,
+alone.
+
+Token tensors are ``[B, R]``, or packed ``[M]`` with ``response_cu_seqlens`` int32 ``[B + 1]``. Outputs have
+the mask's shape, are float32 (float64 where every floating input is), detached, and 0 where masked; what
+stands at masked positions reaches nothing, so that a row's tokens are its unmasked ones, whatever lies
+between them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnshape import _checks, _torch
+from attnshape.ops import attention_column_credit, attention_credit, attention_rollout
+from attnshape.types import Response, SignedLayer, compute_dtype
+
+__all__ = [
+    "attention_column_credit",
+    "attention_credit",
+    "attention_rollout",
+    "centered",
+    "discriminator_rewards",
+    "gradient_weights",
+    "incremental_rewards",
+    "log_ratio_rewards",
+    "segment_rewards",
+    "signed_rollout",
+    "sparse",
+    "uniform",
+]
+
+
+class _Tokens(NamedTuple):
+    """The response tokens of a batch on one axis, ``M`` of them."""
+
+    live: Tensor  # [M] bool
+    row: Tensor  # [M]
+    start: Tensor  # [B]: where each row begins
+    place: Tensor  # [M]: 0, 1, 2, ...
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, response_mask: Tensor, response_cu_seqlens: Tensor | None) -> _Tokens:
+        rows = _checks.check_response(Response(response_mask, cu_seqlens=response_cu_seqlens), None, None)
+        live, device = response_mask.flatten() != 0, response_mask.device
+        place = torch.arange(len(live), device=device)
+        if response_cu_seqlens is None:
+            width = response_mask.shape[1]
+            return cls(
+                live,
+                place // max(width, 1),
+                torch.arange(rows, device=device) * width,
+                place,
+                response_mask.shape,
+            )
+        bounds = response_cu_seqlens.long()
+        row = torch.searchsorted(bounds[1:].contiguous(), place, right=True)
+        inside = (place >= bounds[0]) & (row < rows)
+        return cls(live & inside, row.clamp(max=max(rows - 1, 0)), bounds[:-1], place, response_mask.shape)
+
+    def last_of(self, group: Tensor, chosen: Tensor, groups: int) -> Tensor:
+        """Place of the last chosen token of each group, ``[groups]``; -1 where a group has none."""
+        places = torch.where(chosen, self.place, -1)
+        return places.new_full((groups,), -1).scatter_reduce(0, group, places, "amax")
+
+    def how_many(self, group: Tensor, chosen: Tensor, groups: int) -> Tensor:
+        """How many chosen tokens each group has, ``[groups]``."""
+        return self.place.new_zeros(groups).scatter_add(0, group, chosen.long())
+
+    def select(self, x: Tensor) -> Tensor:
+        """``x`` ``[M]`` in the mask's shape, 0 where masked."""
+        return torch.where(self.live, x, 0.0).view(self.shape)
+
+
+# Without a model -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def uniform(response_mask: Tensor, *, response_cu_seqlens: Tensor | None = None) -> Tensor:
+    """``1 / n`` on each of a row's ``n`` unmasked tokens; ``shape_rewards`` also takes it as ``"uniform"``.
+
+    Args:
+        response_mask: non-zero where a token is the policy's own.
+        response_cu_seqlens: bounds of the rows where tokens are packed.
+
+    Returns:
+        float32 credit of the mask's shape.
+
+    Raises:
+        ValueError, TypeError: as for every function here, an argument that does not fit, by name.
+    """
+    tokens = _Tokens.of(response_mask, response_cu_seqlens)
+    n = tokens.how_many(tokens.row, tokens.live, len(tokens.start))
+    return tokens.select(1 / n.clamp(min=1).float()[tokens.row])
+
+
+@torch.no_grad()
+def sparse(response_mask: Tensor, *, response_cu_seqlens: Tensor | None = None) -> Tensor:
+    """All credit on a row's last unmasked token; ``shape_rewards`` also takes it as ``"sparse"``.
+
+    Arguments and returns as for ``uniform``.
+    """
+    tokens = _Tokens.of(response_mask, response_cu_seqlens)
+    last = tokens.last_of(tokens.row, tokens.live, len(tokens.start))
+    return tokens.select((tokens.place == last[tokens.row]).float())
+
+
+# Signed token rewards from other models' outputs -----------------------------------------------------
+
+
+@torch.no_grad()
+def incremental_rewards(
+    token_scores: Tensor,
+    prompt_score: Tensor,
+    response_mask: Tensor,
+    *,
+    response_cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """``R(x, y<=t) - R(x, y<t)``: what each token adds to a reward head that is read at every position.
+
+    Source: RED, first named R3HF (arXiv 2411.08302). ``y<t`` ends with the last unmasked token before ``t``,
+    so a row's rewards sum to its last token's score less ``prompt_score``: a potential, which leaves the
+    optimal policy alone at ``gamma = 1``. They replace the score: give ``shape_rewards`` a score of zeros
+    beside them, or a share of both.
+
+    Args:
+        token_scores: the head's score after each response token.
+        prompt_score: ``[B]``, its score after the prompt, before the first of them.
+        response_mask, response_cu_seqlens: as for ``uniform``.
+
+    Returns:
+        Signed token rewards.
+    """
+    tokens = _Tokens.of(response_mask, response_cu_seqlens)
+    _checks.check_like_mask("token_scores", token_scores, response_mask)
+    _checks.check_per_row("prompt_score", prompt_score, len(tokens.start), response_mask)
+    dtype = compute_dtype(token_scores, prompt_score)
+    scores = token_scores.to(dtype).flatten()
+    seen = torch.where(tokens.live, tokens.place, -1).cummax(0).values if len(scores) else tokens.place
+    before = torch.cat([seen.new_full((1,), -1), seen])[:-1]
+    previous = torch.where(
+        before >= tokens.start[tokens.row], scores[before.clamp(min=0)], prompt_score.to(dtype)[tokens.row]
+    )
+    return tokens.select(scores - previous)
+
+
+@torch.no_grad()
+def log_ratio_rewards(
+    logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, *, scale: float
+) -> Tensor:
+    """``scale * (log pi_dpo - log pi_ref)`` of each token: the reward a DPO-trained model implies.
+
+    Source: RTO (arXiv 2404.18922), whose ``beta_1`` is ``scale``; added to the score, which it does not
+    replace.
+
+    Args:
+        logprobs: of the response tokens under the DPO-trained model; padded or packed.
+        ref_logprobs: under the model that its training started from.
+        response_mask: non-zero where a token is the policy's own.
+        scale: a finite number.
+
+    Returns:
+        Signed token rewards.
+    """
+    for name, x in (("logprobs", logprobs), ("ref_logprobs", ref_logprobs)):
+        _checks.check_like_mask(name, x, response_mask)
+    _checks.check_number("scale", scale)
+    dtype = compute_dtype(logprobs, ref_logprobs)
+    return torch.where(response_mask != 0, scale * (logprobs.to(dtype) - ref_logprobs.to(dtype)), 0.0)
+
+
+@torch.no_grad()
+def discriminator_rewards(good: Tensor, response_mask: Tensor, *, validate: bool = False) -> Tensor:
+    """``2 * P(good) - 1`` of each token, from a token discriminator.
+
+    Source: TLCR (arXiv 2407.16574).
+
+    Args:
+        good: probability that a token is good, from 0 to 1; padded or packed.
+        response_mask: non-zero where a token is the policy's own.
+        validate: check the probabilities too, which synchronises with the device.
+
+    Returns:
+        Signed token rewards, from -1 to 1.
+    """
+    _checks.check_like_mask("good", good, response_mask)
+    live, good = response_mask != 0, good.to(compute_dtype(good))
+    if validate and (live & ~((good >= 0) & (good <= 1))).any():
+        raise ValueError("good: got a value outside 0 to 1 at an unmasked token, want probabilities")
+    return torch.where(live, 2 * good - 1, 0.0)
+
+
+@torch.no_grad()
+def segment_rewards(
+    token_scores: Tensor,
+    entropy: Tensor,
+    response_mask: Tensor,
+    *,
+    cutoff: float,
+    mean: tuple[float, float] = (0.0, 0.0),
+    std: tuple[float, float] = (0.0, 1.0),
+    response_cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """``(r_seg - mu(p)) / sigma(p) / len``: a segment's normalised reward, in equal shares on its tokens.
+
+    A segment ends after each token whose entropy exceeds ``cutoff``, and with the row. ``r_seg`` is the score
+    at its last token; ``mu`` and ``sigma`` are ``w * log(p) + b`` at ``p = k / K`` for the ``k``-th of a
+    row's ``K`` segments. Source: Yin et al. 2025 (arXiv 2501.02790), who fit ``w`` and ``b`` to the reward
+    model's scores on its training data; the defaults leave the scores as they are.
+
+    Args:
+        token_scores: a segment reward model's score after each token; read where segments end.
+        entropy: in nats, of the distribution that each token was drawn from, under the model that segments.
+        response_mask, response_cu_seqlens: as for ``uniform``; masked tokens belong to no segment.
+        cutoff: in nats; infinity makes the row one segment.
+        mean, std: ``(w, b)`` of ``mu`` and ``sigma``.
+
+    Returns:
+        Signed token rewards, which replace the score.
+    """
+    tokens = _Tokens.of(response_mask, response_cu_seqlens)
+    for name, x in (("token_scores", token_scores), ("entropy", entropy)):
+        _checks.check_like_mask(name, x, response_mask)
+    for name, line in (("mean", mean), ("std", std)):
+        if not isinstance(line, tuple) or len(line) != 2:
+            raise ValueError(f"{name}: got {line!r}, want (w, b)")
+        for coefficient in line:
+            _checks.check_number(name, coefficient)
+    if not isinstance(cutoff, int | float) or math.isnan(cutoff):
+        raise ValueError(f"cutoff: got {cutoff!r}, want a number of nats")
+    rows, total = len(tokens.start), len(tokens.live)
+    last = tokens.last_of(tokens.row, tokens.live, rows)[tokens.row]
+    ends = tokens.live & ((entropy.flatten() > cutoff) | (tokens.place == last))
+    segment = (ends.cumsum(0) - ends.long()).clamp(max=max(total - 1, 0))  # over the whole batch
+    end = tokens.last_of(segment, ends, total)
+    length = tokens.how_many(segment, tokens.live, total)
+    segments = tokens.how_many(tokens.row, ends, rows)  # K
+    before = segments.cumsum(0) - segments
+    p = (segment - before[tokens.row] + 1).double() / segments.clamp(min=1)[tokens.row]
+    dtype = compute_dtype(token_scores)
+    mu, sigma = (w * p.clamp(min=0).log() + b for w, b in (mean, std))
+    score = token_scores.to(dtype).flatten()[end[segment].clamp(min=0)]
+    return tokens.select(((score - mu) / sigma / length[segment]).to(dtype))
+
+
+@torch.no_grad()
+def centered(weights: Tensor, response_mask: Tensor, *, response_cu_seqlens: Tensor | None = None) -> Tensor:
+    """``weights - mean of the row's weights``: signed token rewards that sum to zero in each row.
+
+    Beside a score they move reward between the tokens of a completion and leave its sum alone, so that with
+    ``shape_rewards(score, "uniform", token_rewards=centered(weights, mask), config=ShapingConfig(beta=1.0))``
+    token ``j`` gets ``score / n + weights[j] - mean``. Weights keep their unit: those of ``gradient_weights``
+    are in units of the score, multiply others by what they should weigh.
+
+    Args:
+        weights: signed, padded or packed.
+        response_mask, response_cu_seqlens: as for ``uniform``.
+
+    Returns:
+        Signed token rewards.
+    """
+    tokens = _Tokens.of(response_mask, response_cu_seqlens)
+    _checks.check_like_mask("weights", weights, response_mask)
+    flat = torch.where(tokens.live, weights.flatten().double(), 0.0)
+    rows = len(tokens.start)
+    total = flat.new_zeros(rows).index_add(0, tokens.row, flat)
+    mean = total / tokens.how_many(tokens.row, tokens.live, rows).clamp(min=1)
+    return tokens.select((flat - mean[tokens.row]).to(compute_dtype(weights)))
+
+
+# Signed weights from the reward model's inside -------------------------------------------------------
+
+
+def _at_response(column: Tensor, response: Response, invalid: Tensor) -> Tensor:
+    """Weights over key positions ``[B, S]`` read at the response tokens; NaN in rows out of range."""
+    rows = _torch._Rows.of(response)
+    lengths = torch.full_like(rows.last, column.shape[1])
+    return rows.restore(_torch._at_response(column, rows, rows.key_positions(), invalid, lengths)[0])
+
+
+def gradient_weights(
+    score: Tensor,
+    inputs: Tensor,
+    response_mask: Tensor,
+    *,
+    response_start: Tensor | None = None,
+    response_index: Tensor | None = None,
+    response_cu_seqlens: Tensor | None = None,
+    validate: bool = False,
+) -> Tensor:
+    """``sum of (d score / d input) * input`` of each response token: how far its input moves the score.
+
+    Gradient times input (arXiv 1605.01713). ``AttentionTap(model, source="gradient_value")`` takes the values
+    of a layer, the first if not told otherwise: its attention is the first to mix tokens, so those are the
+    last that belong to one token each. At the last layer this is the last row's attention, each head's weight
+    times how far the value it moves carries the score. ``source="gradient_embedding"`` takes the embeddings.
+
+    Costs a backward pass from the score down to the inputs, without gradients of parameters, whose ``.grad``
+    is left alone; the forward must have kept its graph, and this frees it. Keys are padded.
+
+    Args:
+        score: ``[B]``, from a forward with gradients enabled.
+        inputs: what ``take()`` returned: values ``[B, Hkv, S, D]`` or embeddings ``[B, S, hidden]``.
+        response_mask, response_start, response_index, response_cu_seqlens, validate: as for
+            ``attention_credit``.
+
+    Returns:
+        Signed weights in units of the score: their ``abs()`` is credit for ``shape_rewards``, ``centered``
+        makes them token rewards. NaN in a row whose positions are out of range.
+    """
+    response = Response(response_mask, response_start, response_index, response_cu_seqlens)
+    _checks.check_inputs("inputs", inputs)
+    batch = _checks.check_response(response, len(inputs), inputs)
+    _checks.check_per_row("score", score, batch, response_mask)
+    length = inputs.shape[-2]
+    if validate:
+        _checks.validate_response(response, [length] * batch)
+    if not score.requires_grad:
+        raise ValueError(
+            "score: got a tensor without a graph, want it from a forward under torch.enable_grad()"
+        )
+    (gradient,) = torch.autograd.grad(score.sum(), inputs, allow_unused=True)
+    if gradient is None:
+        raise ValueError("inputs: got a tensor that the score does not depend on, want that forward's take()")
+    with torch.no_grad():
+        dtype = compute_dtype(inputs)
+        moved = (gradient.to(dtype) * inputs.to(dtype)).sum(-1)
+        column = moved.sum(1) if inputs.ndim == 4 else moved
+        return _at_response(column, response, torch.zeros(batch, dtype=torch.bool, device=column.device))
+
+
+@torch.no_grad()
+def signed_rollout(
+    layers: Sequence[SignedLayer],
+    response_mask: Tensor,
+    *,
+    response_start: Tensor | None = None,
+    response_index: Tensor | None = None,
+    response_cu_seqlens: Tensor | None = None,
+    validate: bool = False,
+) -> Tensor:
+    """``attention_rollout`` with signs: a value counts by its share of the stream that it is added to.
+
+    With ``y[s]`` the residual stream after a layer's attention, ``m[s, t] = sum over h of a[h, s, t]
+    (W_O,h v[h, t]) . y[s] / |y[s]|^2`` is the share of ``y[s]`` that came from ``t``, negative where it
+    points the other way, and ``r'[t] = sum over s of r[s] m[s, t] + r[t] (1 - sum over t' of m[t, t'])``:
+    over all tokens, prompt included, the shares keep summing to 1. One attention forward per layer and as
+    much again for the products with values, in PyTorch; O(T) memory.
+
+    Args:
+        layers: every layer from the lowest to the highest, from ``AttentionTap(model,
+            source="signed_rollout")``.
+        response_mask, response_start, response_index, response_cu_seqlens, validate: as for
+            ``attention_credit``.
+
+    Returns:
+        Signed shares, not normalised: their ``abs()`` is credit for ``shape_rewards``; ``score[:, None]``
+        times them, ``centered``, are token rewards.
+    """
+    _checks.check_signed_layers(layers)
+    checked = _checks.layers_of([layer.inputs for layer in layers])
+    response = Response(response_mask, response_start, response_index, response_cu_seqlens)
+    _checks.check_response(response, checked[0].batch_size, checked[0].key)
+    if validate:
+        _checks.validate_response(response, _checks.validate_attention(checked))
+    rows = _torch._Rows.of(response)
+    positions = rows.key_positions()
+    padded = [_torch._layer(x, _torch._last_response(rows, positions)) for x in checked]
+    top = padded[-1]
+    batch, length = top.attended.shape
+    place = torch.arange(length, device=top.attended.device)
+    r = (place == top.position[:, None]).to(top.dtype)
+    for layer, given in zip(reversed(padded), reversed(layers), strict=True):
+        value, pull = given.value, given.pull
+        if layer.packing is not None:
+            value, pull = (layer.packing.pad(x).transpose(1, 2) for x in (value, pull))
+        group = pull.shape[1] // value.shape[1]
+        value = value.to(layer.dtype).masked_fill(~layer.attended[:, None, :, None], 0.0)
+        value = _torch._chosen(layer.inputs, value.repeat_interleave(group, 1))
+        pull = _torch._chosen(layer.inputs, pull.to(layer.dtype))
+        below = torch.zeros_like(r)
+        step = _torch._query_chunk(layer)
+        for lo in range(0, length, step):
+            part = slice(lo, lo + step)
+            above = r[:, part]
+            attention = _torch._chosen(layer.inputs, _torch._attention(layer, place[part].expand(batch, -1)))
+            share = (attention * (pull[:, :, part] @ value.mT)).sum(1)
+            share = share.masked_fill((above == 0)[..., None], 0.0)  # NaN of queries that carry nothing
+            below += torch.einsum("bs,bst->bt", above, share)
+            below[:, part] += above * (1 - share.sum(-1))
+        r = below
+    invalid = torch.stack([layer.invalid for layer in padded]).any(0)
+    raw, _ = _torch._at_response(r, rows, positions, invalid, top.lengths)
+    return rows.restore(raw)
