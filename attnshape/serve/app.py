@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import signal
 import socket
 import time
@@ -24,8 +25,9 @@ from attnshape.score_fn import ScoreFn
 from attnshape.scoring import Example, Reader, load_tokenizer
 from attnshape.serve.batching import BatchQueue
 from attnshape.serve.metrics import Metrics
+from attnshape.serve.process import Job, work
 from attnshape.serve.protocol import BODY, Answer, Completion, Failure, answer, parse
-from attnshape.serve.workers import Job, Pool, State
+from attnshape.serve.workers import Pool, State
 
 BODIES = 16
 """Times the largest body that all bodies being read may hold together."""
@@ -63,7 +65,7 @@ class Door:
 
     def __init__(self, max_pending: int, max_body_bytes: int) -> None:
         self.max_pending, self.max_body_bytes = max_pending, max_body_bytes
-        self._pending = 0
+        self.pending = 0
         self._bytes = 0
 
     @contextlib.asynccontextmanager
@@ -98,13 +100,13 @@ class Door:
         """For so many completions, until they are answered."""
         if count > self.max_pending:
             raise HTTPException(413, f"got {count} completions, want at most {self.max_pending} in a request")
-        if self._pending + count > self.max_pending:
-            raise HTTPException(429, f"{self._pending} completions are waiting already", RETRY_AFTER)
-        self._pending += count
+        if self.pending + count > self.max_pending:
+            raise HTTPException(429, f"{self.pending} completions are waiting already", RETRY_AFTER)
+        self.pending += count
         try:
             yield
         finally:
-            self._pending -= count
+            self.pending -= count
 
 
 def build(config: ServeConfig, on_failure: Callable[[], None] = lambda: None) -> tuple[FastAPI, Pool]:
@@ -119,9 +121,12 @@ def build(config: ServeConfig, on_failure: Callable[[], None] = lambda: None) ->
     reader = Reader(load_tokenizer(config.model), model_config, config.max_batch_tokens)
     cpus = config.devices.count("cpu")
     threads = max(1, torch.get_num_threads() // max(1, cpus))
-    jobs = [Job(config.model, device, config.score_fn, config.layer, threads) for device in config.devices]
+    targets = [
+        (device, functools.partial(work, Job(config.model, device, config.score_fn, config.layer, threads)))
+        for device in config.devices
+    ]
     queue = BatchQueue(config.max_batch_tokens, pads=reader.pads)
-    pool = Pool(jobs, queue, Metrics(), on_failure=on_failure)
+    pool = Pool(targets, queue, Metrics(), on_failure=on_failure)
     return create_app(config, reader, pool), pool
 
 
@@ -129,6 +134,7 @@ def create_app(config: ServeConfig, reader: Reader, pool: Pool) -> FastAPI:
     """The endpoints in front of a pool."""
     app = FastAPI(title="attnshape", description="Score and credit per token of a reward model.")
     door = Door(config.max_pending, config.max_body_bytes)
+    pool.metrics.gauge("pending_completions", "Completions accepted, not yet answered.", lambda: door.pending)
     # One thread: a tokenizer is not to be shared, and this one needs little time beside the model.
     reading = ThreadPoolExecutor(1, "reading")
 
@@ -183,7 +189,7 @@ def create_app(config: ServeConfig, reader: Reader, pool: Pool) -> FastAPI:
         ready = pool.count(State.READY) > 0
         workers = [
             {
-                "device": worker.job.device,
+                "device": worker.device,
                 "state": worker.state,
                 "pid": worker.pid,
                 "restarts": worker.restarts,
@@ -262,13 +268,21 @@ def run(config: ServeConfig, host: str, port: int, on_listen: Callable[[str], No
     with socket.create_server((host, port), family=_family(host)) as listener:
         shown = f"[{host}]" if ":" in host else host
         on_listen(f"http://{shown}:{listener.getsockname()[1]}")
-        # uvicorn handles these and, when it is done, raises them again, for which all is well by then.
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, lambda *_: None)
-        with pool:
+        with _signals_obeyed(), pool:
             server.run(sockets=[listener])
     if pool.failure is not None:
         raise ValueError(pool.failure)
+
+
+@contextlib.contextmanager
+def _signals_obeyed() -> Iterator[None]:
+    """uvicorn ends at these signals and then raises them again, when all they asked for is done."""
+    handlers = {name: signal.signal(name, lambda *_: None) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
 
 
 def _family(host: str) -> socket.AddressFamily:

@@ -8,8 +8,10 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from attnshape.scoring import Example, Scored
+if TYPE_CHECKING:
+    from attnshape.scoring import Example, Scored
 
 
 class Unavailable(Exception):

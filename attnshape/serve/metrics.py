@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from attnshape.scoring import Scored
+if TYPE_CHECKING:
+    from attnshape.scoring import Scored
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -45,7 +47,7 @@ class Metrics:
         self.batch_seconds.observe(seconds)
         self.tokens.inc(sum(lengths))
         self.padding.inc(max(lengths) * len(lengths) - sum(lengths))
-        scored = [answer for answer in answers if isinstance(answer, Scored)]
+        scored = [answer for answer in answers if not isinstance(answer, str)]
         self.fallbacks.inc(sum(bool(answer.metrics["fallback"]) for answer in scored))
         self.nonfinite.inc(sum(not answer.finite for answer in scored))
 

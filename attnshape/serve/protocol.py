@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from attnshape.scoring import Example, Reader, Scored
 
@@ -19,7 +19,7 @@ class Completion(BaseModel):
     prompt: Annotated[str | None, Field(description="Text before the response, read as one with it.")] = None
     response: str | None = None
     messages: Annotated[
-        list[dict[str, JsonValue]] | None,
+        list[dict[str, Any]] | None,
         Field(description="Rendered with the reward model's chat template; the last one is the response."),
     ] = None
     offsets: Annotated[
@@ -30,7 +30,7 @@ class Completion(BaseModel):
             "credit is per token of the reward model."
         ),
     ] = None
-    label: Annotated[JsonValue, Field(description="Not read; some frameworks send it along.")] = None
+    label: Annotated[Any, Field(description="Not read; some frameworks send it along.")] = None
 
     @model_validator(mode="after")
     def _has_one_form(self) -> Self:
@@ -77,7 +77,8 @@ class Failure(BaseModel):
 
 
 _ONE, _MANY = TypeAdapter(Completion), TypeAdapter(list[Completion])
-BODY = TypeAdapter(Completion | list[Completion]).json_schema()
+_SCHEMA = Completion.model_json_schema()
+BODY = {"anyOf": [_SCHEMA, {"type": "array", "items": _SCHEMA, "minItems": 1}]}
 """Schema of a request's body."""
 
 

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import StrEnum
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
+from typing import TypeAlias
 
-import torch
-from transformers.utils.logging import disable_progress_bar
-
-from attnshape.score_fn import ScoreFn
-from attnshape.scoring import Example, Scored, load_reward_model, score_examples
 from attnshape.serve.batching import BatchQueue, Item
 from attnshape.serve.metrics import Metrics
-from attnshape.tap import AttentionTap
+
+Target: TypeAlias = Callable[[Connection], None]
+"""What a process runs, such as ``process.work``."""
 
 logger = logging.getLogger(__name__)
 
@@ -38,79 +34,16 @@ class State(StrEnum):
     DEAD = "dead"
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a worker process loads; ``threads`` are those of PyTorch on a CPU."""
-
-    model: str
-    device: str
-    score_fn: ScoreFn
-    layer: int
-    threads: int
-
-
 class LoadError(Exception):
     """A worker cannot load its model."""
-
-
-def work(pipe: Connection, job: Job) -> None:
-    """The process: says None when it is ready, or why it will not be; then a list of answers per batch.
-
-    It ends with its pipe. Signals that end the server are the server's, which lets its workers finish.
-    """
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
-    torch.set_num_threads(job.threads)
-    disable_progress_bar()
-    try:
-        model, _ = load_reward_model(job.model, job.device)
-        job.score_fn.check(model.config.num_labels)
-        tap = AttentionTap(model, job.layer)
-    except Exception as error:
-        pipe.send(f"{job.device}: {error}")
-        return
-
-    def score(examples: Sequence[Example]) -> list[Scored]:
-        return score_examples(model, tap, examples, job.score_fn)
-
-    with tap:
-        try:
-            # The first forward compiles kernels, and shows whether this model can be tapped at all.
-            token = int(model.config.get_text_config().pad_token_id == 0)
-            score([Example("", "a", [token, token], [1], [(0, 1)])])
-        except Exception as error:
-            pipe.send(f"{job.device}: {error}")
-            return
-        pipe.send(None)
-        while True:
-            try:
-                examples = pipe.recv()
-            except EOFError:
-                return
-            pipe.send(score_in_parts(examples, score))
-
-
-def score_in_parts(
-    examples: Sequence[Example], score: Callable[[Sequence[Example]], list[Scored]]
-) -> list[Scored | str]:
-    """In halves where the memory of the device does not hold them together."""
-    try:
-        return [*score(examples)]
-    except torch.OutOfMemoryError as error:
-        if len(examples) == 1:
-            return [f"out of memory: {error}"]
-    # Outside the handler, whose error keeps the tensors of the forward.
-    torch.cuda.empty_cache()
-    half = len(examples) // 2
-    return [*score_in_parts(examples[:half], score), *score_in_parts(examples[half:], score)]
 
 
 class Worker(threading.Thread):
     """Feeds one process from the queue, and starts it again when it dies."""
 
-    def __init__(self, pool: Pool, job: Job) -> None:
-        super().__init__(name=f"worker on {job.device}", daemon=True)
-        self.pool, self.job = pool, job
+    def __init__(self, pool: Pool, device: str, target: Target) -> None:
+        super().__init__(name=f"worker on {device}", daemon=True)
+        self.pool, self.device, self.target = pool, device, target
         self.state = State.LOADING
         self.restarts = 0
         self.pid: int | None = None
@@ -140,15 +73,13 @@ class Worker(threading.Thread):
             self._held = []
             if not self.pool.stopping.is_set():
                 self.restarts += 1
-                self.pool.metrics.restarts.labels(self.job.device).inc()
+                self.pool.metrics.restarts.labels(self.device).inc()
 
     @contextmanager
     def _process(self) -> Iterator[tuple[BaseProcess, Connection]]:
         pipe, end = multiprocessing.Pipe()
         # A forked process could not use a GPU, and would hold the other workers' pipes open.
-        process = multiprocessing.get_context("spawn").Process(
-            target=self.pool.target, args=(end, self.job), daemon=True
-        )
+        process = multiprocessing.get_context("spawn").Process(target=self.target, args=(end,), daemon=True)
         self.state = State.LOADING
         try:
             process.start()
@@ -171,7 +102,7 @@ class Worker(threading.Thread):
             reason = pipe.recv()
         except (EOFError, OSError):
             process.join()
-            reason = f"{self.job.device}: the process died with exit code {process.exitcode}"
+            reason = f"{self.device}: the process died with exit code {process.exitcode}"
         if reason is not None:
             raise LoadError(reason)
 
@@ -199,32 +130,31 @@ class Worker(threading.Thread):
 
 
 class Pool:
-    """Context manager around a worker for each job, all of which take from one queue.
+    """Context manager around workers that take from one queue.
 
     Args:
+        targets: the device of each worker, which names it, and what its process runs.
         batch_timeout: seconds after which a worker that does not answer is killed.
         on_failure: called from a worker's thread when it cannot load its model at the start; ``failure`` then
             says why.
-        target: what the processes run; it speaks as ``work`` does.
     """
 
     def __init__(
         self,
-        jobs: Sequence[Job],
+        targets: Sequence[tuple[str, Target]],
         queue: BatchQueue,
         metrics: Metrics,
         *,
         batch_timeout: float = 600.0,
         on_failure: Callable[[], None] = lambda: None,
-        target: Callable[[Connection, Job], None] = work,
     ) -> None:
-        self.queue, self.metrics, self.batch_timeout, self.target = queue, metrics, batch_timeout, target
-        self.on_failure = on_failure
+        self.queue, self.metrics = queue, metrics
+        self.batch_timeout, self.on_failure = batch_timeout, on_failure
         self.stopping = threading.Event()
         self.failure: str | None = None
-        self.workers = [Worker(self, job) for job in jobs]
+        self.workers = [Worker(self, device, target) for device, target in targets]
         metrics.gauge("workers_ready", "Workers that can score.", lambda: self.count(State.READY))
-        metrics.gauge("waiting_completions", "Completions in the queue.", lambda: len(queue))
+        metrics.gauge("waiting_completions", "Completions in no batch yet.", lambda: len(queue))
 
     def count(self, *states: State) -> int:
         """Workers in one of these states."""
