@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
@@ -17,6 +17,7 @@ class Promise(NamedTuple):
     value: float
     limit: float
     at_most: bool = True
+    unit: Literal["s", "x"] = "s"
 
     @property
     def met(self) -> bool:

@@ -299,11 +299,9 @@ def budget_rows(run: Run) -> Iterator[list[str]]:
         if "budget" not in info:
             continue
         budget = info["budget"]
-        measured = (
-            f"{seconds_text(budget['value'])}, limit {seconds_text(budget['limit'])}"
-            if budget["value"] == info["seconds"]
-            else f"{budget['value']:.4g} x"
-        )
+        measured = f"{budget['value']:.4g} x"
+        if budget["unit"] == "s":
+            measured = f"{seconds_text(budget['value'])}, limit {seconds_text(budget['limit'])}"
         yield [f"{info['case']}: {budget['text']}", measured, "met" if budget["met"] else "**missed**"]
 
 

@@ -179,7 +179,7 @@ def test_forward(
     promise = None
     if (batch, keys) == BUDGETED.get(device.type):
         limit = MOST_TIME[device.type]
-        promise = Promise(f"{limit} x the bare forward", overhead.value, limit)
+        promise = Promise(f"{limit} x the bare forward", overhead.value, limit, unit="x")
     record(
         "forward",
         ours,
@@ -211,7 +211,7 @@ def test_memory(batch: int, keys: int, models: Models, device: torch.device, rec
         ratios["eager"] = Ratio(saved, saved, saved)
         if keys == MEMORY_BUDGETED and device.type == "cpu":
             text = f"1/{LEAST_MEMORY} of eager's extra memory"
-            promise = Promise(text, saved, LEAST_MEMORY, at_most=False)
+            promise = Promise(text, saved, LEAST_MEMORY, at_most=False, unit="x")
     record(
         "memory",
         timing,

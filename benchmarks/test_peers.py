@@ -117,7 +117,7 @@ def test_peer(
     promise = None
     # The loops' budget names one size.
     if device.type == "cpu" and least and (least == 1 or case.shape[:2] == (256, 1024)):
-        promise = Promise(f"{least:g} x {peer}", gain.value, least, at_most=False)
+        promise = Promise(f"{least:g} x {peer}", gain.value, least, at_most=False, unit="x")
     record(
         "peers",
         ours,

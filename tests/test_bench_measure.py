@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner, Result
 
 import attnshape
 from attnshape.bench import measure as module
@@ -19,6 +22,8 @@ from attnshape.bench.measure import (
     quick_cases,
 )
 from attnshape.bench.plain import plain_call
+from attnshape.bench.timing import Ratio
+from attnshape.cli import app
 from benchmarks.cases import made_small
 
 CPU = torch.device("cpu")
@@ -112,3 +117,68 @@ def test_quick_cases_have_every_operation_but_credit_alone(device: torch.device)
     assert {case.what for case in cases} == {"fused", "apart", "row", "column", "sweep", "gae", "whiten"}
     for case in dict.fromkeys(cases):
         assert check(case, random_arguments(case, CPU, 0)) <= 1
+
+
+# attnshape bench
+
+
+def bench(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)], env={"COLUMNS": "160"})
+
+
+@pytest.fixture
+def few_cases(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
+    cases = [Case("gae", TOKENS), Case("fused", SMALL, torch.float32), Case("whiten", TOKENS)]
+    monkeypatch.setattr(module, "quick_cases", lambda device: cases)
+    return cases
+
+
+def test_the_command_shows_ours_beside_the_baseline_and_the_copy(
+    few_cases: list[Case], tmp_path: Path
+) -> None:
+    out = tmp_path / "bench.json"
+    result = bench("--device", "cpu", "--seconds", "0", "--json", out)
+    assert result.exit_code == 0, result.output
+    assert f"torch {torch.__version__}" in result.stdout
+    for heading in ("ours", PLAIN, "ratio", "MB", "share of copy"):
+        assert heading in result.stdout
+    found = json.loads(out.read_text())
+    assert found["machine"]["device_type"] == "cpu"
+    assert [row["case"] for row in found["measured"]] == [case.name for case in few_cases]
+    for case, row in zip(few_cases, found["measured"], strict=True):
+        line = next(line for line in result.stdout.splitlines() if case.name in line)
+        gain = row["ratios"][PLAIN]["value"]
+        assert f" {case.bytes / 1e6:.2f} " in line
+        assert str(Ratio(gain, gain, gain)) in line
+
+
+def test_the_command_fails_where_a_result_is_wrong(
+    few_cases: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = attnshape.gae
+    monkeypatch.setattr(attnshape, "gae", lambda *a, **k: tuple(1.01 * x for x in right(*a, **k)))
+    result = bench("--device", "cpu", "--seconds", "0")
+    assert result.exit_code == 1
+    assert "gae, 3x40: the error of" in result.stdout
+    assert few_cases[1].name in result.stdout  # the others are measured all the same
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--device", "nowhere"), "nowhere: "),
+        (("--device", "cpu", "--json", "no/folder/x.json"), "there is no folder"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(arguments: tuple[str, ...], message: str) -> None:
+    result = bench(*arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line() -> None:
+    result = bench("--device", "cuda")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("cuda: ")

@@ -264,19 +264,24 @@ def test_loops_are_given_what_they_finish() -> None:
 
 
 def test_installer_pins_versions(tmp_path: Path) -> None:
-    torch_pin = f"torch=={torch.__version__.split('+')[0]}"
     for name in install.INSTALLED:
-        path = tmp_path if name in ("slime", "rl-triton") else None
-        calls = install.pip_arguments(name, path)
-        assert torch_pin in calls[0]
-        if path is not None:
-            assert str(path) in calls[-1]
-    for requirements in install.REQUIREMENTS.glob("*.txt"):
-        assert requirements.stem in install.INSTALLED
-        assert all("==" in line for line in requirements.read_text().splitlines())
-    assert "verl==0.9.1" in install.pip_arguments("verl", None)[1]
-    with pytest.raises(SystemExit, match="--path slime=FOLDER"):
+        checkout = tmp_path if name in ("slime", "rl-triton") else None
+        calls = install.pip_arguments(name, checkout)
+        assert any(pin.startswith("torch==") for pin in pinned(calls[0]))
+        assert any(name in pin for pin in pinned(calls[-1]) + pinned(calls[0])) or checkout is not None
+        if checkout is not None:
+            assert calls[-1][-1] == str(checkout)
+    with pytest.raises(ValueError, match="--path slime=FOLDER"):
         install.pip_arguments("slime", None)
+
+
+def pinned(arguments: list[str]) -> list[str]:
+    """The requirements of one call of pip."""
+    if "--requirement" not in arguments:
+        return arguments
+    lines = Path(arguments[-1]).read_text().splitlines()
+    assert all("==" in line for line in lines)
+    return lines
 
 
 # On a GPU

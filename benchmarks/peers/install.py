@@ -1,7 +1,8 @@
 """Makes an environment for each peer: ``python -m benchmarks.peers.install [PEER ...] [--path PEER=FOLDER]``.
 
-Versions are pinned in ``requirements/``. Peers that are on no package index (slime, rl-triton) come from a
-checkout: ``--path slime=FOLDER``. The environments hold the torch of the interpreter that runs this.
+Versions are pinned: by the parity tests, where they run the same framework. Peers that are on no package
+index (slime, rl-triton) come from a checkout, ``--path slime=FOLDER``, and get the torch of the interpreter
+that runs this. Needs the network; an environment takes a gigabyte.
 """
 
 from __future__ import annotations
@@ -11,38 +12,46 @@ import os
 import subprocess
 import sys
 import venv
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from benchmarks.peers.measure import PEERS
+from benchmarks.results import ROOT
 
-REQUIREMENTS = Path(__file__).parent / "requirements"
+REQUIREMENTS = ROOT / "tests" / "parity" / "requirements"
+"""``NAME.txt``, and ``NAME.no-deps.txt`` of what asks for more than is used, some of it only on a GPU."""
+PINS = {"verl": "verl", "trl": "trl-0.9.6", "openrlhf": "openrlhf", "torchrl": "torchrl"}
+TORCH = [f"torch=={torch.__version__.split('+')[0]}", "numpy", "setuptools", "wheel"]
+FLASHINFER = "flashinfer-python==0.7.2.post1"
 INSTALLED = [name for name, peer in PEERS.items() if peer.module]
-WITHOUT_DEPENDENCIES = {"verl": "verl==0.9.1", "openrlhf": "openrlhf==0.11.2"}
-"""They ask for more than the measured function needs, some of it only on a GPU."""
 
 
 def pip_arguments(name: str, path: Path | None) -> list[list[str]]:
-    """What pip is called with, one call after another, in the peer's new environment."""
-    torch_pin = f"torch=={torch.__version__.split('+')[0]}"
-    calls = [[torch_pin, "numpy", "setuptools", "wheel"]]
-    requirements = REQUIREMENTS / f"{name}.txt"
+    """What pip is called with, one call after another, in the peer's new environment.
+
+    Raises:
+        ValueError: the peer is on no package index, and no path was given.
+    """
     if path is not None:
-        calls.append(["--no-deps", "--no-build-isolation", str(path)])
-    elif not requirements.exists() and name not in WITHOUT_DEPENDENCIES:
-        raise SystemExit(f"{name} is on no package index: give its checkout, --path {name}=FOLDER")
-    elif name in WITHOUT_DEPENDENCIES:
-        calls.append(["--no-deps", WITHOUT_DEPENDENCIES[name]])
-    if requirements.exists():
-        calls.append(["--no-build-isolation", torch_pin, "--requirement", str(requirements)])
+        return [TORCH, ["--no-deps", "--no-build-isolation", str(path)]]
+    if name == "flashinfer":
+        return [[*TORCH, FLASHINFER]]
+    if name not in PINS:
+        raise ValueError(f"{name} is on no package index: give its checkout, --path {name}=FOLDER")
+    calls = [["--requirement", str(REQUIREMENTS / f"{PINS[name]}.txt")]]
+    without_dependencies = REQUIREMENTS / f"{PINS[name]}.no-deps.txt"
+    if without_dependencies.exists():
+        calls.append(["--no-deps", "--no-build-isolation", "--requirement", str(without_dependencies)])
     return calls
 
 
 def install(name: str, environments: Path, path: Path | None) -> None:
-    folder = environments / name
+    """Raises:
+    ValueError, subprocess.CalledProcessError: it cannot be had.
+    """
     calls = pip_arguments(name, path)
+    folder = environments / name
     venv.create(folder, with_pip=True, clear=True)
     environment = os.environ | {"DS_BUILD_OPS": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     for arguments in calls:
@@ -56,19 +65,20 @@ def main() -> None:
     parser.add_argument("--path", action="append", default=[], metavar="PEER=FOLDER", help="its checkout")
     parser.add_argument("--folder", type=Path, default=Path(".peers"), help="where environments are made")
     options = parser.parse_args()
-    paths: Mapping[str, Path] = {
+    paths = {
         name: Path(folder).absolute() for name, _, folder in (given.partition("=") for given in options.path)
     }
     if unknown := {*options.peers, *paths} - {*INSTALLED}:
         parser.error(f"no such peer: {', '.join(sorted(unknown))}; there are {', '.join(INSTALLED)}")
-    failed = []
+    failed = False
     for name in options.peers or INSTALLED:
         try:
             install(name, options.folder, paths.get(name))
-        except (subprocess.CalledProcessError, SystemExit) as error:
-            failed.append(name)
+            print(f"{name}: installed")
+        except (subprocess.CalledProcessError, ValueError) as error:
+            failed = True
             print(f"{name}: {error}", file=sys.stderr)
-    sys.exit(bool(failed))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
