@@ -284,7 +284,10 @@ def machine_section(run: Run) -> Iterator[str]:
     yield ""
     yield from table(["budget", "measured", ""], budget_rows(run))
     yield ""
-    yield from table(["peer", "its time, in ours", "at"], peer_rows(run))
+    yield from table(["peer", "times as long as ours", "at"], peer_rows(run))
+    yield ""
+    headings = ["call", "shapes", f"{PLAIN}, times as long", "share of a copy's bandwidth"]
+    yield from table(headings, call_rows(run))
     yield ""
     if run.missing:
         yield f"Missing: {'; '.join(f'{name} ({reason})' for name, reason in run.missing.items())}."
@@ -303,6 +306,17 @@ def budget_rows(run: Run) -> Iterator[list[str]]:
         if budget["unit"] == "s":
             measured = f"{seconds_text(budget['value'])}, limit {seconds_text(budget['limit'])}"
         yield [f"{info['case']}: {budget['text']}", measured, "met" if budget["met"] else "**missed**"]
+
+
+def call_rows(run: Run) -> Iterator[list[str]]:
+    """Each call's least and greatest gain over plain PyTorch, and share of a copy, over its shapes."""
+    infos = run.suite(*SUITES)
+    for what in dict.fromkeys(info["what"] for info in infos):
+        found = [info for info in infos if info["what"] == what]
+        gains = sorted(x["ratios"][PLAIN]["value"] for x in found if PLAIN in x["ratios"])
+        shares = sorted(x["ratios"]["copy"]["value"] for x in found)
+        gain = f"{gains[0]:.3g} to {gains[-1]:.3g}" if gains else ""
+        yield [f"`{what}`", str(len(found)), gain, f"{shares[0]:.1%} to {shares[-1]:.1%}"]
 
 
 def peer_rows(run: Run) -> Iterator[list[str]]:

@@ -165,6 +165,7 @@ def test_the_readmes_section_names_file_machine_and_versions(
     assert "torch 2.13.0" in section
     assert "| forward, B 2 S 1024: 1.03 x the bare forward | 1.05 x | **missed** |" in section
     assert "| verl 0.9.1 | 61 to 61 |" in section
+    assert "| `gae` | 1 | 40 to 40 | 25.0% to 25.0% |" in section
     assert "Missing: slime (not installed)." in section
     assert "No GPU figure" in section
     gpu = load(

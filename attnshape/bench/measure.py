@@ -96,10 +96,11 @@ def measure(
     }
     if plain and not case.shape.packed:
         check_plain(case, arguments[0])
+        # Few tensors are enough: launches bound it, not memory.
         calls[PLAIN] = [functools.partial(plain_call, case, x) for x in arguments[:2]]
     if device.type == "cuda":
         calls[TORCH] = [functools.partial(case.call, x, "torch") for x in arguments]
-    timings = time_calls(calls | dict(more), device, seconds)
+    timings = time_calls(calls | dict(more), device, seconds, eager=(PLAIN, TORCH))
     return Measurement(case, error, timings.pop("ours"), timings.pop("copy"), timings)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +52,11 @@ def ratio_of(timing: Timing, to: Timing) -> Ratio:
 
 
 def time_calls(
-    calls: Mapping[str, Sequence[Call]], device: torch.device, seconds: float = 0.2, least: int = 5
+    calls: Mapping[str, Sequence[Call]],
+    device: torch.device,
+    seconds: float = 0.2,
+    least: int = 5,
+    eager: Collection[str] = (),
 ) -> dict[str, Timing]:
     """Times every entry in every repeat, so that all of them see the same moments of the machine.
 
@@ -61,11 +65,12 @@ def time_calls(
             several times the second-level cache (``sets_for``), so that none is found there.
         device: where they compute.
         seconds: how long all of it may take, about; ``least`` repeats are made in any case.
+        eager: names that are not captured on a GPU, because users run them as they are.
 
     Returns:
         A ``Timing`` by name, all with the same number of samples: those of one repeat stand at one index.
     """
-    samplers = {name: _Sampler(each, device) for name, each in calls.items()}
+    samplers = {name: _Sampler(each, device, name not in eager) for name, each in calls.items()}
     order = list(samplers)
     cost = sum(sampler.once * sampler.turns for sampler in samplers.values())
     repeats = min(max(round(seconds / cost), least), MOST_REPEATS)
@@ -82,9 +87,9 @@ def time_calls(
 
 
 class _Sampler:
-    """Takes samples of one entry, a CUDA graph where that is possible."""
+    """Takes samples of one entry, of a CUDA graph where that is possible."""
 
-    def __init__(self, calls: Sequence[Call], device: torch.device) -> None:
+    def __init__(self, calls: Sequence[Call], device: torch.device, captured: bool) -> None:
         self.calls, self.device, self.how = calls, device, "clock"
         self._replayed: Sequence[Call] = calls
         for call in calls:
@@ -92,7 +97,7 @@ class _Sampler:
         self.once = self._between(1)  # seconds of all of them
         if device.type == "cuda":
             self.how = "events"
-            if self.once < CAPTURED * len(calls):
+            if captured and self.once < CAPTURED * len(calls):
                 self._capture()
                 self.once = self._between(1)
         self.turns = max(1, round(WINDOW / max(self.once, 1e-7)))

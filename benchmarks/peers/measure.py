@@ -37,8 +37,10 @@ Prepared = Callable[[], Result]
 
 PEER_ERROR = 1e-3
 """Of the largest element: float32 loops drift by as much over long rows at gamma = lam = 1."""
-SERIAL_TOKENS = 8192
-"""Loops over more tokens only take longer."""
+SHORT = (512, 8192)
+"""The most rows and tokens of a row for peers that only take longer with more."""
+LARGE = 1 << 24
+"""Tokens of a batch that is measured once, at lam = 1."""
 
 
 class Peer(NamedTuple):
@@ -50,7 +52,8 @@ class Peer(NamedTuple):
     ours: Callable[[Case, Any], Prepared]
     ragged: bool = False
     """Whether it takes a mask; others are given whole rows."""
-    serial: bool = False
+    short: bool = False
+    """Whether it is left out of long rows and large batches: a loop, or compiled for every shape."""
     least_gain: float = 0.0
     """The budget on a CPU."""
     what: str = "gae"
@@ -72,10 +75,10 @@ class Peer(NamedTuple):
                 (64, 32768),
                 (1, 131072),
             ]
-        if self.serial:
-            shapes = [(rows, width) for rows, width in shapes if width <= SERIAL_TOKENS and rows <= 512]
+        if self.short:
+            shapes = [(rows, width) for rows, width in shapes if rows <= SHORT[0] and width <= SHORT[1]]
         for rows, width in [(3, 40)] if small else shapes:
-            for lam in (0.95, 1.0):
+            for lam in (0.95, 1.0) if rows * width <= LARGE else (1.0,):
                 # Lengths fall evenly from the width to half of it.
                 lengths = tuple(width - i * (width // 2) // rows for i in range(rows)) if self.ragged else ()
                 yield Case("gae", Shape(rows, width, lengths=lengths), lam=lam)
@@ -167,7 +170,7 @@ def rl_triton(case: Case, arguments: Arguments) -> Prepared:
     return lambda: (compute_gae(rewards, values, done, gamma=case.gamma, lambda_=case.lam),)
 
 
-def _doubled(rewards: Tensor, values: Tensor, gamma: float, gl: float) -> Result:
+def _doubled(rewards: Tensor, values: Tensor, gamma: Tensor, gl: Tensor) -> Result:
     """Sums over 1, 2, 4, ... tokens, each of two of the ones before."""
     advantages = rewards + gamma * torch.nn.functional.pad(values[:, 1:], (0, 1)) - values
     step = 1
@@ -180,8 +183,10 @@ def _doubled(rewards: Tensor, values: Tensor, gamma: float, gl: float) -> Result
 
 def doubling(case: Case, arguments: Arguments) -> Prepared:
     compiled = torch.compile(_doubled, fullgraph=True, dynamic=False)
-    tensors = (arguments["rewards"], arguments["values"])
-    return lambda: compiled(*tensors, case.gamma, case.gamma * case.lam)
+    rewards, values = arguments["rewards"], arguments["values"]
+    # Numbers would be compiled in, one after another.
+    gamma, gl = (torch.tensor(x, device=rewards.device) for x in (case.gamma, case.gamma * case.lam))
+    return lambda: compiled(rewards, values, gamma, gl)
 
 
 def flashinfer(case: Case, arguments: Any) -> Prepared:
@@ -224,12 +229,12 @@ def flashinfer(case: Case, arguments: Any) -> Prepared:
 
 
 PEERS = {
-    "verl": Peer("verl", verl, ours_whitened, ragged=True, serial=True, least_gain=50),
-    "trl": Peer("trl", trl, ours_whitened, ragged=True, serial=True, least_gain=50),
-    "openrlhf": Peer("openrlhf", openrlhf, ours_gae, ragged=True, serial=True),
-    "torchrl": Peer("torchrl", torchrl, ours_gae, serial=True),
+    "verl": Peer("verl", verl, ours_whitened, ragged=True, short=True, least_gain=50),
+    "trl": Peer("trl", trl, ours_whitened, ragged=True, short=True, least_gain=50),
+    "openrlhf": Peer("openrlhf", openrlhf, ours_gae, ragged=True, short=True),
+    "torchrl": Peer("torchrl", torchrl, ours_gae, short=True),
     "slime": Peer("slime", slime, ours_gae, least_gain=1),
-    "doubling": Peer("", doubling, ours_gae),
+    "doubling": Peer("", doubling, ours_gae, short=True),
     "rl-triton": Peer("rl_triton", rl_triton, ours_gae, only_cuda=True),
     "flashinfer": Peer("flashinfer", flashinfer, ours_row, only_cuda=True, what="row"),
 }
