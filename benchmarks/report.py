@@ -101,21 +101,20 @@ def commit_text(run: Run) -> str:
 
 def case_table(infos: Sequence[Info]) -> list[str]:
     others = [name for name in (PLAIN, TORCH, "attention forward") if any(ratio(x, name) for x in infos)]
-    gpu = any("read_seconds" in info for info in infos)
-    headings = ["call", "time", "full call", "bytes", "copy", "share of copy", *others]
-    headings += ["read-only pass", "estimate"] if gpu else []
+    of_gpu = (
+        ("wall_seconds", "read_seconds", "estimate_seconds") if "read_seconds" in (infos or [{}])[0] else ()
+    )
+    headings = ["call", "time", "bytes", "copy", "share of copy", *others]
+    headings += ["full call", "read-only pass", "estimate"] if of_gpu else []
     rows = []
     for info in infos:
-        share = ratio(info, "copy")
-        assert share is not None
-        row = [info["case"], seconds_text(info["seconds"]), seconds_text(info["wall_seconds"])]
-        row += [
-            bytes_text(info["bytes_read"] + info["bytes_written"]),
-            seconds_text(info["seconds_of"]["copy"]),
-        ]
-        row += [f"{share.value:.1%} ({share.low:.1%} to {share.high:.1%})"]
+        share = info["ratios"]["copy"]
+        row = [info["case"], seconds_text(info["seconds"])]
+        row += [bytes_text(info["bytes_read"] + info["bytes_written"])]
+        row += [seconds_text(info["seconds_of"]["copy"])]
+        row += [f"{share['value']:.1%} ({share['low']:.1%} to {share['high']:.1%})"]
         row += [times_text(info, name) for name in others]
-        row += [seconds_text(info[name]) for name in ("read_seconds", "estimate_seconds") if gpu]
+        row += [seconds_text(info[name]) for name in of_gpu]
         rows.append([*row, budget_text(info)])
     return table([*headings, "budget"], rows)
 
