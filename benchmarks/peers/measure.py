@@ -37,8 +37,6 @@ Prepared = Callable[[], Result]
 
 PEER_ERROR = 1e-3
 """Of the largest element: float32 loops drift by as much over long rows at gamma = lam = 1."""
-SHORT = (512, 8192)
-"""The most rows and tokens of a row for peers that only take longer with more."""
 LARGE = 1 << 24
 """Tokens of a batch that is measured once, at lam = 1."""
 
@@ -52,8 +50,8 @@ class Peer(NamedTuple):
     ours: Callable[[Case, Any], Prepared]
     ragged: bool = False
     """Whether it takes a mask; others are given whole rows."""
-    short: bool = False
-    """Whether it is left out of long rows and large batches: a loop, or compiled for every shape."""
+    most: tuple[int, int] | None = None
+    """Rows and tokens of a row beyond which it is not asked, because it only takes longer."""
     least_gain: float = 0.0
     """The budget on a CPU."""
     what: str = "gae"
@@ -75,8 +73,10 @@ class Peer(NamedTuple):
                 (64, 32768),
                 (1, 131072),
             ]
-        if self.short:
-            shapes = [(rows, width) for rows, width in shapes if rows <= SHORT[0] and width <= SHORT[1]]
+        if self.most is not None:
+            shapes = [
+                (rows, width) for rows, width in shapes if rows <= self.most[0] and width <= self.most[1]
+            ]
         for rows, width in [(3, 40)] if small else shapes:
             for lam in (0.95, 1.0) if rows * width <= LARGE else (1.0,):
                 # Lengths fall evenly from the width to half of it.
@@ -229,12 +229,12 @@ def flashinfer(case: Case, arguments: Any) -> Prepared:
 
 
 PEERS = {
-    "verl": Peer("verl", verl, ours_whitened, ragged=True, short=True, least_gain=50),
-    "trl": Peer("trl", trl, ours_whitened, ragged=True, short=True, least_gain=50),
-    "openrlhf": Peer("openrlhf", openrlhf, ours_gae, ragged=True, short=True),
-    "torchrl": Peer("torchrl", torchrl, ours_gae, short=True),
+    "verl": Peer("verl", verl, ours_whitened, ragged=True, most=(512, 8192), least_gain=50),
+    "trl": Peer("trl", trl, ours_whitened, ragged=True, most=(512, 8192), least_gain=50),
+    "openrlhf": Peer("openrlhf", openrlhf, ours_gae, ragged=True, most=(512, 8192)),
+    "torchrl": Peer("torchrl", torchrl, ours_gae, most=(512, 1024)),
     "slime": Peer("slime", slime, ours_gae, least_gain=1),
-    "doubling": Peer("", doubling, ours_gae, short=True),
+    "doubling": Peer("", doubling, ours_gae, most=(512, 8192)),
     "rl-triton": Peer("rl_triton", rl_triton, ours_gae, only_cuda=True),
     "flashinfer": Peer("flashinfer", flashinfer, ours_row, only_cuda=True, what="row"),
 }
