@@ -15,6 +15,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from attnshape.bench.machine import in_words
 from attnshape.bench.measure import PLAIN, TORCH
@@ -30,8 +31,8 @@ SUITES = {
     "whitening": "Whitening",
     "columns": "Columns of the policy's own attention (ABC-D)",
 }
-COLORS = ("#30638e", "#d1495b", "#edae49", "#00798c", "#6a4c93", "#777777", "#8ac926")
-MARKERS = "osD^vPX"
+COLORS = ("#30638e", "#d1495b", "#edae49", "#00798c", "#6a4c93", "#777777", "#8ac926", "#000000")
+MARKERS = "osD^vPX*"
 
 
 # Words and figures
@@ -165,19 +166,19 @@ def host_table(run: Run) -> list[str]:
 
 
 def roofline(run: Run, axes: Axes) -> bool:
-    """Achieved bandwidth beside the copy's, over the bytes that are moved."""
+    """Achieved bandwidth beside the copy's, over the megabytes that are moved."""
     infos = run.suite(*SUITES)
     if not infos:
         return False
-    size = [info["bytes_read"] + info["bytes_written"] for info in infos]
-    copies = sorted((s, s / info["seconds_of"]["copy"] / 1e9) for s, info in zip(size, infos, strict=True))
-    axes.plot(*zip(*copies, strict=True), ".", color="#bbbbbb", label="copy of as many bytes")
+    size = [(info["bytes_read"] + info["bytes_written"]) / 1e6 for info in infos]
+    copies = sorted((s, s / info["seconds_of"]["copy"] / 1e3) for s, info in zip(size, infos, strict=True))
+    axes.plot(*zip(*copies, strict=True), "_", color="#555555", label="copy of as many bytes")
     whats = list(dict.fromkeys(info["what"] for info in infos))
     for i, what in enumerate(whats):
-        points = [(s, s / x["seconds"] / 1e9) for s, x in zip(size, infos, strict=True) if x["what"] == what]
+        points = [(s, s / x["seconds"] / 1e3) for s, x in zip(size, infos, strict=True) if x["what"] == what]
         style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
         axes.plot(*zip(*sorted(points), strict=True), linestyle="", markersize=5, label=what, **style)
-    axes.set(xscale="log", yscale="log", xlabel="bytes read and written", ylabel="GB/s")
+    axes.set(xscale="log", yscale="log", xlabel="MB read and written", ylabel="GB/s")
     axes.set_title("bandwidth beside a copy's")
     return True
 
@@ -199,7 +200,7 @@ def peers(run: Run, axes: Axes) -> bool:
             line = "--" if undiscounted else "-"
             axes.plot(*zip(*points, strict=True), line, label=label, linewidth=1.2, **style)
     axes.set(xscale="log", yscale="log", xlabel="tokens of the batch", ylabel="times as long as ours")
-    axes.set_title("time of each peer (lam 0.95; dashed: lam 1)")
+    axes.set_title("how long each peer takes (lam 0.95; dashed: lam 1)")
     return True
 
 
@@ -221,7 +222,8 @@ def memory(run: Run, axes: Axes) -> bool:
     for (kind, name), (label, color, line) in lines.items():
         points = [(x["keys"], x[kind][name] / 1e6) for x in infos if name in x[kind]]
         if points:
-            axes.plot(*zip(*points, strict=True), line, marker="o", markersize=4, color=color, label=label)
+            marker = "o" if line == "-" else "x"
+            axes.plot(*zip(*points, strict=True), line, marker=marker, markersize=5, color=color, label=label)
     keys = [x["keys"] for x in infos]
     axes.set(xscale="log", yscale="log", xlabel="tokens of the sequence", ylabel="MB beyond the bare forward")
     axes.set_xticks(keys, [str(k) for k in keys])
@@ -251,6 +253,9 @@ def draw(run: Run) -> list[str]:
         axes = figure.subplots()
         if not plot(run, axes):
             continue
+        for axis in (axes.xaxis, axes.yaxis):  # 1000, not 10 to the third
+            if not isinstance(axis.get_major_locator(), FixedLocator):
+                axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if x < 1e4 else f"{x:,.0f}"))
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

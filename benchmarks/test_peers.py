@@ -61,22 +61,20 @@ class PeerRuns:
         command = [self._python(name), "-m", "benchmarks.peers.measure", name, str(out)]
         command += ["--device", str(self.device), *(["--small"] if self.small else [])]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"PYTHONPATH": path}
+        reason = ""
         try:
             ended = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": path},
-                capture_output=True,
-                text=True,
-                timeout=LIMIT,
-                check=False,
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
             )
-        except subprocess.TimeoutExpired as error:
-            raise PeerMissingError(f"took longer than {LIMIT} s") from error
-        if ended.returncode:
-            raise PeerMissingError(f"does not run: {ended.stderr.strip().splitlines()[-1]}")
+            if ended.returncode:
+                reason = f"does not run: {ended.stderr.strip().splitlines()[-1]}"
+        except subprocess.TimeoutExpired:
+            reason = f"took longer than {LIMIT} s"
+        if not out.exists():
+            raise PeerMissingError(reason)
         result: dict[str, Any] = json.loads(out.read_text())
-        return result
+        return result | {"ended": reason}
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +106,10 @@ def test_peer(
     except PeerMissingError as error:
         missing[peer] = str(error)
         pytest.skip(f"{peer}: {error}")
-    row = next(row for row in result["rows"] if row["case"] == case.name)
+    row = next((row for row in result["rows"] if row["case"] == case.name), None)
+    if row is None:
+        missing[f"{peer}, {case.name}"] = result["ended"]
+        pytest.skip(f"{peer}: {result['ended']}")
     if "failed" in row:
         missing[f"{peer}, {case.name}"] = row["failed"]
         pytest.fail(row["failed"])

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -240,6 +241,20 @@ def test_a_peer_that_breaks_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path
     for _ in range(2):  # it is asked once, and answers every time
         with pytest.raises(PeerMissingError, match=r"does not run: .*No module named 'slime.utils'"):
             runs["slime"]
+
+
+def test_what_was_measured_stays_where_the_rest_takes_too_long(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    runs = runs_with(monkeypatch, fake_slime(tmp_path, 1.0))
+
+    def run(command: list[str], **_: Any) -> None:
+        Path(command[4]).write_text(json.dumps({"version": "", "rows": [{"case": "first"}]}))
+        raise subprocess.TimeoutExpired(command, 1)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert runs["slime"]["rows"] == [{"case": "first"}]
+    assert runs["slime"]["ended"].startswith("took longer than")
 
 
 def test_the_doubling_scan_agrees(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -298,15 +298,14 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
     peer, device = PEERS[options.peer], torch.device(options.device)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    result = {"version": version_of(peer), "torch": torch.__version__, "rows": rows}
     for case in peer.cases(device.type, options.small):
         try:
             rows.append(measured(peer, case, device, 0.005 if options.small else 0.3))
         except (RuntimeError, ValueError) as error:
             rows.append({"case": case.name, "failed": f"{type(error).__name__}: {error}".splitlines()[0]})
-    options.out.write_text(
-        json.dumps({"version": version_of(peer), "torch": torch.__version__, "rows": rows})
-    )
+        options.out.write_text(json.dumps(result))  # what was measured stays, whatever happens to the rest
 
 
 def version_of(peer: Peer) -> str:
