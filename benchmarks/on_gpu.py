@@ -26,7 +26,8 @@ from benchmarks.results import NAME, ROOT, load
 
 RACES = ROOT / "tests" / "test_gpu.py"
 # Warnings are errors where the versions are pinned; here they are whatever the machine has.
-PYTEST = ["-q", "-o", "filterwarnings=default", "-p", "no:cacheprovider"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-o", "filterwarnings=default", "-p", "no:cacheprovider"]
+BENCHMARKS = [*PYTEST, str(ROOT / "benchmarks")]
 LOG_TAIL = 200_000
 """Characters of a part's output that are kept."""
 
@@ -45,8 +46,8 @@ class Ended(NamedTuple):
 
 
 def pytest_part(name: str, seconds: float, folder: Path, *arguments: str) -> Part:
-    report = f"--junitxml={folder / name.replace(' ', '-')}.xml"
-    return Part(name, [sys.executable, "-m", "pytest", *PYTEST, report, *arguments], seconds)
+    junit = f"--junitxml={folder / name.replace(' ', '-')}.xml"
+    return Part(name, [*PYTEST, junit, *arguments], seconds)
 
 
 def parts_together(folder: Path, shards: int, seconds: float) -> list[Part]:
@@ -55,26 +56,29 @@ def parts_together(folder: Path, shards: int, seconds: float) -> list[Part]:
     parts = [
         pytest_part(f"tests {i}", seconds, folder, f"--shard={i}/{shards}", *files) for i in range(shards)
     ]
-    module = [sys.executable, "-m"]
-    benchmarks = [*module, "pytest", *PYTEST, str(ROOT / "benchmarks"), "--benchmark-disable"]
-    parts.append(Part("benchmarks, untimed", benchmarks, seconds))
-    compare = [*module, "attnshape", "compare", "--backend", "triton", "--device", "cuda", "--quick"]
+    untimed = [*BENCHMARKS, "--benchmark-disable"]
+    parts.append(Part("benchmarks, untimed", untimed, seconds))
+    compare = [
+        sys.executable,
+        "-m",
+        "attnshape",
+        "compare",
+        "--backend",
+        "triton",
+        "--device",
+        "cuda",
+        "--quick",
+    ]
     parts.append(Part("compare", compare, seconds))
     if sanitizer := shutil.which("compute-sanitizer"):
         for tool in ("memcheck", "racecheck"):
-            command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *benchmarks, "--small"]
+            command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *untimed, "--small"]
             parts.append(Part(tool, command, seconds))
     return parts
 
 
-def benchmark_parts(out: Path, seconds: float) -> list[Part]:
-    results = out / NAME
-    quiet = ["--benchmark-quiet", f"--benchmark-json={results}"]
-    return [
-        Part(
-            "benchmarks", [sys.executable, "-m", "pytest", *PYTEST, str(ROOT / "benchmarks"), *quiet], seconds
-        )
-    ]
+def benchmarks_part(out: Path, seconds: float) -> Part:
+    return Part("benchmarks", [*BENCHMARKS, "--benchmark-quiet", f"--benchmark-json={out / NAME}"], seconds)
 
 
 def run(parts: Sequence[Part], folder: Path) -> list[Ended]:
@@ -132,7 +136,7 @@ def main(out: Path) -> int:
         stages = [
             parts_together(folder, shards, 260),
             [pytest_part("races", 80, folder, str(RACES))],
-            benchmark_parts(out, 240),
+            [benchmarks_part(out, 240)],
         ]
         ended: list[Ended] = []
         for stage in stages:
@@ -142,8 +146,7 @@ def main(out: Path) -> int:
             (out / "summary.md").write_text(summary(ended, tests))
             (out / "log.txt").write_text("\n".join(f"==== {x.name}\n{x.output}" for x in ended))
     if (out / NAME).exists() and (out / NAME).stat().st_size:
-        results = load(out / NAME)
-        (out / "report.md").write_text(report(results))
+        (out / "report.md").write_text(report(load(out / NAME)))
     for x in ended:
         if x.status != 0:
             print(f"==== {x.name}\n{x.output[-3000:]}")

@@ -50,7 +50,7 @@ class Measurement:
         return ratio_of(self.baselines[baseline], self.ours)
 
     def facts(self) -> dict[str, Any]:
-        """For JSON: the case, its bytes, the seconds of each call and each ratio with its spread."""
+        """For JSON: the case, its bytes, its error and the seconds of each call."""
         timings = {"ours": self.ours, "copy": self.copy, **self.baselines}
         return {
             "case": self.case.name,
