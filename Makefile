@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 OUT ?= gpu-out
+BENCH_OUT ?= bench-out
 
 BIN = $(VENV)/bin
 READY = $(VENV)/ready
@@ -19,14 +20,19 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Every suite on this machine, a GPU if it has one; then what got worse since the committed run of its kind.
 bench: $(READY)
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	mkdir -p $(BENCH_OUT)
+	$(BIN)/python -m pytest benchmarks -q --benchmark-quiet --benchmark-json=$(BENCH_OUT)/bench.json
+	$(BIN)/python -m benchmarks.report $(BENCH_OUT)/bench.json
+	$(BIN)/python -m benchmarks.guard $(BENCH_OUT)/bench.json
 
-# On a machine with a GPU whose PYTHON has torch, triton, transformers, hypothesis, pytest, rich and typer: the
-# kernels compiled, not interpreted; first that they are correct, then how fast they are. Reports go to OUT.
+# On a machine with a GPU whose PYTHON has torch, triton, transformers, hypothesis, matplotlib, pytest,
+# pytest-benchmark, rich and typer: the kernels compiled, not interpreted; first that they are correct, then how
+# fast they are. Reports go to OUT.
 # What has nothing to do with a GPU is left to `make test`.
 gpu:
-	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a GPU'"
+	$(PYTHON) -c "import matplotlib, pytest_benchmark, torch; assert torch.cuda.is_available(), 'make gpu needs a GPU'"
 	$(PYTHON) -m benchmarks.on_gpu $(OUT)
 
 $(READY): pyproject.toml constraints.txt
@@ -35,4 +41,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out gpu-out .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV) demo-out gpu-out bench-out .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
