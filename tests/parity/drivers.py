@@ -9,7 +9,7 @@ Ray left out.
 from __future__ import annotations
 
 import ast
-import importlib
+import functools
 import importlib.abc
 import importlib.machinery
 import inspect
@@ -391,7 +391,7 @@ def areal(checkout: Path) -> Callable[[Case], Outputs]:
         "torch": torch,
         "np": np,
         "dist": off,
-        "functools": importlib.import_module("functools"),
+        "functools": functools,
         "stats_tracker": ignored,
         "trace_perf": lambda *args, **kwargs: lambda function: function,
     }
