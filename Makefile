@@ -3,11 +3,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 OUT ?= gpu-out
 BENCH_OUT ?= bench-out
+PARITY ?= .parity
 
 BIN = $(VENV)/bin
 READY = $(VENV)/ready
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench parity gpu clean
 
 demo: $(READY)
 	$(BIN)/attnshape demo --out demo-out
@@ -27,6 +28,12 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.report $(BENCH_OUT)/bench.json
 	$(BIN)/python -m benchmarks.guard $(BENCH_OUT)/bench.json
 
+# The presets against the frameworks' real functions, each in an environment of its own under PARITY; ONLY names
+# some of them. slime, NeMo-RL and AReaL come from checkouts: SLIME=folder NEMO_RL=folder AREAL=folder.
+parity: $(READY)
+	PYTHONPATH=.:tests $(BIN)/python -m parity $(ONLY) --environments $(PARITY) \
+		$(SLIME:%=--checkout slime=%) $(NEMO_RL:%=--checkout nemo_rl=%) $(AREAL:%=--checkout areal=%)
+
 # On a machine with a GPU whose PYTHON has torch, triton, transformers, hypothesis, matplotlib, pytest,
 # pytest-benchmark, rich and typer: the kernels compiled, not interpreted; first that they are correct, then how
 # fast they are. Reports go to OUT.
@@ -41,4 +48,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out gpu-out bench-out .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV) demo-out gpu-out bench-out .parity .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
