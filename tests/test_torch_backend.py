@@ -1,12 +1,10 @@
 """The vectorised PyTorch backend against the float64 reference."""
 
 import dataclasses
-import tempfile
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import (
@@ -356,30 +354,3 @@ def test_whiten(bessel: bool, eps_mode: str, shift_mean: bool, count: int) -> No
     kept = attnshape.whiten(x, mask, zero_masked=False, **kwargs)
     want = reference.whiten(x.double(), mask, zero_masked=False, **kwargs)
     torch.testing.assert_close(kept.double(), want, rtol=1e-6, atol=1e-6)
-
-
-SHARDS = [(4, 0.5), (2, 0.25), (3, 2.0), (0, 0.5)]  # rows and share of live tokens: uneven, none live, empty
-
-
-def _shard(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, threshold = SHARDS[rank]
-    g = torch.Generator().manual_seed(rank)
-    return torch.randn(rows, 6, generator=g) + rank, torch.rand(rows, 6, generator=g) > threshold
-
-
-def _whiten_rank(rank: int, store: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(SHARDS))
-    x, mask = _shard(rank)
-    shards = [_shard(r) for r in range(len(SHARDS))]
-    whole = reference.whiten(torch.cat([s[0] for s in shards]).double(), torch.cat([s[1] for s in shards]))
-    before = sum(rows for rows, _ in SHARDS[:rank])
-    whole = whole[before : before + len(x)]
-    for moments in (None, reference.row_moments(x, mask)):
-        got = attnshape.whiten(x, mask, moments=moments, process_group=dist.group.WORLD)
-        torch.testing.assert_close(got.double(), whole, rtol=1e-6, atol=1e-6)
-    dist.destroy_process_group()
-
-
-def test_whiten_over_a_process_group() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_whiten_rank, args=(f"{folder}/store",), nprocs=len(SHARDS))
