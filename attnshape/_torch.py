@@ -549,7 +549,7 @@ class _Shaped(NamedTuple):
     inside: Tensor  # the score's token is among the row's
     on_score: Tensor  # and is unmasked
     fallback: Tensor
-    finite: Tensor
+    surely_finite: Tensor
     error: Tensor
     entropy: Tensor
     last_share: Tensor
@@ -630,15 +630,27 @@ def _shape_rows(
         config.mask_semantics,
     )
     moments = _moments(out.advantages, live)
-    finite = moments[:, 1].isfinite()
-    if lam_value is not None:  # returns of a recurrence of their own may overflow alone
-        finite &= out.returns.sum(1, dtype=torch.float64).isfinite()
+    # What is not finite makes advantages so; sums may overflow, and returns of a recurrence of their own.
+    surely_finite = moments[:, 1].isfinite()
+    if lam_value is not None:
+        surely_finite &= out.returns.sum(1).isfinite()
     total = weights.sum(1)
     logs = weights.clamp(min=torch.finfo(dtype).tiny).log_()
     entropy = total.log() - logs.mul_(weights).sum(1) / total
     last_share = weights.gather(1, _at(live.last, width)).sum(1) / total
     entropy, last_share = (x.masked_fill(total == 0, 0.0) for x in (entropy, last_share))
-    of_rows = (mass, live.count, inside, on_score, fallback, finite, error, entropy, last_share, moments)
+    of_rows = (
+        mass,
+        live.count,
+        inside,
+        on_score,
+        fallback,
+        surely_finite,
+        error,
+        entropy,
+        last_share,
+        moments,
+    )
     for row_output, x in zip(out[5:], of_rows, strict=True):
         row_output.copy_(x)
 
@@ -674,13 +686,16 @@ def shape_rewards(
     invalid = invalid | (filled & ~x.inside)
     usable = filled & ~invalid
     outputs = [*x[:4], *([x.kl] if _has_kl(tokens) else [])]
-    lost = ~x.finite | (filled & invalid)
+    lost = ~x.surely_finite | (filled & invalid)
     if lost.any():
-        live = rows.live[lost]
-        for out in outputs:
-            found = out[lost].masked_fill(~live, 0.0).masked_fill(live & invalid[lost][:, None], math.nan)
-            out[lost] = found if config.on_nan == "propagate" else 0.0
-        x.moments[lost] = _moments(x.advantages[lost], _Mask(live))
+        suspects, live = lost.clone(), rows.live[lost]
+        unknown = live & invalid[lost][:, None]
+        found = [out[lost].masked_fill(~live, 0.0).masked_fill(unknown, math.nan) for out in outputs]
+        finite = torch.stack([y.isfinite().all(1) for y in found]).all(0)
+        for out, y in zip(outputs, found, strict=True):
+            out[suspects] = y if config.on_nan == "propagate" else y.masked_fill(~finite[:, None], 0.0)
+        lost[suspects] = ~finite
+        x.moments[suspects] = _moments(x.advantages[suspects], _Mask(live))
     flags = {
         Status.FALLBACK: x.fallback & usable,
         Status.EMPTY: ~filled & ~invalid,
@@ -839,15 +854,13 @@ def _gae(
             x[lost] = _non_finite_returns(r[lost], lost_v, gamma, gl[lost] if isinstance(gl, Tensor) else gl)
     if rank is not None:
         found = [x.gather(1, rank) for x in found]
-    first, last = (mask.select(x) for x in (found[0], found[-1]))
+    mask.select(found[-1].to(returns.dtype), returns)
     if values is None:
-        advantages.copy_(first)
-    else:
-        torch.sub(first, values, out=advantages)
-    if lost is not None and values is not None:
-        last = last.masked_fill(~values.isfinite(), math.nan)
-    if last is not returns:
-        returns.copy_(last)
+        advantages.copy_(returns)
+        return
+    torch.sub(returns if len(found) == 1 else mask.select(found[0]), values, out=advantages)
+    if lost is not None:
+        returns.masked_fill_(~values.isfinite(), math.nan)
 
 
 def _below_one(gl: float | Tensor) -> bool:
@@ -911,9 +924,12 @@ def _moments(x: Tensor, mask: _Mask) -> Tensor:
         x: ``[n, R]``, 0 where masked.
     """
     count = mask.count.double()
-    mean = x.sum(1, dtype=torch.float64) / count.clamp(min=1)
-    deviations = mask.select(x - mean[:, None].to(x.dtype))
-    return torch.stack([count, mean, deviations.square_().sum(1, dtype=torch.float64)], 1)
+    # Deviations from nearly the mean are as exact as x is; what their own mean is not, they say themselves.
+    near = (x.sum(1) / count.clamp(min=1)).to(x.dtype)
+    deviations = mask.select(x - near[:, None])
+    rest = deviations.sum(1).double() / count.clamp(min=1)
+    m2 = deviations.square_().sum(1).double() - count * rest.square()
+    return torch.stack([count, near.double() + rest, m2.clamp(min=0)], 1)
 
 
 def _moments_of_rows(outputs: Sequence[Tensor], mask: Tensor, x: Tensor) -> None:
