@@ -835,7 +835,8 @@ def _gae(
     values = None if values is None else mask.select(values.to(work))
     # To skip masked tokens is to move the others together; where nothing decays it makes no difference.
     rank, r, v = None, rewards, values
-    if mask_semantics == "skip" and any(map(_below_one, decays)) and mask.interrupted:
+    decaying = any(isinstance(gl, Tensor) or gl < 1 for gl in decays)
+    if mask_semantics == "skip" and decaying and mask.interrupted:
         rank = (mask.live.cumsum(1) - 1).clamp_(min=0)
         r = torch.zeros_like(r).scatter_add_(1, rank, r)
         v = None if v is None else torch.zeros_like(v).scatter_add_(1, rank, v)
@@ -861,10 +862,6 @@ def _gae(
     torch.sub(returns if len(found) == 1 else mask.select(found[0]), values, out=advantages)
     if lost is not None:
         returns.masked_fill_(~values.isfinite(), math.nan)
-
-
-def _below_one(gl: float | Tensor) -> bool:
-    return bool((gl < 1).any()) if isinstance(gl, Tensor) else gl < 1
 
 
 def _gae_rows(

@@ -144,6 +144,38 @@ def check_gae(problem: dict[str, Any], gamma: float, lam: float, semantics: str)
         assert_within(name, x, expected, gae_bound(expected, gamma, lam))
 
 
+@pytest.mark.parametrize("lam", [1.0, 0.95, "per row"])
+@pytest.mark.parametrize("holes", [False, True])
+def test_bits_of_a_row_depend_on_nothing_else(
+    lam: float | str, holes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, in any batch, however it is padded, however many rows are shaped at once."""
+    rows, width = 7, 300
+    g = torch.Generator().manual_seed(int(holes))
+    lengths = torch.tensor([300, 1, 31, 33, 64, 65, 257])
+    mask = torch.arange(width) < lengths[:, None]
+    if holes:
+        mask &= torch.rand(rows, width, generator=g) > 0.2
+    names = ("credit", "values", "logprobs", "ref_logprobs", "token_rewards", "response_mask")
+    tokens = dict(zip(names, torch.randn(6, rows, width, generator=g), strict=True))
+    tokens |= {"credit": tokens["credit"].abs(), "response_mask": mask.float()}
+    score, lams = torch.randn(rows, generator=g), torch.linspace(0.5, 1.0, rows)
+
+    def shaped(which: slice, padding: int = 0) -> list[torch.Tensor]:
+        padded = {name: torch.nn.functional.pad(x[which], (0, padding)) for name, x in tokens.items()}
+        config = ShapingConfig(lam=lams[which] if isinstance(lam, str) else lam)
+        out = attnshape.shape_rewards(score[which], **padded, kl_coef=0.1, config=config)
+        return [x[:, :width] for x in (out.rewards, out.advantages, out.returns, out.credit, out.kl)]
+
+    whole = shaped(slice(0, rows))
+    for b in range(rows):
+        for padding in (0, 1, 20, 700):
+            for x, alone in zip(whole, shaped(slice(b, b + 1), padding), strict=True):
+                assert torch.equal(x[b : b + 1], alone)
+    monkeypatch.setattr("attnshape._torch.BLOCK", 2 * width)
+    assert all(torch.equal(x, y) for x, y in zip(whole, shaped(slice(0, rows)), strict=True))
+
+
 def test_gae_per_row_lam_and_decoupled() -> None:
     problem = gae_problem(4, 700, True)
     kwargs = {
