@@ -149,8 +149,9 @@ def credit(
 
     Lines that cannot be read or scored are named with their number and skipped; the exit status is then 1.
     """
-    from attnshape.credit_file import credit_file, load_reward_model
+    from attnshape.credit_file import credit_file
     from attnshape.score_fn import parse_score_fn
+    from attnshape.scoring import load_reward_model
 
     out = out or source.with_suffix(".credit.jsonl")
     targets = [path.resolve() for path in (source, out, html) if path is not None]
