@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from attnshape import AttentionTap, attention_credit, reference, shape_rewards
-from attnshape.alignment import decoded_spans, align, align_texts
+from attnshape.alignment import align, align_texts, decoded_spans
 
 CORPUS = [
     "The film was not bad, and the ending was great!",

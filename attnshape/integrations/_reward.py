@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import random
+import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -21,7 +22,9 @@ Prompt: TypeAlias = str | Sequence[dict[str, Any]]
 Span: TypeAlias = tuple[int, int]
 
 ATTEMPTS = 8
-"""Of a request that meets an overloaded or restarting server, about 2 minutes in all."""
+"""Of a request that meets an overloaded or absent server: two minutes in all, or less."""
+RETRIED = (408, 429)
+CHECK_SECONDS = 10.0
 
 
 class RewardModel(Protocol):
@@ -63,13 +66,47 @@ class LocalRewardModel:
 
 
 class ServedRewardModel:
-    """``attnshape serve`` at ``url``."""
+    """``attnshape serve`` at ``url``; needs aiohttp, which verl and slime bring.
+
+    A server that is overloaded, not there or starting again is asked again, ``ATTEMPTS`` times.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
 
+    def check(self) -> None:
+        """Raises RuntimeError if the server does not answer that it is well."""
+        try:
+            with urllib.request.urlopen(f"{self._url}/health", timeout=CHECK_SECONDS):
+                pass
+        except (OSError, ValueError) as error:
+            raise RuntimeError(f"{self._url}/health: {error}; is `attnshape serve` running there?") from error
 
-@functools.cache
+    async def __call__(self, prompt: Prompt, response: str, offsets: Sequence[Span]) -> Scored:
+        import aiohttp
+
+        request: dict[str, Any] = {"offsets": list(offsets)}
+        if isinstance(prompt, str):
+            request |= {"prompt": prompt, "response": response}
+        else:
+            request["messages"] = [*prompt, {"role": "assistant", "content": response}]
+        async with aiohttp.ClientSession() as session:
+            for attempt in range(ATTEMPTS):
+                if attempt:
+                    await asyncio.sleep(min(2**attempt, 30) * random.uniform(0.5, 1.0))
+                try:
+                    async with session.post(f"{self._url}/score", json=request) as answer:
+                        body = await answer.json(content_type=None)
+                        if answer.status == 200:
+                            return Scored(body["score"], body["credit"], body["metrics"])
+                        problem = f"{answer.status} {body.get('error', body)}"
+                        if answer.status < 500 and answer.status not in RETRIED:
+                            raise ValueError(f"{self._url}/score: {problem}")
+                except (aiohttp.ClientError, TimeoutError) as error:
+                    problem = f"{type(error).__name__} {error}"
+        raise RuntimeError(f"{self._url}/score: {problem}, {ATTEMPTS} times")
+
+
 def reward_model(
     *,
     url: str | None = None,
@@ -78,14 +115,32 @@ def reward_model(
     layer: int = -1,
     device: str = "cpu",
 ) -> RewardModel:
-    """The served reward model at ``url``, or ``model`` in this process; the same one for the same settings."""
+    """The reward model served at ``url``, or ``model`` in this process; the same one for the same settings.
+
+    Raises:
+        ValueError: not one of ``url`` and ``model``, or ``model`` is no reward model.
+        RuntimeError: nothing answers at ``url``.
+    """
+    return _reward_model(url, model, score_fn, layer, device)
+
+
+@functools.cache
+def _reward_model(url: str | None, model: str | None, score_fn: str, layer: int, device: str) -> RewardModel:
     if (url is None) == (model is None):
-        raise ValueError(f"want either url or model, got url={url!r} and model={model!r}")
+        raise ValueError(f"want either url or model of the reward model, got url={url!r}, model={model!r}")
     if url is not None:
-        return ServedRewardModel(url)
+        served = ServedRewardModel(url)
+        served.check()
+        return served
     return LocalRewardModel(str(model), score_fn, layer, device)
 
 
-def masked_spans(spans: Sequence[Span], mask: Sequence[int | bool]) -> list[Span]:
-    """``spans`` with those of masked tokens, such as a tool's, made empty: they get no credit."""
-    return [(s, e) if m else (s, s) for (s, e), m in zip(spans, mask, strict=True)]
+def spans_of(
+    tokenizer: PreTrainedTokenizerBase, response_ids: Sequence[int], mask: Sequence[int | bool]
+) -> tuple[str, list[Span]]:
+    """The text of the policy's tokens, special ones left out, and the span of each in it.
+
+    Spans of masked tokens, such as a tool's, are empty: these get no credit.
+    """
+    text, spans = decoded_spans(tokenizer, list(response_ids))
+    return text, [(s, e) if m else (s, s) for (s, e), m in zip(spans, mask, strict=True)]

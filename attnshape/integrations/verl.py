@@ -1,4 +1,4 @@
-"""verl: dense token scores from a reward model's attention, and ``attnshape.gae`` in place of verl's own loop.
+"""verl: dense token scores from a reward model's attention, and ``attnshape.gae`` in place of verl's loop.
 
 Ran with verl 0.9.1 (torch 2.13, transformers 5.10, ray 2.60, TransferQueue 0.1.8). Other versions are refused
 when training starts, and so is a verl whose functions take other parameters.
@@ -12,8 +12,8 @@ Reward side:
     reward.reward_manager.name=RewardManager
     +actor_rollout_ref.rollout.agent.agent_loop_manager_class=attnshape.integrations.verl.AgentLoopManager
 
-``compute_score`` gets score and credit from the reward model, ``RewardManager`` makes token rewards of them, and
-``AgentLoopManager`` has these written to ``rm_scores``, where verl's own would write one number on the last token.
+``compute_score`` gets score and credit from the reward model, ``RewardManager`` makes token rewards of them,
+and ``AgentLoopManager`` has these written to ``rm_scores``, where verl's own writes one number on the last token.
 
 Advantage side, off unless asked for, in the environment of the trainer's process:
 
@@ -22,7 +22,6 @@ Advantage side, off unless asked for, in the environment of the trainer's proces
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import os
@@ -33,9 +32,8 @@ import torch
 from torch import Tensor
 
 import attnshape
-from attnshape.alignment import decoded_spans
 from attnshape.integrations._framework import require_parameters, require_version
-from attnshape.integrations._reward import masked_spans, reward_model
+from attnshape.integrations._reward import reward_model, spans_of
 from attnshape.types import ShapingConfig
 
 if TYPE_CHECKING:
@@ -52,8 +50,6 @@ MASK = "attnshape_response_mask"
 TOKEN_REWARDS = "attnshape_token_rewards"
 """Extra field of an agent loop's output while it is scored but not yet padded."""
 
-
-# ------------------------------------------------------------------------------------------ the reward function
 
 
 async def compute_score(
@@ -79,12 +75,12 @@ async def compute_score(
         url: of ``attnshape serve``; or
         model: folder or hub name of a sequence classifier, loaded in every reward worker
             (``reward.num_workers``), one completion per forward.
-        score_fn, layer, device: of ``model``: the score, such as ``"logit[1] - logit[0]"``; the attention layer
-            that is read; and where it runs. verl's reward workers see no GPU.
+        score_fn, layer, device: of ``model``: the score, such as ``"logit[1] - logit[0]"``; the attention
+            layer that is read; and where it runs. verl's reward workers see no GPU.
         reward_router_address, reward_model_tokenizer: of verl's own reward server, not used.
 
     Returns:
-        ``score``, ``credit`` (floats per response token) and the credit's metrics; the keys are always the same.
+        ``score``, ``credit`` (floats per response token) and the credit's metrics, always the same keys.
     """
     if REQUEST not in extra_info:
         raise RuntimeError(f"reward.reward_manager: compute_score needs name=RewardManager of pkg://{MODULE}")
@@ -92,8 +88,6 @@ async def compute_score(
     scored = await judge(**extra_info[REQUEST])
     return {"score": scored.score, "credit": scored.credit, **scored.metrics}
 
-
-# ------------------------------------------------------------------------------------------- the reward manager
 
 
 def token_rewards(
@@ -140,8 +134,9 @@ def _reward_manager() -> type:
     class RewardManager(RewardManagerBase):  # type: ignore[misc]
         """Token rewards out of a reward function's score and credit.
 
-        Any reward function of verl's signature can be used; what returns no ``credit`` is rewarded as by verl's
-        own ``naive`` manager. ``+reward.reward_kwargs.beta`` is the share of the score that is redistributed.
+        Any reward function of verl's signature can be used; one that returns no ``credit`` rewards as under
+        verl's ``naive`` manager. ``+reward.reward_kwargs.beta`` is the share of the score that is
+        redistributed, 0.8 if not given.
         """
 
         def __init__(
@@ -168,8 +163,8 @@ def _reward_manager() -> type:
         async def run_single(self, data: DataProto) -> dict[str, Any]:
             item = data[-1:][0]  # of several outputs the last is judged, as everywhere in verl
             response_ids, mask = _response(item)
-            text, spans = await self.loop.run_in_executor(
-                None, decoded_spans, self.tokenizer, response_ids.tolist()
+            text, offsets = await self.loop.run_in_executor(
+                None, spans_of, self.tokenizer, response_ids.tolist(), mask.tolist()
             )
             fields = item.non_tensor_batch
             extra_info = {
@@ -180,7 +175,7 @@ def _reward_manager() -> type:
                 REQUEST: {
                     "prompt": list(fields["raw_prompt"]),
                     "response": text,
-                    "offsets": masked_spans(spans, mask.tolist()),
+                    "offsets": offsets,
                 },
             }
             call = functools.partial(
@@ -226,7 +221,7 @@ def _response(item: Any) -> tuple[Tensor, Tensor]:
         length = item.batch["attention_mask"][-len(responses) :].sum()
     length = int(length)
     mask = item.non_tensor_batch.get(MASK)
-    mask = item.batch["response_mask"] if mask is None else torch.as_tensor(mask)
+    mask = item.batch["response_mask"] if mask is None else torch.tensor(mask)
     return responses[:length], mask[:length].bool()
 
 
@@ -235,25 +230,23 @@ def check_config(config: Any) -> None:
     own_server = config.reward.reward_model.enable
     if own_server and config.reward.custom_reward_function.path is None:
         raise ValueError(
-            "reward.custom_reward_function.path: got none, so with reward.reward_model.enable verl asks its own "
-            "server for one number and never the reward manager"
+            "reward.custom_reward_function.path: got none, so with reward.reward_model.enable verl asks its "
+            "own server for one number, and never the reward manager"
         )
     if own_server and not config.reward.reward_model.enable_resource_pool:
         if config.trainer.use_v1:
             raise ValueError(
-                "reward.reward_model: colocated with the policy under trainer.use_v1, where verl does not say "
-                "which tokens are the policy's; want enable=False or enable_resource_pool=True"
+                "reward.reward_model: colocated with the policy under trainer.use_v1, where verl does not "
+                "say which tokens are the policy's; want enable=False or enable_resource_pool=True"
             )
         return
     found = config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class")
     if found != f"{MODULE}.AgentLoopManager":
         raise ValueError(
-            f"actor_rollout_ref.rollout.agent.agent_loop_manager_class: got {found}, which puts the whole score on "
-            f"the last token, want {MODULE}.AgentLoopManager"
+            f"actor_rollout_ref.rollout.agent.agent_loop_manager_class: got {found}, which puts the whole "
+            f"score on the last token, want {MODULE}.AgentLoopManager"
         )
 
-
-# ----------------------------------------------------------------------------------------------- the agent loops
 
 
 class AgentLoopManager:
@@ -279,9 +272,7 @@ class AgentLoopManager:
             import ray
 
             ray.get([worker.__ray_ready__.remote() for worker in reward_loop_worker_handles])
-        return manager.create(
-            config, *args, reward_loop_worker_handles=reward_loop_worker_handles, **kwargs
-        )
+        return manager.create(config, *args, reward_loop_worker_handles=reward_loop_worker_handles, **kwargs)
 
 
 def _require_agent_loop() -> Any:
@@ -357,7 +348,24 @@ def _manager_v0() -> type:
     return Manager
 
 
-# ------------------------------------------------------------------------------------------------ the advantages
+
+def gae_advantage_return(
+    token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """What verl's ``core_algos.compute_gae_advantage_return`` computes: whitened advantages, and returns.
+
+    All ``[B, R]``; float32.
+    """
+    advantages, returns, moments = attnshape.gae(
+        token_level_rewards,
+        values,
+        response_mask,
+        gamma=float(gamma),
+        lam=float(lam),
+        mask_semantics="skip",
+        return_moments=True,
+    )
+    return attnshape.whiten(advantages, response_mask, moments=moments), returns
 
 
 def install_gae() -> None:

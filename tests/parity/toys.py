@@ -1,7 +1,7 @@
 """A policy's tokenizer and a reward model with another one, in folders; and credit computed the plain way.
 
-The plain way is eager attention, ``output_attentions=True``, one unpadded row at a time, and characters counted
-one by one; it shares no code with ``attnshape``.
+The plain way is eager attention, ``output_attentions=True``, one unpadded row at a time, and characters
+counted one by one; it shares no code with ``attnshape``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ POLICY_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-REWARD_TEMPLATE = "{% for m in messages %}[{{ m['role'] | upper }}] {{ m['content'] | trim }} [/]\n{% endfor %}"
+REWARD_TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] | upper }}] {{ m['content'] | trim }} [/]\n{% endfor %}"
+)
 CORPUS = [
     "Was the film any good? Tell me about the plot and the ending.",
     "It was not bad, but the ending was weak; the actors were superb.",
@@ -91,7 +93,10 @@ class Offline:
         self, prompt: str | Sequence[dict[str, Any]], response_ids: Sequence[int], mask: Sequence[int]
     ) -> tuple[float, torch.Tensor]:
         """Score, and credit ``[R]``, float64, of a prompt (text, or messages) and the policy's tokens."""
-        texts = [self.policy.decode(response_ids[:i], skip_special_tokens=True) for i in range(len(response_ids) + 1)]
+        texts = [
+            self.policy.decode(response_ids[:i], skip_special_tokens=True)
+            for i in range(len(response_ids) + 1)
+        ]
         response = texts[-1]
         if isinstance(prompt, str):
             text = prompt + response
@@ -121,7 +126,7 @@ class Offline:
         mask: Sequence[int],
         beta: float = 0.8,
     ) -> torch.Tensor:
-        """Token rewards ``[R]``, float64: ``beta`` of the score by credit, the rest on the last unmasked token."""
+        """Token rewards ``[R]``, float64: ``beta`` of the score by credit, the rest on the last unmasked."""
         score, credit = self(prompt, response_ids, mask)
         rewards = beta * score * credit
         rewards[max(j for j, m in enumerate(mask) if m)] += (1 - beta) * score
