@@ -10,9 +10,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+import torch
+from torch import Tensor
+
 from attnshape.alignment import decoded_spans
+from attnshape.ops import shape_rewards
 from attnshape.score_fn import parse_score_fn
 from attnshape.scoring import Reader, Scored, load_reward_model, score_examples
+from attnshape.tap import AttentionTap
+from attnshape.types import ShapingConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,8 +60,6 @@ class LocalRewardModel:
         return await loop.run_in_executor(self._thread, self._score, prompt, response, offsets)
 
     def _score(self, prompt: Prompt, response: str, offsets: Sequence[Span]) -> Scored:
-        from attnshape.tap import AttentionTap
-
         if isinstance(prompt, str):
             example = self._reader.read(prompt, response, offsets)
         else:
@@ -144,3 +148,31 @@ def spans_of(
     """
     text, spans = decoded_spans(tokenizer, list(response_ids))
     return text, [(s, e) if m else (s, s) for (s, e), m in zip(spans, mask, strict=True)]
+
+
+def token_rewards(
+    score: float,
+    credit: Sequence[float],
+    mask: Sequence[int | bool],
+    *,
+    beta: float,
+    terminal_reward: float = 0.0,
+) -> Tensor:
+    """``beta`` of the score by credit, the rest and ``terminal_reward`` on the last unmasked token.
+
+    Returns:
+        ``[R]`` float32.
+
+    Raises:
+        ValueError: ``credit`` and ``mask`` are not as many.
+    """
+    if len(credit) != len(mask):
+        raise ValueError(f"credit: got {len(credit)} weights for a response of {len(mask)} tokens")
+    shaped = shape_rewards(
+        torch.tensor([score], dtype=torch.float32),
+        torch.tensor([credit], dtype=torch.float32),
+        terminal_reward=torch.tensor([terminal_reward], dtype=torch.float32),
+        response_mask=torch.tensor([mask]) != 0,
+        config=ShapingConfig(beta=beta),
+    )
+    return shaped.rewards[0]

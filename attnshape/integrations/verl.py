@@ -13,7 +13,8 @@ Reward side:
     +actor_rollout_ref.rollout.agent.agent_loop_manager_class=attnshape.integrations.verl.AgentLoopManager
 
 ``compute_score`` gets score and credit from the reward model, ``RewardManager`` makes token rewards of them,
-and ``AgentLoopManager`` has these written to ``rm_scores``, where verl's own writes one number on the last token.
+and ``AgentLoopManager`` has these written to ``rm_scores``, where verl's own writes one number on the last
+token.
 
 Advantage side, off unless asked for, in the environment of the trainer's process:
 
@@ -33,7 +34,7 @@ from torch import Tensor
 
 import attnshape
 from attnshape.integrations._framework import require_parameters, require_version
-from attnshape.integrations._reward import reward_model, spans_of
+from attnshape.integrations._reward import reward_model, spans_of, token_rewards
 from attnshape.types import ShapingConfig
 
 if TYPE_CHECKING:
@@ -47,9 +48,10 @@ REQUEST = "attnshape"
 """Key of ``extra_info`` with what ``compute_score`` needs beyond verl's own arguments."""
 MASK = "attnshape_response_mask"
 """Field that takes the response mask, which verl does not send, from an agent loop to its reward worker."""
+REWARDS = ("credit", "terminal_reward")
+"""What a reward function may return that verl is not to log."""
 TOKEN_REWARDS = "attnshape_token_rewards"
 """Extra field of an agent loop's output while it is scored but not yet padded."""
-
 
 
 async def compute_score(
@@ -89,37 +91,24 @@ async def compute_score(
     return {"score": scored.score, "credit": scored.credit, **scored.metrics}
 
 
-
-def token_rewards(
-    result: dict[str, Any], response_mask: Tensor, beta: float
-) -> tuple[float | list[float], dict[str, Any]]:
-    """What verl calls the reward score, and the rest of ``result``, which verl logs.
+def reward_of(result: dict[str, Any], mask: Sequence[bool], beta: float) -> float | list[float]:
+    """What verl is to have as the reward score.
 
     Args:
         result: of a reward function: ``score``; ``credit``, floats per response token; ``terminal_reward``, a
-            second reward that stays on the last unmasked token.
-        response_mask: ``[R]``.
+            second reward, which stays on the last unmasked token.
+        mask: of the response's tokens.
         beta: share of the score that is redistributed.
 
     Returns:
-        One float per response token; or, without credit or with ``beta = 0``, one float, for verl to place.
+        One float per token; or, without credit or with ``beta = 0``, one float, for verl to place.
     """
-    logged = {name: x for name, x in result.items() if name not in ("credit", "terminal_reward")}
-    credit, terminal = result.get("credit"), float(result.get("terminal_reward", 0.0))
-    score = float(result["score"])
+    score, terminal = float(result["score"]), float(result.get("terminal_reward", 0.0))
+    credit = result.get("credit")
     if credit is None or beta == 0:
-        return score + terminal, logged
-    if len(credit) != len(response_mask):
-        raise ValueError(f"credit: got {len(credit)} weights for a response of {len(response_mask)} tokens")
-    shaped = attnshape.shape_rewards(
-        torch.tensor([score]),
-        torch.tensor([credit], dtype=torch.float32),
-        terminal_reward=torch.tensor([terminal]),
-        response_mask=response_mask[None],
-        config=ShapingConfig(beta=beta),
-    )
-    rewards: list[float] = shaped.rewards[0].tolist()
-    return rewards, logged
+        return score + terminal
+    rewards: list[float] = token_rewards(score, credit, mask, beta=beta, terminal_reward=terminal).tolist()
+    return rewards
 
 
 @functools.cache
@@ -164,7 +153,7 @@ def _reward_manager() -> type:
             item = data[-1:][0]  # of several outputs the last is judged, as everywhere in verl
             response_ids, mask = _response(item)
             text, offsets = await self.loop.run_in_executor(
-                None, spans_of, self.tokenizer, response_ids.tolist(), mask.tolist()
+                None, spans_of, self.tokenizer, response_ids, mask
             )
             fields = item.non_tensor_batch
             extra_info = {
@@ -191,8 +180,11 @@ def _reward_manager() -> type:
             else:
                 result = await self.loop.run_in_executor(None, call)
             result = result if isinstance(result, dict) else {"score": result, "acc": result}
-            reward, logged = token_rewards(result, mask, self.beta)
-            return {"reward_score": reward, "reward_extra_info": logged}
+            reward = reward_of(result, mask, self.beta)
+            return {
+                "reward_score": reward,
+                "reward_extra_info": {name: x for name, x in result.items() if name not in REWARDS},
+            }
 
         @classmethod
         def assemble_rm_scores(cls, data: DataProto, scores: Sequence[float | list[float]]) -> Tensor:
@@ -213,8 +205,8 @@ def _write_rows(rm_scores: Tensor, rewards: Sequence[float | list[float] | None]
             row[: len(values)] = row.new_tensor(values)
 
 
-def _response(item: Any) -> tuple[Tensor, Tensor]:
-    """Ids and mask of the item's response tokens, each ``[R]``, without padding."""
+def _response(item: Any) -> tuple[list[int], list[bool]]:
+    """Ids and mask of the item's response tokens, without padding."""
     responses = item.batch["responses"]
     length = item.non_tensor_batch.get("response_len")
     if length is None:
@@ -222,7 +214,7 @@ def _response(item: Any) -> tuple[Tensor, Tensor]:
     length = int(length)
     mask = item.non_tensor_batch.get(MASK)
     mask = item.batch["response_mask"] if mask is None else torch.tensor(mask)
-    return responses[:length], mask[:length].bool()
+    return responses[:length].tolist(), mask[:length].bool().tolist()
 
 
 def check_config(config: Any) -> None:
@@ -246,7 +238,6 @@ def check_config(config: Any) -> None:
             f"actor_rollout_ref.rollout.agent.agent_loop_manager_class: got {found}, which puts the whole "
             f"score on the last token, want {MODULE}.AgentLoopManager"
         )
-
 
 
 class AgentLoopManager:
@@ -288,7 +279,7 @@ def _require_agent_loop() -> Any:
 
 
 @functools.cache
-def _manager_v1() -> type:
+def _manager_v1() -> Any:
     """For the trainer that keeps samples in a TransferQueue."""
     agent_loop = _require_agent_loop()
     import ray
@@ -302,7 +293,7 @@ def _manager_v1() -> type:
             out["rm_scores"] = torch.tensor(out.pop("token_rewards"))
             return out
 
-    class Worker(agent_loop_tq.AgentLoopWorkerTQ.__ray_metadata__.modified_class):  # type: ignore[misc, name-defined]
+    class Worker(agent_loop_tq.AgentLoopWorkerTQ.__ray_metadata__.modified_class):  # type: ignore[misc]
         async def _compute_score(self, outputs: list[Any], kwargs: dict[str, Any]) -> None:
             await super()._compute_score(outputs, {**kwargs, MASK: outputs[-1].response_mask})
             rewards = outputs[-1].reward_score
@@ -320,7 +311,7 @@ def _manager_v1() -> type:
 
 
 @functools.cache
-def _manager_v0() -> type:
+def _manager_v0() -> Any:
     """For the trainer that pads samples into a ``DataProto``."""
     agent_loop = _require_agent_loop()
     import ray
@@ -348,24 +339,25 @@ def _manager_v0() -> type:
     return Manager
 
 
-
 def gae_advantage_return(
     token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
     """What verl's ``core_algos.compute_gae_advantage_return`` computes: whitened advantages, and returns.
 
-    All ``[B, R]``; float32.
+    All ``[B, R]``, float32. Where fewer than two tokens are unmasked verl raises, and this whitens to 0.
     """
+    config = ShapingConfig.verl(gamma=float(gamma), lam=float(lam))
     advantages, returns, moments = attnshape.gae(
         token_level_rewards,
         values,
         response_mask,
-        gamma=float(gamma),
-        lam=float(lam),
-        mask_semantics="skip",
+        gamma=config.gamma,
+        lam=config.lam,
+        mask_semantics=config.mask_semantics,
+        zero_masked=config.zero_masked,
         return_moments=True,
     )
-    return attnshape.whiten(advantages, response_mask, moments=moments), returns
+    return attnshape.whiten(advantages, response_mask, moments=moments, **config.whitening), returns
 
 
 def install_gae() -> None:

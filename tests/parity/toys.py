@@ -103,12 +103,14 @@ class Offline:
         else:
             messages = [*prompt, {"role": "assistant", "content": response}]
             text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        start = text.rindex(response.strip()) - (len(response) - len(response.lstrip()))
+        kept = response if isinstance(prompt, str) else response.strip()  # the template strips
+        low = text.rindex(kept)
+        start = low - response.index(kept)
         owner = [-1] * len(text)  # the policy's unmasked token that each character belongs to
         for j, m in enumerate(mask):
-            for i in range(len(texts[j]), len(texts[j + 1])):
-                if m and start + i < len(text):
-                    owner[start + i] = j
+            for i in range(start + len(texts[j]), start + len(texts[j + 1])):
+                if m and low <= i < low + len(kept):
+                    owner[i] = j
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         out = self.model(torch.tensor([encoded["input_ids"]]), output_attentions=True)
         row = out.attentions[-1][0].double().mean(0)[-1].tolist()
