@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import random
 import urllib.request
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ ATTEMPTS = 8
 """Of a request that meets an overloaded or absent server: two minutes in all, or less."""
 RETRIED = (408, 429)
 CHECK_SECONDS = 10.0
+ANSWER_SECONDS = 600.0
 
 
 class RewardModel(Protocol):
@@ -66,7 +68,10 @@ class LocalRewardModel:
             messages = [*prompt, {"role": "assistant", "content": response}]
             example = self._reader.read_messages(messages, offsets)
         with AttentionTap(self._model, self._layer) as tap:
-            return score_examples(self._model, tap, [example], self._score_fn)[0]
+            (scored,) = score_examples(self._model, tap, [example], self._score_fn)
+        if not scored.finite:
+            raise ValueError("the reward model's score or attention is not finite")
+        return scored
 
 
 class ServedRewardModel:
@@ -94,16 +99,17 @@ class ServedRewardModel:
             request |= {"prompt": prompt, "response": response}
         else:
             request["messages"] = [*prompt, {"role": "assistant", "content": response}]
-        async with aiohttp.ClientSession() as session:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS)) as session:
             for attempt in range(ATTEMPTS):
                 if attempt:
                     await asyncio.sleep(min(2**attempt, 30) * random.uniform(0.5, 1.0))
                 try:
                     async with session.post(f"{self._url}/score", json=request) as answer:
-                        body = await answer.json(content_type=None)
+                        text = await answer.text()
                         if answer.status == 200:
+                            body = json.loads(text)
                             return Scored(body["score"], body["credit"], body["metrics"])
-                        problem = f"{answer.status} {body.get('error', body)}"
+                        problem = f"{answer.status} {text}"
                         if answer.status < 500 and answer.status not in RETRIED:
                             raise ValueError(f"{self._url}/score: {problem}")
                 except (aiohttp.ClientError, TimeoutError) as error:

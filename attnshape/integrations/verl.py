@@ -1,6 +1,6 @@
 """verl: dense token scores from a reward model's attention, and ``attnshape.gae`` in place of verl's loop.
 
-Ran with verl 0.9.1 (torch 2.13, transformers 5.10, ray 2.60, TransferQueue 0.1.8). Other versions are refused
+Ran with verl 0.9.1 (torch 2.13, transformers 5.10, ray 2.60, TransferQueue 0.1.11). Other versions are refused
 when training starts, and so is a verl whose functions take other parameters.
 
 Reward side:

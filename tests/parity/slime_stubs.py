@@ -1,9 +1,13 @@
-"""Stand-ins for what slime imports but does not call here: SGLang, and Megatron but for its process groups."""
+"""Stand-ins for what slime imports but does not call here: SGLang, and Megatron without its process groups.
+
+Importing this module puts them in place, so it comes before slime.
+"""
 
 from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import os
 import sys
 from types import ModuleType
 from unittest.mock import MagicMock
@@ -14,7 +18,7 @@ ABSENT = ("sglang", "sglang_router", "megatron", "torch_memory_saver", "mbridge"
 
 
 class _Stub(ModuleType):
-    __path__: list[str] = []
+    __path__ = ()
 
     def __getattr__(self, name: str) -> MagicMock:
         if name.startswith("__"):
@@ -62,7 +66,6 @@ class _Mpu(_Stub):
         return True
 
 
-def install() -> None:
-    """Before slime is imported."""
-    sys.meta_path.append(_Finder())
-    importlib.import_module("megatron.core.mpu")
+sys.meta_path.append(_Finder())
+importlib.import_module("megatron.core.mpu")
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # slime compiles its KL, which takes longer here than all the rest

@@ -24,7 +24,6 @@ import transfer_queue as tq
 import verl
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
-from toys import SPECIAL, Offline, save_policy, save_reward_model
 from transfer_queue import KVBatchMeta
 from verl import DataProto
 from verl.experimental.reward_loop import RewardLoopManager
@@ -33,13 +32,14 @@ from verl.trainer.ppo.reward import extract_reward, load_reward_manager
 from verl.trainer.ppo.v1 import AgentLoopManagerTQ, trainer_base
 from verl.utils import tensordict_utils
 from verl.utils.import_utils import load_class_from_fqn
-from verl_loop import SCRIPT
 
 from attnshape.integrations.verl import TOKEN_REWARDS, AgentLoopManager, install_gae
+from parity.toys import SPECIAL, Offline, save_policy, save_reward_model
+from parity.verl_loop import SCRIPT
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-ENVIRONMENT = {"PYTHONPATH": f"{ROOT}:{HERE}", "OMP_NUM_THREADS": "1", "TRANSFER_QUEUE_ENABLE": "1"}
+ENVIRONMENT = {"PYTHONPATH": f"{ROOT}:{HERE.parent}", "OMP_NUM_THREADS": "1", "TRANSFER_QUEUE_ENABLE": "1"}
 MODULE = "attnshape.integrations.verl"
 KL_COEF = 0.05
 PROMPTS = [[{"role": "system", "content": "Judge films."}] * (i % 2) + [{"role": "user", "content": question}]
@@ -70,7 +70,7 @@ class Setup:
         self.folder = folder
         self.policy = save_policy(folder / "policy")
         save_reward_model(folder / "reward_model")
-        (folder / "loops.yaml").write_text("- name: scripted\n  _target_: verl_loop.ScriptedLoop\n")
+        (folder / "loops.yaml").write_text("- name: scripted\n  _target_: parity.verl_loop.ScriptedLoop\n")
         self.offline = Offline(folder / "reward_model", self.policy)
 
     def config(self, **changes: Any) -> DictConfig:
