@@ -92,7 +92,7 @@ class Scored:
 
     @property
     def finite(self) -> bool:
-        return math.isfinite(self.score) and all(map(math.isfinite, self.credit))
+        return all(map(math.isfinite, (self.score, *self.credit, *self.metrics.values())))
 
 
 class Reader:
