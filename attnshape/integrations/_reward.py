@@ -6,10 +6,13 @@ import asyncio
 import functools
 import json
 import random
-import urllib.request
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from urllib.error import HTTPError
+from urllib.request import ProxyHandler, Request, build_opener
 
 import torch
 from torch import Tensor
@@ -28,11 +31,12 @@ Prompt: TypeAlias = str | Sequence[dict[str, Any]]
 """Text, which the response continues, or messages, which the reward model's chat template renders with it."""
 Span: TypeAlias = tuple[int, int]
 
-ATTEMPTS = 8
-"""Of a request that meets an overloaded or absent server: two minutes in all, or less."""
-RETRIED = (408, 429)
-CHECK_SECONDS = 10.0
-ANSWER_SECONDS = 600.0
+REQUESTS = 128
+"""At once to a server, which makes batches of them."""
+ATTEMPTS, FIRST_PAUSE, LAST_PAUSE = 8, 1.0, 30.0
+"""Of a request, and seconds between them: two minutes in all, or less."""
+ASK_AGAIN = (408, 429)
+CHECK_SECONDS, LOADING_SECONDS, ANSWER_SECONDS = 10.0, 600.0, 600.0
 
 
 class RewardModel(Protocol):
@@ -75,45 +79,55 @@ class LocalRewardModel:
 
 
 class ServedRewardModel:
-    """``attnshape serve`` at ``url``; needs aiohttp, which verl and slime bring.
+    """``attnshape serve`` at ``url``, asked without a proxy.
 
-    A server that is overloaded, not there or starting again is asked again, ``ATTEMPTS`` times.
+    A server that is overloaded, not there or starting again is asked again, ``ATTEMPTS`` times in all.
     """
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
+        self._open = build_opener(ProxyHandler({})).open
+        self._threads = ThreadPoolExecutor(REQUESTS, thread_name_prefix="reward model")
 
     def check(self) -> None:
-        """Raises RuntimeError if the server does not answer that it is well."""
-        try:
-            with urllib.request.urlopen(f"{self._url}/health", timeout=CHECK_SECONDS):
-                pass
-        except (OSError, ValueError) as error:
-            raise RuntimeError(f"{self._url}/health: {error}; is `attnshape serve` running there?") from error
+        """Waits while the server loads its model; raises RuntimeError if there is none."""
+        deadline = time.monotonic() + LOADING_SECONDS
+        while True:
+            try:
+                with self._open(f"{self._url}/health", timeout=CHECK_SECONDS):
+                    return
+            except (OSError, HTTPException, ValueError) as error:
+                loading = isinstance(error, HTTPError) and error.code == 503
+                if not loading or time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"{self._url}/health: {error}; is `attnshape serve` running there?"
+                    ) from error
+            time.sleep(FIRST_PAUSE)
 
     async def __call__(self, prompt: Prompt, response: str, offsets: Sequence[Span]) -> Scored:
-        import aiohttp
-
         request: dict[str, Any] = {"offsets": list(offsets)}
         if isinstance(prompt, str):
             request |= {"prompt": prompt, "response": response}
         else:
             request["messages"] = [*prompt, {"role": "assistant", "content": response}]
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS)) as session:
-            for attempt in range(ATTEMPTS):
-                if attempt:
-                    await asyncio.sleep(min(2**attempt, 30) * random.uniform(0.5, 1.0))
-                try:
-                    async with session.post(f"{self._url}/score", json=request) as answer:
-                        text = await answer.text()
-                        if answer.status == 200:
-                            body = json.loads(text)
-                            return Scored(body["score"], body["credit"], body["metrics"])
-                        problem = f"{answer.status} {text}"
-                        if answer.status < 500 and answer.status not in RETRIED:
-                            raise ValueError(f"{self._url}/score: {problem}")
-                except (aiohttp.ClientError, TimeoutError) as error:
-                    problem = f"{type(error).__name__} {error}"
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._ask, json.dumps(request).encode())
+
+    def _ask(self, body: bytes) -> Scored:
+        request = Request(f"{self._url}/score", body, {"Content-Type": "application/json"})
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(min(FIRST_PAUSE * 2**attempt, LAST_PAUSE) * random.uniform(0.5, 1.0))
+            try:
+                with self._open(request, timeout=ANSWER_SECONDS) as answer:
+                    found = json.load(answer)
+                return Scored(found["score"], found["credit"], found["metrics"])
+            except HTTPError as error:
+                problem = f"{error.code} {error.read().decode(errors='replace')}"
+                if error.code < 500 and error.code not in ASK_AGAIN:
+                    raise ValueError(f"{self._url}/score: {problem}") from error
+            except (OSError, HTTPException) as error:
+                problem = str(error)
         raise RuntimeError(f"{self._url}/score: {problem}, {ATTEMPTS} times")
 
 

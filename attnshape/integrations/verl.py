@@ -1,6 +1,6 @@
 """verl: dense token scores from a reward model's attention, and ``attnshape.gae`` in place of verl's loop.
 
-Ran with verl 0.9.1 (torch 2.13, transformers 5.10, ray 2.60, TransferQueue 0.1.11). Other versions are refused
+Ran with verl 0.9.1 (torch 2.13, transformers 5.10, ray 2.60, TransferQueue 0.1.11). Others are refused
 when training starts, and so is a verl whose functions take other parameters.
 
 Reward side:
@@ -16,7 +16,7 @@ Reward side:
 and ``AgentLoopManager`` has these written to ``rm_scores``, where verl's own writes one number on the last
 token.
 
-Advantage side, off unless asked for, in the environment of the trainer's process:
+Advantage side, off unless asked for, in the environment of the trainer's process (see ``verl_plugin``):
 
     ATTNSHAPE_VERL_GAE=1
 """
@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
 
 TESTED = ("0.9.1",)
 MODULE = "attnshape.integrations.verl"
-GAE_VARIABLE = "ATTNSHAPE_VERL_GAE"
 
 REQUEST = "attnshape"
 """Key of ``extra_info`` with what ``compute_score`` needs beyond verl's own arguments."""
@@ -384,11 +382,3 @@ def __getattr__(name: str) -> object:
     if name == "RewardManager":
         return _reward_manager()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-if os.environ.get(GAE_VARIABLE, "0") not in ("", "0"):
-    try:
-        install_gae()
-    except RuntimeError as error:
-        # verl swallows what a plugin raises, all but this.
-        raise SystemExit(f"{GAE_VARIABLE}: {error}") from error

@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from parity import slime_stubs  # noqa: F401
+
+# isort: split
 import pytest
 import ray
 import torch
@@ -26,7 +29,6 @@ from slime.utils.misc import load_function
 from slime.utils.ppo_utils import vanilla_gae
 from slime.utils.types import Sample
 
-from parity import slime_stubs  # noqa: F401
 from parity.toys import Offline, save_policy, save_reward_model
 
 MODULE = "attnshape.integrations.slime"

@@ -285,8 +285,14 @@ def padded_v0(config: DictConfig, prompts: list[Any]) -> dict[str, torch.Tensor]
     return out | {"our_advantages": data.batch["advantages"], "our_returns": data.batch["returns"]}
 
 
-def test_the_v0_trainers_token_rewards_are_the_offline_credit(setup: Setup) -> None:
-    out = in_trainer(padded_v0, setup.config(**{"trainer.use_v1": False}), PROMPTS)
+def test_the_v0_trainers_token_rewards_are_the_offline_credit(setup: Setup, served: str) -> None:
+    """With the reward model behind HTTP."""
+    changes: dict[str, Any] = {
+        "trainer.use_v1": False,
+        "+reward.custom_reward_function.reward_kwargs.model": None,
+        "+reward.custom_reward_function.reward_kwargs.url": served,
+    }
+    out = in_trainer(padded_v0, setup.config(**changes), PROMPTS)
     assert out["attention_mask"][:, 0].sum() == 0  # prompts are padded on the left
     width = out["responses"].shape[1]
     expected = torch.zeros(len(PROMPTS), width, dtype=torch.float64)
@@ -300,6 +306,26 @@ def test_the_v0_trainers_token_rewards_are_the_offline_credit(setup: Setup) -> N
     assert torch.equal(out["colocated"], out["rm_scores"])
     for name in ("advantages", "returns"):
         close(out[f"our_{name}"], out[name].double())
+
+
+SERVE = """
+import sys
+from attnshape.score_fn import parse_score_fn
+from attnshape.serve.app import ServeConfig, run
+config = ServeConfig(model=sys.argv[1], score_fn=parse_score_fn("logit"))
+run(config, "127.0.0.1", 0, lambda url: print(url, flush=True))
+"""
+
+
+@pytest.fixture
+def served(setup: Setup) -> Iterator[str]:
+    """``attnshape serve``, without its command line."""
+    env = {**os.environ, **ENVIRONMENT}
+    command = [sys.executable, "-W", "ignore", "-c", SERVE, str(setup.folder / "reward_model")]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+        process.terminate()
 
 
 def failing_start(config: DictConfig) -> str:
@@ -383,7 +409,13 @@ def with_plugin(tmp_path: Path, **environment: str) -> subprocess.CompletedProce
 
 @pytest.mark.parametrize(
     "environment",
-    [{}, {"VERL_USE_EXTERNAL_PLUGINS": "none", "VERL_USE_EXTERNAL_MODULES": "attnshape.integrations.verl"}],
+    [
+        {},
+        {
+            "VERL_USE_EXTERNAL_PLUGINS": "none",
+            "VERL_USE_EXTERNAL_MODULES": "attnshape.integrations.verl_plugin",
+        },
+    ],
     ids=["entry point", "external module"],
 )
 def test_the_plugin_replaces_gae_when_asked(tmp_path: Path, environment: dict[str, str]) -> None:
