@@ -303,7 +303,7 @@ def test_the_v0_trainers_token_rewards_are_the_offline_credit(setup: Setup, serv
     close(out["rm_scores"], expected)
     kl = (out["old_log_probs"] - out["ref_log_prob"]).double() * out["response_mask"]
     close(out["token_level_rewards"], expected - KL_COEF * kl)
-    assert torch.equal(out["colocated"], out["rm_scores"])
+    close(out["colocated"], expected)  # scored again, in other batches of the server
     for name in ("advantages", "returns"):
         close(out[f"our_{name}"], out[name].double())
 
