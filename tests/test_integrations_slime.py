@@ -6,11 +6,12 @@ import asyncio
 from argparse import Namespace
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from parity.toys import POLICY_TEMPLATE, SPECIAL, make_tokenizer
+from parity.toys import save_policy
 from torch import Tensor
 
 from attnshape import reference
@@ -55,11 +56,11 @@ def arguments(**changes: Any) -> Namespace:
 
 
 @pytest.fixture
-def present(monkeypatch: pytest.MonkeyPatch) -> None:
+def present(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """slime 0.3.1 without context parallelism, as far as the hooks ask."""
     monkeypatch.setattr(slime, "_check_slime", lambda: None)
     monkeypatch.setattr(slime, "_context_parallel", lambda: (lambda x, *at: x, lambda x, *at: x))
-    tokenizer = make_tokenizer(300, SPECIAL, POLICY_TEMPLATE)
+    tokenizer = save_policy(tmp_path)
     monkeypatch.setattr(slime, "_tokenizer", lambda name: tokenizer)
 
 

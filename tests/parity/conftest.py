@@ -2,5 +2,5 @@
 
 from importlib.util import find_spec
 
-FRAMEWORKS = ("slime", "verl")
+FRAMEWORKS = ("openrlhf", "slime", "trl", "verl")
 collect_ignore = [f"test_{name}_adapter.py" for name in FRAMEWORKS if find_spec(name) is None]

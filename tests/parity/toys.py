@@ -37,8 +37,7 @@ CORPUS = [
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 
 
-def make_tokenizer(size: int, special: list[str], template: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE; the first special token pads, the last one ends."""
+def _tokenizer(size: int, special: list[str], template: str) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -54,14 +53,14 @@ def make_tokenizer(size: int, special: list[str], template: str) -> PreTrainedTo
 
 def save_policy(folder: Path) -> PreTrainedTokenizerFast:
     """A tokenizer and a model's configuration, without weights: responses are scripted."""
-    tokenizer = make_tokenizer(300, SPECIAL, POLICY_TEMPLATE)
+    tokenizer = _tokenizer(300, SPECIAL, POLICY_TEMPLATE)
     tokenizer.save_pretrained(folder)
     Qwen2Config(vocab_size=len(tokenizer), architectures=["Qwen2ForCausalLM"]).save_pretrained(folder)
     return tokenizer
 
 
 def save_reward_model(folder: Path) -> None:
-    tokenizer = make_tokenizer(340, ["<pad>", "</s>"], REWARD_TEMPLATE)
+    tokenizer = _tokenizer(340, ["<pad>", "</s>"], REWARD_TEMPLATE)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
