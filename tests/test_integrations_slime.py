@@ -90,6 +90,7 @@ def test_another_slime_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({"custom_reward_post_process_path": "a.b"}, "--custom-reward-post-process-path: got a.b"),
         ({"custom_convert_samples_to_train_data_path": "a.b"}, "got a.b, want none"),
+        ({"reward_key": "score"}, "--reward-key: got score, want none"),
         ({"megatron_config_path": "roles.yaml"}, "--megatron-config-path: got roles.yaml, want none"),
     ],
 )

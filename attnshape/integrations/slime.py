@@ -139,6 +139,7 @@ def check_args(args: Namespace) -> None:
         "custom_reward_post_process_path": f"{MODULE}.post_process_rewards",
         "custom_advantage_function_path": f"{MODULE}.compute_advantages",
         "custom_convert_samples_to_train_data_path": None,
+        "reward_key": None,
         # With it slime takes the advantage function away from the critic.
         "megatron_config_path": None,
     }
