@@ -225,7 +225,7 @@ def serve(
         config = ServeConfig(
             model=model,
             score_fn=parse_score_fn(score_fn),
-            devices=tuple(every.split(",")),
+            devices=tuple(device.strip() for device in every.split(",")),
             layer=layer,
             max_batch_tokens=max_batch_tokens,
             max_pending=max_pending,

@@ -189,7 +189,8 @@ def _example(
     covered = bytearray(len(text))
     for start, end in [(0, len(response))] if policy_offsets is None else policy_offsets:
         start, end = max(start + shift, low), min(end + shift, high)
-        covered[start:end] = b"\1" * (end - start)
+        if start < end:  # else the template has stripped it
+            covered[start:end] = b"\1" * (end - start)
     positions = [i for i, (start, end) in enumerate(spans) if 1 in covered[start:end]]
     if not positions and policy_offsets is None:
         raise ValueError("the response has no token")

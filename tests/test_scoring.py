@@ -100,6 +100,15 @@ def test_a_stripped_response_keeps_its_own_characters(folder: Path, reader: Read
     assert "".join(own.response[start:end] for start, end in own.offsets) == "not bad"
 
 
+def test_a_stripped_response_may_begin_the_text(folder: Path) -> None:
+    model, tok = load_reward_model(str(folder), "cpu")
+    tok.chat_template = "{{ messages[-1]['content'] | trim }}<|im_end|>"
+    messages = [{"role": "assistant", "content": "   not bad"}]
+    example = Reader(tok, model.config).read_messages(messages, [(0, 1), (6, 10)])
+    assert [example.response[start:end] for start, end in example.offsets] == [" bad"]
+    assert score(folder, example)[0].credit == [0, 1]
+
+
 def test_special_tokens_are_added_once(reader: Reader) -> None:
     plain, templated = reader.read("bad ", "plot"), reader.read("<s>bad ", "plot")
     assert plain.input_ids == templated.input_ids

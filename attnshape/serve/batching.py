@@ -117,9 +117,9 @@ class BatchQueue:
 
     def _choose(self) -> list[Item]:
         oldest = self._waiting[0]
-        if oldest.attempts or not self.pads:
+        if oldest.attempts or not self.pads:  # those that come again stand before all others
             return [oldest]
-        items = sorted((item for item in self._waiting if not item.attempts), key=lambda item: item.tokens)
+        items = sorted(self._waiting, key=lambda item: item.tokens)
         tokens_before = [0, *itertools.accumulate(item.tokens for item in items)]
         place = items.index(oldest)
         best, most = [oldest], oldest.tokens
