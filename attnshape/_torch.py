@@ -672,7 +672,7 @@ def _gae(
     v = None if values is None else _select(values.to(work), kept)
     # To skip masked tokens is to move the others together; where nothing decays it makes no difference.
     rank = None
-    if config.mask_semantics == "skip" and any(gl.min() < 1 for gl in decays) and _interrupted(live):
+    if config.mask_semantics == "skip" and any(bool((gl < 1).any()) for gl in decays) and _interrupted(live):
         rank = (live.cumsum(1) - 1).clamp(min=0)
         r = torch.zeros_like(r).scatter_add_(1, rank, r)
         v = None if v is None else torch.zeros_like(v).scatter_add_(1, rank, v)

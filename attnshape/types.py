@@ -203,7 +203,7 @@ class ShapingConfig(Presets):
     kl_input_clip: float | None = None
     kl_output_clip: float | None = None
     on_nan: OnNaN = "propagate"
-    whitening: Whitening = field(default_factory=Whitening)
+    whitening: Whitening = field(default_factory=dict)  # type: ignore[assignment]  # the compiler traces it
 
     @property
     def score_bounds(self) -> tuple[float, float]:
