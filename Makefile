@@ -23,11 +23,13 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-# The presets against the frameworks' real functions, each in an environment of its own under PARITY; ONLY names
+# Presets and adapters against the frameworks' real functions, an environment for each under PARITY; ONLY names
 # some of them. slime, NeMo-RL and AReaL come from checkouts: SLIME=folder NEMO_RL=folder AREAL=folder.
 parity: $(READY)
 	PYTHONPATH=.:tests $(BIN)/python -m parity $(ONLY) --environments $(PARITY) \
 		$(SLIME:%=--checkout slime=%) $(NEMO_RL:%=--checkout nemo_rl=%) $(AREAL:%=--checkout areal=%)
+	PYTHONPATH=.:tests $(BIN)/python -m parity.adapters $(ONLY) --environments $(PARITY) \
+		$(SLIME:%=--checkout slime=%)
 
 # On a machine with a GPU whose PYTHON has torch, triton, transformers, hypothesis, pytest, rich and typer: the
 # kernels compiled, not interpreted; first that they are correct, then how fast they are. Reports go to OUT.
