@@ -28,11 +28,13 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.report $(BENCH_OUT)/bench.json
 	$(BIN)/python -m benchmarks.guard $(BENCH_OUT)/bench.json
 
-# The presets against the frameworks' real functions, each in an environment of its own under PARITY; ONLY names
+# Presets and adapters against the frameworks' real functions, an environment for each under PARITY; ONLY names
 # some of them. slime, NeMo-RL and AReaL come from checkouts: SLIME=folder NEMO_RL=folder AREAL=folder.
 parity: $(READY)
 	PYTHONPATH=.:tests $(BIN)/python -m parity $(ONLY) --environments $(PARITY) \
 		$(SLIME:%=--checkout slime=%) $(NEMO_RL:%=--checkout nemo_rl=%) $(AREAL:%=--checkout areal=%)
+	PYTHONPATH=.:tests $(BIN)/python -m parity.adapters $(ONLY) --environments $(PARITY) \
+		$(SLIME:%=--checkout slime=%)
 
 # On a machine with a GPU whose PYTHON has torch, triton, transformers, hypothesis, matplotlib, pytest,
 # pytest-benchmark, rich and typer: the kernels compiled, not interpreted; first that they are correct, then how
