@@ -1,9 +1,10 @@
 """What redistribution leaves alone, and what not, where every completion can be written down.
 
 Completions over two words and an end, of at most four tokens, from two prompts: a tabular softmax policy,
-whose expected return and gradients are exact sums. A source that keeps the row's sum keeps the return of every
-completion from its beginning, at ``gamma = 1``, and so the optimal policy. It does not keep the return from
-the middle: credit looks at the finished completion, and what an earlier token gets depends on later ones.
+whose expected return and gradients are exact sums. A source that keeps the sum of a row keeps the return of
+every completion from its beginning, at ``gamma = 1``, and so the optimal policy. It does not keep the
+return from the middle: credit looks at the finished completion, and what an earlier token gets depends on
+later ones.
 """
 
 from __future__ import annotations
