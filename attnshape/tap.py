@@ -187,7 +187,7 @@ class AttentionTap:
         Returns:
             ``AttentionInputs`` if ``layer`` was an int, else a tuple in the order of ``layer``; detached.
             ``query`` is a copy of the rows, ``[B, Hq, D]`` (every query, by reference, for ``"all"``,
-            ``"last_response"`` and rollouts); ``key`` is the layer's own, by reference. Packed input, which is
+            ``"last_response"`` and rollouts); ``key`` is the layer's own, by reference. Packed input, that is
             ``cu_seq_lens_q`` or restarting ``position_ids``, both without a mask, gives one row per sequence
             (the last token's unless positions are given, which count from the sequence's first token), and
             ``key`` as ``[N, Hkv, D]`` with ``cu_seqlens``.

@@ -510,7 +510,7 @@ def test_costs_on_the_page_are_those_that_were_counted() -> None:
     lines = [line.split("|")[1:] for line in PAGE.splitlines() if line.startswith("| ")]
     page = {cells[0].strip(): (cells[1].strip(), cells[2].strip()) for cells in lines}
     names = {
-        "forward alone": "forward alone",
+        "forward alone": "forward alone, with its cache",
         "last row": "last row; mean over layers; increments",
         "mean over layers": "last row; mean over layers; increments",
         "incremental (R3HF)": "last row; mean over layers; increments",
