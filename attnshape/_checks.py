@@ -376,7 +376,7 @@ def check_number(name: str, x: object) -> None:
         raise ValueError(f"{name}: got {x}, want a finite number")
 
 
-def check_inputs(name: str, x: object) -> None:
+def check_differentiable(name: str, x: object) -> None:
     """What ``credit.gradient_weights`` differentiates by: values or embeddings."""
     x = _is_tensor(name, x)
     _has_dtype(name, x, FLOATS)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from attnshape import AttentionInputs, ShapingConfig, credit, reference, shape_rewards
@@ -166,7 +170,7 @@ def test_segment_rewards(cutoff: float) -> None:
 
 def test_segments_are_not_normalised_unless_asked() -> None:
     scores, mask = torch.tensor([[1.0, 2.0, 4.0]]), torch.ones(1, 3)
-    got = credit.segment_rewards(scores, torch.tensor([[0.0, 3.0, 0.0]]), mask, cutoff=1.0)
+    got = credit.segment_rewards(scores, torch.tensor([[1.0, 1.005, 0.0]]), mask, cutoff=1.0)
     torch.testing.assert_close(got, torch.tensor([[1.0, 1.0, 4.0]]))
 
 
@@ -261,7 +265,7 @@ def signed_layers(count: int, *, dtype: torch.dtype = F64, **options: Any) -> li
         query, key = normal(B, 4, S, 8, seed=10 * i + 1), normal(B, 2, S, 8, seed=10 * i + 2)
         inputs = AttentionInputs(query.to(dtype), key.to(dtype), 0.5, attention_mask=attended, **options)
         value = normal(B, 2, S, 5, seed=10 * i + 3).masked_fill(~attended[:, None, :, None], math.nan)
-        pull = normal(B, 4, S, 5, seed=10 * i + 4) / 5
+        pull = normal(B, 4, S, 5, seed=10 * i + 4).masked_fill(~attended[:, None, :, None], math.nan) / 5
         layers.append(SignedLayer(inputs, value.to(dtype), pull.to(dtype)))
     return layers
 
@@ -466,3 +470,60 @@ def test_bad_input(message: str) -> None:
     with pytest.raises((ValueError, TypeError)) as error:
         bad_calls()[message]()
     assert message in str(error.value)
+
+
+# The page beside the code
+
+PAGE = Path(credit.__file__).with_name("CREDIT.md").read_text()
+
+
+def test_the_page_names_every_source() -> None:
+    table = PAGE.split("## Deep reward models")[0]
+    for name in credit.__all__:
+        assert f"{name}(" in table or f"`{name}`" in table, name
+
+
+def test_the_calls_on_the_page_run() -> None:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2, num_labels=1, pad_token_id=0
+    )
+    names: dict[str, Any] = {
+        "torch": torch,
+        "reward_model": transformers.GPT2ForSequenceClassification(config).eval(),
+        "input_ids": torch.randint(1, 50, (4, 12)),
+        "mask": torch.ones(4, 12, dtype=torch.long),
+        "response_mask": torch.ones(4, 5, dtype=torch.long),
+        "response_start": torch.full((4,), 7),
+        "values": torch.randn(4, 5),
+    }
+    for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+        exec(block, names)
+        score = names["score"].detach()
+        if "incremental" in block:
+            score = score - names["scores"][:, 6].detach()
+        torch.testing.assert_close(names["out"].rewards.sum(1), score)
+
+
+def test_costs_on_the_page_are_those_that_were_counted() -> None:
+    counted = json.loads((Path(__file__).parents[1] / "benchmarks/results/credit_cost.json").read_text())
+    lines = [line.split("|")[1:] for line in PAGE.splitlines() if line.startswith("| ")]
+    page = {cells[0].strip(): (cells[1].strip(), cells[2].strip()) for cells in lines}
+    names = {
+        "forward alone": "forward alone, with its cache",
+        "last row": "last row; mean over layers; increments",
+        "mean over layers": "last row; mean over layers; increments",
+        "incremental (R3HF)": "last row; mean over layers; increments",
+        "value-weighted last row": "value-weighted last row",
+        "plain rollout": "plain rollout",
+        "norm-weighted rollout": "norm-weighted rollout",
+        "signed rollout": "signed rollout",
+        "gradient x value": "gradient × value, first layer",
+        "gradient x embedding": "gradient × embedding",
+    }
+    for source in {row["source"] for row in counted["rows"]}:
+        rows = sorted(
+            (row for row in counted["rows"] if row["source"] == source), key=lambda row: row["length"]
+        )
+        memory = ", ".join(f"{row['peak_bytes'] / 1e6:.1f}" for row in rows)
+        assert page[names[source]] == (f"{rows[-1]['flops_of_forward']:.2f}", memory), source
