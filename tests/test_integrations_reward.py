@@ -181,7 +181,10 @@ def test_a_completion_that_the_server_refuses(server: Server) -> None:
     server.answers["/score"] = [(422, '{"error": "too long"}')]
     with pytest.raises(ValueError, match=r'/score: 422 {"error": "too long"}'):
         ask(reward_model(url=server.url), "Good? ", "Yes", [(0, 3)])
-    assert len(server.got) == 1
+    server.answers["/score"] = [(200, '{"error": "not finite"}')]
+    with pytest.raises(ValueError, match="/score: not finite"):
+        ask(reward_model(url=server.url), "Good? ", "Yes", [(0, 3)])
+    assert len(server.got) == 2
 
 
 def test_a_server_is_waited_for_while_it_loads(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from playing_worker import DIES_LOADING, HUNG, LOADS_NO_MORE, Act, play
 
-from attnshape.serve.batching import BatchQueue, Unavailable
+from attnshape.serve.batching import TWO_DIED, BatchQueue, Unavailable
 from attnshape.serve.metrics import Metrics
 from attnshape.serve.workers import Pool, State
 
@@ -57,8 +57,7 @@ def test_who_kills_two_workers_is_answered_and_its_neighbours_are_scored(pool: P
     with pool.queue._changed:  # in one batch
         neighbours = [put(pool, Act.ANSWER), put(pool, Act.ANSWER)]
         killer = put(pool, Act.DIE)
-    with pytest.raises(Unavailable, match="two workers died while scoring it"):
-        killer.result(PATIENCE)
+    assert killer.result(PATIENCE) == TWO_DIED
     assert [future.result(PATIENCE) for future in neighbours] == ["answered", "answered"]
     wait_for(lambda: restarts(pool) == 2)
     text = pool.metrics.text().decode()

@@ -121,6 +121,8 @@ class ServedRewardModel:
             try:
                 with self._open(request, timeout=ANSWER_SECONDS) as answer:
                     found = json.load(answer)
+                if "error" in found:
+                    raise ValueError(f"{self._url}/score: {found['error']}")
                 return Scored(found["score"], found["credit"], found["metrics"])
             except HTTPError as error:
                 problem = f"{error.code} {error.read().decode(errors='replace')}"
