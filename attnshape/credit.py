@@ -46,8 +46,17 @@ def _rows(response_mask: Tensor, response_cu_seqlens: Tensor | None) -> _torch._
     return _torch._Rows.of(response)
 
 
+def _pad(rows: _torch._Rows, x: Tensor) -> Tensor:
+    return x if rows.packing is None else rows.packing.pad(x)
+
+
 def _places(rows: _torch._Rows) -> Tensor:
     return torch.arange(rows.live.shape[1], device=rows.live.device)
+
+
+def _is_last(rows: _torch._Rows) -> Tensor:
+    """bool ``[B, R]``: the last unmasked token of each row."""
+    return rows.live & (_places(rows) == _torch._Mask(rows.live).last[:, None])
 
 
 # Without a model -------------------------------------------------------------------------------------
@@ -79,7 +88,7 @@ def sparse(response_mask: Tensor, *, response_cu_seqlens: Tensor | None = None) 
     Arguments and returns as for ``uniform``.
     """
     rows = _rows(response_mask, response_cu_seqlens)
-    return rows.restore((rows.live & (_places(rows) == rows.last[:, None])).float())
+    return rows.restore(_is_last(rows).float())
 
 
 # Signed token rewards from other models' outputs -----------------------------------------------------
@@ -113,7 +122,7 @@ def incremental_rewards(
     _checks.check_per_row("prompt_score", prompt_score, len(rows.live), response_mask)
     dtype = compute_dtype(token_scores, prompt_score)
     # With the prompt's score in front, the score before a token is at one more than the last token's place.
-    scores = torch.cat([prompt_score.to(dtype)[:, None], rows.pad(token_scores).to(dtype)], 1)
+    scores = torch.cat([prompt_score.to(dtype)[:, None], _pad(rows, token_scores).to(dtype)], 1)
     seen = torch.where(rows.live, _places(rows) + 1, 0)
     before = torch.nn.functional.pad(seen, (1, 0)).cummax(1).values[:, :-1]
     return rows.restore((scores[:, 1:] - scores.gather(1, before)).masked_fill(~rows.live, 0.0))
@@ -204,14 +213,14 @@ def segment_rewards(
     if not isinstance(cutoff, int | float) or math.isnan(cutoff):
         raise ValueError(f"cutoff: got {cutoff!r}, want a number of nats")
     place, live = _places(rows), rows.live
-    ends = live & ((rows.pad(entropy) > cutoff) | (place == rows.last[:, None]))
+    ends = live & (_pad(rows, entropy) > cutoff) | _is_last(rows)
     segment = (ends.cumsum(1) - ends.long()).clamp(max=max(len(place) - 1, 0))
     end = torch.zeros_like(segment).scatter_reduce(1, segment, torch.where(ends, place, 0), "amax")
     length = torch.zeros_like(segment).scatter_add(1, segment, live.long())
     p = (segment + 1).double() / ends.sum(1, keepdim=True).clamp(min=1)
     mu, sigma = (w * p.log() + b for w, b in (mean, std))
     dtype = compute_dtype(token_scores)
-    score = rows.pad(token_scores).gather(1, end.gather(1, segment)).to(dtype)
+    score = _pad(rows, token_scores).gather(1, end.gather(1, segment)).to(dtype)
     rewards = ((score - mu) / sigma / length.gather(1, segment)).to(dtype)
     return rows.restore(rewards.masked_fill(~live, 0.0))
 
@@ -234,7 +243,7 @@ def centered(weights: Tensor, response_mask: Tensor, *, response_cu_seqlens: Ten
     """
     rows = _rows(response_mask, response_cu_seqlens)
     _checks.check_like_mask("weights", weights, response_mask)
-    padded = rows.pad(weights).double().masked_fill(~rows.live, 0.0)
+    padded = _pad(rows, weights).double().masked_fill(~rows.live, 0.0)
     mean = padded.sum(1, keepdim=True) / rows.live.sum(1, keepdim=True).clamp(min=1)
     return rows.restore((padded - mean).masked_fill(~rows.live, 0.0).to(compute_dtype(weights)))
 
@@ -245,7 +254,7 @@ def centered(weights: Tensor, response_mask: Tensor, *, response_cu_seqlens: Ten
 def _at_response(column: Tensor, response: Response, invalid: Tensor) -> Tensor:
     """Weights over key positions ``[B, S]`` read at the response tokens; NaN in rows out of range."""
     rows = _torch._Rows.of(response)
-    lengths = torch.full_like(rows.last, column.shape[1])
+    lengths = torch.full((len(column),), column.shape[1], device=column.device)
     return rows.restore(_torch._at_response(column, rows, rows.key_positions(), invalid, lengths)[0])
 
 
