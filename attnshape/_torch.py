@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -192,10 +192,7 @@ class _Rows:
         return self.start.long()[:, None] + torch.arange(self.mask.shape[1], device=self.mask.device)
 
 
-Outputs = TypeVar("Outputs", bound=Sequence[Tensor])
-
-
-def _in_blocks(compute: Callable[..., None], outputs: Outputs, *arguments: Any) -> Outputs:
+def _in_blocks(compute: Callable[..., None], outputs: Sequence[Tensor], *arguments: Any) -> None:
     """``compute(outputs, *arguments)``, which writes the outputs, for some rows at a time.
 
     Every output has rows first, and so has every tensor of the arguments with an axis; the first argument
@@ -207,14 +204,13 @@ def _in_blocks(compute: Callable[..., None], outputs: Outputs, *arguments: Any) 
         step = max(torch.get_num_threads() * BLOCK // max(width, 1), 1)
     if step >= rows:
         compute(outputs, *arguments)
-        return outputs
+        return
     for lo in range(0, rows, step):
         block = slice(lo, lo + step)
         compute(
             [x[block] for x in outputs],
             *[x[block] if isinstance(x, Tensor) and x.ndim else x for x in arguments],
         )
-    return outputs
 
 
 # Attention -------------------------------------------------------------------------------------------
@@ -753,7 +749,7 @@ def _suffix_scan(x: Tensor, gl: float | Tensor, out: Tensor | None = None) -> Te
     multiplies a single vector in another order than the rows of a matrix.
     """
     width, padding = x.shape[1], -x.shape[1] % (2 * SCAN_CHUNK)
-    x = torch.nn.functional.pad(x, (0, padding)) if padding else x
+    x = torch.nn.functional.pad(x, (0, padding)) if padding else x.contiguous()
     out = torch.empty_like(x) if padding or out is None else out
     chunks = out.view(len(x), -1, SCAN_CHUNK)
     if isinstance(gl, Tensor):
@@ -905,7 +901,8 @@ def gae(
         outputs.append(rows.mask.new_empty((len(rows.mask), 3), dtype=torch.float64))
     compute = functools.partial(_gae_rows, gamma=gamma, mask_semantics=mask_semantics)
     given = (rows.pad(rewards), rows.pad(values), bootstrap, lam, lam_value)
-    advantages, returns, *moments = _in_blocks(compute, outputs, rows.mask, *given)
+    _in_blocks(compute, outputs, rows.mask, *given)
+    advantages, returns, *moments = outputs
     if rows.packing is not None:
         lost = rows.live & rows.invalid[:, None]
         advantages, returns = (x.masked_fill(lost, math.nan) for x in (advantages, returns))

@@ -174,6 +174,30 @@ def test_bits_of_a_row_depend_on_nothing_else(
     assert all(torch.equal(x, y) for x, y in zip(whole, shaped(slice(0, rows)), strict=True))
 
 
+def test_any_strides() -> None:
+    g = torch.Generator().manual_seed(0)
+    names = ("credit", "values", "logprobs", "ref_logprobs", "token_rewards", "response_mask")
+    tokens = {name: torch.rand(5, 128, generator=g) for name in names}
+    score = torch.randn(5, generator=g)
+
+    def strided(x: torch.Tensor, how: int) -> torch.Tensor:
+        wide = torch.full((5, 256), float("nan"))
+        places = (wide.t().contiguous().t()[:, :128], wide[:, ::2], wide[:, 1:129])
+        return places[how].copy_(x)
+
+    want = attnshape.shape_rewards(score, **tokens, kl_coef=0.1)
+    plain = {"gamma": 1.0, "lam": 0.9, "mask_semantics": "skip"}
+    rewards, mask = tokens["token_rewards"], torch.ones(5, 128)
+    wanted = attnshape.gae(rewards, None, mask, **plain)
+    for how in range(3):
+        places = {name: strided(x, how) for name, x in tokens.items()}
+        out = attnshape.shape_rewards(score, **places, kl_coef=0.1)
+        for name in ("rewards", "advantages", "returns", "credit", "kl"):
+            assert torch.equal(getattr(out, name), getattr(want, name))
+        got = attnshape.gae(strided(rewards, how), None, strided(mask, how), **plain)
+        assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
+
+
 def test_gae_per_row_lam_and_decoupled() -> None:
     problem = gae_problem(4, 700, True)
     kwargs = {
