@@ -8,7 +8,10 @@
 Without ``credits`` a step is TRL's own, to the bit. TRL keeps its models, its KL penalty (all four kinds),
 its score scaling and clipping, its losses and its statistics.
 
-VERSIONS_TEXT
+Ran with every release from 0.7.4 to 0.11.4: from 0.8.0 on with transformers 4.57.6, so that ``AttentionTap``
+works in the same process; 0.7.4 to 0.7.11 with transformers 4.38.2, which it does not know: there the reward
+model runs elsewhere (``attnshape serve``). ``response_masks`` beside credit need TRL 0.9.6. TRL 0.12 and later
+have another trainer, without these methods, and are refused.
 """
 
 from __future__ import annotations
@@ -52,14 +55,17 @@ def __getattr__(name: str) -> object:
 
 @functools.cache
 def _ppo_trainer() -> type[Any]:
-    require_version("trl", VERSIONS)
+    found = require_version("trl", VERSIONS).partition("+")[0]
     from trl import PPOTrainer
 
-    return shaped_trainer(PPOTrainer)
+    return shaped_trainer(PPOTrainer, VERSIONS.index(found) >= VERSIONS.index("0.9.6"))
 
 
-def shaped_trainer(base: type[Any]) -> type[Any]:
+def shaped_trainer(base: type[Any], takes_masks: bool = True) -> type[Any]:
     """``base``, which is TRL's ``PPOTrainer`` or a subclass of it, with credit.
+
+    Args:
+        takes_masks: whether ``base`` places ``response_masks`` right, which TRL does from 0.9.6 on.
 
     Raises:
         RuntimeError: a method that is extended takes other arguments than in the releases that were tested.
@@ -110,6 +116,8 @@ def shaped_trainer(base: type[Any]) -> type[Any]:
             """
             if credits is None:
                 return super().step(queries, responses, scores, response_masks)  # type: ignore[no-any-return]
+            if response_masks is not None and not takes_masks:
+                raise ValueError("response_masks: before 0.9.6 TRL reads them one token late, want TRL 0.9.6")
             self._credit = _live_credit(credits, responses, response_masks)
             try:
                 stats: dict[str, Any] = super().step(queries, responses, scores, response_masks)
@@ -123,7 +131,7 @@ def shaped_trainer(base: type[Any]) -> type[Any]:
             """TRL's KL penalty, and the scores spread by the credit: ``[B, S - 1]``, as TRL's."""
             if self._credit is None:
                 return super().compute_rewards(scores, logprobs, ref_logprobs, masks)  # type: ignore[no-any-return]
-            # From 0.7.5 on the KL comes third.
+            # From 0.7.9 on the KL comes third.
             rewards, *rest = super().compute_rewards(torch.zeros_like(scores), logprobs, ref_logprobs, masks)
             credit = self._credit.to(masks.device)
             live = masks != 0
