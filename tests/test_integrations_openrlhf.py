@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
 
 from attnshape import reference
 from attnshape.integrations import openrlhf as adapter
@@ -126,12 +126,26 @@ def test_rewards_from_elsewhere_are_refused() -> None:
         adapter.shaped_maker(module, beta=0.75)().make_experience([samples])
 
 
-class RewardActor:
-    """A worker of two layers that scores its last attended token, from padded or from packed input."""
+class RewardModel(LlamaPreTrainedModel):
+    """Scores the last attended token; packs its input on the way to its base model, if at all."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.model = LlamaModel(config)
         self.packing = False
+        self.post_init()
 
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        positions = attention_mask.cumsum(1) - 1
+        if self.packing:
+            live = attention_mask != 0
+            self.model(input_ids[live][None], position_ids=positions[live][None])
+        else:
+            self.model(input_ids, attention_mask=attention_mask, position_ids=positions.clamp(min=0))
+        return torch.arange(len(input_ids), dtype=torch.bfloat16) - 0.5
+
+
+class RewardActor:
     def init_model_from_pretrained(self, strategy: Any, pretrain: str) -> None:
         torch.manual_seed(0)
         config = LlamaConfig(
@@ -143,8 +157,10 @@ class RewardActor:
             num_key_value_heads=2,
             use_cache=False,
             initializer_range=0.3,
+            bos_token_id=None,
+            eos_token_id=None,
         )
-        self.model = LlamaModel(config).eval()
+        self.model = torch.nn.Sequential(RewardModel(config).eval())  # an engine is around it
 
     @torch.no_grad()
     def forward(
@@ -154,14 +170,8 @@ class RewardActor:
         packed_seq_lens: None = None,
         pad_sequence: bool = False,
     ) -> Tensor:
-        assert attention_mask is not None
-        if self.packing:
-            positions = attention_mask.cumsum(1) - 1
-            live = attention_mask != 0
-            self.model(sequences[live][None], position_ids=positions[live][None])
-        else:
-            self.model(sequences, attention_mask=attention_mask)
-        return torch.arange(len(sequences), dtype=torch.bfloat16) - 0.5
+        score: Tensor = self.model[0](sequences, attention_mask)
+        return score
 
 
 def args(**changed: Any) -> SimpleNamespace:
@@ -182,26 +192,28 @@ def args(**changed: Any) -> SimpleNamespace:
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("layer", [-1, 0])
-def test_the_reward_worker_answers_score_and_row(packing: bool, layer: int) -> None:
+@pytest.mark.parametrize("lengths", [[9, 4, 1], [6]])
+def test_the_reward_worker_answers_score_and_row(packing: bool, layer: int, lengths: list[int]) -> None:
     class Actor(RewardActor):
         init_model_from_pretrained = adapter._with_tap(RewardActor.init_model_from_pretrained, layer)
         forward = adapter._with_row(RewardActor.forward)
 
     actor = Actor()
     actor.init_model_from_pretrained(SimpleNamespace(args=args()), "folder")
-    actor.packing = packing
-    ids = torch.randint(1, 50, (3, 9))
-    lengths = [9, 4, 1]
-    mask = torch.tensor([[i < n for i in range(9)] for n in lengths]).long()
+    model = actor.model[0]
+    model.packing = packing
+    width, left = 11, 2
+    ids = torch.randint(1, 50, (len(lengths), width))
+    mask = torch.tensor([[left <= i < left + n for i in range(width)] for n in lengths]).long()
     answer = actor.forward(sequences=ids, attention_mask=mask, pad_sequence=True)
     assert answer.dtype == torch.float32
-    assert answer[:, 0].tolist() == [-0.5, 0.5, 1.5]
-    actor.model.set_attn_implementation("eager")
+    assert answer[:, 0].tolist() == [i - 0.5 for i in range(len(lengths))]
+    model.set_attn_implementation("eager")
     for b, n in enumerate(lengths):
         with torch.no_grad():
-            eager = actor.model(ids[b : b + 1, :n], output_attentions=True).attentions[layer][0]
-        expected = torch.zeros(9, dtype=torch.float64)
-        expected[:n] = eager.double().mean(0)[-1]
+            alone = model.model(ids[b : b + 1, left : left + n], output_attentions=True)
+        expected = torch.zeros(width, dtype=torch.float64)
+        expected[left : left + n] = alone.attentions[layer][0].double().mean(0)[-1]
         torch.testing.assert_close(answer[b, 1:].double(), expected, rtol=1e-5, atol=1e-7)
 
 

@@ -106,13 +106,16 @@ def _sent(name: str, actor: Any) -> Any:
 
 def _with_tap(init: Callable[..., Any], layer: int) -> Callable[..., Any]:
     @functools.wraps(init)
-    def init_model_from_pretrained(self: Any, strategy: Any, pretrain: str) -> None:
+    def init_model_from_pretrained(self: Any, strategy: Any, *args: Any, **options: Any) -> None:
+        from transformers import PreTrainedModel
+
         from attnshape.tap import AttentionTap
 
         check_arguments(strategy.args)
-        init(self, strategy, pretrain)
-        # OpenRLHF scores the last attended token.
-        self.attention_tap = AttentionTap(self.model, layer, query_position="last_visible")
+        init(self, strategy, *args, **options)
+        reward_model = next(m for m in self.model.modules() if isinstance(m, PreTrainedModel))
+        # It packs its input before its base model sees it, and scores the last attended token.
+        self.attention_tap = AttentionTap(reward_model.base_model, layer, query_position="last_visible")
 
     return init_model_from_pretrained
 
@@ -124,7 +127,7 @@ def _with_row(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         with self.attention_tap as tap:
             score = forward(self, sequences, attention_mask, **options)
         row = attention_row(tap.take()).cpu()
-        if row.ndim == 1:  # packed
+        if row.shape != sequences.shape:  # packed
             row = row.new_zeros(sequences.shape).masked_scatter_(attention_mask.cpu() != 0, row)
         return torch.cat([score.float()[:, None], row], dim=1)
 

@@ -9,9 +9,9 @@ Without ``credits`` a step is TRL's own, to the bit. TRL keeps its models, its K
 its score scaling and clipping, its losses and its statistics.
 
 Ran with every release from 0.7.4 to 0.11.4: from 0.8.0 on with transformers 4.57.6, so that ``AttentionTap``
-works in the same process; 0.7.4 to 0.7.11 with transformers 4.38.2, which it does not know: there the reward
-model runs elsewhere (``attnshape serve``). ``response_masks`` beside credit need TRL 0.9.6. TRL 0.12 and later
-have another trainer, without these methods, and are refused.
+works in the same process; 0.7.4 to 0.7.11 with transformers 4.38.2, which the tap does not know: there the
+reward model runs elsewhere (``attnshape serve``). ``response_masks`` beside credit need TRL 0.9.6. TRL 0.12
+and later have another trainer, without these methods, and are refused.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ also say that the device is the CPU.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -161,11 +162,20 @@ def make(trainer: Any, rollouts: list[dict[str, Tensor]], estimator: str) -> dic
     }
 
 
-def wrapped_inits(blob: bytes) -> list[bool]:
-    """Whether the asynchronous trainer's classes, as Ray sends them, hold the wrapped ``__init__``."""
-    sent = ray.cloudpickle.loads(blob)
-    training = sent.__init__.__globals__["TrainingActor"].__ray_metadata__.modified_class
-    return [hasattr(cls.__init__, "__wrapped__") for cls in (sent, training)]
+def is_ours(function: Any) -> bool:
+    """Whether a function, or one that it wraps (Ray wraps the methods of actors), is the adapter's."""
+    while function is not None:
+        if function.__code__.co_filename.endswith(os.path.join("integrations", "openrlhf.py")):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def asynchronous(sent: bytes) -> list[bool]:
+    """Whether the ``__init__`` of the asynchronous trainer's classes is the adapter's, as Ray sends them."""
+    outer = ray.cloudpickle.loads(sent).__init__
+    training = inspect.unwrap(outer).__globals__["TrainingActor"].__ray_metadata__.modified_class
+    return [is_ours(outer), is_ours(training.__init__)]
 
 
 def main(folder: Path, beta: str) -> None:
@@ -195,7 +205,7 @@ def main(folder: Path, beta: str) -> None:
         for estimator in ESTIMATORS:
             made[packing, estimator] = ray.get(trainer.__ray_call__.remote(make, rollouts, estimator))
     blob = ray.cloudpickle.dumps(ppo_trainer_async.PPOTrainerAsync.__ray_metadata__.modified_class)
-    made["asynchronous"] = ray.get(trainer.__ray_call__.remote(lambda self, blob: wrapped_inits(blob), blob))
+    made["asynchronous"] = ray.get(trainer.__ray_call__.remote(lambda self, sent: asynchronous(sent), blob))
     made["driver"] = os.getpid()
     if beta != "off":
         made |= refusals(folder, reward, strategy)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
+from parity.openrlhf_on_gpu import arguments
 from parity.toys import CORPUS, save_policy
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -85,17 +86,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def environment() -> dict[str, str]:
+    paths = [HERE / "openrlhf_stubs", *HERE.parents[:2]]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+
+
 @pytest.fixture(scope="module")
 def made(folder: Path) -> dict[str, Any]:
     """What OpenRLHF made of the rollouts without the adapter, and with it."""
-    paths = [HERE / "openrlhf_stubs", HERE.parents[1]]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
-        "OMP_NUM_THREADS": "1",
-    }
     for beta in (OFF, ON):
         command = [sys.executable, HERE / "openrlhf_loop.py", folder, beta]
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+        ran = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
         assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-8000:]
         (folder / f"said-{beta}.txt").write_text(ran.stdout)
     return {beta: torch.load(folder / f"made-{beta}.pt") for beta in (OFF, ON)}
@@ -221,3 +222,29 @@ def test_one_line_says_what_changed(made: dict[str, Any], folder: Path) -> None:
 )
 def test_refused_before_training(made: dict[str, Any], name: str) -> None:
     assert (name if name != "late" else "install() before that") in made[ON][name]
+
+
+def test_the_command_reaches_openrlhf_with_its_arguments(folder: Path) -> None:
+    """Up to the first line of OpenRLHF's ``train``, which wants a GPU, with the arguments given there."""
+    code = """
+import sys
+import ray
+from attnshape.integrations import openrlhf
+from parity.openrlhf_loop import is_ours
+
+def started():
+    from openrlhf.trainer.ray.launcher import RewardModelActor
+    frame = sys._getframe(1)
+    forward = RewardModelActor.__ray_metadata__.modified_class.forward
+    size = frame.f_locals["args"].rollout.micro_batch_size
+    print(frame.f_code.co_name, size, is_ours(forward))
+    sys.exit(7)
+
+ray.is_initialized = started
+openrlhf.main()
+"""
+    command = [sys.executable, "-c", code, "--abc.beta", "0.6", *arguments(folder)]
+    ran = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 7, ran.stderr[-4000:]
+    assert "spread 0.6 of each score" in ran.stdout
+    assert ran.stdout.splitlines()[-1] == "train 3 True"
