@@ -110,7 +110,7 @@ def arguments(folder: Path, packing: bool) -> SimpleNamespace:
         ),
         eval=space(steps=-1, dataset=None),
         logger=space(wandb=space(key=None), tensorboard_dir=None),
-        reward=space(clip_range=(-0.02, 10.0), remote_url=None, normalize_enable=False, offload=False),
+        reward=space(clip_range=(-4.2, 10.0), remote_url=None, normalize_enable=False, offload=False),
         rollout=space(micro_batch_size=3, n_samples_per_prompt=1, batch_size=2, max_new_tokens=None),
         train=space(
             agent_func_path=None,

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 HERE = Path(__file__).parent
 BETA = 0.7
 ON, OFF = str(BETA), "off"
-CLIP = (-0.02, 10.0)
+CLIP = (-4.2, 10.0)
 SETTINGS = [(packing, estimator) for packing in (False, True) for estimator in ("gae", "reinforce")]
 
 
