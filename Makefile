@@ -2,11 +2,12 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 OUT ?= gpu-out
+PARITY ?= .parity
 
 BIN = $(VENV)/bin
 READY = $(VENV)/ready
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench parity gpu clean
 
 demo: $(READY)
 	$(BIN)/attnshape demo --out demo-out
@@ -22,6 +23,14 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
+# Presets and adapters against the frameworks' real functions, an environment for each under PARITY; ONLY names
+# some of them. slime, NeMo-RL and AReaL come from checkouts: SLIME=folder NEMO_RL=folder AREAL=folder.
+parity: $(READY)
+	PYTHONPATH=.:tests $(BIN)/python -m parity $(ONLY) --environments $(PARITY) \
+		$(SLIME:%=--checkout slime=%) $(NEMO_RL:%=--checkout nemo_rl=%) $(AREAL:%=--checkout areal=%)
+	PYTHONPATH=.:tests $(BIN)/python -m parity.adapters $(ONLY) --environments $(PARITY) \
+		$(SLIME:%=--checkout slime=%)
+
 # On a machine with a GPU whose PYTHON has torch, triton, transformers, hypothesis, pytest, rich and typer: the
 # kernels compiled, not interpreted; first that they are correct, then how fast they are. Reports go to OUT.
 # What has nothing to do with a GPU is left to `make test`.
@@ -35,4 +44,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out gpu-out .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV) demo-out gpu-out .parity .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

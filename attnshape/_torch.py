@@ -17,6 +17,7 @@ from attnshape.types import (
     MIN_MASS,
     AttentionInputs,
     CreditName,
+    EpsMode,
     MaskSemantics,
     Normalization,
     Response,
@@ -526,8 +527,9 @@ def shape_rewards(
     weights, mass, fallback = _weights(raw, credit, rows, score_at, config, dtype)
 
     on_score = live & (torch.arange(width, device=live.device) == score_at[:, None])
-    spread = config.beta * score[:, None] * weights
-    spread = spread + torch.where(on_score, ((1 - config.beta) * score)[:, None], 0.0)
+    beta = config.share(credit)
+    spread = beta * score[:, None] * weights
+    spread = spread + torch.where(on_score, ((1 - beta) * score)[:, None], 0.0)
     spread = rewards = spread.masked_fill(~live, 0.0)
     if tokens.terminal_reward is not None:
         rewards = rewards + torch.where(on_score, tokens.terminal_reward.to(dtype)[:, None], 0.0)
@@ -670,7 +672,7 @@ def _gae(
     v = None if values is None else _select(values.to(work), kept)
     # To skip masked tokens is to move the others together; where nothing decays it makes no difference.
     rank = None
-    if config.mask_semantics == "skip" and any(gl.min() < 1 for gl in decays) and _interrupted(live):
+    if config.mask_semantics == "skip" and any(bool((gl < 1).any()) for gl in decays) and _interrupted(live):
         rank = (live.cumsum(1) - 1).clamp(min=0)
         r = torch.zeros_like(r).scatter_add_(1, rank, r)
         v = None if v is None else torch.zeros_like(v).scatter_add_(1, rank, v)
@@ -733,7 +735,7 @@ def whiten(
     gather: Callable[[Tensor], Tensor] | None,
     bessel: bool,
     eps: float,
-    eps_mode: Literal["add", "clamp"],
+    eps_mode: EpsMode,
     shift_mean: bool,
     zero_masked: bool,
 ) -> Tensor:
@@ -741,7 +743,10 @@ def whiten(
         moments = _moments(x.reshape(-1), mask.reshape(-1) != 0)
     count, mean, m2 = (_folded(moments) if gather is None else _folded(gather(_folded(moments)))).unbind()
     var = m2 / ((count - 1).clamp(min=1) if bessel else count.clamp(min=1))
-    scale = (var + eps if eps_mode == "add" else var.clamp(min=eps)).rsqrt()
+    if eps_mode == "add_to_std":
+        scale = 1 / (var.sqrt() + eps)
+    else:
+        scale = (var + eps if eps_mode == "add" else var.clamp(min=eps)).rsqrt()
     out = (x.double() - mean) * scale
     if not shift_mean:
         out = out + mean
