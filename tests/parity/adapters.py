@@ -12,7 +12,7 @@ from pathlib import Path
 
 from parity.__main__ import HERE, environment
 
-ADAPTERS = {"verl": "verl", "slime": "slime", "openrlhf": "openrlhf", "trl-0.9.6": "trl"}
+ADAPTERS = {"verl": "verl", "slime": "slime", "openrlhf": "openrlhf", "trl-0.9.6": "trl", "trl-0.11.4": "trl"}
 """Environment of each adapter's tests."""
 PYTEST = "pytest==9.2.0"
 # Without the settings of `make test`: its plugins and its conftest are not there, and frameworks warn.
