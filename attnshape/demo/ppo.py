@@ -300,7 +300,9 @@ def own_attention(actor: ActorCritic, rollout: Rollout, variant: Literal["mean",
     """ABC-D: credit ``[B, R]`` from the attention of the policy's last layer among the response's tokens."""
     with AttentionTap(actor.policy, query_position="all") as tap:
         actor.run(rollout)
-    start = torch.full((len(rollout.ids),), rollout.prompt_length, dtype=torch.int32, device=rollout.ids.device)
+    start = torch.full(
+        (len(rollout.ids),), rollout.prompt_length, dtype=torch.int32, device=rollout.ids.device
+    )
     return attnshape.attention_column_credit(
         tap.take(), rollout.response_mask, response_start=start, variant=variant
     )

@@ -1,0 +1,164 @@
+"""``python -m benchmarks.paper``: run cells, run them all, summarise."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn
+
+from attnshape.demo.models import Stage
+from attnshape.demo.ppo import Record
+from attnshape.demo.run import Setup, read_prompts
+from attnshape.score_fn import parse_score_fn
+from benchmarks.paper.cells import BETA, EXPERIMENTS, LAM, LR, STEPS, Cell, Length, Method, chosen
+from benchmarks.paper.sweep import RUNS, sweep, todo
+from benchmarks.paper.testbed import Testbed, own_testbed
+
+RESULTS = Path(__file__).parents[1] / "results" / "paper-cpu"
+
+app = typer.Typer(
+    help="The paper's experiments at a size that runs on a CPU, or on models of your own.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False, soft_wrap=True)
+
+Policy = Annotated[str | None, typer.Option(help="Folder or hub name of a causal model.")]
+RewardModel = Annotated[str | None, typer.Option(help="Folder or hub name of a sequence classifier.")]
+Prompts = Annotated[
+    Path | None, typer.Option(help="Prompts: .jsonl with a prompt per line, or one per line.")
+]
+ScoreFn = Annotated[str, typer.Option(help="The score, such as 'logit[1] - logit[0]'.")]
+Dpo = Annotated[str | None, typer.Option(help="Folder or hub name of a DPO-trained policy, for RTO.")]
+Device = Annotated[str | None, typer.Option(help="Of your own models; a GPU if there is one.")]
+Cache = Annotated[Path | None, typer.Option(help="Where the testbed's own models are kept.")]
+Out = Annotated[Path, typer.Option(help="Folder of results.")]
+
+
+def _testbed(
+    policy: str | None,
+    reward_model: str | None,
+    prompts: Path | None,
+    score_fn: str,
+    dpo_policy: str | None,
+    device: str | None,
+    cache_dir: Path | None,
+    out: Path,
+) -> Testbed:
+    given = {"--policy": policy, "--reward-model": reward_model, "--prompts": prompts}
+    if not any(given.values()):
+        with _bars() as bars:
+            tasks: dict[Stage, int] = {}
+
+            def on_step(stage: Stage, done: int, loss: float) -> None:
+                if stage not in tasks:
+                    tasks[stage] = int(bars.add_task(f"training the {stage}", total=None))
+                bars.update(tasks[stage], completed=done)  # type: ignore[arg-type]
+
+            return own_testbed(cache_dir, on_step)
+    if policy is None or reward_model is None or prompts is None:
+        missing = ", ".join(name for name, value in given.items() if not value)
+        raise typer.BadParameter(f"--policy, --reward-model and --prompts go together, got no {missing}")
+    if out == RESULTS:
+        raise typer.BadParameter("models of your own need a folder of their own: --out")
+    parse_score_fn(score_fn)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    setup = Setup(policy, reward_model, read_prompts(prompts), score_fn, device, None)
+    return Testbed({"testbed": setup}, dpo_policy)
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        yield bars
+
+
+def _run(cells: list[Cell], testbed: Testbed, out: Path, workers: int) -> None:
+    left = todo(cells, out)
+    with _bars() as bars:
+        total = bars.add_task("cells", total=len(cells), completed=len(cells) - len(left))
+        current = bars.add_task("steps", total=left[0].steps if left else 1, visible=workers == 1)
+
+        def on_step(_record: Record) -> None:
+            bars.advance(current)
+
+        def on_done(cell: Cell) -> None:
+            bars.advance(total)
+            bars.reset(current)
+            bars.update(total, description=f"cells (last {cell.name.removesuffix('.json')})")
+
+        sweep(cells, testbed, out, workers=workers, on_step=on_step, on_done=on_done)
+
+
+@app.command()
+def cell(
+    method: Annotated[Method, typer.Argument(help="Where the credit comes from.")],
+    *,
+    length: Annotated[Length, typer.Option(help="New tokens, fewest and most.")] = "40-60",
+    seed: Annotated[int, typer.Option(help="Of the prompts, the value head and the sampling.")] = 0,
+    beta: Annotated[float, typer.Option(help="Share of the score that the credit redistributes.")] = BETA,
+    lam: Annotated[float, typer.Option(help="GAE's lambda.")] = LAM,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = LR,
+    shift: Annotated[float, typer.Option(help="Added to every standardised score.")] = 0.0,
+    steps: Annotated[int, typer.Option(min=1, help="PPO steps.")] = STEPS,
+    policy: Policy = None,
+    reward_model: RewardModel = None,
+    prompts: Prompts = None,
+    score_fn: ScoreFn = "logit",
+    dpo_policy: Dpo = None,
+    device: Device = None,
+    cache_dir: Cache = None,
+    out: Out = RESULTS,
+) -> None:
+    """Run one cell, unless its file is there."""
+    one = Cell(method=method, length=length, seed=seed, beta=beta, lam=lam, lr=lr, shift=shift, steps=steps)
+    testbed = _testbed(policy, reward_model, prompts, score_fn, dpo_policy, device, cache_dir, out)
+    _run([one], testbed, out, 1)
+    console.print(out / RUNS / one.name)
+
+
+@app.command("all")
+def run_all(
+    *,
+    only: Annotated[
+        list[str] | None, typer.Option(help=f"Experiments: {', '.join(EXPERIMENTS)}; all by default.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the cells.")] = 1,
+    policy: Policy = None,
+    reward_model: RewardModel = None,
+    prompts: Prompts = None,
+    score_fn: ScoreFn = "logit",
+    dpo_policy: Dpo = None,
+    device: Device = None,
+    cache_dir: Cache = None,
+    out: Out = RESULTS,
+) -> None:
+    """Run every cell that has no file yet; stopped at any time, it goes on where it was."""
+    try:
+        cells = chosen(only)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    testbed = _testbed(policy, reward_model, prompts, score_fn, dpo_policy, device, cache_dir, out)
+    there = [c for c in cells if c.reward_model in testbed.setups]
+    _run(there, testbed, out, workers)
+    if len(there) < len(cells):
+        console.print(f"{len(cells) - len(there)} cells wait for the reward models of `depth`")
+
+
+if __name__ == "__main__":
+    app()
