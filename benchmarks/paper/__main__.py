@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-from attnshape.demo.models import Stage
+from attnshape.demo.models import Stage, default_cache_dir
 from attnshape.demo.ppo import Record
 from attnshape.demo.run import Setup, read_prompts
 from attnshape.score_fn import parse_score_fn
-from benchmarks.paper.cells import BETA, EXPERIMENTS, LAM, LR, STEPS, Cell, Length, Method, chosen
-from benchmarks.paper.sweep import RUNS, sweep, todo
-from benchmarks.paper.testbed import Testbed, own_testbed
+from benchmarks.paper.cells import (
+    BETA,
+    DEPTHS,
+    EXPERIMENTS,
+    LAM,
+    LR,
+    MODEL_SEEDS,
+    STEPS,
+    Cell,
+    Length,
+    Method,
+    chosen,
+)
+from benchmarks.paper.depth import DeepModel, RewardName, study
+from benchmarks.paper.sweep import RUNS, start_worker, sweep, todo
+from benchmarks.paper.testbed import DEPTH, Testbed, own_testbed
 
 RESULTS = Path(__file__).parents[1] / "results" / "paper-cpu"
 
@@ -158,6 +177,23 @@ def run_all(
     _run(there, testbed, out, workers)
     if len(there) < len(cells):
         console.print(f"{len(cells) - len(there)} cells wait for the reward models of `depth`")
+
+
+@app.command()
+def depth(
+    *,
+    layers: Annotated[list[int] | None, typer.Option(help="Depths of reward models.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Training seeds.")] = None,
+    reward: Annotated[RewardName, typer.Option(help="What the preferences are about.")] = "lexical",
+    cache_dir: Cache = None,
+    out: Out = RESULTS,
+) -> None:
+    """Train reward models of several depths, and measure which credit finds the words that matter."""
+    start_worker()
+    models = [DeepModel(n, s, reward) for s in seed or MODEL_SEEDS for n in layers or DEPTHS]
+    with _bars() as bars:
+        for model in bars.track(models, description="reward models"):
+            study(model, (cache_dir or default_cache_dir()) / DEPTH, out)
 
 
 if __name__ == "__main__":

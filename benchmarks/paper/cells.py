@@ -169,7 +169,7 @@ EXPERIMENTS: dict[str, list[Cell]] = {
 
 
 def chosen(names: list[str] | None = None) -> list[Cell]:
-    """The cells of these experiments, of all of them by default, each once; seeds that all have come first."""
+    """The cells of these experiments, all by default, each once; the seeds that all have come first."""
     unknown = set(names or ()) - EXPERIMENTS.keys()
     if unknown:
         raise ValueError(f"experiment: got {sorted(unknown)}, want some of {list(EXPERIMENTS)}")

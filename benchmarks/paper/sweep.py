@@ -57,7 +57,7 @@ def sweep(
         raise ValueError(f"workers: got {workers}, want at least 1")
     left = todo(cells, folder)
     if workers == 1:
-        _start_worker()
+        start_worker()
         for cell in left:
             write_run(run_cell(cell, testbed, on_step), cell, folder)
             if on_done:
@@ -76,7 +76,7 @@ def sweep(
             raise
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
     """Small models gain nothing from more threads, and keep their bits with one."""
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
@@ -84,7 +84,7 @@ def _start_worker() -> None:
 
 def _start_child() -> None:
     end_with_parent()
-    _start_worker()
+    start_worker()
 
 
 def _work(cell: Cell, testbed: Testbed, folder: Path) -> None:

@@ -6,7 +6,6 @@ import copy
 import functools
 import os
 import platform
-import random
 import shutil
 import subprocess
 import tempfile
@@ -40,7 +39,7 @@ from benchmarks.paper.credits import source_for
 
 MODELS = ModelConfig(positions=144, review_words=(60, 118), pair_words=(4, 112), rm_steps=600)
 """Reviews long enough for 110 new tokens after a prompt."""
-DPO = "dpo_policy"
+DEPTH, DPO = "depth", "dpo_policy"
 DPO_STEPS, DPO_BATCH, DPO_LR, DPO_BETA = 200, 32, 3e-4, 0.1
 CURVES = (
     "true_reward",
@@ -93,7 +92,7 @@ def own_testbed(cache_dir: Path | None = None, on_step: OnStep | None = None) ->
         REVIEWS_TRUTH,
     )
     setups = {"testbed": setup}
-    for other in sorted(cache_dir.glob(f"paper-{folder.name}/*")):
+    for other in sorted((cache_dir / DEPTH).glob("* layers, seed *")):
         setups[other.name] = replace(setup, reward_model=str(other))
     return Testbed(setups, str(folder / DPO))
 
