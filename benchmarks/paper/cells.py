@@ -37,6 +37,8 @@ RISES = (1.0, 2.0)
 the initial policy's completions."""
 COLLAPSE = 1.0
 """A run collapsed if its last 10 steps' mean true reward is this many of them below its best 10-step mean."""
+KL_MARKS = (1.0, 2.0, 4.0, 8.0)
+"""Rewards of methods are compared where a run's 5-step mean KL first reaches these."""
 STEPS = 100
 SEEDS = tuple(range(10))
 FEW = SEEDS[:5]

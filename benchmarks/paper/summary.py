@@ -1,0 +1,191 @@
+"""From runs to figures: means with their spread, steps to a mark, paired differences, collapses."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from attnshape.demo.results import smooth
+from benchmarks.paper.cells import (
+    BETAS,
+    COLLAPSE,
+    EXPERIMENTS,
+    FEW,
+    HEADLINE,
+    KL_MARKS,
+    LAM,
+    LAMS,
+    LR_SEEDS,
+    LRS,
+    PAPER,
+    RISES,
+    Cell,
+    Length,
+    Method,
+)
+from benchmarks.paper.depth import MODELS
+from benchmarks.paper.sweep import RUNS
+
+END = 10
+"""Figures "at the end" are means over this many steps."""
+KL_COEF = 0.1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell's file."""
+
+    cell: Cell
+    initial: dict[str, float]
+    curves: dict[str, list[float]]
+
+    @property
+    def objective(self) -> str:
+        """The true reward, or the reward model's where there is no true one."""
+        return "true_reward" if "true_reward" in self.curves else "score"
+
+    @property
+    def rewards(self) -> list[float]:
+        return self.curves[self.objective]
+
+    def mean(self, curve: str | None = None) -> float:
+        return statistics.fmean(self.curves[curve or self.objective])
+
+    def end(self, curve: str | None = None) -> float:
+        return statistics.fmean(self.curves[curve or self.objective][-END:])
+
+    def mark(self, rise: float) -> float:
+        """The reward that is ``rise`` standard deviations above the initial policy's mean."""
+        if self.objective == "score":
+            return rise
+        return self.initial["true_mean"] + rise * self.initial["true_std"]
+
+    def steps_to(self, rise: float) -> int | None:
+        """First step, from 1, at which the 5-step mean reward has risen so far; None if it never does."""
+        mark = self.mark(rise)
+        return next((i for i, x in enumerate(smooth(self.rewards), start=1) if x >= mark), None)
+
+    @property
+    def collapsed(self) -> bool:
+        windows = [self.rewards[i : i + END] for i in range(len(self.rewards) - END + 1)]
+        best = max(statistics.fmean(window) for window in windows)
+        unit = self.mark(1) - self.mark(0)
+        return best - self.end() > COLLAPSE * unit
+
+    def reward_at_kl(self, kl: float) -> float | None:
+        """5-step mean reward at the first step whose 5-step mean KL reaches ``kl``; None if none does."""
+        for reward, reached in zip(smooth(self.rewards), smooth(self.curves["kl"]), strict=True):
+            if reached >= kl:
+                return reward
+        return None
+
+
+class Estimate(NamedTuple):
+    """A mean over ``n`` seeds, twice its standard error, and the standard deviation over seeds."""
+
+    mean: float
+    two_se: float
+    sd: float
+    n: int
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    sd = statistics.stdev(values) if len(values) > 1 else math.nan
+    return Estimate(statistics.fmean(values), 2 * sd / math.sqrt(len(values)), sd, len(values))
+
+
+class Lead(NamedTuple):
+    """How far one group of runs is ahead of another, seed by seed."""
+
+    mean: float
+    two_se: float
+    wins: int
+    n: int
+
+    @property
+    def verdict(self) -> str:
+        """Whether the lead is larger than twice its standard error, and which way."""
+        if self.n < 2:
+            return "not run"
+        if self.mean - self.two_se > 0:
+            return "holds"
+        return "fails" if self.mean + self.two_se < 0 else "not shown"
+
+
+def paired(first: Iterable[Run], second: Iterable[Run]) -> Lead | None:
+    """Lead of ``first`` in mean reward over all steps, over the seeds that both have; None if they share none."""
+    by_seed = {run.cell.seed: run for run in second}
+    leads = [run.mean() - by_seed[run.cell.seed].mean() for run in first if run.cell.seed in by_seed]
+    if not leads:
+        return None
+    found = estimate(leads)
+    return Lead(found.mean, found.two_se, sum(x > 0 for x in leads), found.n)
+
+
+class Results:
+    """All runs of a folder, by cell, and the reward models of the depth study."""
+
+    def __init__(self, folder: Path) -> None:
+        self.runs: dict[Cell, Run] = {}
+        for path in sorted((folder / RUNS).rglob("*.json")):
+            if not path.name.startswith("."):
+                loaded = json.loads(path.read_text())
+                cell = Cell(**loaded["cell"])
+                self.runs[cell] = Run(cell, loaded["initial"], loaded["curves"])
+        self.models = [json.loads(path.read_text()) for path in sorted((folder / MODELS).glob("*.json"))]
+
+    def of(self, method: Method, length: Length, **settings: Any) -> list[Run]:
+        """Runs of one setting, by seed; those that learning rates were chosen on are left out."""
+        like = Cell(method=method, length=length, seed=0, **settings).setting
+        found = [
+            r for c, r in self.runs.items() if c.setting == like and c.seed not in LR_SEEDS
+        ]
+        return sorted(found, key=lambda run: run.cell.seed)
+
+    def selection(self) -> dict[tuple[float, float], list[float]]:
+        """By lambda and learning rate, sparse's mean of score less KL penalty on the seeds of the choice."""
+        out: dict[tuple[float, float], list[float]] = {}
+        for cell, run in self.runs.items():
+            if cell.seed in LR_SEEDS:
+                objective = run.mean("score") - KL_COEF * run.mean("kl")
+                out.setdefault((cell.lam, cell.lr), []).append(objective)
+        return out
+
+
+def group(runs: Sequence[Run], base: Sequence[Run] = ()) -> dict[str, Any]:
+    """The figures of runs that differ in their seed only; ``lead`` is over ``base``, seed by seed."""
+    rows: dict[str, Any] = {"n": len(runs)}
+    if not runs:
+        return rows
+    rows["mean"] = estimate([r.mean() for r in runs])
+    rows["end"] = estimate([r.end() for r in runs])
+    rows["score"] = estimate([r.mean("score") for r in runs])
+    rows["kl_end"] = estimate([r.end("kl") for r in runs])
+    rows["kl_least"] = min(min(r.curves["kl"]) for r in runs)
+    rows["end_mass"] = estimate([r.end("end_mass") for r in runs])
+    rows["steps"] = {f"{rise:g}": median_steps([r.steps_to(rise) for r in runs]) for rise in RISES}
+    rows["collapsed"] = sum(r.collapsed for r in runs)
+    if "precision_at_k" in runs[0].curves:
+        known = [[x for x in r.curves["precision_at_k"] if not math.isnan(x)] for r in runs]
+        rows["precision_at_k"] = estimate([statistics.fmean(x) for x in known])
+    rows["reward_at_kl"] = {
+        f"{kl:g}": estimate(reached)
+        for kl in KL_MARKS
+        if len(reached := [x for r in runs if (x := r.reward_at_kl(kl)) is not None]) == len(runs)
+    }
+    lead = paired(runs, base)
+    if lead is not None:
+        rows["lead"] = lead
+    return rows
+
+
+def median_steps(steps: Sequence[int | None]) -> float | None:
+    """Median, a run that never arrives counting as later than all others; None if the median is such a run."""
+    ordered = sorted(math.inf if s is None else s for s in steps)
+    middle = statistics.median(ordered)
+    return None if math.isinf(middle) or math.isnan(middle) else middle
