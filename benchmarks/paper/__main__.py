@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -71,6 +72,7 @@ def _testbed(
     device: str | None,
     cache_dir: Path | None,
     out: Path,
+    needed: Collection[str],
 ) -> Testbed:
     given = {"--policy": policy, "--reward-model": reward_model, "--prompts": prompts}
     if not any(given.values()):
@@ -82,7 +84,7 @@ def _testbed(
                     tasks[stage] = int(bars.add_task(f"training the {stage}", total=None))
                 bars.update(tasks[stage], completed=done)  # type: ignore[arg-type]
 
-            return own_testbed(cache_dir, on_step)
+            return own_testbed(needed, cache_dir, on_step)
     if policy is None or reward_model is None or prompts is None:
         missing = ", ".join(name for name, value in given.items() if not value)
         raise typer.BadParameter(f"--policy, --reward-model and --prompts go together, got no {missing}")
@@ -91,7 +93,7 @@ def _testbed(
     parse_score_fn(score_fn)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     setup = Setup(policy, reward_model, read_prompts(prompts), score_fn, device, None)
-    return Testbed({"testbed": setup}, dpo_policy)
+    return Testbed({"testbed": setup}, None if dpo_policy is None else partial(str, dpo_policy))
 
 
 @contextmanager
@@ -134,6 +136,9 @@ def cell(
     lam: Annotated[float, typer.Option(help="GAE's lambda.")] = LAM,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = LR,
     shift: Annotated[float, typer.Option(help="Added to every standardised score.")] = 0.0,
+    models: Annotated[
+        str, typer.Option(help="Which of the testbed's models: testbed, long, or a deep one.")
+    ] = "testbed",
     steps: Annotated[int, typer.Option(min=1, help="PPO steps.")] = STEPS,
     policy: Policy = None,
     reward_model: RewardModel = None,
@@ -145,8 +150,20 @@ def cell(
     out: Out = RESULTS,
 ) -> None:
     """Run one cell, unless its file is there."""
-    one = Cell(method=method, length=length, seed=seed, beta=beta, lam=lam, lr=lr, shift=shift, steps=steps)
-    testbed = _testbed(policy, reward_model, prompts, score_fn, dpo_policy, device, cache_dir, out)
+    one = Cell(
+        method=method,
+        length=length,
+        seed=seed,
+        beta=beta,
+        lam=lam,
+        lr=lr,
+        shift=shift,
+        models=models,
+        steps=steps,
+    )
+    testbed = _testbed(
+        policy, reward_model, prompts, score_fn, dpo_policy, device, cache_dir, out, [one.models]
+    )
     _run([one], testbed, out, 1)
     console.print(out / RUNS / one.name)
 
@@ -172,8 +189,9 @@ def run_all(
         cells = chosen(only)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    testbed = _testbed(policy, reward_model, prompts, score_fn, dpo_policy, device, cache_dir, out)
-    there = [c for c in cells if c.reward_model in testbed.setups]
+    needed = {c.models for c in todo(cells, out)}
+    testbed = _testbed(policy, reward_model, prompts, score_fn, dpo_policy, device, cache_dir, out, needed)
+    there = [c for c in cells if c.models in testbed.setups]
     _run(there, testbed, out, workers)
     if len(there) < len(cells):
         console.print(f"{len(cells) - len(there)} cells wait for the reward models of `depth`")

@@ -53,7 +53,7 @@ BETA, BETAS = 0.8, (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SHIFTS = (5.0, -5.0)
 DEPTHS = (1, 2, 4, 6)
 MODEL_SEEDS = (0, 1, 2, 3)
-DEEP = "4 layers, seed 0"
+DEEP, LONG = "4 layers, seed 0", "long"
 
 
 def bounds(length: Length) -> tuple[int, int]:
@@ -70,7 +70,8 @@ class Cell:
         beta: of ``R3HF``, whose token rewards replace the score, and of ``RTO`` and the signed source it is
             the share of the reward that is dense.
         shift: added to every standardised score, which no preference between completions depends on.
-        reward_model: ``"testbed"``, or one of the depth study, such as ``"4 layers, seed 1"``.
+        models: ``"testbed"``, ``"long"`` (trained on reviews long enough for 110 tokens), or a reward model
+            of the depth study, such as ``"4 layers, seed 1"``, with the testbed's policy.
     """
 
     method: Method
@@ -80,7 +81,7 @@ class Cell:
     lam: float = LAM
     lr: float = LR
     shift: float = 0.0
-    reward_model: str = "testbed"
+    models: str = "testbed"
     steps: int = STEPS
 
     def __post_init__(self) -> None:
@@ -153,9 +154,10 @@ def _experiments() -> dict[str, list[Cell]]:
                 FEW,
                 ("sparse", "ABC", "norm-weighted rollout", "gradient x value", "gradient x value, signed"),
                 length=HEADLINE,
-                reward_model=DEEP,
+                models=DEEP,
             )
         ),
+        "long responses": list(_cells(FEW, MAIN, length="90-110", models=LONG)),
         "lambda": [cell for lam in LAMS for cell in _cells(FEW, MAIN, length=HEADLINE, lam=lam)],
         "methods at 40-60": [
             *_cells(SEEDS, ("ABC-D mean", "ABC-D last"), length=HEADLINE),

@@ -6,23 +6,15 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from attnshape.demo.results import smooth
 from benchmarks.paper.cells import (
-    BETAS,
     COLLAPSE,
-    EXPERIMENTS,
-    FEW,
-    HEADLINE,
     KL_MARKS,
-    LAM,
-    LAMS,
     LR_SEEDS,
-    LRS,
-    PAPER,
     RISES,
     Cell,
     Length,
@@ -118,7 +110,7 @@ class Lead(NamedTuple):
 
 
 def paired(first: Iterable[Run], second: Iterable[Run]) -> Lead | None:
-    """Lead of ``first`` in mean reward over all steps, over the seeds that both have; None if they share none."""
+    """Lead of ``first`` in mean reward over all steps, over shared seeds; None without any."""
     by_seed = {run.cell.seed: run for run in second}
     leads = [run.mean() - by_seed[run.cell.seed].mean() for run in first if run.cell.seed in by_seed]
     if not leads:
@@ -142,9 +134,7 @@ class Results:
     def of(self, method: Method, length: Length, **settings: Any) -> list[Run]:
         """Runs of one setting, by seed; those that learning rates were chosen on are left out."""
         like = Cell(method=method, length=length, seed=0, **settings).setting
-        found = [
-            r for c, r in self.runs.items() if c.setting == like and c.seed not in LR_SEEDS
-        ]
+        found = [r for c, r in self.runs.items() if c.setting == like and c.seed not in LR_SEEDS]
         return sorted(found, key=lambda run: run.cell.seed)
 
     def selection(self) -> dict[tuple[float, float], list[float]]:
@@ -185,7 +175,7 @@ def group(runs: Sequence[Run], base: Sequence[Run] = ()) -> dict[str, Any]:
 
 
 def median_steps(steps: Sequence[int | None]) -> float | None:
-    """Median, a run that never arrives counting as later than all others; None if the median is such a run."""
+    """Median, where runs that never arrive come last; None if it is such a run."""
     ordered = sorted(math.inf if s is None else s for s in steps)
     middle = statistics.median(ordered)
     return None if math.isinf(middle) or math.isnan(middle) else middle

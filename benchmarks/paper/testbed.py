@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,13 @@ from attnshape.demo.models import (
 )
 from attnshape.demo.ppo import ActorCritic, Record, train
 from attnshape.demo.run import REVIEWS_TRUTH, Reference, Setup, review_prompts
-from benchmarks.paper.cells import Cell
+from benchmarks.paper.cells import LONG, Cell
 from benchmarks.paper.credits import source_for
 
-MODELS = ModelConfig(positions=144, review_words=(60, 118), pair_words=(4, 112), rm_steps=600)
-"""Reviews long enough for 110 new tokens after a prompt."""
+MODELS = ModelConfig()
+"""The demo's own models, whose reviews are long enough for 60 new tokens after a prompt."""
+LONG_MODELS = ModelConfig(positions=144, review_words=(60, 118), pair_words=(4, 112), rm_steps=1500)
+"""For 110 new tokens. Longer pairs take longer to learn from."""
 DEPTH, DPO = "depth", "dpo_policy"
 DPO_STEPS, DPO_BATCH, DPO_LR, DPO_BETA = 200, 32, 3e-4, 0.1
 CURVES = (
@@ -59,42 +61,54 @@ DIGITS = 4
 class Testbed:
     """Models and prompts; those of the testbed itself, or a user's.
 
-    ``setups`` has one for each of a cell's ``reward_model``; ``dpo``, a folder or hub name, is for ``RTO``.
+    ``setups`` has one for each of a cell's ``models``. ``dpo`` gives the folder or hub name of the policy
+    that ``RTO`` needs; it may train it.
     """
 
     setups: dict[str, Setup]
-    dpo: str | None = None
+    dpo: Callable[[], str] | None = None
 
     def setup(self, cell: Cell) -> Setup:
-        if cell.reward_model not in self.setups:
-            raise ValueError(f"reward_model: got {cell.reward_model!r}, want one of {list(self.setups)}")
-        return self.setups[cell.reward_model]
+        if cell.models not in self.setups:
+            raise ValueError(f"models: got {cell.models!r}, want one of {list(self.setups)}")
+        return self.setups[cell.models]
 
     def dpo_policy(self, cell: Cell) -> ActorCritic | None:
         if self.dpo is None or cell.method != "RTO":
             return None
-        policy = AutoModelForCausalLM.from_pretrained(self.dpo, dtype=torch.float32)
-        return ActorCritic(policy.to(self.setup(cell).device), AutoTokenizer.from_pretrained(self.dpo))
+        name = self.dpo()
+        policy = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        return ActorCritic(policy.to(self.setup(cell).device), AutoTokenizer.from_pretrained(name))
 
 
-def own_testbed(cache_dir: Path | None = None, on_step: OnStep | None = None) -> Testbed:
-    """The testbed's own models, trained where they are not in the cache."""
+def own_testbed(
+    needed: Collection[str], cache_dir: Path | None = None, on_step: OnStep | None = None
+) -> Testbed:
+    """The testbed's own models, those of ``needed`` trained where they are not in the cache.
+
+    Reward models of the depth study are taken where they are there: ``depth`` trains them.
+    """
     cache_dir = cache_dir or default_cache_dir()
     folder, _, _ = trained_models(MODELS, cache_dir, on_step)
-    if not (folder / DPO).is_dir():
-        whole_folder(folder / DPO, functools.partial(_save_dpo, folder / POLICY))
-    setup = Setup(
-        str(folder / POLICY),
-        str(folder / REWARD_MODEL),
-        review_prompts(MODELS.seed),
-        "logit",
-        "cpu",
-        REVIEWS_TRUTH,
-    )
-    setups = {"testbed": setup}
+    setups = {"testbed": _setup(folder)}
+    if LONG in needed:
+        setups[LONG] = _setup(trained_models(LONG_MODELS, cache_dir, on_step)[0])
     for other in sorted((cache_dir / DEPTH).glob("* layers, seed *")):
-        setups[other.name] = replace(setup, reward_model=str(other))
-    return Testbed(setups, str(folder / DPO))
+        setups[other.name] = replace(setups["testbed"], reward_model=str(other))
+    return Testbed(setups, functools.partial(own_dpo, folder))
+
+
+def _setup(folder: Path) -> Setup:
+    prompts = review_prompts(MODELS.seed)
+    return Setup(str(folder / POLICY), str(folder / REWARD_MODEL), prompts, "logit", "cpu", REVIEWS_TRUTH)
+
+
+def own_dpo(folder: Path) -> str:
+    """The testbed's policy after DPO, trained if it is not there."""
+    new = folder / DPO
+    if not new.is_dir():
+        whole_folder(new, functools.partial(_save_dpo, folder / POLICY))
+    return str(new)
 
 
 def whole_folder(folder: Path, save: Callable[[Path], None]) -> None:
