@@ -56,6 +56,22 @@ MODEL_SEEDS = (0, 1, 2, 3)
 DEEP, LONG = "4 layers, seed 0", "long"
 
 
+DEEP_METHODS: tuple[Method, ...] = (
+    "sparse",
+    "ABC",
+    "norm-weighted rollout",
+    "gradient x value",
+    "gradient x value, signed",
+)
+LENGTHS: tuple[tuple[Length, dict[str, Any]], ...] = (
+    ("8-16", {}),
+    ("20-30", {}),
+    ("40-60", {}),
+    ("90-110", {"models": LONG}),
+)
+"""New tokens, and whose models they are for."""
+
+
 def bounds(length: Length) -> tuple[int, int]:
     """Fewest and most new tokens."""
     low, high = length.split("-")
@@ -142,21 +158,14 @@ def _experiments() -> dict[str, list[Cell]]:
             *_cells(SEEDS, (*MAIN, "ABC-D mean", "ABC-D last", *CONTROLS), length=PAPER),
             *_cells(SEEDS, ("uniform",), length=PAPER, beta=1.0),
         ],
-        "lengths": [cell for length in ("20-30", "90-110") for cell in _cells(FEW, MAIN, length=length)],
+        "lengths": list(_cells(FEW, MAIN, length="20-30")),
         "neighbours": list(_cells(FEW, ("R3HF", "RTO"), length=HEADLINE)),
         "beta": [cell for beta in BETAS for cell in _cells(FEW, ("ABC",), length=PAPER, beta=beta)],
         "shifted scores": [
             cell for shift in SHIFTS for cell in _cells(SEEDS, ("sparse", "ABC"), length=PAPER, shift=shift)
         ],
-        # PPO with a deep reward model, whose last layer's attention row says little.
-        "depth": list(
-            _cells(
-                FEW,
-                ("sparse", "ABC", "norm-weighted rollout", "gradient x value", "gradient x value, signed"),
-                length=HEADLINE,
-                models=DEEP,
-            )
-        ),
+        # PPO with a deep reward model.
+        "depth": list(_cells(FEW, DEEP_METHODS, length=HEADLINE, models=DEEP)),
         "long responses": list(_cells(FEW, MAIN, length="90-110", models=LONG)),
         "lambda": [cell for lam in LAMS for cell in _cells(FEW, MAIN, length=HEADLINE, lam=lam)],
         "methods at 40-60": [

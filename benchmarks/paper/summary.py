@@ -12,10 +12,24 @@ from typing import Any, NamedTuple
 
 from attnshape.demo.results import smooth
 from benchmarks.paper.cells import (
+    BETAS,
     COLLAPSE,
+    CONTROLS,
+    DEEP,
+    DEEP_METHODS,
+    EXPERIMENTS,
+    HEADLINE,
     KL_MARKS,
+    LAM,
+    LAMS,
+    LENGTHS,
+    LR,
     LR_SEEDS,
+    LRS,
+    MAIN,
+    PAPER,
     RISES,
+    SHIFTS,
     Cell,
     Length,
     Method,
@@ -179,3 +193,156 @@ def median_steps(steps: Sequence[int | None]) -> float | None:
     ordered = sorted(math.inf if s is None else s for s in steps)
     middle = statistics.median(ordered)
     return None if math.isinf(middle) or math.isnan(middle) else middle
+
+
+def labelled(results: Results, rows: Sequence[tuple[str, Method, Length, dict[str, Any]]]) -> dict[str, Any]:
+    """A group per row, by label; the first row is the one that the others' leads are over."""
+    base = results.of(rows[0][1], rows[0][2], **rows[0][3])
+    return {
+        label: group(results.of(method, length, **settings), () if i == 0 else base)
+        for i, (label, method, length, settings) in enumerate(rows)
+    }
+
+
+def summarise(results: Results) -> dict[str, Any]:
+    """Everything that the page shows, in the order in which it shows it."""
+
+    def methods(length: Length) -> dict[str, Any]:
+        names: tuple[Method, ...] = (*MAIN, "ABC-D mean", "ABC-D last", *CONTROLS)
+        rows: list[tuple[str, Method, Length, dict[str, Any]]] = [(m, m, length, {}) for m in names]
+        rows.insert(2, ("uniform, beta 1", "uniform", length, {"beta": 1.0}))
+        if length == HEADLINE:
+            rows += [("R3HF", "R3HF", length, {}), ("RTO", "RTO", length, {})]
+        return labelled(results, rows)
+
+    shifts: dict[str, Any] = {}
+    for shift in (0.0, *SHIFTS):
+        for method in ("sparse", "ABC"):
+            settings = {"shift": shift} if shift else {}
+            base = results.of(method, PAPER)
+            runs = results.of(method, PAPER, **settings)
+            shifts[f"{method}, {shift:+g}"] = group(runs, base if shift else ())
+
+    lambdas: dict[str, Any] = {}
+    for lam in sorted(LAMS):
+        base = results.of("sparse", HEADLINE, lam=lam)
+        for method in MAIN:
+            runs = results.of(method, HEADLINE, lam=lam)
+            lambdas[f"{method}, lambda {lam:g}"] = group(runs, () if method == "sparse" else base)
+
+    lengths: dict[str, Any] = {}
+    for length, settings in LENGTHS:
+        base = results.of("sparse", length, **settings)
+        for method in MAIN:
+            runs = results.of(method, length, **settings)
+            lengths[f"{method}, {length}"] = group(runs, () if method == "sparse" else base)
+
+    betas = {}
+    for beta in BETAS:
+        base = results.of("ABC", PAPER, beta=BETAS[0])
+        betas[f"beta {beta:g}"] = group(results.of("ABC", PAPER, beta=beta), base if beta else ())
+
+    deep = labelled(results, [(m, m, HEADLINE, {"models": DEEP}) for m in DEEP_METHODS])
+    return {
+        "coverage": coverage(results),
+        "methods 40-60": methods(HEADLINE),
+        "methods 8-16": methods(PAPER),
+        "learning rates": {
+            f"lambda {lam:g}, lr {lr:g}": estimate(values)
+            for (lam, lr), values in sorted(results.selection().items())
+        },
+        "headline": headline(results),
+        "lambda": lambdas,
+        "lengths": lengths,
+        "beta": betas,
+        "shifted scores": shifts,
+        "deep reward model": deep,
+        "credit by depth": credit_by_depth(results),
+        "claims": claims(results),
+    }
+
+
+def coverage(results: Results) -> dict[str, list[int]]:
+    """By experiment, how many of its cells have been run, and how many it has."""
+    return {name: [sum(c in results.runs for c in cells), len(cells)] for name, cells in EXPERIMENTS.items()}
+
+
+def best_of(selection: dict[tuple[float, float], list[float]]) -> tuple[float, float] | None:
+    """Lambda and learning rate with the highest mean; None before every choice has all its seeds."""
+    if len(selection) < len(LRS) * 2 or any(len(v) < len(LR_SEEDS) for v in selection.values()):
+        return None
+    return max(selection, key=lambda choice: statistics.fmean(selection[choice]))
+
+
+def headline(results: Results) -> dict[str, Any]:
+    """ABC as the paper ran it against sparse at the lambda and learning rate chosen for sparse."""
+    best = best_of(results.selection())
+    if best is None:
+        return {}
+    lam, lr = best
+    sparse = results.of("sparse", HEADLINE, lam=lam, lr=lr)
+    rows = {f"sparse, lambda {lam:g}, lr {lr:g}": group(sparse)}
+    for abc_lam in dict.fromkeys((LAM, lam)):
+        for abc_lr in dict.fromkeys((LR, lr)):
+            runs = results.of("ABC", HEADLINE, lam=abc_lam, lr=abc_lr)
+            if runs:
+                rows[f"ABC, lambda {abc_lam:g}, lr {abc_lr:g}"] = group(runs, sparse)
+    return rows
+
+
+def credit_by_depth(results: Results) -> dict[str, Any]:
+    """By reward, length, depth and source, the measures' means over training seeds."""
+    out: dict[str, Any] = {}
+    for model in results.models:
+        for length, found in model["lengths"].items():
+            depth = out.setdefault(f"{model['reward']}, {length} tokens", {}).setdefault(
+                str(model["layers"]), {"accuracy": [], "chance": [], "sources": {}}
+            )
+            depth["accuracy"].append(model["accuracy"])
+            depth["chance"].append(found["chance"])
+            for source, measures in found["sources"].items():
+                for name, value in measures.items():
+                    depth["sources"].setdefault(source, {}).setdefault(name, []).append(value)
+    for depths in out.values():
+        for depth in depths.values():
+            for name in ("accuracy", "chance"):
+                depth[name] = round(statistics.fmean(depth[name]), 4)
+            for measures in depth["sources"].values():
+                measures.update({name: estimate(values) for name, values in measures.items()})
+    return out
+
+
+def claims(results: Results) -> list[dict[str, Any]]:
+    """The paper's claims as differences between runs of a seed; each holds, fails or is not shown here."""
+
+    def lead(text: str, first: list[Run], second: list[Run]) -> dict[str, Any]:
+        found = paired(first, second)
+        return {"claim": text, "lead": found, "verdict": found.verdict if found else "not run"}
+
+    def of(method: Method, length: Length = HEADLINE, **settings: Any) -> list[Run]:
+        return results.of(method, length, **settings)
+
+    out = [
+        lead(f"ABC is ahead of sparse, {length} tokens", of("ABC", length, **s), of("sparse", length, **s))
+        for length, s in LENGTHS
+    ]
+    best = best_of(results.selection())
+    if best:
+        sparse = of("sparse", lam=best[0], lr=best[1])
+        text = f"ABC is ahead of sparse at sparse's best (lambda {best[0]:g}, lr {best[1]:g}), 40-60 tokens"
+        out.append(lead(text, of("ABC"), sparse))
+    out += [
+        lead("ABC is ahead of uniform, 40-60 tokens", of("ABC"), of("uniform")),
+        lead("ABC is ahead of its shuffled credit, 40-60 tokens", of("ABC"), of("ABC shuffled")),
+        lead("ABC is ahead of its mean profile, 40-60 tokens", of("ABC"), of("ABC profile")),
+        lead(
+            "ABC is ahead of the attention of random weights, 40-60 tokens",
+            of("ABC"),
+            of("ABC, random weights"),
+        ),
+        lead("ABC is ahead of its shuffled credit, 8-16 tokens", of("ABC", PAPER), of("ABC shuffled", PAPER)),
+        lead(
+            "beta 1 is ahead of beta 0, 8-16 tokens", of("ABC", PAPER, beta=1.0), of("ABC", PAPER, beta=0.0)
+        ),
+    ]
+    return out
