@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -23,9 +25,12 @@ from rich.progress import (
 from attnshape.demo.models import Stage, default_cache_dir
 from attnshape.demo.ppo import Record
 from attnshape.demo.run import Setup, read_prompts
+from attnshape.files import whole_file
 from attnshape.score_fn import parse_score_fn
+from benchmarks.paper import figures
 from benchmarks.paper.cells import (
     BETA,
+    BETAS,
     DEPTHS,
     EXPERIMENTS,
     LAM,
@@ -38,10 +43,13 @@ from benchmarks.paper.cells import (
     chosen,
 )
 from benchmarks.paper.depth import DeepModel, RewardName, study
+from benchmarks.paper.page import fill, tables
+from benchmarks.paper.summary import Results, summarise, to_json
 from benchmarks.paper.sweep import RUNS, start_worker, sweep, todo
 from benchmarks.paper.testbed import DEPTH, Testbed, own_testbed
 
-RESULTS = Path(__file__).parents[1] / "results" / "paper-cpu"
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results" / "paper-cpu"
 
 app = typer.Typer(
     help="The paper's experiments at a size that runs on a CPU, or on models of your own.",
@@ -212,6 +220,29 @@ def depth(
     with _bars() as bars:
         for model in bars.track(models, description="reward models"):
             study(model, (cache_dir or default_cache_dir()) / DEPTH, out)
+
+
+@app.command()
+def summary(*, out: Out = RESULTS) -> None:
+    """Summarise the runs: summary.json, the figures, and the tables of README.md beside this program."""
+    paper = json.loads((HERE / "paper_figures.json").read_text())
+    results = Results(out)
+    if not results.runs:
+        raise typer.BadParameter(f"{out} has no runs")
+    found = summarise(results)
+    with whole_file(out / "summary.json") as file:
+        file.write(to_json(found))
+    figures.learning(results, out / "learning_curves.png")
+    figures.lengths(results, paper, out / "lengths.png")
+    figures.beta(results, BETAS, paper, out / "beta_and_kl.png")
+    figures.credit(results, found, out / "credit.png")
+    made = tables(json.loads(to_json(found)), paper)
+    if out == RESULTS:
+        page = HERE / "README.md"
+        filled = fill(page.read_text(encoding="utf-8"), made)
+        with whole_file(page) as file:
+            file.write(filled)
+    console.print(Markdown("\n\n".join(f"## {name}\n\n{table}" for name, table in made.items())))
 
 
 if __name__ == "__main__":

@@ -346,3 +346,18 @@ def claims(results: Results) -> list[dict[str, Any]]:
         ),
     ]
     return out
+
+
+def to_json(summary: dict[str, Any]) -> str:
+    """Rounded to four decimals, NaN (one seed has no spread) as null."""
+
+    def rounded(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {name: rounded(value) for name, value in x.items()}
+        if isinstance(x, list | tuple):
+            return [rounded(value) for value in x]
+        if isinstance(x, float):
+            return None if math.isnan(x) else round(x, 4)
+        return x
+
+    return json.dumps(rounded(summary), indent=1) + "\n"

@@ -1,0 +1,154 @@
+"""The paper's figures from our runs, the paper's own numbers beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from attnshape.demo.results import smooth
+from benchmarks.paper.cells import HEADLINE, LENGTHS, MAIN, PAPER, Method
+from benchmarks.paper.summary import Results, Run
+
+COLORS: dict[str, str] = {
+    "sparse": "#777777",
+    "uniform": "#30638e",
+    "ABC": "#d1495b",
+    "ABC-D mean": "#66a182",
+    "ABC-D last": "#2e4057",
+    "ABC shuffled": "#edae49",
+    "ABC profile": "#8d6a9f",
+    "ABC, random weights": "#b0a990",
+}
+
+
+def _figure(panels: int, title: str) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(4.4 * panels, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    for one in axes:
+        one.grid(alpha=0.2)
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _curves(axes: Axes, runs: Sequence[Run], curve: str, label: str) -> None:
+    """Mean over seeds of 5-step means, with two standard errors."""
+    ys = np.array([smooth(run.curves[curve]) for run in runs])
+    x, mean = np.arange(1, ys.shape[1] + 1), ys.mean(0)
+    color = COLORS[label]
+    axes.plot(x, mean, color=color, linewidth=1.8, label=f"{label} ({len(runs)})")
+    if len(runs) > 1:
+        error = 2 * ys.std(0, ddof=1) / len(runs) ** 0.5
+        axes.fill_between(x, mean - error, mean + error, color=color, alpha=0.15, linewidth=0)
+
+
+def learning(results: Results, path: Path) -> None:
+    """Learning curves of every method, at the length of the headline and at the paper's."""
+    figure, axes = _figure(
+        3, "True reward over PPO steps; mean over seeds (their number) ± 2 standard errors"
+    )
+    for one, length in zip(axes, (HEADLINE, PAPER, HEADLINE), strict=True):
+        for method in COLORS:
+            runs = results.of(method, length)  # type: ignore[arg-type]
+            if runs:
+                _curves(one, runs, "true_reward" if one is not axes[2] else "kl", method)
+        kind = "KL to the initial policy" if one is axes[2] else "true reward"
+        one.set_title(f"{kind}, {length} tokens", fontsize="medium")
+        one.set_xlabel("PPO step")
+    axes[0].legend(frameon=False, fontsize="x-small")
+    figure.savefig(path, dpi=130)
+
+
+def lengths(results: Results, paper: dict[str, Any], path: Path) -> None:
+    """Mean reward over steps by length of the response: the paper's, and ours."""
+    figure, (theirs, ours) = _figure(2, "Mean reward over 100 steps by response length, ± 2 standard errors")
+    for method in MAIN:
+        found = [(n, x[method]) for n, x in paper["methods"].items() if method in x]
+        middle = [_middle(n) for n, _ in found]
+        theirs.errorbar(
+            middle,
+            [x["auc"] for _, x in found],
+            [x["two_se"] for _, x in found],
+            color=COLORS[method],
+            marker="o",
+            capsize=3,
+            label=method,
+        )
+        points = [(n, results.of(method, n, **s)) for n, s in LENGTHS]
+        _errorbar(ours, [(_middle(n), runs) for n, runs in points if runs], method)
+    theirs.set_title("the paper: reward model's reward", fontsize="medium")
+    ours.set_title("here: true reward", fontsize="medium")
+    for axes in (theirs, ours):
+        axes.set_xlabel("new tokens")
+    theirs.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def _middle(length: str) -> float:
+    return sum(map(int, length.split("-"))) / 2
+
+
+def _errorbar(axes: Axes, points: Sequence[tuple[float, Sequence[Run]]], method: str) -> None:
+    means = [np.mean([r.mean() for r in runs]) for _, runs in points]
+    errors = [
+        2 * np.std([r.mean() for r in runs], ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else 0
+        for _, runs in points
+    ]
+    x = [p for p, _ in points]
+    axes.errorbar(x, means, errors, color=COLORS[method], marker="o", capsize=3, label=method)
+
+
+def beta(results: Results, betas: Sequence[float], paper: dict[str, Any], path: Path) -> None:
+    """Mean reward against beta, and reward against KL."""
+    figure, (theirs, ours, kl) = _figure(3, "Beta, and reward against KL")
+    theirs.plot([float(b) for b in paper["beta"]], list(paper["beta"].values()), "o--", color=COLORS["ABC"])
+    theirs.set_title("the paper: mean reward, 251 steps", fontsize="medium")
+    points = [(b, results.of("ABC", PAPER, beta=b)) for b in betas]
+    _errorbar(ours, [(b, runs) for b, runs in points if runs], "ABC")
+    ours.set_title("here: mean true reward, 8-16 tokens", fontsize="medium")
+    for axes in (theirs, ours):
+        axes.set_xlabel("beta")
+    for method in COLORS:
+        runs = results.of(method, HEADLINE)  # type: ignore[arg-type]
+        if runs:
+            x, y = (np.mean([smooth(r.curves[c]) for r in runs], axis=0) for c in ("kl", "true_reward"))
+            kl.plot(x, y, color=COLORS[method], label=method)
+    kl.set_xlabel("KL to the initial policy")
+    kl.set_title("true reward against KL, 40-60 tokens", fontsize="medium")
+    kl.legend(frameon=False, fontsize="x-small")
+    figure.savefig(path, dpi=130)
+
+
+def credit(results: Results, summary: dict[str, Any], path: Path) -> None:
+    """Precision at k by depth of the reward model; and whether better credit went with faster learning."""
+    figure, (depth, speed) = _figure(2, "How well credit finds the words that matter")
+    depths = summary["credit by depth"].get("lexical, 50 tokens", {})
+    columns = sorted(depths, key=int)
+    if columns:
+        x = [int(n) for n in columns]
+        for i, name in enumerate(next(iter(depths.values()))["sources"]):
+            y = [depths[n]["sources"][name]["precision_at_k"][0] for n in columns]
+            depth.plot(x, y, marker="o", label=name, color=f"C{i}")
+        depth.plot(x, [depths[n]["chance"] for n in columns], "k:", label="chance")
+        depth.legend(frameon=False, fontsize="x-small")
+    depth.set_xlabel("layers of the reward model")
+    depth.set_title("precision at k, 50 tokens", fontsize="medium")
+    names: list[Method] = [m for m in COLORS if m != "uniform"]  # type: ignore[misc]
+    for method in names:
+        runs = results.of(method, HEADLINE)
+        if runs:
+            p = [np.nanmean(r.curves["precision_at_k"]) for r in runs]
+            y = [r.mean() for r in runs]
+            speed.scatter(p, y, s=14, alpha=0.5, color=COLORS[method])
+            speed.scatter([np.mean(p)], [np.mean(y)], s=70, color=COLORS[method], label=method)
+    speed.set_xlabel("precision at k during PPO")
+    speed.set_title("mean true reward, 40-60 tokens", fontsize="medium")
+    speed.legend(frameon=False, fontsize="x-small")
+    figure.savefig(path, dpi=130)
