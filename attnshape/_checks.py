@@ -350,8 +350,10 @@ def check_per_row(name: str, x: object, rows: int, mask: Tensor) -> None:
 
 
 def check_number(name: str, x: object) -> None:
-    if not isinstance(x, int | float) or isinstance(x, bool) or not math.isfinite(x):
-        raise ValueError(f"{name}: got {x!r}, want a finite number")
+    if not isinstance(x, int | float) or isinstance(x, bool):
+        raise TypeError(f"{name}: got {type(x).__name__}, want a number")
+    if not math.isfinite(x):
+        raise ValueError(f"{name}: got {x}, want a finite number")
 
 
 def check_inputs(name: str, x: object) -> None:
@@ -369,6 +371,8 @@ def check_inputs(name: str, x: object) -> None:
 def check_signed_layers(layers: object) -> None:
     if not isinstance(layers, list | tuple) or not all(isinstance(x, SignedLayer) for x in layers):
         raise TypeError(f"layers: got {type(layers).__name__}, want a list or tuple of SignedLayer")
+    if not layers:
+        raise ValueError("layers: got none, want one or more")
     for i, (inputs, value, pull) in enumerate(layers):
         [layer] = layers_of(inputs)
         if not layer.has_all_queries:

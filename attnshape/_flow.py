@@ -29,9 +29,9 @@ class Flow:
     """Watches a decoder layer from its input to what its attention adds.
 
     The output projection is the child of the attention module that is called with the attention function's
-    output itself. What other children of the layer make of the attention's output before it is added (a norm
-    in Gemma 2 and OLMo 2, dropout) is followed in the same way, and counts as one factor per position;
-    Granite's constant factor is the layer's ``residual_multiplier``.
+    output itself and whose output the module returns. What other children of the layer make of that before it
+    is added (a norm in Gemma 2 and OLMo 2, dropout) is followed in the same way, and counts as one factor per
+    position; Granite's constant factor is the layer's ``residual_multiplier``.
 
     Args:
         attention: the attention module.
@@ -53,7 +53,7 @@ class Flow:
         self._stream: Tensor | None = None
         self._value: Tensor | None = None
         self._heads: Tensor | None = None  # [B, S, Hq, Dv], what the attention function returned
-        self._projection: nn.Module | None = None
+        self._projection: tuple[nn.Module, Tensor] | None = None  # and its output
         self._out: Tensor | None = None
         self._added: Tensor | None = None
 
@@ -65,7 +65,7 @@ class Flow:
             attention.register_forward_hook(self._on_attention),
             layer.register_forward_hook(self._on_leave),
         ]
-        self._handles += [m.register_forward_pre_hook(self._on_projection) for m in attention.children()]
+        self._handles += [m.register_forward_hook(self._on_projection) for m in attention.children()]
         self._handles += [
             m.register_forward_hook(self._on_addition) for m in layer.children() if m is not attention
         ]
@@ -84,16 +84,16 @@ class Flow:
             self._forget()
             self._stream = (args[0] if args else kwargs["hidden_states"]).detach()
 
-    def _on_projection(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._is_watched() and self._projection is None and _same(args, self._heads):
-            self._projection = module
+    def _on_projection(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._is_watched() and self._projection is None and args and _same(args[0], self._heads):
+            self._projection = module, output
 
     def _on_attention(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._is_watched() and self._heads is not None:
             self._out = self._added = (output[0] if isinstance(output, tuple) else output).detach()
 
     def _on_addition(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._is_watched() and _same(args, self._added) and isinstance(output, Tensor):
+        if self._is_watched() and args and _same(args[0], self._added) and isinstance(output, Tensor):
             self._added = output.detach()
 
     def _on_leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -107,20 +107,26 @@ class Flow:
     @torch.no_grad()
     def _measure(self) -> Moved:
         stream, value, heads, out, added = self._stream, self._value, self._heads, self._out, self._added
-        if self._projection is None or stream is None or value is None or heads is None:
+        projection, projected = self._projection or (None, None)
+        if (
+            projection is None
+            or stream is None
+            or value is None
+            or heads is None
+            or out is None
+            or added is None
+            or not _same(projected, out)
+        ):
             raise ValueError(
                 f"source: {type(self._attention).__name__} does not pass on what its heads give as it is, so "
                 "its output projection is not known; want source='attention' or a gradient source"
             )
-        assert out is not None
-        assert added is not None
         dtype = compute_dtype(value)
         hq, width = heads.shape[-2:]
         # The columns of the projection, whatever kind of module it is (LoRA, quantised).
         basis = torch.eye(hq * width, dtype=heads.dtype, device=heads.device)
-        weight = (self._projection.forward(basis) - self._projection.forward(torch.zeros_like(basis[:1]))).to(
-            dtype
-        )
+        bias = projection.forward(torch.zeros_like(basis[:1]))
+        weight = (projection.forward(basis) - bias).to(dtype)
         by_head = weight.view(hq, width, -1)
         gram = by_head @ by_head.mT  # |W_O v|^2 = v^T (W_O^T W_O) v
         v = value.to(dtype).repeat_interleave(hq // value.shape[1], 1)
@@ -138,7 +144,11 @@ class Flow:
         return Moved(value, value_norm, residual_norm, pull)
 
 
-def _same(args: tuple[Any, ...], x: Tensor | None) -> bool:
-    """Whether a module was called with the very memory of ``x``."""
-    given = args[0] if args else None
-    return isinstance(given, Tensor) and x is not None and given.data_ptr() == x.data_ptr()
+def _same(given: object, x: Tensor | None) -> bool:
+    """Whether ``given`` holds the very elements of ``x``."""
+    if not isinstance(given, Tensor) or x is None:
+        return False
+    if x.is_contiguous():
+        return given.data_ptr() == x.data_ptr()
+    # GPT-2's eager attention leaves the copying to its caller.
+    return given.numel() == x.numel() and torch.equal(given.reshape(x.shape), x)

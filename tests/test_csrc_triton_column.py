@@ -72,7 +72,7 @@ def check_rollout(layers: list[AttentionInputs], problem: Problem, norms: dict[s
     raw, _ = rollout(layers, problem, **norms)
     if norms:
         pairs = zip(layers, norms["value_norms"], norms["residual_norms"], strict=True)
-        layers = [dataclasses.replace(x, value_norm=v, residual_norm=r) for x, v, r in pairs]
+        layers = [replace(x, value_norm=v, residual_norm=r) for x, v, r in pairs]
     want = reference.attention_rollout(to_float64(layers), **place(problem), normalization="none")
     check(problem, raw, want, len(layers))
     return raw

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.modeling_utils import AttentionInterface
 
+from attnshape.credit import gradient_weights
 from attnshape.reference import attention_row
 from attnshape.tap import AttentionTap
 
@@ -146,6 +147,64 @@ def test_packed_flash(flash, name, by):
         fast(ids, position_ids=position_ids, **varlen)
     for layer, inputs in zip((-1, -2), tap.take(), strict=True):
         assert_packed(inputs, layer, eager, sequences)
+
+
+def derivatives(score, width):
+    """For every token, of ``score`` by a factor on what belongs to it: ``[B, width]``, by differences."""
+
+    def difference(t, step):
+        factors = torch.ones(2, width, dtype=torch.float64)
+        factors[:, t] += torch.tensor([step, -step])
+        up, down = map(score, factors)
+        return (up - down) / (2 * step)
+
+    columns = [(4 * difference(t, 1 / 64) - difference(t, 1 / 32)) / 3 for t in range(width)]
+    return torch.stack(columns, 1)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+# Not OPT: its ReLU has corners, and differences cannot tell where.
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt2", "gpt_neox", "starcoder2"])
+@pytest.mark.parametrize("source", ["first layer", "last layer", "embeddings"])
+def test_gradient_sources(flash, monkeypatch, name, padding, source):
+    ids, mask = batch(padding)
+    model = flash(name).double()
+    layer = {"first layer": 0, "last layer": 1, "embeddings": None}[source]
+    factors = torch.ones(LENGTH, dtype=torch.float64)
+
+    def scaled(module, query, key, value, *args, **options):
+        if module.layer_idx == layer:
+            value = value * factors[:, None]
+        return reference_attention(module, query, key, value, *args, **options)
+
+    def score(given):
+        factors.copy_(given)
+        return model(ids, attention_mask=mask).logits[:, 0]
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "a_flash", scaled)
+    embedding = model.get_input_embeddings()
+    handle = embedding.register_forward_hook(
+        lambda m, a, out: out * factors[:, None] if layer is None else out
+    )
+    with torch.no_grad():
+        expected = derivatives(score, LENGTH)
+    handle.remove()
+    of = {"source": "gradient_embedding"} if layer is None else {"source": "gradient_value", "layer": layer}
+    with AttentionTap(model, **of) as tap:
+        moved = score(torch.ones(LENGTH))
+    start = torch.zeros(3, dtype=torch.int32)
+    weights = gradient_weights(moved, tap.take(), torch.ones_like(ids), response_start=start)
+    assert expected.abs().amax(1).min() > 0.05
+    torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-3)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model.requires_grad_(False)  # the graph then begins where the tap says
+    with AttentionTap(model, **of) as tap:
+        frozen = score(torch.ones(LENGTH))
+    assert torch.equal(frozen, moved)
+    leaf = tap.take()
+    assert leaf.is_leaf
+    again = gradient_weights(frozen, leaf, torch.ones_like(ids), response_start=start)
+    torch.testing.assert_close(again, weights)
 
 
 def scored_positions(classifier, **inputs):

@@ -1,0 +1,529 @@
+"""Sources of credit against their formulas written out token by token."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from attnshape import AttentionInputs, ShapingConfig, credit, reference, shape_rewards
+from attnshape.types import SignedLayer
+
+F64 = torch.float64
+B, R, S = 6, 9, 14
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+def response_mask() -> Tensor:
+    """Rows with holes, at either end too; full; of one token; empty."""
+    mask = torch.rand(B, R, generator=torch.Generator().manual_seed(3)) > 0.35
+    mask[0], mask[1] = True, False
+    mask[2] = torch.arange(R) == 4
+    mask[3, :2] = mask[4, -2:] = False
+    return mask
+
+
+def poisoned(x: Tensor, mask: Tensor) -> Tensor:
+    return x.masked_fill(~mask, math.nan)
+
+
+def check(make: Callable[..., Tensor], by_hand: Callable[..., list[float]], *tokens: Tensor) -> None:
+    """``make`` of token tensors and the mask, padded and packed; ``by_hand`` of one row's unmasked tokens."""
+    mask = response_mask()
+    want = torch.zeros(B, R, dtype=F64)
+    for b in range(B):
+        want[b, mask[b]] = torch.tensor(by_hand(b, *(x[b, mask[b]].tolist() for x in tokens)), dtype=F64)
+    given = [poisoned(x, mask) for x in tokens]
+    for mask_dtype in (torch.bool, torch.int64, torch.float32):
+        got = make(*given, mask.to(mask_dtype))
+        assert got.dtype in (F64, torch.float32)
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-7)
+    single = make(*(x.float().requires_grad_() for x in given), mask)
+    assert single.dtype == torch.float32
+    assert not single.requires_grad
+    torch.testing.assert_close(single.double(), want, rtol=1e-4, atol=1e-5)
+    # Rows of different lengths end to end, tokens of no sequence before and after them.
+    lengths = [int(row.nonzero().max()) + 1 if row.any() else 2 for row in mask]
+    lengths[5] = 0
+    bounds = torch.tensor([2, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+    def pack(x: Tensor) -> Tensor:
+        return torch.cat([x[0, :2], *(x[b, :n] for b, n in enumerate(lengths)), x[0, :3]])
+
+    got = make(*map(pack, given), pack(mask), response_cu_seqlens=bounds)
+    for b, (lo, hi) in enumerate(itertools.pairwise(bounds.tolist())):
+        torch.testing.assert_close(got[lo:hi].double(), want[b, : hi - lo], rtol=1e-6, atol=1e-7)
+
+
+def without_bounds(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """For what needs no bounds, since a token's reward depends on no other token."""
+
+    def call(*args: Tensor, response_cu_seqlens: Tensor | None = None) -> Tensor:
+        return function(*args)
+
+    return call
+
+
+def test_uniform() -> None:
+    mask = response_mask()
+    check(credit.uniform, lambda b: [1 / n for n in [int(mask[b].sum())] for _ in range(n)])
+
+
+def test_sparse() -> None:
+    mask = response_mask()
+
+    def by_hand(b: int) -> list[float]:
+        n = int(mask[b].sum())
+        return [float(j == n - 1) for j in range(n)]
+
+    check(credit.sparse, by_hand)
+
+
+@pytest.mark.parametrize("name", ["uniform", "sparse"])
+def test_named_credit_is_that_of_shape_rewards(name: str) -> None:
+    mask, score = response_mask(), normal(B)
+    for config in (ShapingConfig(), ShapingConfig(normalization="sum_to_length")):
+        want = shape_rewards(score, name, response_mask=mask, config=config)
+        got = shape_rewards(score, getattr(credit, name)(mask), response_mask=mask, config=config)
+        torch.testing.assert_close(got.rewards, want.rewards.float())
+
+
+def test_incremental_rewards() -> None:
+    prompt = normal(B, seed=1)
+
+    def by_hand(b: int, scores: list[float]) -> list[float]:
+        before = [prompt[b].item(), *scores][:-1] if scores else []
+        return [score - previous for score, previous in zip(scores, before, strict=True)]
+
+    check(
+        lambda scores, mask, **bounds: credit.incremental_rewards(
+            scores, prompt.to(scores.dtype), mask, **bounds
+        ),
+        by_hand,
+        normal(B, R),
+    )
+
+
+def test_incremental_rewards_sum_to_what_the_response_added() -> None:
+    mask, scores, prompt = response_mask(), normal(B, R), normal(B, seed=1)
+    got = credit.incremental_rewards(poisoned(scores, mask), prompt, mask).sum(1)
+    for b in range(B):
+        live = mask[b].nonzero().flatten()
+        added = scores[b, live[-1]] - prompt[b] if len(live) else torch.zeros((), dtype=F64)
+        torch.testing.assert_close(got[b], added)
+
+
+def test_log_ratio_rewards() -> None:
+    check(
+        without_bounds(lambda *x: credit.log_ratio_rewards(*x, scale=0.25)),
+        lambda b, policy, ref: [0.25 * (x - y) for x, y in zip(policy, ref, strict=True)],
+        normal(B, R),
+        normal(B, R, seed=1),
+    )
+
+
+def test_discriminator_rewards() -> None:
+    check(
+        without_bounds(lambda *x: credit.discriminator_rewards(*x, validate=True)),
+        lambda b, good: [2 * p - 1 for p in good],
+        normal(B, R).sigmoid(),
+    )
+
+
+@pytest.mark.parametrize("cutoff", [-10.0, 0.3, 0.8, math.inf])
+def test_segment_rewards(cutoff: float) -> None:
+    mean, std = (0.4, -0.2), (-0.3, 1.5)
+
+    def by_hand(b: int, scores: list[float], entropy: list[float]) -> list[float]:
+        segments: list[list[int]] = [[]]
+        for j, h in enumerate(entropy):
+            segments[-1].append(j)
+            if h > cutoff:
+                segments.append([])
+        segments = [segment for segment in segments if segment]
+        rewards = []
+        for k, segment in enumerate(segments, start=1):
+            p = k / len(segments)
+            mu, sigma = (w * math.log(p) + bias for w, bias in (mean, std))
+            rewards += [(scores[segment[-1]] - mu) / sigma / len(segment)] * len(segment)
+        return rewards
+
+    check(
+        lambda *x, **bounds: credit.segment_rewards(*x, cutoff=cutoff, mean=mean, std=std, **bounds),
+        by_hand,
+        normal(B, R),
+        normal(B, R, seed=1).abs(),
+    )
+
+
+def test_segments_are_not_normalised_unless_asked() -> None:
+    scores, mask = torch.tensor([[1.0, 2.0, 4.0]]), torch.ones(1, 3)
+    got = credit.segment_rewards(scores, torch.tensor([[0.0, 3.0, 0.0]]), mask, cutoff=1.0)
+    torch.testing.assert_close(got, torch.tensor([[1.0, 1.0, 4.0]]))
+
+
+def test_centered() -> None:
+    check(
+        credit.centered,
+        lambda b, weights: [w - sum(weights) / len(weights) for w in weights],
+        normal(B, R),
+    )
+
+
+def test_centered_weights_leave_the_score_alone() -> None:
+    mask, score, weights = response_mask(), normal(B), normal(B, R, seed=1) * 50
+    rewards = shape_rewards(
+        score,
+        "uniform",
+        token_rewards=credit.centered(poisoned(weights, mask), mask),
+        response_mask=mask,
+        config=ShapingConfig(beta=1.0),
+    ).rewards
+    for b in range(B):
+        if not mask[b].any():
+            continue
+        live = weights[b, mask[b]]
+        torch.testing.assert_close(rewards[b, mask[b]], score[b] / len(live) + live - live.mean())
+        torch.testing.assert_close(rewards[b].sum(), score[b])
+
+
+# Gradient times input
+
+
+def cubic_score(inputs: Tensor, lengths: Tensor) -> Tensor:
+    """``sum of c[t] * x^3`` over the first positions: its gradient times its input is 3 times each term."""
+    axes = [1, 3] if inputs.ndim == 4 else [2]
+    per_token = inputs.pow(3).sum(axes) * torch.arange(1, S + 1)
+    return torch.where(torch.arange(S) < lengths[:, None], per_token, 0.0).sum(1)
+
+
+@pytest.mark.parametrize("shape", [(B, 2, S, 3), (B, S, 5)])
+@pytest.mark.parametrize("by", ["start", "index", "packed"])
+def test_gradient_weights(shape: tuple[int, ...], by: str) -> None:
+    mask, lengths = response_mask(), torch.tensor([14, 14, 14, 14, 14, 8])
+    inputs = normal(*shape).requires_grad_()
+    score = cubic_score(inputs, lengths)
+    terms = inputs.detach().pow(3).sum([1, 3] if len(shape) == 4 else [2]) * torch.arange(1, S + 1)
+    terms = 3 * terms.masked_fill(torch.arange(S) >= lengths[:, None], 0.0)
+    start = torch.tensor([0, 5, 3, 2, 4, 5])
+    places = start[:, None] + torch.arange(R)
+    kwargs: dict[str, Any] = {"response_start": start}
+    if by == "index":
+        places = places.flip(1)
+        places[4, 3] = -1
+        mask[4, 3] = True
+        kwargs = {"response_index": places}
+    want = torch.where(places < 0, 0.0, terms.gather(1, places.clamp(min=0))).masked_fill(~mask, 0.0)
+    if by == "packed":
+        bounds = torch.arange(0, B * R + 1, R, dtype=torch.int32)
+        got = credit.gradient_weights(
+            score, inputs, mask.flatten(), **kwargs, response_cu_seqlens=bounds
+        ).view(B, R)
+    else:
+        got = credit.gradient_weights(score, inputs, mask, **kwargs, validate=True)
+    torch.testing.assert_close(got, want)
+    assert got.dtype == F64
+    assert not got.requires_grad
+    assert inputs.grad is None
+
+
+def test_gradient_weights_of_a_row_out_of_range() -> None:
+    inputs = normal(2, S, 3).float().requires_grad_()
+    mask = torch.ones(2, 4)
+    mask[0, 3] = 0
+    start = torch.tensor([S - 3, S - 3])
+    got = credit.gradient_weights(inputs.pow(2).sum([1, 2]), inputs, mask, response_start=start)
+    want = 2 * inputs.detach().pow(2).sum(2)
+    torch.testing.assert_close(got[0], torch.cat([want[0, -3:], torch.zeros(1)]))
+    assert got[1].isnan().all()
+    assert got.dtype == torch.float32
+    with pytest.raises(ValueError, match="response_start: row 1"):
+        credit.gradient_weights(inputs.pow(2).sum([1, 2]), inputs, mask, response_start=start, validate=True)
+
+
+# Signed rollout
+
+
+def signed_layers(count: int, *, dtype: torch.dtype = F64, **options: Any) -> list[SignedLayer]:
+    layers = []
+    attended = torch.rand(B, S, generator=torch.Generator().manual_seed(9)) > 0.2
+    attended[:, :2] = attended[:, -1] = True
+    attended[3, -5:] = False
+    for i in range(count):
+        query, key = normal(B, 4, S, 8, seed=10 * i + 1), normal(B, 2, S, 8, seed=10 * i + 2)
+        inputs = AttentionInputs(query.to(dtype), key.to(dtype), 0.5, attention_mask=attended, **options)
+        value = normal(B, 2, S, 5, seed=10 * i + 3).masked_fill(~attended[:, None, :, None], math.nan)
+        pull = normal(B, 4, S, 5, seed=10 * i + 4) / 5
+        layers.append(SignedLayer(inputs, value.to(dtype), pull.to(dtype)))
+    return layers
+
+
+def signed_rollout_by_hand(layers: list[SignedLayer], b: int, position: int) -> Tensor:
+    r = torch.zeros(S, dtype=F64)
+    r[position] = 1
+    for inputs, value, pull in reversed(layers):
+        seq = reference._sequence(inputs, b)
+        attention = reference._attention_matrix(inputs, seq)
+        value = value[b].nan_to_num(0.0)
+        below = torch.zeros(S, dtype=F64)
+        for s in range(S):
+            if r[s] == 0:
+                continue
+            kept = r[s].clone()
+            for t in range(S):
+                share = sum(attention[h, s, t] * (pull[b, h, s] @ value[h // 2, t]) for h in range(4))
+                below[t] += r[s] * share
+                kept -= r[s] * share
+            below[s] += kept
+        r = below
+    return r
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "sliding_window": 5}])
+def test_signed_rollout(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, mask = signed_layers(2, **options), response_mask()
+    start = torch.full((B,), S - R)
+    got = credit.signed_rollout(layers, mask, response_start=start, validate=True)
+    for b in range(B):
+        r = signed_rollout_by_hand(layers, b, S - 6 if b == 3 else S - 1)
+        torch.testing.assert_close(r.sum(), torch.ones((), dtype=F64))
+        torch.testing.assert_close(got[b], r[S - R :].masked_fill(~mask[b], 0.0))
+    assert got.min() < 0
+    monkeypatch.setattr("attnshape._torch.SCORE_ELEMENTS", B * 4 * S * 3)
+    torch.testing.assert_close(credit.signed_rollout(layers, mask, response_start=start), got)
+
+
+def test_signed_rollout_of_packed_sequences() -> None:
+    layers, mask = signed_layers(2), response_mask()
+    start = torch.full((B,), S - R)
+    want = credit.signed_rollout(layers, mask, response_start=start)
+    bounds = torch.arange(0, B * S + 1, S, dtype=torch.int32)
+
+    def pack(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(0, 1)
+
+    packed = [
+        SignedLayer(
+            AttentionInputs(
+                pack(x.query),
+                pack(x.key),
+                x.scaling,
+                cu_seqlens=bounds,
+                attention_mask=x.attention_mask.flatten(),
+            ),
+            pack(value),
+            pack(pull),
+        )
+        for x, value, pull in layers
+    ]
+    torch.testing.assert_close(credit.signed_rollout(packed, mask, response_start=start), want)
+
+
+def test_heads_that_do_not_count_carry_nothing() -> None:
+    layers, mask = signed_layers(1), torch.ones(B, R)
+    start = torch.full((B,), S - R)
+    [(inputs, value, pull)] = layers
+    chosen = torch.tensor([1, 0, 0, 1])
+    masked = [
+        SignedLayer(
+            AttentionInputs(
+                inputs.query, inputs.key, 0.5, attention_mask=inputs.attention_mask, head_mask=chosen
+            ),
+            value,
+            pull.masked_fill(chosen[:, None, None] == 0, math.nan),
+        )
+    ]
+    silent = [SignedLayer(inputs, value, pull * chosen[:, None, None])]
+    torch.testing.assert_close(
+        credit.signed_rollout(masked, mask, response_start=start),
+        credit.signed_rollout(silent, mask, response_start=start),
+    )
+
+
+# All of them
+
+
+def test_all_sources_are_in_one_place() -> None:
+    for name in credit.__all__:
+        assert getattr(credit, name).__doc__
+
+
+def test_every_source_goes_into_shape_rewards() -> None:
+    mask, score = response_mask(), normal(B).float()
+    x = poisoned(normal(B, R).float(), mask)
+    start = torch.full((B,), S - R)
+    for weights in (
+        credit.uniform(mask),
+        credit.sparse(mask),
+        credit.signed_rollout(signed_layers(2, dtype=torch.float32), mask, response_start=start).abs(),
+    ):
+        shaped = shape_rewards(score, weights, response_mask=mask)
+        live = mask.any(1)
+        torch.testing.assert_close(shaped.rewards.sum(1)[live], score[live])
+    for rewards in (
+        credit.incremental_rewards(x, score, mask),
+        credit.log_ratio_rewards(x, x + 1, mask, scale=0.1),
+        credit.discriminator_rewards(x.sigmoid(), mask),
+        credit.segment_rewards(x, x.abs(), mask, cutoff=0.5),
+        credit.centered(x, mask),
+    ):
+        shaped = shape_rewards(torch.zeros(B), "sparse", token_rewards=rewards, values=x, response_mask=mask)
+        torch.testing.assert_close(shaped.rewards, rewards)
+        assert shaped.advantages.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
+def test_empty(shape: tuple[int, int]) -> None:
+    mask, x, row = torch.ones(shape), torch.ones(shape), torch.ones(shape[0])
+    for out in (
+        credit.uniform(mask),
+        credit.sparse(mask),
+        credit.incremental_rewards(x, row, mask),
+        credit.log_ratio_rewards(x, x, mask, scale=1.0),
+        credit.discriminator_rewards(x, mask, validate=True),
+        credit.segment_rewards(x, x, mask, cutoff=0.0),
+        credit.centered(x, mask),
+    ):
+        assert out.shape == shape
+
+
+def bad_calls() -> dict[str, Callable[[], object]]:
+    mask, x, row = torch.ones(2, 3), torch.ones(2, 3), torch.ones(2)
+    inputs = torch.ones(2, 5, 4, requires_grad=True)
+    place: dict[str, Any] = {"response_start": torch.zeros(2, dtype=torch.int32)}
+    [(layer, value, pull)] = signed_layers(1)
+    rows, from_zero = torch.ones(B, R), {"response_start": torch.zeros(B, dtype=torch.int32)}
+    segments = credit.segment_rewards
+    return {
+        "response_mask: got list": lambda: credit.uniform([[1]]),
+        "response_mask: got shape (3,)": lambda: credit.uniform(torch.ones(3)),
+        "response_mask: got shape (2, 3), want [M]": lambda: credit.sparse(
+            mask, response_cu_seqlens=torch.tensor([0, 6], dtype=torch.int32)
+        ),
+        "response_cu_seqlens: got torch.int64": lambda: credit.centered(
+            row, row, response_cu_seqlens=torch.tensor([0, 2])
+        ),
+        "token_scores: got shape (2, 4)": lambda: credit.incremental_rewards(torch.ones(2, 4), row, mask),
+        "prompt_score: got shape (1,), want (2,)": lambda: credit.incremental_rewards(x, row[:1], mask),
+        "token_scores: got torch.int64": lambda: credit.incremental_rewards(x.long(), row, mask),
+        "ref_logprobs: got NoneType": lambda: credit.log_ratio_rewards(x, None, mask, scale=1.0),
+        "scale: got nan": lambda: credit.log_ratio_rewards(x, x, mask, scale=math.nan),
+        "scale: got Tensor": lambda: credit.log_ratio_rewards(x, x, mask, scale=row),
+        "good: got shape (2,)": lambda: credit.discriminator_rewards(row, mask),
+        "good: got a value outside 0 to 1": lambda: credit.discriminator_rewards(2 * x, mask, validate=True),
+        "entropy: got shape": lambda: segments(x, row, mask, cutoff=1.0),
+        "cutoff: got nan": lambda: segments(x, x, mask, cutoff=math.nan),
+        "cutoff: got '2'": lambda: segments(x, x, mask, cutoff="2"),
+        "mean: got 1.0, want (w, b)": lambda: segments(x, x, mask, cutoff=1.0, mean=1.0),
+        "std: got inf": lambda: segments(x, x, mask, cutoff=1.0, std=(0.0, math.inf)),
+        "weights: got shape": lambda: credit.centered(row, mask),
+        "inputs: got tuple": lambda: credit.gradient_weights(row, (inputs,), mask, **place),
+        "inputs: got shape (2, 5)": lambda: credit.gradient_weights(row, inputs[..., 0], mask, **place),
+        "inputs: got a tensor without gradient": lambda: credit.gradient_weights(
+            row, inputs.detach(), mask, **place
+        ),
+        "score: got a tensor without a graph": lambda: credit.gradient_weights(row, inputs, mask, **place),
+        "score: got shape (3,)": lambda: credit.gradient_weights(torch.ones(3), inputs, mask, **place),
+        "inputs: got a tensor that the score does not depend on": lambda: credit.gradient_weights(
+            row.requires_grad_(), inputs, mask, **place
+        ),
+        "response_mask: got 2 rows, want 3": lambda: credit.gradient_weights(
+            row, torch.ones(3, 5, 4, requires_grad=True), mask, **place
+        ),
+        "response_start, response_index: got neither": lambda: credit.gradient_weights(row, inputs, mask),
+        "layers: got AttentionInputs": lambda: credit.signed_rollout(layer, rows, **from_zero),
+        "layers: got none, want one or more": lambda: credit.signed_rollout([], rows, **from_zero),
+        "layers[0].value: got shape": lambda: credit.signed_rollout(
+            [SignedLayer(layer, value[:, :1], pull)], rows, **from_zero
+        ),
+        "layers[0].pull: got shape": lambda: credit.signed_rollout(
+            [SignedLayer(layer, value, pull[..., :4])], rows, **from_zero
+        ),
+        "layers[0].inputs: got one query row": lambda: credit.signed_rollout(
+            [SignedLayer(AttentionInputs(layer.query[:, :, 0], layer.key, 0.5), value, pull)],
+            rows,
+            **from_zero,
+        ),
+        "response_start: row 0": lambda: credit.signed_rollout(
+            [SignedLayer(layer, value, pull)],
+            rows,
+            response_start=torch.full((B,), S),
+            validate=True,
+        ),
+    }
+
+
+@pytest.mark.parametrize("message", bad_calls())
+def test_bad_input(message: str) -> None:
+    with pytest.raises((ValueError, TypeError)) as error:
+        bad_calls()[message]()
+    assert message in str(error.value)
+
+
+# The page beside the code
+
+PAGE = Path(credit.__file__).with_name("CREDIT.md").read_text()
+
+
+def test_the_page_names_every_source() -> None:
+    table = PAGE.split("## Deep reward models")[0]
+    for name in credit.__all__:
+        assert f"{name}(" in table or f"`{name}`" in table, name
+
+
+def test_the_calls_on_the_page_run() -> None:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2, num_labels=1, pad_token_id=0
+    )
+    names: dict[str, Any] = {
+        "torch": torch,
+        "reward_model": transformers.GPT2ForSequenceClassification(config).eval(),
+        "input_ids": torch.randint(1, 50, (4, 12)),
+        "mask": torch.ones(4, 12, dtype=torch.long),
+        "response_mask": torch.ones(4, 5, dtype=torch.long),
+        "response_start": torch.full((4,), 7),
+        "values": torch.randn(4, 5),
+    }
+    for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+        exec(block, names)
+        score = names["score"].detach()
+        if "incremental" in block:
+            score = score - names["scores"][:, 6].detach()
+        torch.testing.assert_close(names["out"].rewards.sum(1), score)
+
+
+def test_costs_on_the_page_are_those_that_were_counted() -> None:
+    counted = json.loads((Path(__file__).parents[1] / "benchmarks/results/credit_cost.json").read_text())
+    lines = [line.split("|")[1:] for line in PAGE.splitlines() if line.startswith("| ")]
+    page = {cells[0].strip(): (cells[1].strip(), cells[2].strip()) for cells in lines}
+    names = {
+        "forward alone": "forward alone",
+        "last row": "last row; mean over layers; increments",
+        "mean over layers": "last row; mean over layers; increments",
+        "incremental (R3HF)": "last row; mean over layers; increments",
+        "value-weighted last row": "value-weighted last row",
+        "plain rollout": "plain rollout",
+        "norm-weighted rollout": "norm-weighted rollout",
+        "signed rollout": "signed rollout",
+        "gradient x value": "gradient × value, first layer",
+        "gradient x embedding": "gradient × embedding",
+    }
+    for source in {row["source"] for row in counted["rows"]}:
+        rows = sorted(
+            (row for row in counted["rows"] if row["source"] == source), key=lambda row: row["length"]
+        )
+        memory = ", ".join(f"{row['peak_bytes'] / 1e6:.1f}" for row in rows)
+        assert page[names[source]] == (f"{rows[-1]['flops_of_forward']:.2f}", memory), source
