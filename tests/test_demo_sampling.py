@@ -56,6 +56,8 @@ def test_only_models_it_computes() -> None:
     assert not can_sample(model(scale_attn_by_inverse_layer_idx=True))
     assert not can_sample(model(scale_attn_weights=False))
     llama = LlamaForCausalLM(
-        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+        LlamaConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8
+        )
     )
     assert not can_sample(llama.eval())

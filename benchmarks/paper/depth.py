@@ -140,7 +140,7 @@ def measure(model: Any, reward: RewardName, length: int, count: int = DOCUMENTS)
     out: dict[str, Any] = {"chance": round(chance, 4), "sources": {}}
     for name, source in SOURCES.items():
         begun = time.process_time()
-        weights = [source.compute(model, ids, attend, mask, start, _first)[1] for ids in batches]
+        weights = [source.compute(model, ids, attend, mask, start)[1] for ids in batches]
         seconds = time.process_time() - begun
         measures = agreement(torch.cat(weights), found.effects)
         out["sources"][name] = {
@@ -148,10 +148,6 @@ def measure(model: Any, reward: RewardName, length: int, count: int = DOCUMENTS)
             "cost": round(seconds / plain, 2),
         }
     return out
-
-
-def _first(logits: Tensor) -> Tensor:
-    return logits[:, 0]
 
 
 def agreement(weights: Tensor, effects: Tensor) -> dict[str, float]:

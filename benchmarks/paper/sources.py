@@ -20,13 +20,29 @@ Compute: TypeAlias = Callable[[Any, Tensor, Tensor, Tensor, Tensor, ScoreFunctio
 ``response_start`` ``[B]``, and what makes scores of its logits."""
 
 
+def first_label(logits: Tensor) -> Tensor:
+    return logits[:, 0]
+
+
 class Source(NamedTuple):
     """``forward`` and ``backward`` are passes through the reward model beyond the one that scores."""
 
-    compute: Compute
+    read: Compute
     signed: bool = False
     forward: str = "none"
     backward: str = "none"
+
+    def compute(
+        self,
+        model: Any,
+        ids: Tensor,
+        mask: Tensor,
+        response_mask: Tensor,
+        start: Tensor,
+        score_of: ScoreFunction = first_label,
+    ) -> Weights:
+        """Scores and weights; the score is the first label's logit unless ``score_of`` says otherwise."""
+        return self.read(model, ids, mask, response_mask, start, score_of)
 
 
 def _rows(all_layers: bool) -> Compute:
