@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadMo
 
 from attnshape.demo.corpus import build_tokenizer, vocabulary
 from attnshape.demo.run import REVIEWS_TRUTH, Setup, review_prompts
-from benchmarks.paper.testbed import Testbed
+from benchmarks.paper.testbed import Models
 
 
 def save_models(folder: Path, labels: int = 1, seed: int = 0) -> None:
@@ -36,7 +36,7 @@ def save_models(folder: Path, labels: int = 1, seed: int = 0) -> None:
     (folder / "prompts.jsonl").write_text("\n".join(lines))
 
 
-def tiny_testbed(folder: Path) -> Testbed:
+def tiny_models(folder: Path) -> Models:
     """The testbed on the models that ``save_models`` saved."""
     setup = Setup(
         str(folder / "policy"),
@@ -46,4 +46,4 @@ def tiny_testbed(folder: Path) -> Testbed:
         "cpu",
         REVIEWS_TRUTH,
     )
-    return Testbed({"testbed": setup})
+    return Models({"testbed": setup})

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from paper_models import save_models, tiny_testbed
+from paper_models import save_models, tiny_models
 from transformers import AutoModelForSequenceClassification
 
 import attnshape
@@ -17,7 +17,7 @@ Batch = tuple[ActorCritic, Judge, Rollout]
 def batch(tmp_path_factory: pytest.TempPathFactory) -> Batch:
     folder = tmp_path_factory.mktemp("models")
     save_models(folder)
-    setup = tiny_testbed(folder).setups["testbed"]
+    setup = tiny_models(folder).setups["testbed"]
     actor, judge = setup.load()
     judge.mean, judge.std = 0.5, 2.0
     torch.manual_seed(1)
@@ -144,7 +144,7 @@ def test_signed_gradients_leave_the_score_whole(batch: Batch) -> None:
 def test_rto_adds_log_ratios_in_the_scores_unit(batch: Batch, tmp_path: Path) -> None:
     actor, judge, rollout = batch
     save_models(tmp_path, seed=3)
-    dpo, _ = tiny_testbed(tmp_path).setups["testbed"].load()
+    dpo, _ = tiny_models(tmp_path).setups["testbed"].load()
     rule = source("RTO", beta=0.75, dpo=dpo)
     judged = rule(actor, judge, rollout)
     with torch.no_grad():

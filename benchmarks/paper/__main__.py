@@ -46,7 +46,7 @@ from benchmarks.paper.depth import DeepModel, RewardName, study
 from benchmarks.paper.page import fill, tables
 from benchmarks.paper.summary import Results, summarise, to_json
 from benchmarks.paper.sweep import RUNS, start_worker, sweep, todo
-from benchmarks.paper.testbed import DEPTH, Testbed, own_testbed
+from benchmarks.paper.testbed import DEPTH, Models, own_models
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "paper-cpu"
@@ -81,7 +81,7 @@ def _testbed(
     cache_dir: Path | None,
     out: Path,
     needed: Collection[str],
-) -> Testbed:
+) -> Models:
     given = {"--policy": policy, "--reward-model": reward_model, "--prompts": prompts}
     if not any(given.values()):
         with _bars() as bars:
@@ -92,7 +92,7 @@ def _testbed(
                     tasks[stage] = int(bars.add_task(f"training the {stage}", total=None))
                 bars.update(tasks[stage], completed=done)  # type: ignore[arg-type]
 
-            return own_testbed(needed, cache_dir, on_step)
+            return own_models(needed, cache_dir, on_step)
     if policy is None or reward_model is None or prompts is None:
         missing = ", ".join(name for name, value in given.items() if not value)
         raise typer.BadParameter(f"--policy, --reward-model and --prompts go together, got no {missing}")
@@ -101,7 +101,7 @@ def _testbed(
     parse_score_fn(score_fn)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     setup = Setup(policy, reward_model, read_prompts(prompts), score_fn, device, None)
-    return Testbed({"testbed": setup}, None if dpo_policy is None else partial(str, dpo_policy))
+    return Models({"testbed": setup}, None if dpo_policy is None else partial(str, dpo_policy))
 
 
 @contextmanager
@@ -117,7 +117,7 @@ def _bars() -> Iterator[Progress]:
         yield bars
 
 
-def _run(cells: list[Cell], testbed: Testbed, out: Path, workers: int) -> None:
+def _run(cells: list[Cell], testbed: Models, out: Path, workers: int) -> None:
     left = todo(cells, out)
     with _bars() as bars:
         total = bars.add_task("cells", total=len(cells), completed=len(cells) - len(left))

@@ -16,7 +16,7 @@ from attnshape.demo.ppo import Record
 from attnshape.demo.run import end_with_parent
 from attnshape.files import whole_file
 from benchmarks.paper.cells import Cell
-from benchmarks.paper.testbed import Testbed, run_cell
+from benchmarks.paper.testbed import Models, run_cell
 
 RUNS = "runs"
 
@@ -42,7 +42,7 @@ def write_run(result: dict[str, Any], cell: Cell, folder: Path) -> Path:
 
 def sweep(
     cells: Sequence[Cell],
-    testbed: Testbed,
+    testbed: Models,
     folder: Path,
     *,
     workers: int = 1,
@@ -87,5 +87,5 @@ def _start_child() -> None:
     start_worker()
 
 
-def _work(cell: Cell, testbed: Testbed, folder: Path) -> None:
+def _work(cell: Cell, testbed: Models, folder: Path) -> None:
     write_run(run_cell(cell, testbed), cell, folder)

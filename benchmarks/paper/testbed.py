@@ -58,7 +58,7 @@ DIGITS = 4
 
 
 @dataclass(frozen=True)
-class Testbed:
+class Models:
     """Models and prompts; those of the testbed itself, or a user's.
 
     ``setups`` has one for each of a cell's ``models``. ``dpo`` gives the folder or hub name of the policy
@@ -81,9 +81,9 @@ class Testbed:
         return ActorCritic(policy.to(self.setup(cell).device), AutoTokenizer.from_pretrained(name))
 
 
-def own_testbed(
+def own_models(
     needed: Collection[str], cache_dir: Path | None = None, on_step: OnStep | None = None
-) -> Testbed:
+) -> Models:
     """The testbed's own models, those of ``needed`` trained where they are not in the cache.
 
     Reward models of the depth study are taken where they are there: ``depth`` trains them.
@@ -95,7 +95,7 @@ def own_testbed(
         setups[LONG] = _setup(trained_models(LONG_MODELS, cache_dir, on_step)[0])
     for other in sorted((cache_dir / DEPTH).glob("* layers, seed *")):
         setups[other.name] = replace(setups["testbed"], reward_model=str(other))
-    return Testbed(setups, functools.partial(own_dpo, folder))
+    return Models(setups, functools.partial(own_dpo, folder))
 
 
 def _setup(folder: Path) -> Setup:
@@ -163,7 +163,7 @@ def _reference(setup: Setup, low: int, high: int, batch_size: int) -> Reference:
         return setup.reference(PPOConfig(batch_size=batch_size, new_tokens=high, min_new_tokens=low))
 
 
-def run_cell(cell: Cell, testbed: Testbed, on_step: Callable[[Record], None] | None = None) -> dict[str, Any]:
+def run_cell(cell: Cell, testbed: Models, on_step: Callable[[Record], None] | None = None) -> dict[str, Any]:
     """One PPO run; returns what its file holds.
 
     Scores are standardised on the initial policy's completions of the same length; recorded ones leave
