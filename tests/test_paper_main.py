@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def call(*arguments: object) -> tuple[int, str]:
     result = CliRunner().invoke(app, [str(a) for a in arguments])
-    return result.exit_code, " ".join(result.output.split())
+    return result.exit_code, " ".join(result.output.split()) or repr(result.exception)
 
 
 def own(folder: Path, out: Path) -> list[object]:
@@ -68,18 +68,17 @@ def test_rto_takes_a_dpo_policy(folder: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert isinstance(result.exception, ValueError)
     assert "RTO needs a DPO-trained policy" in str(result.exception)
-    assert call(*arguments, "--dpo-policy", folder / "policy")[0] == 0
+    result = CliRunner().invoke(app, [*map(str, arguments), "--dpo-policy", str(folder / "policy")])
+    assert "log-ratios to the policy are all alike" in str(result.exception)
+    save_models(tmp_path / "dpo", seed=3)
+    assert call(*arguments, "--dpo-policy", tmp_path / "dpo" / "policy")[0] == 0
 
 
 def test_summary_of_a_users_runs(folder: Path, tmp_path: Path) -> None:
     for method in ("sparse", "ABC"):
         for seed in (0, 1):
-            assert (
-                call(
-                    "cell", method, "--length", "8-16", "--seed", seed, "--steps", 11, *own(folder, tmp_path)
-                )[0]
-                == 0
-            )
+            options = ["--length", "8-16", "--seed", seed, "--steps", 11]
+            assert call("cell", method, *options, *own(folder, tmp_path))[0] == 0
     for path in (tmp_path / "runs").rglob("*.json"):  # as if they had been run in full
         path.write_text(path.read_text().replace('"steps": 11', '"steps": 100'))
     status, printed = call("summary", "--out", tmp_path)

@@ -242,7 +242,8 @@ def summary(*, out: Out = RESULTS) -> None:
         filled = fill(page.read_text(encoding="utf-8"), made)
         with whole_file(page) as file:
             file.write(filled)
-    console.print(Markdown("\n\n".join(f"## {name}\n\n{table}" for name, table in made.items())))
+    console.print(Markdown(made["claims"]))
+    console.print(f"summary.json and figures in {out}")
 
 
 if __name__ == "__main__":

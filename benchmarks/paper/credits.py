@@ -174,7 +174,10 @@ class LogRatio:
         logprobs, ref_logprobs = (model(rollout, 0)[0] for model in (self.dpo, self.reference))
         ratio = credit.log_ratio_rewards(logprobs, ref_logprobs, rollout.response_mask, scale=1.0)
         if self.scale is None:
-            self.scale = self.beta / ratio.sum(1).std().item()
+            spread = ratio.sum(1).std().item()
+            if not spread > 0:
+                raise ValueError("dpo: its log-ratios to the policy are all alike, want a policy after DPO")
+            self.scale = self.beta / spread
         return Judgement(
             score, "sparse", token_rewards=self.scale * ratio, redistributed=(1 - self.beta) * score
         )

@@ -38,6 +38,11 @@ def _figure(panels: int, title: str) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
+def _legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize="x-small")
+
+
 def _curves(axes: Axes, runs: Sequence[Run], curve: str, label: str) -> None:
     """Mean over seeds of 5-step means, with two standard errors."""
     ys = np.array([smooth(run.curves[curve]) for run in runs])
@@ -58,11 +63,11 @@ def learning(results: Results, path: Path) -> None:
         for method in COLORS:
             runs = results.of(method, length)  # type: ignore[arg-type]
             if runs:
-                _curves(one, runs, "true_reward" if one is not axes[2] else "kl", method)
+                _curves(one, runs, "kl" if one is axes[2] else runs[0].objective, method)
         kind = "KL to the initial policy" if one is axes[2] else "true reward"
         one.set_title(f"{kind}, {length} tokens", fontsize="medium")
         one.set_xlabel("PPO step")
-    axes[0].legend(frameon=False, fontsize="x-small")
+    _legend(axes[0])
     figure.savefig(path, dpi=130)
 
 
@@ -87,7 +92,7 @@ def lengths(results: Results, paper: dict[str, Any], path: Path) -> None:
     ours.set_title("here: true reward", fontsize="medium")
     for axes in (theirs, ours):
         axes.set_xlabel("new tokens")
-    theirs.legend(frameon=False)
+    _legend(theirs)
     figure.savefig(path, dpi=130)
 
 
@@ -118,11 +123,14 @@ def beta(results: Results, betas: Sequence[float], paper: dict[str, Any], path: 
     for method in COLORS:
         runs = results.of(method, HEADLINE)  # type: ignore[arg-type]
         if runs:
-            x, y = (np.mean([smooth(r.curves[c]) for r in runs], axis=0) for c in ("kl", "true_reward"))
+            x, y = (
+                np.mean([smooth(c) for c in curves], axis=0)
+                for curves in ([r.curves["kl"] for r in runs], [r.rewards for r in runs])
+            )
             kl.plot(x, y, color=COLORS[method], label=method)
     kl.set_xlabel("KL to the initial policy")
     kl.set_title("true reward against KL, 40-60 tokens", fontsize="medium")
-    kl.legend(frameon=False, fontsize="x-small")
+    _legend(kl)
     figure.savefig(path, dpi=130)
 
 
@@ -137,12 +145,12 @@ def credit(results: Results, summary: dict[str, Any], path: Path) -> None:
             y = [depths[n]["sources"][name]["precision_at_k"][0] for n in columns]
             depth.plot(x, y, marker="o", label=name, color=f"C{i}")
         depth.plot(x, [depths[n]["chance"] for n in columns], "k:", label="chance")
-        depth.legend(frameon=False, fontsize="x-small")
+        _legend(depth)
     depth.set_xlabel("layers of the reward model")
     depth.set_title("precision at k, 50 tokens", fontsize="medium")
     names: list[Method] = [m for m in COLORS if m != "uniform"]  # type: ignore[misc]
     for method in names:
-        runs = results.of(method, HEADLINE)
+        runs = [r for r in results.of(method, HEADLINE) if "precision_at_k" in r.curves]
         if runs:
             p = [np.nanmean(r.curves["precision_at_k"]) for r in runs]
             y = [r.mean() for r in runs]
@@ -150,5 +158,5 @@ def credit(results: Results, summary: dict[str, Any], path: Path) -> None:
             speed.scatter([np.mean(p)], [np.mean(y)], s=70, color=COLORS[method], label=method)
     speed.set_xlabel("precision at k during PPO")
     speed.set_title("mean true reward, 40-60 tokens", fontsize="medium")
-    speed.legend(frameon=False, fontsize="x-small")
+    _legend(speed)
     figure.savefig(path, dpi=130)
