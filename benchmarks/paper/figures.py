@@ -56,9 +56,7 @@ def _curves(axes: Axes, runs: Sequence[Run], curve: str, label: str) -> None:
 
 def learning(results: Results, path: Path) -> None:
     """Learning curves of every method, at the length of the headline and at the paper's."""
-    figure, axes = _figure(
-        3, "True reward over PPO steps; mean over seeds (their number) ± 2 standard errors"
-    )
+    figure, axes = _figure(3, "Mean over seeds (their number) ± 2 standard errors; 5-step means")
     for one, length in zip(axes, (HEADLINE, PAPER, HEADLINE), strict=True):
         for method in COLORS:
             runs = results.of(method, length)  # type: ignore[arg-type]
@@ -67,6 +65,8 @@ def learning(results: Results, path: Path) -> None:
         kind = "KL to the initial policy" if one is axes[2] else "true reward"
         one.set_title(f"{kind}, {length} tokens", fontsize="medium")
         one.set_xlabel("PPO step")
+        if not one.lines:
+            one.text(0.5, 0.5, "not run yet", ha="center", transform=one.transAxes)
     _legend(axes[0])
     figure.savefig(path, dpi=130)
 
@@ -145,7 +145,7 @@ def credit(results: Results, summary: dict[str, Any], path: Path) -> None:
             y = [depths[n]["sources"][name]["precision_at_k"][0] for n in columns]
             depth.plot(x, y, marker="o", label=name, color=f"C{i}")
         depth.plot(x, [depths[n]["chance"] for n in columns], "k:", label="chance")
-        _legend(depth)
+        depth.legend(frameon=False, fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     depth.set_xlabel("layers of the reward model")
     depth.set_title("precision at k, 50 tokens", fontsize="medium")
     names: list[Method] = [m for m in COLORS if m != "uniform"]  # type: ignore[misc]
