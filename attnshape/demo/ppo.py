@@ -405,7 +405,8 @@ def train(
             effects = truth.response_effects(actor, rollout)
             rewards = truth.rewards(actor, rollout)
             record["true_reward"] = sum(rewards) / len(rewards)
-            record.update(mean_agreement(shaped.credit.cpu(), effects, mask.cpu()))
+            dense = shaped.credit if judgement.token_rewards is None else judgement.token_rewards.abs()
+            record.update(mean_agreement(dense.cpu(), effects, mask.cpu()))
         records.append(record)
         if on_step:
             on_step(record)
