@@ -112,7 +112,7 @@ def true_reward(words: Sequence[str]) -> float:
 
 def leave_one_out(words: Sequence[str]) -> list[float]:
     """How much the true reward falls when each word is deleted: the truth that credit is compared with."""
-    effects = []
+    effects: list[float] = []
     for sentence, following in itertools.pairwise([*_sentences(words), []]):
         joined = tuple(following) if sentence and sentence[-1] == STOP else ()
         effects += _deletions(tuple(sentence), joined)
@@ -123,7 +123,7 @@ def leave_one_out(words: Sequence[str]) -> list[float]:
 def _deletions(sentence: tuple[str, ...], following: tuple[str, ...]) -> tuple[float, ...]:
     """Effect of deleting each word; without its stop a sentence runs on into the following one."""
     reward = true_reward(sentence)
-    effects = []
+    effects: list[float] = []
     for i, word in enumerate(sentence):
         rest = (*sentence[:i], *sentence[i + 1 :])
         if word == STOP:

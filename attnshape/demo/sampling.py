@@ -7,6 +7,7 @@ its time there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +15,13 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 
-def can_sample(model: object) -> bool:
+def can_sample(model: Any) -> bool:
     """Whether ``sample_gpt2`` computes what this model does."""
     if type(model) is not GPT2LMHeadModel:
         return False
     config = model.config
     plain = not (config.add_cross_attention or config.scale_attn_by_inverse_layer_idx)
-    return plain and config.scale_attn_weights and not model.training
+    return bool(plain and config.scale_attn_weights and not model.training)
 
 
 @torch.inference_mode()

@@ -32,7 +32,7 @@ from attnshape.demo.models import (
     default_cache_dir,
     trained_models,
 )
-from attnshape.demo.ppo import ActorCritic, Record, train
+from attnshape.demo.ppo import ActorCritic, PPOConfig, Record, train
 from attnshape.demo.run import REVIEWS_TRUTH, Reference, Setup, review_prompts
 from benchmarks.paper.cells import LONG, Cell
 from benchmarks.paper.credits import source_for
@@ -157,8 +157,6 @@ def _sequence_logprobs(model: GPT2LMHeadModel, ids: Tensor) -> Tensor:
 
 @functools.lru_cache
 def _reference(setup: Setup, low: int, high: int, batch_size: int) -> Reference:
-    from attnshape.demo.ppo import PPOConfig
-
     with torch.random.fork_rng():
         return setup.reference(PPOConfig(batch_size=batch_size, new_tokens=high, min_new_tokens=low))
 
