@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from attnshape.demo.results import smooth
-from benchmarks.paper.cells import HEADLINE, LENGTHS, MAIN, PAPER, Method
+from benchmarks.paper.cells import HEADLINE, LAM, LENGTHS, MAIN, PAPER, Length, Method
 from benchmarks.paper.summary import Results, Run
 
 COLORS: dict[str, str] = {
@@ -55,18 +55,27 @@ def _curves(axes: Axes, runs: Sequence[Run], curve: str, label: str) -> None:
 
 
 def learning(results: Results, path: Path) -> None:
-    """Learning curves of every method, at the length of the headline and at the paper's."""
-    figure, axes = _figure(3, "Mean over seeds (their number) ± 2 standard errors; 5-step means")
-    for one, length in zip(axes, (HEADLINE, PAPER, HEADLINE), strict=True):
+    """Learning curves of every method at both lengths and at lambda 1, and the KL they cost."""
+    panels: list[tuple[str, Length, dict[str, Any]]] = [
+        ("reward", PAPER, {}),
+        ("reward", HEADLINE, {}),
+        ("reward", HEADLINE, {"lam": 1.0}),
+        ("kl", HEADLINE, {}),
+    ]
+    figure, axes = _figure(len(panels), "Mean over seeds (their number) ± 2 standard errors; 5-step means")
+    for one, (curve, length, settings) in zip(axes, panels, strict=True):
         for method in COLORS:
-            runs = results.of(method, length)  # type: ignore[arg-type]
+            runs = results.of(method, length, **settings)  # type: ignore[arg-type]
             if runs:
-                _curves(one, runs, "kl" if one is axes[2] else runs[0].objective, method)
-        kind = "KL to the initial policy" if one is axes[2] else "true reward"
-        one.set_title(f"{kind}, {length} tokens", fontsize="medium")
+                _curves(one, runs, runs[0].objective if curve == "reward" else curve, method)
+        kind = "true reward" if curve == "reward" else "KL to the initial policy"
+        one.set_title(f"{kind}, {length} tokens, lambda {settings.get('lam', LAM):g}", fontsize="medium")
         one.set_xlabel("PPO step")
         if not one.lines:
             one.text(0.5, 0.5, "not run yet", ha="center", transform=one.transAxes)
+    rewards = axes[1:3]
+    for one in rewards:
+        one.set_ylim(min(a.get_ylim()[0] for a in rewards), max(a.get_ylim()[1] for a in rewards))
     _legend(axes[0])
     figure.savefig(path, dpi=130)
 

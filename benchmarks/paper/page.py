@@ -33,7 +33,7 @@ def tables(summary: Summary, paper: dict[str, Any]) -> dict[str, str]:
         "coverage": coverage(summary["coverage"]),
         "claims": claims(summary["claims"]),
         "learning rates": learning_rates(summary["learning rates"]),
-        "kl": reward_at_kl(summary["methods 40-60"]),
+        "kl": reward_at_kl(summary["KL"]),
         "paper": paper_table(paper),
         "beside the paper": beside(summary["lengths"], paper),
     }

@@ -275,6 +275,10 @@ def summarise(results: Results) -> dict[str, Any]:
         "beta": betas,
         "shifted scores": shifts,
         "deep reward model": deep,
+        "KL": {
+            **{m: group(results.of(m, HEADLINE)) for m in (*MAIN, *CONTROLS)},
+            **{f"{m}, lambda 1": group(results.of(m, HEADLINE, lam=1.0)) for m in MAIN},
+        },
         "credit by depth": credit_by_depth(results),
         "claims": claims(results),
     }
@@ -356,9 +360,20 @@ def claims(results: Results) -> list[dict[str, Any]]:
         sparse = of("sparse", lam=best[0], lr=best[1])
         text = f"ABC is ahead of sparse at sparse's best (lambda {best[0]:g}, lr {best[1]:g}), 40-60 tokens"
         out.append(claim(text, paired(of("ABC"), sparse)))
-    out.append(
-        claim("ABC is ahead of sparse at lambda 1, 40-60 tokens", paired(of("ABC"), of("sparse", lam=1.0)))
-    )
+    out += [
+        claim(
+            "ABC at lambda .95 is ahead of sparse at lambda 1, 40-60 tokens",
+            paired(of("ABC"), of("sparse", lam=1.0)),
+        ),
+        claim(
+            "ABC at lambda 1 is ahead of sparse at lambda 1, 40-60 tokens",
+            paired(of("ABC", lam=1.0), of("sparse", lam=1.0)),
+        ),
+        claim(
+            "ABC at lambda 1 ends above sparse at lambda 1 (last 10 steps), 40-60 tokens",
+            paired(of("ABC", lam=1.0), of("sparse", lam=1.0), Run.end),
+        ),
+    ]
     for length in (HEADLINE, PAPER):
         for other in ("uniform", *CONTROLS):
             text = f"ABC is ahead of {other}, {length} tokens"
