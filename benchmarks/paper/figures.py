@@ -129,6 +129,7 @@ def beta(results: Results, betas: Sequence[float], paper: dict[str, Any], path: 
     ours.set_title("here: mean true reward, 8-16 tokens", fontsize="medium")
     for axes in (theirs, ours):
         axes.set_xlabel("beta")
+        axes.set_xlim(-0.05, 1.05)
     for method in COLORS:
         runs = results.of(method, HEADLINE)  # type: ignore[arg-type]
         if runs:
