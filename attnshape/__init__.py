@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from attnshape.alignment import Alignment, align, align_texts
+from attnshape.alignment import Alignment, align, align_texts, decoded_spans
 from attnshape.ops import (
     attention_column_credit,
     attention_credit,
@@ -33,6 +33,7 @@ __all__ = [
     "attention_credit",
     "attention_rollout",
     "attention_row",
+    "decoded_spans",
     "gae",
     "redistribute",
     "shape_rewards",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from attnshape.types import (
     Attention,
     AttentionInputs,
     CreditName,
+    MaskLayout,
     Response,
     ShapingConfig,
     SignedLayer,
@@ -35,7 +36,8 @@ CHOICES = {
     "on_nan": ("propagate", "zero_row"),
     "variant": ("mean", "last"),
     "shift": (0, 1),
-    "eps_mode": ("add", "clamp"),
+    "eps_mode": ("add", "clamp", "add_to_std"),
+    "mask_layout": ("any", "response", "prefix", "rolled"),
 }
 
 
@@ -279,11 +281,21 @@ def check_gae(
         _check_unit("lam_value", lam_value, batch, mask)
 
 
-def check_config(config: ShapingConfig, batch: int, mask: Tensor) -> None:
+def check_zero_masked(zero_masked: bool, response: Response) -> None:
+    if not zero_masked and response.cu_seqlens is not None:
+        raise ValueError(
+            "zero_masked: got False with packed tokens, want padded ones, [B, R], as verl, TRL, OpenRLHF, "
+            "NeMo-RL and AReaL lay them out, whose presets set it"
+        )
+
+
+def check_config(config: ShapingConfig, batch: int, response: Response) -> None:
     if not isinstance(config, ShapingConfig):
         raise TypeError(f"config: got {type(config).__name__}, want ShapingConfig")
+    mask = response.mask
     check_gae(config.gamma, config.lam, config.lam_value, config.mask_semantics, batch, mask)
-    for name in ("normalization", "kl_estimator", "on_nan"):
+    check_zero_masked(config.zero_masked, response)
+    for name in ("normalization", "kl_estimator", "on_nan", "mask_layout"):
         check_choice(name, getattr(config, name))
     if not math.isfinite(config.beta):
         raise ValueError(f"beta: got {config.beta}, want a finite number")
@@ -356,7 +368,7 @@ def check_number(name: str, x: object) -> None:
         raise ValueError(f"{name}: got {x}, want a finite number")
 
 
-def check_inputs(name: str, x: object) -> None:
+def check_differentiable(name: str, x: object) -> None:
     """What ``credit.gradient_weights`` differentiates by: values or embeddings."""
     x = _is_tensor(name, x)
     _has_dtype(name, x, FLOATS)
@@ -449,3 +461,48 @@ def validate_response(response: Response, lengths: Sequence[int] | None, score_i
                     f"response_start: row {b} starts at {start} and its last unmasked token lies at "
                     f"{start + last}, want positions within 0:{lengths[b]}"
                 )
+
+
+LAYOUTS = {
+    "response": (
+        "is masked",
+        "the response alone, as in verl; tensors of the whole sequence are those of TRL 0.11, OpenRLHF, "
+        "NeMo-RL and AReaL",
+    ),
+    "prefix": (
+        "is masked and a later one is not",
+        "every token of the response unmasked, as in slime and TRL 1.12, with the loss mask for whiten alone",
+    ),
+    "rolled": (
+        "is unmasked",
+        "masks rolled by -1, so that the last token is nobody's, as in AReaL's _compute_advantages",
+    ),
+}
+"""What is wrong with a token, and what each ``mask_layout`` wants."""
+
+
+def validate_layout(response: Response, layout: MaskLayout) -> None:
+    """Raises where a row's mask belongs to another framework's layout."""
+    if layout == "any":
+        return
+    got, want = LAYOUTS[layout]
+    for b, live in enumerate(_rows_of(response)):
+        if not live.any():
+            continue
+        if layout == "rolled":
+            wrong = [len(live) - 1] if live[-1] else []
+        else:
+            holes = (~live).nonzero().flatten().tolist()
+            wrong = [t for t in holes[:1] if (t == 0 if layout == "response" else live[t:].any())]
+        if wrong:
+            raise ValueError(f"response_mask: token {wrong[0]} of row {b} {got}, want {want}")
+
+
+def _rows_of(response: Response) -> Iterator[Tensor]:
+    """Whether each token of a row is unmasked, row after row, on the CPU."""
+    live = response.mask.cpu() != 0
+    if response.cu_seqlens is None:
+        yield from live
+    else:
+        for lo, hi in itertools.pairwise(response.cu_seqlens.tolist()):
+            yield live[lo:hi]

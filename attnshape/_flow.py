@@ -12,17 +12,22 @@ from torch.utils.hooks import RemovableHandle
 from attnshape.types import compute_dtype
 
 
-class Moved(NamedTuple):
-    """Of one forward, before packed sequences are told apart: ``[B, ...]`` over all positions."""
+class Norms(NamedTuple):
+    """How much a layer moves; ``[B, ...]`` over all positions, packed sequences not told apart."""
+
+    value: Tensor
+    """``|W_O,h v[h, t]|``, ``[B, Hq, S]``."""
+    residual: Tensor
+    """``|x[s]|``, ``[B, S]``, divided by the factor that the layer puts on what its attention adds."""
+
+
+class Pulls(NamedTuple):
+    """Which way a layer moves what, laid out likewise."""
 
     value: Tensor
     """``[B, Hkv, S, Dv]``, the layer's own, by reference."""
-    value_norm: Tensor
-    """``|W_O,h v[h, t]|``, ``[B, Hq, S]``."""
-    residual_norm: Tensor
-    """``|x[s]|``, ``[B, S]``, divided by the factor that the layer puts on what its attention adds."""
-    pull: Tensor | None
-    """``W_O,h^T y[s] / |y[s]|^2``, ``[B, Hq, S, Dv]``, where it was asked for."""
+    pull: Tensor
+    """``W_O,h^T y[s] / |y[s]|^2``, ``[B, Hq, S, Dv]``."""
 
 
 class Flow:
@@ -36,7 +41,7 @@ class Flow:
     Args:
         attention: the attention module.
         layer: the module that it is part of, which is called with the residual stream.
-        signed: whether ``Moved.pull`` is needed.
+        signed: whether it measures ``Pulls`` instead of ``Norms``.
         is_watched: whether the forward that is under way is one to look at.
     """
 
@@ -46,7 +51,7 @@ class Flow:
         self._attention, self._layer = attention, layer
         self._signed, self._is_watched = signed, is_watched
         self._handles: list[RemovableHandle] = []
-        self.moved: Moved | ValueError | None = None
+        self.moved: Norms | Pulls | ValueError | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -105,7 +110,7 @@ class Flow:
             self._forget()
 
     @torch.no_grad()
-    def _measure(self) -> Moved:
+    def _measure(self) -> Norms | Pulls:
         stream, value, heads, out, added = self._stream, self._value, self._heads, self._out, self._added
         projection, projected = self._projection or (None, None)
         if (
@@ -121,27 +126,25 @@ class Flow:
                 f"source: {type(self._attention).__name__} does not pass on what its heads give as it is, so "
                 "its output projection is not known; want source='attention' or a gradient source"
             )
-        dtype = compute_dtype(value)
         hq, width = heads.shape[-2:]
         # The columns of the projection, whatever kind of module it is (LoRA, quantised).
         basis = torch.eye(hq * width, dtype=heads.dtype, device=heads.device)
-        bias = projection.forward(torch.zeros_like(basis[:1]))
-        weight = (projection.forward(basis) - bias).to(dtype)
-        by_head = weight.view(hq, width, -1)
-        gram = by_head @ by_head.mT  # |W_O v|^2 = v^T (W_O^T W_O) v
-        v = value.to(dtype).repeat_interleave(hq // value.shape[1], 1)
-        value_norm = ((v @ gram) * v).sum(-1).clamp(min=0).sqrt()
-        constant = getattr(self._layer, "residual_multiplier", 1.0)
-        before, after = (x.to(dtype).norm(dim=-1) for x in (out, added))
-        factor = constant * torch.where(before > 0, after / before, 1.0)
-        residual_norm = stream.to(dtype).norm(dim=-1) / factor
-        pull = None
-        if self._signed:
-            y = stream.to(dtype) + constant * added.to(dtype)
-            square = y.square().sum(-1).clamp(min=torch.finfo(dtype).tiny)
-            pull = (y @ weight.mT) * (factor / square)[..., None]
-            pull = pull.unflatten(-1, (hq, width)).transpose(1, 2)
-        return Moved(value, value_norm, residual_norm, pull)
+        columns = projection.forward(basis) - projection.forward(torch.zeros_like(basis[:1]))
+        with torch.autocast(value.device.type, enabled=False):
+            dtype = compute_dtype(value)
+            weight, stream, out, added = (x.to(dtype) for x in (columns, stream, out, added))
+            constant = getattr(self._layer, "residual_multiplier", 1.0)
+            before, after = out.norm(dim=-1), added.norm(dim=-1)
+            factor = constant * torch.where(before > 0, after / before, 1.0)
+            if self._signed:
+                y = stream + constant * added
+                square = y.square().sum(-1).clamp(min=torch.finfo(dtype).tiny)
+                pull = (y @ weight.mT) * (factor / square)[..., None]
+                return Pulls(value, pull.unflatten(-1, (hq, width)).transpose(1, 2))
+            by_head = weight.view(hq, width, -1)
+            gram = by_head @ by_head.mT  # |W_O v|^2 = v^T (W_O^T W_O) v
+            v = value.to(dtype).repeat_interleave(hq // value.shape[1], 1)
+            return Norms(((v @ gram) * v).sum(-1).clamp(min=0).sqrt(), stream.norm(dim=-1) / factor)
 
 
 def _same(given: object, x: Tensor | None) -> bool:

@@ -64,6 +64,8 @@ def flatten(x: object, leaves: Leaves) -> str:
         return f'"{x}"'
     if isinstance(x, list | tuple):
         return "[" + ",".join([flatten(item, leaves) for item in x]) + "]"
+    if isinstance(x, dict):
+        return '{"dict":' + flatten([list(x), list(x.values())], leaves) + "}"
     if isinstance(x, dist.ProcessGroup):
         return '{"ProcessGroup":["' + x.group_name + '"]}'
     if type(x) not in FIELDS:
@@ -84,6 +86,8 @@ def unflatten(structure: str, leaves: Leaves) -> Any:
         if isinstance(x, list):
             return tuple(build(item) for item in x)
         [(name, items)] = x.items()
+        if name == "dict":
+            return dict(zip(*build(items), strict=True))
         if name == "ProcessGroup":
             return dist.distributed_c10d._resolve_process_group(items[0])
         return CLASSES[name](**dict(zip(FIELDS[CLASSES[name]], build(items), strict=True)))

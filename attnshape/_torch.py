@@ -6,9 +6,10 @@ Arguments are checked by ``attnshape.ops``. Packed layouts are padded first and 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +18,12 @@ from attnshape.types import (
     MIN_MASS,
     AttentionInputs,
     CreditName,
+    EpsMode,
     MaskSemantics,
     Normalization,
     Response,
     RowStats,
+    ScoreIndex,
     ShapedRewards,
     ShapingConfig,
     Status,
@@ -36,6 +39,8 @@ SCORE_ELEMENTS = 1 << 24
 """Attention weights held at once while columns are summed."""
 SCAN_CHUNK = 32
 """Tokens of the recurrence that one triangular product covers."""
+BLOCK = 1 << 16
+"""Tokens that a CPU thread shapes at once: what is held of them stays in its cache."""
 
 
 def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -83,10 +88,55 @@ class _Packing:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class _Mask:
+    """Unmasked tokens of some rows; on a CPU integers are several times as fast as booleans."""
+
+    live: Tensor  # [n, R] bool
+
+    @functools.cached_property
+    def full(self) -> bool:
+        return not self.live.numel() or bool(self.live.view(torch.uint8).amin())
+
+    @functools.cached_property
+    def kept(self) -> Tensor:
+        """int32 ``[n, R]``: every bit set where a token is unmasked, none elsewhere."""
+        return self.live.view(torch.int8).neg().to(torch.int32)
+
+    def select(self, x: Tensor) -> Tensor:
+        """``x`` where unmasked, else 0; ``x`` itself where nothing is masked."""
+        if self.full:
+            return x
+        kept = self.kept.to(torch.int64) if x.element_size() == 8 else self.kept
+        return (x.view(kept.dtype) & kept).view(x.dtype)
+
+    @functools.cached_property
+    def count(self) -> Tensor:
+        """Unmasked tokens of each row, ``[n]``."""
+        return self.live.view(torch.uint8).sum(1, dtype=torch.int32)
+
+    @functools.cached_property
+    def last(self) -> Tensor:
+        """Last unmasked token of each row, ``[n]``; -1 if there is none."""
+        rows, width = self.live.shape
+        if self.full:
+            return torch.full((rows,), width - 1, device=self.live.device)
+        t = torch.arange(1, width + 1, dtype=torch.int32, device=self.live.device)
+        return (self.kept & t).amax(1).long() - 1
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether an unmasked token follows a masked one."""
+        if self.full or self.live.shape[1] < 2:
+            return False
+        tokens = self.live.view(torch.uint8)
+        return bool((tokens[:, 1:] > tokens[:, :-1]).view(torch.uint8).amax())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Rows:
     """Response tokens in padded form."""
 
-    live: Tensor  # [B, R] bool
+    mask: Tensor  # [B, R], any dtype
     start: Tensor | None
     index: Tensor | None
     packing: _Packing | None
@@ -94,45 +144,71 @@ class _Rows:
 
     @classmethod
     def of(cls, response: Response) -> _Rows:
-        live, index = response.mask.bool(), response.index
+        mask, index = response.mask, response.index
         if response.cu_seqlens is None:
-            return cls(live, response.start, index, None, live.shape)
-        packing = _Packing.of(response.cu_seqlens, live.shape[0])
+            return cls(mask, response.start, index, None, mask.shape)
+        packing = _Packing.of(response.cu_seqlens, mask.shape[0])
         return cls(
-            packing.pad(live) & packing.inside,
+            packing.pad(mask.bool()) & packing.inside,
             response.start,
             None if index is None else packing.pad(index),
             packing,
-            live.shape,
+            mask.shape,
         )
 
-    def pad(self, x: Tensor) -> Tensor:
-        return x if self.packing is None else self.packing.pad(x)
+    @functools.cached_property
+    def live(self) -> Tensor:
+        """``[B, R]`` bool."""
+        return self.mask.bool()
+
+    def pad(self, x: Tensor | None) -> Tensor | None:
+        return x if x is None or self.packing is None else self.packing.pad(x)
 
     @property
     def invalid(self) -> Tensor:
         """``[B]``: rows whose bounds are out of range."""
         if self.packing is None:
-            return torch.zeros(len(self.live), dtype=torch.bool, device=self.live.device)
+            return torch.zeros(len(self.mask), dtype=torch.bool, device=self.mask.device)
         return ~self.packing.valid
 
     def restore(self, x: Tensor) -> Tensor:
         return x if self.packing is None else self.packing.pack(x, self.shape[0])
 
     @property
-    def last(self) -> Tensor:
-        """Last unmasked token of each row, ``[B]``; -1 if there is none."""
-        width = self.live.shape[1]
-        if not width:
-            return torch.full((len(self.live),), -1, device=self.live.device)
-        return (self.live * torch.arange(1, width + 1, device=self.live.device)).amax(1) - 1
+    def lengths(self) -> Tensor:
+        """Tokens of each row, masked ones too, ``[B]``."""
+        if self.packing is not None:
+            return self.packing.inside.sum(1)
+        return torch.full((len(self.mask),), self.mask.shape[1], device=self.mask.device)
 
     def key_positions(self) -> Tensor:
         """``[B, R]``; -1 where a token has no key."""
         if self.index is not None:
             return self.index.long()
         assert self.start is not None
-        return self.start.long()[:, None] + torch.arange(self.live.shape[1], device=self.live.device)
+        return self.start.long()[:, None] + torch.arange(self.mask.shape[1], device=self.mask.device)
+
+
+def _in_blocks(compute: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> list[Tensor]:
+    """What ``compute`` returns of all rows, called on some rows of the arguments at a time.
+
+    Tensors of the arguments and of the results have rows first; the first argument is ``[B, R]``. Results
+    have memory of their own.
+    """
+    rows, width = arguments[0].shape
+    step = rows
+    if arguments[0].device.type == "cpu":
+        step = torch.get_num_threads() * BLOCK // max(width, 1)
+    if step >= rows:
+        return list(compute(*arguments))
+    whole: list[Tensor] = []
+    for lo in range(0, rows, max(step, 1)):
+        block = slice(lo, lo + max(step, 1))
+        parts = compute(*[x[block] if isinstance(x, Tensor) and x.ndim else x for x in arguments])
+        whole = whole or [x.new_empty(rows, *x.shape[1:]) for x in parts]
+        for out, part in zip(whole, parts, strict=True):
+            out[block] = part
+    return whole
 
 
 # Attention -------------------------------------------------------------------------------------------
@@ -288,7 +364,7 @@ def _at_response(
 def _last_response(rows: _Rows, positions: Tensor) -> Tensor:
     if not positions.shape[1]:
         return positions.new_full((len(positions),), -1)
-    return positions.gather(1, rows.last.clamp(min=0)[:, None])[:, 0]
+    return positions.gather(1, _Mask(rows.live).last.clamp(min=0)[:, None])[:, 0]
 
 
 def _raw_credit(inputs: Sequence[AttentionInputs], rows: _Rows) -> tuple[Tensor, Tensor]:
@@ -298,29 +374,41 @@ def _raw_credit(inputs: Sequence[AttentionInputs], rows: _Rows) -> tuple[Tensor,
     return _at_response(attention, rows, positions, invalid, layer.lengths)
 
 
+def _at(index: Tensor, width: int) -> Tensor:
+    """``index`` ([n]) for ``gather`` and ``scatter`` along rows, ``[n, 1]``; ``[n, 0]`` if they are empty."""
+    return index.clamp(0, max(width - 1, 0))[:, None][:, :width]
+
+
+def _one_hot(amount: Tensor, score_at: Tensor, width: int) -> Tensor:
+    """``amount`` ([n]) at the score's token, 0 elsewhere."""
+    return amount.new_zeros(len(amount), width).scatter_(1, _at(score_at, width), amount[:, None])
+
+
 def _normalize(
-    raw: Tensor, rows: _Rows, score_at: Tensor, normalization: Normalization
+    raw: Tensor, mask: _Mask, score_at: Tensor, on_score: Tensor, normalization: Normalization
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Credit ``[B, R]``, its raw mass ``[B]``, and the rows that fell back to ``sparse``."""
-    raw = raw.masked_fill(~rows.live, 0.0)
+    """Credit ``[n, R]``, its raw mass ``[n]``, and the rows that fell back to ``sparse``.
+
+    Args:
+        score_at, on_score: the score's token, and whether it is unmasked, ``[n]``.
+    """
+    raw = mask.select(raw)
     mass = raw.sum(1, dtype=torch.float64)
     if normalization == "none":
-        return raw, mass, torch.zeros_like(mass, dtype=torch.bool)
-    fallback = (mass < MIN_MASS) & rows.live.any(1)
-    total = rows.live.sum(1) if normalization == "sum_to_length" else torch.ones_like(mass)
-    credit = (raw * (total / mass).to(raw.dtype)[:, None]).masked_fill(~rows.live, 0.0)
-    return torch.where(fallback[:, None], _one_hot(rows, score_at, total, raw), credit), mass, fallback
-
-
-def _one_hot(rows: _Rows, score_at: Tensor, total: Tensor, like: Tensor) -> Tensor:
-    t = torch.arange(rows.live.shape[1], device=like.device)
-    on_score = (t == score_at[:, None]) & rows.live
-    return torch.where(on_score, total[:, None].to(like.dtype), 0.0)
+        return raw.clone(), mass, torch.zeros_like(mass, dtype=torch.bool)
+    fallback = mass < MIN_MASS
+    total = mask.count.double() if normalization == "sum_to_length" else torch.ones_like(mass)
+    credit = raw * (total / mass).masked_fill(fallback, 0.0).to(raw.dtype)[:, None]
+    credit.scatter_add_(
+        1, _at(score_at, raw.shape[1]), (total * (fallback & on_score)).to(raw.dtype)[:, None]
+    )
+    return credit, mass, fallback
 
 
 def _normalized(raw: Tensor, rows: _Rows, normalization: Normalization) -> Tensor:
-    credit, _, _ = _normalize(raw, rows, rows.last, normalization)
-    return rows.restore(credit)
+    mask = _Mask(rows.live)
+    credit, _, _ = _normalize(raw, mask, mask.last, mask.count > 0, normalization)
+    return rows.restore(mask.select(credit))
 
 
 def attention_credit(
@@ -425,12 +513,12 @@ def attention_rollout(
 # Rewards ---------------------------------------------------------------------------------------------
 
 
-def _kl(tokens: TokenInputs, config: ShapingConfig, rows: _Rows, dtype: torch.dtype) -> Tensor | None:
+def _kl(tokens: TokenInputs, config: ShapingConfig, mask: _Mask, dtype: torch.dtype) -> Tensor | None:
     if tokens.kl is not None:
-        return rows.pad(tokens.kl).to(dtype).masked_fill(~rows.live, 0.0)
+        return mask.select(tokens.kl.to(dtype)).clone()
     if tokens.logprobs is None or tokens.ref_logprobs is None:
         return None
-    k1 = rows.pad(tokens.logprobs).to(dtype) - rows.pad(tokens.ref_logprobs).to(dtype)
+    k1 = mask.select(tokens.logprobs.to(dtype) - tokens.ref_logprobs.to(dtype))
     if config.kl_input_clip is not None:
         k1 = k1.clamp(-config.kl_input_clip, config.kl_input_clip)
     if config.kl_estimator == "k1":
@@ -443,61 +531,105 @@ def _kl(tokens: TokenInputs, config: ShapingConfig, rows: _Rows, dtype: torch.dt
         kl = torch.expm1(-k1) + k1
     if config.kl_output_clip is not None:
         kl = kl.clamp(-config.kl_output_clip, config.kl_output_clip)
-    return kl.masked_fill(~rows.live, 0.0)
+    return kl
 
 
-def _score_positions(rows: _Rows, config: ShapingConfig) -> Tensor:
-    if isinstance(config.score_index, Tensor):
-        return config.score_index.long()
-    if config.score_index == "last_unmasked":
-        return rows.last
-    if rows.packing is not None:
-        return rows.packing.inside.sum(1) - 1
-    return torch.full_like(rows.last, rows.live.shape[1] - 1)
+class _Shaped(NamedTuple):
+    """What is found of some rows."""
+
+    rewards: Tensor  # [n, R]
+    advantages: Tensor
+    returns: Tensor
+    weights: Tensor
+    kl: Tensor
+    mass: Tensor  # [n], as all that follows
+    tokens: Tensor
+    inside: Tensor  # the score's token is among the row's
+    on_score: Tensor  # and is unmasked
+    fallback: Tensor
+    finite: Tensor
+    error: Tensor
+    entropy: Tensor
+    last_share: Tensor
+    moments: Tensor  # [n, 3]
 
 
-def _weights(
-    raw: Tensor | None,
-    source: object,
-    rows: _Rows,
-    score_at: Tensor,
-    config: ShapingConfig,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Credit ``[B, R]`` of raw weights or a named source, raw mass ``[B]``, and the rows that fell back."""
-    if raw is not None:
-        return _normalize(raw.to(dtype), rows, score_at, config.normalization)
-    count = rows.live.sum(1)
-    total = count if config.normalization == "sum_to_length" else torch.ones_like(count)
-    mass = torch.zeros(len(count), dtype=torch.float64, device=count.device)
-    if source == "uniform":
-        each = (total / count).to(dtype)[:, None].expand(rows.live.shape)
-        weights = each.masked_fill(~rows.live, 0.0)
-    else:
-        weights = _one_hot(rows, score_at, total, torch.empty(0, dtype=dtype, device=count.device))
-    return weights, mass, torch.zeros_like(count, dtype=torch.bool)
-
-
-def _row_stats(
-    weights: Tensor,
-    spread: Tensor,
+def _shape_rows(
+    mask: Tensor,
+    lengths: Tensor,
     score: Tensor,
-    mass: Tensor | None,
-    advantages: Tensor,
-    rows: _Rows,
-    usable: Tensor,
-) -> RowStats:
-    dtype = weights.dtype
-    share = weights / weights.sum(1, dtype=torch.float64).to(dtype)[:, None]
-    share = share.masked_fill(weights == 0, 0.0)
-    at_last = torch.arange(weights.shape[1], device=weights.device) == rows.last[:, None]
-    error = (spread.sum(1, dtype=torch.float64) - score).abs().to(dtype)
-    return RowStats(
-        entropy=torch.special.entr(share).sum(1).masked_fill(~usable, 0.0),
-        last_share=share.masked_fill(~at_last, 0.0).sum(1).masked_fill(~usable, 0.0),
-        response_share=None if mass is None else mass.to(dtype).masked_fill(~usable, 0.0),
-        score_error=error.masked_fill(~usable, 0.0),
-        advantage_moments=_moments(advantages, rows.live).to(dtype),
+    raw: Tensor | None,
+    lam: float | Tensor,
+    lam_value: float | Tensor | None,
+    score_index: ScoreIndex | Tensor,
+    *given: Tensor | float | None,
+    config: ShapingConfig,
+    source: object,
+    dtype: torch.dtype,
+) -> _Shaped:
+    live, tokens, width = _Mask(mask.bool()), TokenInputs(*given), mask.shape[1]  # type: ignore[arg-type]
+    count = live.count
+    if isinstance(score_index, Tensor):
+        score_at = score_index.long()
+    else:
+        score_at = live.last if score_index == "last_unmasked" else lengths - 1
+    inside = (score_at >= 0) & (score_at < lengths)
+    at_score = _at(score_at, width)
+    on_score = inside & live.live.gather(1, at_score).any(1)
+
+    if raw is not None:
+        weights, mass, fallback = _normalize(raw.to(dtype), live, score_at, on_score, config.normalization)
+    else:
+        total = count if config.normalization == "sum_to_length" else torch.ones_like(count)
+        mass, fallback = torch.zeros_like(count, dtype=torch.float64), torch.zeros_like(on_score)
+        if source == "uniform":
+            weights = live.select((total / count).to(dtype)[:, None].expand(mask.shape))
+        else:
+            weights = _one_hot((total * on_score).to(dtype), score_at, width)
+
+    def to_score(x: Tensor) -> Tensor:
+        """``x`` ([n]) where the score's token is unmasked."""
+        return x.to(dtype).masked_fill(~on_score, 0.0)[:, None]
+
+    score = score.to(dtype).clamp(*config.score_bounds)
+    beta = config.share(source)
+    rewards = weights * (beta * score)[:, None]
+    rewards.scatter_add_(1, at_score, to_score((1 - beta) * score))
+    error = (rewards.sum(1, dtype=torch.float64) - score).abs()
+    if tokens.terminal_reward is not None:
+        rewards.scatter_add_(1, at_score, to_score(tokens.terminal_reward))
+    if tokens.token_rewards is not None:
+        rewards += tokens.token_rewards.to(dtype)
+    kl = _kl(tokens, config, live, dtype)
+    if kl is not None:
+        rewards -= (tokens.kl_coef.to(kl) if isinstance(tokens.kl_coef, Tensor) else tokens.kl_coef) * kl
+    rewards = live.select(rewards)
+    advantages, returns = _gae(
+        live, rewards, tokens.values, tokens.bootstrap, config.gamma, lam, lam_value, config.mask_semantics
+    )
+
+    moments = _moments(advantages, live)
+    finite = moments[:, 1].isfinite() & returns.sum(1, dtype=torch.float64).isfinite()
+    total = weights.sum(1, dtype=torch.float64)
+    logs = weights.clamp(min=torch.finfo(dtype).tiny).log_()
+    entropy = total.log() - logs.mul_(weights).sum(1, dtype=torch.float64) / total
+    last_share = weights.gather(1, _at(live.last, width)).sum(1) / total
+    return _Shaped(
+        rewards,
+        advantages,
+        returns,
+        weights,
+        rewards.new_empty(len(score), 0) if kl is None else kl,
+        mass,
+        count,
+        inside,
+        on_score,
+        fallback,
+        finite,
+        error,
+        entropy.masked_fill(total == 0, 0.0),
+        last_share.masked_fill(total == 0, 0.0),
+        moments,
     )
 
 
@@ -509,176 +641,198 @@ def shape_rewards(
     config: ShapingConfig,
 ) -> ShapedRewards:
     rows = _Rows.of(response)
-    live, filled = rows.live, rows.live.any(1)
-    width = live.shape[1]
-    score_at = _score_positions(rows, config)
-    lengths = rows.packing.inside.sum(1) if rows.packing is not None else torch.full_like(score_at, width)
-    invalid = rows.invalid | (filled & ((score_at < 0) | (score_at >= lengths)))
-    raw = None
-    attention = not isinstance(credit, Tensor | str)
+    raw, invalid = None, rows.invalid
     if isinstance(credit, Tensor):
         raw = rows.pad(credit)
     elif not isinstance(credit, str):
         raw, bad = _raw_credit(credit, rows)
         invalid = invalid | bad
     dtype = compute_dtype(score, raw, *(x for x in tokens if x is not tokens.kl_coef))
-    score = score.to(dtype).clamp(*config.score_bounds)
-    weights, mass, fallback = _weights(raw, credit, rows, score_at, config, dtype)
+    of_tokens = ("values", "logprobs", "ref_logprobs", "kl", "token_rewards")
+    padded: dict[str, Any] = {name: rows.pad(getattr(tokens, name)) for name in of_tokens}
+    tokens = tokens._replace(**padded)
+    compute = functools.partial(_shape_rows, config=config, source=credit, dtype=dtype)
+    given = (config.lam, config.lam_value, config.score_index, *tokens)
+    x = _Shaped(*_in_blocks(compute, rows.mask, rows.lengths, score, raw, *given))
 
-    on_score = live & (torch.arange(width, device=live.device) == score_at[:, None])
-    spread = config.beta * score[:, None] * weights
-    spread = spread + torch.where(on_score, ((1 - config.beta) * score)[:, None], 0.0)
-    spread = rewards = spread.masked_fill(~live, 0.0)
-    if tokens.terminal_reward is not None:
-        rewards = rewards + torch.where(on_score, tokens.terminal_reward.to(dtype)[:, None], 0.0)
-    if tokens.token_rewards is not None:
-        rewards = rewards + rows.pad(tokens.token_rewards).to(dtype)
-    kl = _kl(tokens, config, rows, dtype)
-    if kl is not None:
-        kl_coef = tokens.kl_coef
-        rewards = rewards - (kl_coef.to(kl) if isinstance(kl_coef, Tensor) else kl_coef) * kl
-    rewards = rewards.masked_fill(~live, 0.0)
-    values = None if tokens.values is None else rows.pad(tokens.values)
-    advantages, returns = _gae(rewards, values, rows, config, tokens.bootstrap, dtype)
-
-    outputs = [rewards, advantages, returns, weights] + ([] if kl is None else [kl])
-    outputs = [x.masked_fill(live & invalid[:, None], math.nan) for x in outputs]
-    finite = torch.stack([x.isfinite().all(1) for x in outputs]).all(0)
-    if config.on_nan == "zero_row":
-        outputs = [torch.where(finite[:, None], x, 0.0) for x in outputs]
+    filled = x.tokens > 0
+    invalid = invalid | (filled & ~x.inside)
     usable = filled & ~invalid
+    outputs = [*x[:4], *([x.kl] if tokens.kl is not None or tokens.logprobs is not None else [])]
+    lost = ~x.finite | (filled & invalid)
+    if lost.any():
+        live = rows.live[lost]
+        for out in outputs:
+            found = out[lost].masked_fill(~live, 0.0).masked_fill(live & invalid[lost][:, None], math.nan)
+            out[lost] = found if config.on_nan == "propagate" else 0.0
+        x.moments[lost] = _moments(x.advantages[lost], _Mask(live))
     flags = {
-        Status.FALLBACK: fallback & ~invalid,
+        Status.FALLBACK: x.fallback & usable,
         Status.EMPTY: ~filled & ~invalid,
-        Status.SCORE_MASKED: usable & ~on_score.any(1),
+        Status.SCORE_MASKED: usable & ~x.on_score,
         Status.OUT_OF_RANGE: invalid,
-        Status.NONFINITE: ~finite,
+        Status.NONFINITE: lost,
     }
-    status = torch.zeros(len(live), dtype=torch.int32, device=live.device)
+    status = torch.zeros(len(filled), dtype=torch.int32, device=filled.device)
     for flag, which in flags.items():
         status |= which.to(torch.int32) * int(flag)
-    restored = [rows.restore(x) for x in outputs]
+    stats = [y.to(dtype).masked_fill(~usable, 0.0) for y in (x.entropy, x.last_share, x.mass, x.error)]
+    attention = not isinstance(credit, Tensor | str)
+    restored = [rows.restore(y) for y in outputs]
     return ShapedRewards(
         rewards=restored[0],
         advantages=restored[1],
         returns=restored[2],
         credit=restored[3],
-        kl=None if kl is None else restored[4],
+        kl=restored[4] if len(restored) == 5 else None,
         status=status,
-        row_stats=_row_stats(weights, spread, score, mass if attention else None, outputs[1], rows, usable),
+        row_stats=RowStats(
+            entropy=stats[0],
+            last_share=stats[1],
+            response_share=stats[2] if attention else None,
+            score_error=stats[3],
+            advantage_moments=x.moments.to(dtype),
+        ),
     )
 
 
 # Advantages ------------------------------------------------------------------------------------------
 
 
-def _decay_tensor(gamma: float, lam: float | Tensor, device: torch.device) -> Tensor:
-    """``gl`` in float64: ``[1]``, or ``[B]`` where lam is per row."""
-    gl = decay(gamma, lam)
-    return gl.double() if isinstance(gl, Tensor) else torch.tensor([gl], dtype=torch.float64, device=device)
+def _triangle(gl: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What each token of a chunk (``[n, C, C]``), and the one after it (``[n, 1, C]``), add to its tokens."""
+    i = torch.arange(SCAN_CHUNK, dtype=torch.float64, device=gl.device)
+    distance = i[:, None] - i
+    within = (gl[:, None, None] ** distance.clamp(min=0)).masked_fill(distance < 0, 0.0)
+    return within.to(dtype), (gl[:, None, None] ** (SCAN_CHUNK - i)).to(dtype)
 
 
-def _all_bits(live: Tensor, dtype: torch.dtype) -> Tensor:
-    """An integer as wide as ``dtype`` with every bit set where ``live``, none elsewhere."""
-    return live.to(torch.int64 if dtype == torch.float64 else torch.int32).neg_()
+@functools.lru_cache(maxsize=64)
+def _triangle_of_number(gl: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    within, carried = _triangle(torch.tensor([gl], dtype=torch.float64, device=device), dtype)
+    return within[0], carried
 
 
-def _select(x: Tensor, kept: Tensor) -> Tensor:
-    """``x`` where ``kept`` has its bits, else 0; on a CPU three times as fast as ``masked_fill``."""
-    return (x.view(kept.dtype) & kept).view(x.dtype)
-
-
-def _select_(x: Tensor, kept: Tensor) -> Tensor:
-    """``_select`` in place."""
-    return x.view(kept.dtype).bitwise_and_(kept).view(x.dtype)
-
-
-def _suffix_scan(x: Tensor, gl: Tensor) -> Tensor:
-    """``W_t = gl * W_{t+1} + x_t`` along the rows of ``[B, R]``.
+def _suffix_scan(x: Tensor, gl: float | Tensor) -> Tensor:
+    """``G_t = x_t + gl * G_{t+1}`` along the rows of ``[n, R]``.
 
     Within a chunk a triangular product, between chunks the same scan over their first values: no sum is
-    longer than a chunk, so float32 is enough at any length.
+    longer than a chunk, so float32 is enough at any length. Rows are made whole pairs of chunks: BLAS
+    multiplies a single vector in another order than the rows of a matrix.
     """
-    rows, width = x.shape
-    if not x.numel():
-        return x
-    chunk = min(width, SCAN_CHUNK)
-    i = torch.arange(chunk, dtype=torch.float64, device=x.device)
-    distance = i[:, None] - i
-    decays = (gl[:, None, None] ** distance.clamp(min=0)).masked_fill(distance < 0, 0.0).to(x.dtype)
-    if width % chunk:
-        x = torch.nn.functional.pad(x, (0, -width % chunk))
-    chunks = x.reshape(rows, -1, chunk)
-    out = chunks @ (decays[0] if len(decays) == 1 else decays)
-    if out.shape[1] > 1:
-        first = _suffix_scan(out[:, :, 0], gl**chunk)
-        later = torch.nn.functional.pad(first[:, 1:], (0, 1))
-        out.addcmul_(later[:, :, None], (gl[:, None, None] ** (chunk - i)).to(x.dtype))
-    return out.view(rows, -1)[:, :width]
+    width = x.shape[1]
+    if width % (2 * SCAN_CHUNK):
+        x = torch.nn.functional.pad(x, (0, -width % (2 * SCAN_CHUNK)))
+    if isinstance(gl, Tensor):
+        within, carried = _triangle(gl, x.dtype)
+    else:
+        within, carried = _triangle_of_number(gl, x.dtype, x.device)
+    out = x.view(len(x), -1, SCAN_CHUNK) @ within
+    first = out[:, :, 0]
+    if out.shape[1] > 2:
+        first = _suffix_scan(first, gl**SCAN_CHUNK)
+    out[:, :-1].addcmul_(first[:, 1:, None], carried)
+    return out.view(x.shape)[:, :width].contiguous()
 
 
-def _suffix_scan_non_finite(x: Tensor, gl: Tensor) -> Tensor:
-    """As ``_suffix_scan``; NaN and infinity go where the recurrence carries them, nowhere else."""
-    if math.isfinite(x.sum().item()):
-        return _suffix_scan(x, gl)
-    finite = x.isfinite()
-    poison = x.masked_fill(finite, 0.0)
+def _returns(rewards: Tensor, values: Tensor | None, gamma: float, gl: float | Tensor) -> Tensor:
+    """``G_t = A_t + V_t = r_t + (gamma - gl) V_{t+1} + gl G_{t+1}``, ``[n, R]``."""
+    if values is None:
+        return _suffix_scan(rewards, gl)
+    x, later = torch.empty_like(rewards), values[:, 1:]
+    x[:, -1] = rewards[:, -1]
+    if isinstance(gl, Tensor):
+        torch.addcmul(rewards[:, :-1], (gamma - gl)[:, None].to(x.dtype), later, out=x[:, :-1])
+    else:
+        torch.add(rewards[:, :-1], later, alpha=gamma - gl, out=x[:, :-1])
+    return _suffix_scan(x, gl)
+
+
+def _non_finite_returns(rewards: Tensor, values: Tensor | None, gamma: float, gl: float | Tensor) -> Tensor:
+    """As ``_returns``; NaN and infinity go where the recurrence carries them, nowhere else.
+
+    What a value is to its own token is left out: ``A_t`` has it, once.
+    """
+    values = torch.zeros_like(rewards) if values is None else values
+    column = torch.as_tensor(gl, dtype=rewards.dtype, device=rewards.device).view(-1, 1)
+    finite = rewards.isfinite() & values.isfinite()
+    poison = (column * rewards + (gamma - column) * values).masked_fill(finite, 0.0)
+
+    def later(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x[:, 1:], (0, 1))
+
     carried = poison.flip(1).cumsum(1).flip(1)
-    forgotten = poison + 0.0 * torch.nn.functional.pad(carried[:, 1:], (0, 1))
-    return _suffix_scan(x.masked_fill(~finite, 0.0), gl) + torch.where(gl[:, None] == 0, forgotten, carried)
-
-
-def _interrupted(live: Tensor) -> bool:
-    """Whether masked tokens stand between unmasked ones."""
-    if not live.numel():
-        return False
-    rises = (live[:, 1:] & ~live[:, :-1]).sum(1) + live[:, 0]
-    return bool((rises > 1).any())
-
-
-def _advantages(rewards: Tensor, values: Tensor | None, gamma: float, gl: Tensor) -> Tensor:
-    factor = gl[:, None].to(rewards.dtype)
-    undiscounted = len(gl) == 1 and gl.item() == 1.0
-    x = rewards if undiscounted else factor * rewards
-    if values is not None:
-        x = torch.addcmul(x, gamma - factor, values)
-    out = rewards.clone() if values is None else rewards - values
-    out[:, :-1] += _suffix_scan_non_finite(x, gl)[:, 1:]
-    return out
+    carried = torch.where(column == 0, poison + 0.0 * later(carried), carried)
+    returns = _returns(rewards.masked_fill(~finite, 0.0), values.masked_fill(~finite, 0.0), gamma, gl)
+    return returns + rewards.masked_fill(finite, 0.0) + later(carried)
 
 
 def _gae(
-    rewards: Tensor,
+    mask: _Mask,
+    rewards: Tensor,  # 0 where masked
     values: Tensor | None,
-    rows: _Rows,
-    config: ShapingConfig,
     bootstrap: Tensor | None,
-    dtype: torch.dtype,
+    gamma: float,
+    lam: float | Tensor,
+    lam_value: float | Tensor | None,
+    mask_semantics: MaskSemantics,
 ) -> tuple[Tensor, Tensor]:
-    live, work = rows.live, _product_dtype(dtype, rewards.device)
-    gamma = float32_rounded(config.gamma)
-    decays = [_decay_tensor(config.gamma, config.lam, rewards.device)]
-    if values is None:
-        decays = [_decay_tensor(config.gamma, 1.0, rewards.device)]
-    elif config.lam_value is not None:
-        decays.append(_decay_tensor(config.gamma, config.lam_value, rewards.device))
-    kept = _all_bits(live, work)
-    r = _select(rewards.to(work), kept)
-    if bootstrap is not None and live.shape[1]:
-        at_last = torch.arange(live.shape[1], device=live.device) == rows.last[:, None]
-        r = r + torch.where(at_last, gamma * bootstrap.to(work)[:, None], 0.0)
-    v = None if values is None else _select(values.to(work), kept)
+    """Advantages and returns ``[n, R]``, 0 where masked."""
+    if not rewards.numel():
+        return rewards, rewards.clone()
+    dtype, work = rewards.dtype, _product_dtype(rewards.dtype, rewards.device)
+    lams = [1.0] if values is None else [lam] if lam_value is None else [lam, lam_value]
+    decays = [gl.double() if isinstance(gl, Tensor) else gl for gl in (decay(gamma, x) for x in lams)]
+    gamma = float32_rounded(gamma)
+    rewards = rewards.to(work)
+    if bootstrap is not None:
+        after = (gamma * bootstrap.to(work)).masked_fill(mask.last < 0, 0.0)
+        rewards = rewards.scatter_add(1, _at(mask.last, rewards.shape[1]), after[:, None])
+    values = None if values is None else mask.select(values.to(work))
     # To skip masked tokens is to move the others together; where nothing decays it makes no difference.
-    rank = None
-    if config.mask_semantics == "skip" and any(gl.min() < 1 for gl in decays) and _interrupted(live):
-        rank = (live.cumsum(1) - 1).clamp(min=0)
+    rank, r, v = None, rewards, values
+    if mask_semantics == "skip" and any(map(_below_one, decays)) and mask.interrupted:
+        rank = (mask.live.cumsum(1) - 1).clamp_(min=0)
         r = torch.zeros_like(r).scatter_add_(1, rank, r)
         v = None if v is None else torch.zeros_like(v).scatter_add_(1, rank, v)
-    out = [_advantages(r, v, gamma, gl) for gl in decays]
-    returns = out[-1].clone() if v is None else out[-1] + v
-    out = [out[0], returns] if rank is None else [x.gather(1, rank) for x in (out[0], returns)]
-    advantages, returns = (_select_(x, kept).to(dtype) for x in out)
-    return advantages, returns
+    found = [_returns(r, v, gamma, gl) for gl in decays]
+    # A token that is not finite makes the first of its row so.
+    probe = found[0][:, 0] + found[-1][:, 0]
+    if v is not None:
+        probe -= v[:, 0]
+    lost = None if math.isfinite(probe.sum()) else ~probe.isfinite()
+    if lost is not None:
+        lost_v = None if v is None else v[lost]
+        for x, gl in zip(found, decays, strict=True):
+            x[lost] = _non_finite_returns(r[lost], lost_v, gamma, gl[lost] if isinstance(gl, Tensor) else gl)
+    if rank is not None:
+        found = [x.gather(1, rank) for x in found]
+    found = [mask.select(x).to(dtype) for x in found]
+    if values is None:
+        return found[0], found[0].clone()
+    returns = found[-1] if lost is None else found[-1].masked_fill(~values.isfinite(), math.nan)
+    return found[0] - values, returns
+
+
+def _below_one(gl: float | Tensor) -> bool:
+    return bool((gl < 1).any()) if isinstance(gl, Tensor) else gl < 1
+
+
+def _gae_rows(
+    mask: Tensor,
+    rewards: Tensor,
+    *arguments: Any,
+    dtype: torch.dtype,
+    gamma: float,
+    return_moments: bool,
+    mask_semantics: MaskSemantics,
+) -> tuple[Tensor, ...]:
+    live = _Mask(mask.bool())
+    values, bootstrap, lam, lam_value = arguments
+    values = None if values is None else values.to(dtype)
+    rewards = live.select(rewards.to(dtype))
+    advantages, returns = _gae(live, rewards, values, bootstrap, gamma, lam, lam_value, mask_semantics)
+    return (advantages, returns, _moments(advantages, live)) if return_moments else (advantages, returns)
 
 
 def gae(
@@ -693,27 +847,47 @@ def gae(
     return_moments: bool,
 ) -> tuple[Tensor, ...]:
     rows = _Rows.of(response)
-    config = ShapingConfig(gamma=gamma, lam=lam, lam_value=lam_value, mask_semantics=mask_semantics)
     dtype = compute_dtype(rewards, values, bootstrap)
-    values = None if values is None else rows.pad(values)
-    advantages, returns = _gae(rows.pad(rewards), values, rows, config, bootstrap, dtype)
+    compute = functools.partial(
+        _gae_rows, dtype=dtype, gamma=gamma, return_moments=return_moments, mask_semantics=mask_semantics
+    )
+    given = (rows.pad(rewards), rows.pad(values), bootstrap, lam, lam_value)
+    advantages, returns, *moments = _in_blocks(compute, rows.mask, *given)
     if rows.packing is not None:
         lost = rows.live & rows.invalid[:, None]
         advantages, returns = (x.masked_fill(lost, math.nan) for x in (advantages, returns))
-    moments = (_moments(advantages, rows.live).to(dtype),) if return_moments else ()
-    return rows.restore(advantages), rows.restore(returns), *moments
+        moments = [x.masked_fill(lost.any(1, keepdim=True), math.nan) for x in moments]
+    return rows.restore(advantages), rows.restore(returns), *(x.to(dtype) for x in moments)
 
 
 # Whitening -------------------------------------------------------------------------------------------
 
 
-def _moments(x: Tensor, live: Tensor) -> Tensor:
-    """Count, mean and sum of squared deviations along the last axis where ``live``: float64 ``[..., 3]``."""
-    count = live.sum(-1).double()
-    tokens = x.double().masked_fill(~live, 0.0)
-    mean = tokens.sum(-1) / count.clamp(min=1)
-    m2 = (tokens - mean[..., None]).masked_fill(~live, 0.0).square().sum(-1)
-    return torch.stack([count, mean, m2], -1)
+def _moments(x: Tensor, mask: _Mask) -> Tensor:
+    """Count, mean and sum of squared deviations of each row's unmasked tokens, float64 ``[n, 3]``.
+
+    Args:
+        x: ``[n, R]``, 0 where masked.
+    """
+    count = mask.count.double()
+    mean = x.sum(1, dtype=torch.float64) / count.clamp(min=1)
+    deviations = mask.select(x - mean[:, None].to(x.dtype))
+    return torch.stack([count, mean, deviations.square_().sum(1, dtype=torch.float64)], 1)
+
+
+def _moments_of_rows(mask: Tensor, x: Tensor) -> tuple[Tensor]:
+    live = _Mask(mask.bool())
+    return (_moments(live.select(x.to(compute_dtype(x))), live),)
+
+
+def _whiten_rows(
+    x: Tensor, mask: Tensor | None, mean: Tensor, scale: Tensor, shift_mean: bool
+) -> tuple[Tensor]:
+    x = x.to(compute_dtype(x))
+    near = mean.to(x.dtype)  # the rest of the mean is subtracted where it is no longer small beside x
+    rest = (near - mean) * scale + (0.0 if shift_mean else mean)
+    out = (x - near).mul_(scale.to(x.dtype)).add_(rest.to(x.dtype))
+    return (out if mask is None else _Mask(mask.bool()).select(out),)
 
 
 def _folded(moments: Tensor) -> Tensor:
@@ -733,16 +907,21 @@ def whiten(
     gather: Callable[[Tensor], Tensor] | None,
     bessel: bool,
     eps: float,
-    eps_mode: Literal["add", "clamp"],
+    eps_mode: EpsMode,
     shift_mean: bool,
     zero_masked: bool,
 ) -> Tensor:
+    rows = (1, x.numel()) if x.ndim < 2 else (-1, x.shape[-1])
+    masks, tokens = (y.reshape(rows) if x.numel() else y.new_zeros(1, 0) for y in (mask, x))
     if moments is None:
-        moments = _moments(x.reshape(-1), mask.reshape(-1) != 0)
-    count, mean, m2 = (_folded(moments) if gather is None else _folded(gather(_folded(moments)))).unbind()
+        [moments] = _in_blocks(_moments_of_rows, masks, tokens)
+    folded = _folded(moments)
+    count, mean, m2 = (folded if gather is None else _folded(gather(folded))).unbind()
     var = m2 / ((count - 1).clamp(min=1) if bessel else count.clamp(min=1))
-    scale = (var + eps if eps_mode == "add" else var.clamp(min=eps)).rsqrt()
-    out = (x.double() - mean) * scale
-    if not shift_mean:
-        out = out + mean
-    return (out.masked_fill(mask == 0, 0.0) if zero_masked else out).to(compute_dtype(x))
+    if eps_mode == "add_to_std":
+        scale = 1 / (var.sqrt() + eps)
+    else:
+        scale = (var + eps if eps_mode == "add" else var.clamp(min=eps)).rsqrt()
+    zeroed = masks if zero_masked else None
+    [out] = _in_blocks(_whiten_rows, tokens, zeroed, mean, scale, shift_mean)
+    return out.view(x.shape)

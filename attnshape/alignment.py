@@ -259,7 +259,7 @@ def align_texts(
                 "offset_mapping"
             ]
         else:
-            response, spans = _decoded_spans(target_tokenizer, list(map(int, response)))
+            response, spans = decoded_spans(target_tokenizer, response)
         found = find_response(source_tokenizer, text, response, encoded["input_ids"][b], source_offsets[b])
         if found is None:
             raise ValueError(
@@ -303,12 +303,18 @@ def _clip(x: int, low: int, high: int) -> int:
     return min(max(x, low), high)
 
 
-def _decoded_spans(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, list[tuple[int, int]]]:
-    """The text of ``ids``, and the span of each: what sampled tokens have in place of an offset mapping.
+def decoded_spans(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | Tensor
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of sampled tokens, and the span of each in it: what they have in place of an offset mapping.
 
     Every token is decoded behind the last ones that gave text, so that spaces survive; tokens that hold parts
-    of a character share it.
+    of a character share it; special tokens have zero width.
+
+    Args:
+        ids: of one sequence, int ``[R]``.
     """
+    ids = list(map(int, ids))
 
     def decode(part: list[int]) -> str:
         text: str = tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -149,8 +149,9 @@ def credit(
 
     Lines that cannot be read or scored are named with their number and skipped; the exit status is then 1.
     """
-    from attnshape.credit_file import credit_file, load_reward_model
+    from attnshape.credit_file import credit_file
     from attnshape.score_fn import parse_score_fn
+    from attnshape.scoring import load_reward_model
 
     out = out or source.with_suffix(".credit.jsonl")
     targets = [path.resolve() for path in (source, out, html) if path is not None]
@@ -181,6 +182,58 @@ def credit(
     errors.print(f"{counts.written} completions written to {out}, {counts.skipped} lines skipped")
     if counts.skipped:
         raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str, typer.Argument(help="Reward model: a folder or hub name of a sequence classifier.")
+    ],
+    *,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; whoever reaches it can use the model.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any free one.")] = 8000,
+    devices: Annotated[
+        str | None,
+        typer.Option(help="One worker process each: cuda:0,cuda:1 or cpu; by default every GPU."),
+    ] = None,
+    score_fn: Annotated[str, typer.Option(help="The score, such as 'logit[1] - logit[0]'.")] = "logit",
+    layer: Annotated[int, typer.Option(help="Attention layer that is read, negative from the last.")] = -1,
+    max_batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Of a batch, padding included; longer completions are refused.")
+    ] = 16384,
+    max_pending: Annotated[
+        int, typer.Option(min=1, help="Completions held at once; more are asked to come again.")
+    ] = 2048,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Of a request.")] = 4 << 20,
+) -> None:
+    """Answer score and credit per token over HTTP: POST /score, GET /health, GET /metrics.
+
+    SIGTERM or Ctrl-C ends it when all accepted requests are answered.
+    """
+    try:
+        from attnshape.serve.app import ServeConfig, run
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "prometheus_client", "uvicorn"):
+            raise
+        raise _fail("attnshape serve needs: pip install 'attnshape[serve]'") from error
+    from attnshape.score_fn import parse_score_fn
+
+    every = devices or ",".join(f"cuda:{i}" for i in range(torch.cuda.device_count())) or "cpu"
+    try:
+        config = ServeConfig(
+            model=model,
+            score_fn=parse_score_fn(score_fn),
+            devices=tuple(every.split(",")),
+            layer=layer,
+            max_batch_tokens=max_batch_tokens,
+            max_pending=max_pending,
+            max_body_bytes=max_body_bytes,
+        )
+        run(config, host, port, lambda url: errors.print(f"{model} on {every} is served at {url}"))
+    except (ValueError, OSError) as error:
+        raise _fail(error) from error
 
 
 @app.command()

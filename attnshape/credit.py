@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,46 +39,24 @@ __all__ = [
 ]
 
 
-class _Tokens(NamedTuple):
-    """The response tokens of a batch on one axis, ``M`` of them."""
+def _rows(response_mask: Tensor, response_cu_seqlens: Tensor | None) -> _torch._Rows:
+    """The response tokens in padded form."""
+    response = Response(response_mask, cu_seqlens=response_cu_seqlens)
+    _checks.check_response(response, None, None)
+    return _torch._Rows.of(response)
 
-    live: Tensor  # [M] bool
-    row: Tensor  # [M]
-    start: Tensor  # [B]: where each row begins
-    place: Tensor  # [M]: 0, 1, 2, ...
-    shape: torch.Size
 
-    @classmethod
-    def of(cls, response_mask: Tensor, response_cu_seqlens: Tensor | None) -> _Tokens:
-        rows = _checks.check_response(Response(response_mask, cu_seqlens=response_cu_seqlens), None, None)
-        live, device = response_mask.flatten() != 0, response_mask.device
-        place = torch.arange(len(live), device=device)
-        if response_cu_seqlens is None:
-            width = response_mask.shape[1]
-            return cls(
-                live,
-                place // max(width, 1),
-                torch.arange(rows, device=device) * width,
-                place,
-                response_mask.shape,
-            )
-        bounds = response_cu_seqlens.long()
-        row = torch.searchsorted(bounds[1:].contiguous(), place, right=True)
-        inside = (place >= bounds[0]) & (row < rows)
-        return cls(live & inside, row.clamp(max=max(rows - 1, 0)), bounds[:-1], place, response_mask.shape)
+def _pad(rows: _torch._Rows, x: Tensor) -> Tensor:
+    return x if rows.packing is None else rows.packing.pad(x)
 
-    def last_of(self, group: Tensor, chosen: Tensor, groups: int) -> Tensor:
-        """Place of the last chosen token of each group, ``[groups]``; -1 where a group has none."""
-        places = torch.where(chosen, self.place, -1)
-        return places.new_full((groups,), -1).scatter_reduce(0, group, places, "amax")
 
-    def how_many(self, group: Tensor, chosen: Tensor, groups: int) -> Tensor:
-        """How many chosen tokens each group has, ``[groups]``."""
-        return self.place.new_zeros(groups).scatter_add(0, group, chosen.long())
+def _places(rows: _torch._Rows) -> Tensor:
+    return torch.arange(rows.live.shape[1], device=rows.live.device)
 
-    def select(self, x: Tensor) -> Tensor:
-        """``x`` ``[M]`` in the mask's shape, 0 where masked."""
-        return torch.where(self.live, x, 0.0).view(self.shape)
+
+def _is_last(rows: _torch._Rows) -> Tensor:
+    """bool ``[B, R]``: the last unmasked token of each row."""
+    return rows.live & (_places(rows) == _torch._Mask(rows.live).last[:, None])
 
 
 # Without a model -------------------------------------------------------------------------------------
@@ -99,9 +76,9 @@ def uniform(response_mask: Tensor, *, response_cu_seqlens: Tensor | None = None)
     Raises:
         ValueError, TypeError: as for every function here, an argument that does not fit, by name.
     """
-    tokens = _Tokens.of(response_mask, response_cu_seqlens)
-    n = tokens.how_many(tokens.row, tokens.live, len(tokens.start))
-    return tokens.select(1 / n.clamp(min=1).float()[tokens.row])
+    rows = _rows(response_mask, response_cu_seqlens)
+    each = rows.live / rows.live.sum(1, keepdim=True).clamp(min=1)
+    return rows.restore(each)
 
 
 @torch.no_grad()
@@ -110,9 +87,8 @@ def sparse(response_mask: Tensor, *, response_cu_seqlens: Tensor | None = None) 
 
     Arguments and returns as for ``uniform``.
     """
-    tokens = _Tokens.of(response_mask, response_cu_seqlens)
-    last = tokens.last_of(tokens.row, tokens.live, len(tokens.start))
-    return tokens.select((tokens.place == last[tokens.row]).float())
+    rows = _rows(response_mask, response_cu_seqlens)
+    return rows.restore(_is_last(rows).float())
 
 
 # Signed token rewards from other models' outputs -----------------------------------------------------
@@ -141,17 +117,15 @@ def incremental_rewards(
     Returns:
         Signed token rewards.
     """
-    tokens = _Tokens.of(response_mask, response_cu_seqlens)
+    rows = _rows(response_mask, response_cu_seqlens)
     _checks.check_like_mask("token_scores", token_scores, response_mask)
-    _checks.check_per_row("prompt_score", prompt_score, len(tokens.start), response_mask)
+    _checks.check_per_row("prompt_score", prompt_score, len(rows.live), response_mask)
     dtype = compute_dtype(token_scores, prompt_score)
-    scores = token_scores.to(dtype).flatten()
-    seen = torch.where(tokens.live, tokens.place, -1).cummax(0).values if len(scores) else tokens.place
-    before = torch.cat([seen.new_full((1,), -1), seen])[:-1]
-    previous = torch.where(
-        before >= tokens.start[tokens.row], scores[before.clamp(min=0)], prompt_score.to(dtype)[tokens.row]
-    )
-    return tokens.select(scores - previous)
+    # With the prompt's score in front, the score before a token is at one more than the last token's place.
+    scores = torch.cat([prompt_score.to(dtype)[:, None], _pad(rows, token_scores).to(dtype)], 1)
+    seen = torch.where(rows.live, _places(rows) + 1, 0)
+    before = torch.nn.functional.pad(seen, (1, 0)).cummax(1).values[:, :-1]
+    return rows.restore((scores[:, 1:] - scores.gather(1, before)).masked_fill(~rows.live, 0.0))
 
 
 @torch.no_grad()
@@ -228,7 +202,7 @@ def segment_rewards(
     Returns:
         Signed token rewards, which replace the score.
     """
-    tokens = _Tokens.of(response_mask, response_cu_seqlens)
+    rows = _rows(response_mask, response_cu_seqlens)
     for name, x in (("token_scores", token_scores), ("entropy", entropy)):
         _checks.check_like_mask(name, x, response_mask)
     for name, line in (("mean", mean), ("std", std)):
@@ -238,19 +212,17 @@ def segment_rewards(
             _checks.check_number(name, coefficient)
     if not isinstance(cutoff, int | float) or math.isnan(cutoff):
         raise ValueError(f"cutoff: got {cutoff!r}, want a number of nats")
-    rows, total = len(tokens.start), len(tokens.live)
-    last = tokens.last_of(tokens.row, tokens.live, rows)[tokens.row]
-    ends = tokens.live & ((entropy.flatten() > cutoff) | (tokens.place == last))
-    segment = (ends.cumsum(0) - ends.long()).clamp(max=max(total - 1, 0))  # over the whole batch
-    end = tokens.last_of(segment, ends, total)
-    length = tokens.how_many(segment, tokens.live, total)
-    segments = tokens.how_many(tokens.row, ends, rows)  # K
-    before = segments.cumsum(0) - segments
-    p = (segment - before[tokens.row] + 1).double() / segments.clamp(min=1)[tokens.row]
+    place, live = _places(rows), rows.live
+    ends = live & (_pad(rows, entropy) > cutoff) | _is_last(rows)
+    segment = (ends.cumsum(1) - ends.long()).clamp(max=max(len(place) - 1, 0))
+    end = torch.zeros_like(segment).scatter_reduce(1, segment, torch.where(ends, place, 0), "amax")
+    length = torch.zeros_like(segment).scatter_add(1, segment, live.long())
+    p = (segment + 1).double() / ends.sum(1, keepdim=True).clamp(min=1)
+    mu, sigma = (w * p.log() + b for w, b in (mean, std))
     dtype = compute_dtype(token_scores)
-    mu, sigma = (w * p.clamp(min=0).log() + b for w, b in (mean, std))
-    score = token_scores.to(dtype).flatten()[end[segment].clamp(min=0)]
-    return tokens.select(((score - mu) / sigma / length[segment]).to(dtype))
+    score = _pad(rows, token_scores).gather(1, end.gather(1, segment)).to(dtype)
+    rewards = ((score - mu) / sigma / length.gather(1, segment)).to(dtype)
+    return rows.restore(rewards.masked_fill(~live, 0.0))
 
 
 @torch.no_grad()
@@ -269,13 +241,11 @@ def centered(weights: Tensor, response_mask: Tensor, *, response_cu_seqlens: Ten
     Returns:
         Signed token rewards.
     """
-    tokens = _Tokens.of(response_mask, response_cu_seqlens)
+    rows = _rows(response_mask, response_cu_seqlens)
     _checks.check_like_mask("weights", weights, response_mask)
-    flat = torch.where(tokens.live, weights.flatten().double(), 0.0)
-    rows = len(tokens.start)
-    total = flat.new_zeros(rows).index_add(0, tokens.row, flat)
-    mean = total / tokens.how_many(tokens.row, tokens.live, rows).clamp(min=1)
-    return tokens.select((flat - mean[tokens.row]).to(compute_dtype(weights)))
+    padded = _pad(rows, weights).double().masked_fill(~rows.live, 0.0)
+    mean = padded.sum(1, keepdim=True) / rows.live.sum(1, keepdim=True).clamp(min=1)
+    return rows.restore((padded - mean).masked_fill(~rows.live, 0.0).to(compute_dtype(weights)))
 
 
 # Signed weights from the reward model's inside -------------------------------------------------------
@@ -284,7 +254,7 @@ def centered(weights: Tensor, response_mask: Tensor, *, response_cu_seqlens: Ten
 def _at_response(column: Tensor, response: Response, invalid: Tensor) -> Tensor:
     """Weights over key positions ``[B, S]`` read at the response tokens; NaN in rows out of range."""
     rows = _torch._Rows.of(response)
-    lengths = torch.full_like(rows.last, column.shape[1])
+    lengths = torch.full((len(column),), column.shape[1], device=column.device)
     return rows.restore(_torch._at_response(column, rows, rows.key_positions(), invalid, lengths)[0])
 
 
@@ -319,7 +289,7 @@ def gradient_weights(
         makes them token rewards. NaN in a row whose positions are out of range.
     """
     response = Response(response_mask, response_start, response_index, response_cu_seqlens)
-    _checks.check_inputs("inputs", inputs)
+    _checks.check_differentiable("inputs", inputs)
     batch = _checks.check_response(response, len(inputs), inputs)
     _checks.check_per_row("score", score, batch, response_mask)
     length = inputs.shape[-2]

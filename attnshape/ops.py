@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from attnshape import _checks, _library, _torch
+from attnshape import _checks, _library, _masked, _torch
 from attnshape.types import (
     Attention,
     AttentionInputs,
     Backend,
     CreditName,
+    EpsMode,
     MaskSemantics,
     Normalization,
     Response,
@@ -259,7 +260,8 @@ def shape_rewards(
         backend, validate: as for ``attention_row``.
 
     Returns:
-        ``ShapedRewards``; float32, or float64 where every floating input is; 0 where masked.
+        ``ShapedRewards``; float32, or float64 where every floating input is; 0 where masked (but see
+        ``ShapingConfig.zero_masked``).
 
     Raises:
         ValueError, TypeError: an argument does not fit the others, named with what it got and what it wants.
@@ -278,14 +280,15 @@ def shape_rewards(
         values, logprobs, ref_logprobs, kl, kl_coef, token_rewards, terminal_reward, bootstrap
     )
     _checks.check_tokens(tokens, batch, response_mask)
-    _checks.check_config(config, batch, response_mask)
+    _checks.check_config(config, batch, response)
     if validate:
         lengths = None if layers is None else _checks.validate_attention(layers)
         _checks.validate_response(response, lengths, config.score_index)
+        _checks.validate_layout(response, config.mask_layout)
     given = [x for x in tokens if isinstance(x, Tensor)]
     compute = _function("shape_rewards", backend, response_mask.device, layers or (), score, *given)
     shaped: ShapedRewards = compute(score, credit if layers is None else layers, tokens, response, config)
-    return shaped
+    return shaped if config.zero_masked else _masked.filled(shaped, values, response_mask, config)
 
 
 def redistribute(
@@ -330,6 +333,7 @@ def gae(
     lam_value: float | Tensor | None = None,
     bootstrap: Tensor | None = None,
     response_cu_seqlens: Tensor | None = None,
+    zero_masked: bool = True,
     return_moments: Literal[False] = False,
     backend: Backend = "auto",
     validate: bool = False,
@@ -348,6 +352,7 @@ def gae(
     lam_value: float | Tensor | None = None,
     bootstrap: Tensor | None = None,
     response_cu_seqlens: Tensor | None = None,
+    zero_masked: bool = True,
     return_moments: Literal[True],
     backend: Backend = "auto",
     validate: bool = False,
@@ -366,6 +371,7 @@ def gae(
     lam_value: float | Tensor | None = None,
     bootstrap: Tensor | None = None,
     response_cu_seqlens: Tensor | None = None,
+    zero_masked: bool = True,
     return_moments: bool = False,
     backend: Backend = "auto",
     validate: bool = False,
@@ -375,14 +381,14 @@ def gae(
     Args:
         rewards: of ``response_mask``'s shape, ``[B, R]`` or packed ``[M]``.
         values: likewise; None gives discounted rewards-to-go.
-        gamma, lam, lam_value, mask_semantics: see ``ShapingConfig``.
+        gamma, lam, lam_value, mask_semantics, zero_masked: see ``ShapingConfig``.
         bootstrap: ``[B]``, value after the last unmasked token.
         return_moments: return ``RowStats.advantage_moments``, ``[B, 3]``, too: ``whiten`` takes them.
         response_cu_seqlens, backend, validate: as for ``shape_rewards``.
 
     Returns:
         ``(advantages, returns)`` or ``(advantages, returns, moments)``, float32 (float64 where every floating
-        input is), 0 where masked; detached.
+        input is), 0 where masked (but see ``zero_masked``); detached.
     """
     response = Response(response_mask, cu_seqlens=response_cu_seqlens)
     batch = _checks.check_response(response, None, None)
@@ -390,13 +396,18 @@ def gae(
         TokenInputs(values=values, token_rewards=rewards, bootstrap=bootstrap), batch, response_mask
     )
     _checks.check_gae(gamma, lam, lam_value, mask_semantics, batch, response_mask)
+    _checks.check_zero_masked(zero_masked, response)
     if validate:
         _checks.validate_response(response, None)
     compute = _function("gae", backend, response_mask.device, (), rewards, values, bootstrap)
-    out: tuple[Tensor, ...] = compute(
+    advantages, returns, *moments = compute(
         rewards, values, response, gamma, lam, lam_value, mask_semantics, bootstrap, return_moments
     )
-    return out
+    if not zero_masked:
+        advantages, returns = _masked.carried(
+            advantages, returns, values, response_mask, gamma, lam, lam_value, mask_semantics
+        )
+    return advantages, returns, *moments
 
 
 @_library.operator(_library.whiten)
@@ -407,7 +418,7 @@ def whiten(
     moments: Tensor | None = None,
     bessel: bool = True,
     eps: float = 1e-8,
-    eps_mode: Literal["add", "clamp"] = "add",
+    eps_mode: EpsMode = "add",
     shift_mean: bool = True,
     zero_masked: bool = True,
     process_group: dist.ProcessGroup | None = None,
@@ -424,7 +435,8 @@ def whiten(
             are over, so that ``x`` is read only once: ``out.row_stats.advantage_moments`` where ``x`` is
             ``out.advantages``, or those of all micro-batches, concatenated.
         bessel: divide the variance by ``n - 1``.
-        eps, eps_mode: added to the variance, or its lower bound.
+        eps, eps_mode: added to the variance (``"add"``), its lower bound (``"clamp"``), or added to the
+            standard deviation (``"add_to_std"``).
         shift_mean: False keeps the mean.
         zero_masked: False whitens masked positions too.
         process_group: statistics over all its ranks; every rank must call, also one without a token.

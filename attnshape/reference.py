@@ -20,6 +20,7 @@ from attnshape.types import (
     Attention,
     AttentionInputs,
     CreditName,
+    EpsMode,
     KLEstimator,
     MaskSemantics,
     Normalization,
@@ -475,17 +476,20 @@ def _recurrence(
     gamma: float,
     gl: float,
     mask_semantics: MaskSemantics,
+    zero_masked: bool,
 ) -> Tensor:
     """``A`` of one row, ``[R]``; the loop runs in float64 whatever the dtype.
 
     ``W_t = gl W_{t+1} + gl r_t + (gamma - gl) V_t`` and ``A_t = r_t - V_t + W_{t+1}``: with
     ``W_t = gamma V_t + gl A_t`` this is ``A_t = r_t + gamma V_{t+1} - V_t + gl A_{t+1}``.
     """
-    w, out = 0.0, []
+    w, a, out = 0.0, 0.0, []
     for r, v, m in zip(
         reversed(rewards.tolist()), reversed(values.tolist()), reversed(live.tolist()), strict=True
     ):
-        out.append(r - v + w if m else 0.0)
+        if m or mask_semantics == "zero":
+            a = r - v + w
+        out.append(a if m or not zero_masked else 0.0)
         if m:
             w = gl * w + gl * r + (gamma - gl) * v
         elif mask_semantics == "zero":
@@ -510,6 +514,7 @@ def gae(
     lam_value: float | Tensor | None = None,
     bootstrap: Tensor | None = None,
     response_cu_seqlens: Tensor | None = None,
+    zero_masked: bool = True,
     return_moments: bool = False,
 ) -> tuple[Tensor, ...]:
     """GAE (arXiv 1506.02438): advantages and returns, and the moments of the advantages if asked for."""
@@ -522,20 +527,21 @@ def gae(
         live = response_mask[row] != 0
         if invalid[b]:
             advantages[row] = returns[row] = torch.where(live, math.nan, 0.0).to(dtype)
-        if invalid[b] or not live.any():
             continue
         r = torch.where(live, rewards[row].to(dtype), 0.0)
-        if bootstrap is not None:
+        if bootstrap is not None and live.any():
             r[live.nonzero().max()] += gamma32 * bootstrap[b].to(dtype)
         if values is None:
-            advantages[row] = _recurrence(r, torch.zeros_like(r), live, gamma32, gamma32, mask_semantics)
+            zeros = torch.zeros_like(r)
+            advantages[row] = _recurrence(r, zeros, live, gamma32, gamma32, mask_semantics, zero_masked)
             returns[row] = advantages[row]
             continue
         v = torch.where(live, values[row].to(dtype), 0.0)
         gl = _lam_of_row(lam, gamma, b)
         gl_value = gl if lam_value is None else _lam_of_row(lam_value, gamma, b)
-        advantages[row] = _recurrence(r, v, live, gamma32, gl, mask_semantics)
-        returns[row] = _recurrence(r, v, live, gamma32, gl_value, mask_semantics) + v
+        advantages[row] = _recurrence(r, v, live, gamma32, gl, mask_semantics, zero_masked)
+        returns[row] = _recurrence(r, v, live, gamma32, gl_value, mask_semantics, zero_masked)
+        returns[row] += v if zero_masked or mask_semantics == "zero" else values[row].to(dtype)
     if return_moments:
         return advantages, returns, row_moments(advantages, response_mask, response_cu_seqlens)
     return advantages, returns
@@ -560,7 +566,7 @@ def whiten(
     moments: Tensor | None = None,
     bessel: bool = True,
     eps: float = 1e-8,
-    eps_mode: Literal["add", "clamp"] = "add",
+    eps_mode: EpsMode = "add",
     shift_mean: bool = True,
     zero_masked: bool = True,
 ) -> Tensor:
@@ -574,7 +580,10 @@ def whiten(
     mean = (counts * means).sum() / count
     m2 = m2s.sum() + (counts * (means - mean).square()).sum()
     var = m2 / ((count - 1).clamp(min=1) if bessel else count)
-    scale = (var + eps if eps_mode == "add" else var.clamp(min=eps)).rsqrt()
+    if eps_mode == "add_to_std":
+        scale = 1 / (var.sqrt() + eps)
+    else:
+        scale = (var + eps if eps_mode == "add" else var.clamp(min=eps)).rsqrt()
     out = (x.to(dtype) - mean) * scale
     if not shift_mean:
         out = out + mean
@@ -658,7 +667,7 @@ def shape_rewards(
             weights[row], fell_back = normalize_row(raw[row], live, at, config.normalization)
             status[b] |= int(Status.FALLBACK) if fell_back else 0
             share[b] = torch.where(live, raw[row], 0.0).sum()
-        shaped = _rewards_row(score[b], weights[row], live, at, config.beta)
+        shaped = _rewards_row(score[b], weights[row], live, at, config.share(credit))
         error[b] = (shaped.sum() - score[b]).abs()
         total_weight = weights[row].sum()
         p = weights[row][weights[row] != 0] / total_weight
@@ -684,13 +693,15 @@ def shape_rewards(
         mask_semantics=config.mask_semantics,
         bootstrap=bootstrap,
         response_cu_seqlens=response_cu_seqlens,
+        zero_masked=config.zero_masked,
     )
     outputs = [x for x in (rewards, advantages, returns, weights, kl) if x is not None]
     for b, row in enumerate(rows):
         if status[b] & int(Status.OUT_OF_RANGE):
             for x in outputs:
                 x[row] = torch.where(response_mask[row] != 0, math.nan, 0.0)
-        if not all(x[row].isfinite().all() for x in outputs):
+        live = response_mask[row] != 0  # masked tokens may hold anything where ``zero_masked`` is False
+        if not all(x[row][live].isfinite().all() for x in outputs):
             status[b] |= int(Status.NONFINITE)
             if config.on_nan == "zero_row":
                 for x in outputs:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
-from attnshape._flow import Flow, Moved
+from attnshape._flow import Flow, Norms, Pulls
 from attnshape.types import AttentionInputs, SignedLayer
 
 AttentionFunction: TypeAlias = Callable[..., Any]
@@ -51,8 +51,8 @@ class AttentionTap:
     Args:
         model: a Hugging Face model whose attention goes through transformers' ``AttentionInterface``, or a
             module around one (value head, PEFT, data parallel, ``torch.compile``).
-        layer: which of the model's attention layers, negative from the last; or several. Not for rollouts,
-            which read every layer, nor for embeddings, which belong to none. Of one layer only the values.
+        layer: which of the model's attention layers, negative from the last; or several. One only for
+            ``"gradient_value"``; none for rollouts, which read every layer, nor for embeddings.
         source: what ``take`` hands out. ``"attention"``: queries and keys, of the last layer if no ``layer``
             is given. ``"rollout"``: those of every layer with the norms of what they move, for
             ``attention_rollout``. ``"signed_rollout"``: for ``credit.signed_rollout``. ``"gradient_value"``:
@@ -186,15 +186,15 @@ class AttentionTap:
 
         Returns:
             ``AttentionInputs`` if ``layer`` was an int, else a tuple in the order of ``layer``; detached.
-            A rollout gives a tuple of every layer, from the lowest: ``AttentionInputs`` with norms and every
-            query, or ``SignedLayer``. A gradient source gives the tensor that the score is differentiated by,
-            still in the graph.
-
-            ``query`` is a copy of the rows, ``[B, Hq, D]`` (every query, by reference, for ``"all"`` and
-            ``"last_response"``); ``key`` is the layer's own, by reference. Packed input, which is
+            ``query`` is a copy of the rows, ``[B, Hq, D]`` (every query, by reference, for ``"all"``,
+            ``"last_response"`` and rollouts); ``key`` is the layer's own, by reference. Packed input, that is
             ``cu_seq_lens_q`` or restarting ``position_ids``, both without a mask, gives one row per sequence
             (the last token's unless positions are given, which count from the sequence's first token), and
             ``key`` as ``[N, Hkv, D]`` with ``cu_seqlens``.
+
+            Rollouts give a tuple of every layer, the lowest first: ``AttentionInputs`` with norms, or
+            ``SignedLayer``. A gradient source gives the tensor that the score is to be differentiated by, in
+            its graph: values ``[B, Hkv, S, D]`` or embeddings ``[B, S, hidden]``.
 
         Raises:
             RuntimeError: no forward ran since the last ``take``, or more than one.
@@ -434,16 +434,16 @@ class _Attended:
             **self.options,
         )
 
-    def with_flow(self, moved: Moved) -> AttentionInputs | SignedLayer:
+    def with_flow(self, moved: Norms | Pulls) -> AttentionInputs | SignedLayer:
         """``inputs`` with what the layer moved."""
         inputs = self.inputs()
-        value, norm, residual, pull = moved
-        if self.cu_seqlens is not None:
-            value, norm, residual = value[0].transpose(0, 1), norm[0].T, residual[0]
-            pull = None if pull is None else pull[0].transpose(0, 1)
-        if pull is not None:
-            return SignedLayer(inputs, value, pull)
-        return dataclasses.replace(inputs, value_norm=norm, residual_norm=residual)
+        packed = inputs.packed
+        first, second = (x[0] if packed else x for x in moved)
+        if isinstance(moved, Pulls):
+            if packed:
+                first, second = first.transpose(0, 1), second.transpose(0, 1)
+            return SignedLayer(inputs, first, second)
+        return dataclasses.replace(inputs, value_norm=first.T if packed else first, residual_norm=second)
 
 
 def _differentiable(x: Tensor) -> Tensor | ValueError:

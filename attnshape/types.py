@@ -5,16 +5,20 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from enum import IntFlag
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
 
+from attnshape.presets import Presets
+
 Backend: TypeAlias = Literal["auto", "triton", "torch"]
 CreditName: TypeAlias = Literal["uniform", "sparse"]
+EpsMode: TypeAlias = Literal["add", "clamp", "add_to_std"]
 KLEstimator: TypeAlias = Literal["k1", "abs", "k2", "k3"]
+MaskLayout: TypeAlias = Literal["any", "response", "prefix", "rolled"]
 MaskSemantics: TypeAlias = Literal["skip", "zero"]
 Normalization: TypeAlias = Literal["sum_to_one", "sum_to_length", "none"]
 OnNaN: TypeAlias = Literal["propagate", "zero_row"]
@@ -161,11 +165,22 @@ Attention: TypeAlias = AttentionInputs | Sequence[AttentionInputs]
 """One layer, or several whose head means are averaged."""
 
 
+class Whitening(TypedDict, total=False):
+    """Arguments of ``whiten``; what is not there keeps its default."""
+
+    bessel: bool
+    eps: float
+    eps_mode: EpsMode
+    shift_mean: bool
+    zero_masked: bool
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ShapingConfig:
+class ShapingConfig(Presets):
     """How a score becomes token rewards, and rewards become advantages.
 
-    Defaults are those of "Dense Reward for Free in RLHF" (arXiv 2402.00782).
+    Defaults are those of "Dense Reward for Free in RLHF" (arXiv 2402.00782). ``ShapingConfig.verl()``,
+    ``.trl()``, ``.openrlhf()``, ``.slime()``, ``.nemo_rl()`` and ``.areal()`` are those of the frameworks.
 
     Args:
         beta: share of the score that is redistributed by the credit; the rest stays on the score's token.
@@ -175,6 +190,12 @@ class ShapingConfig:
         mask_semantics: what a masked token inside a response is to GAE. ``"skip"``: nothing, values and
             advantages pass through (verl, NeMo-RL, AReaL). ``"zero"``: a step with reward and value 0 (TRL,
             OpenRLHF, slime).
+        zero_masked: False leaves at masked tokens what frameworks leave there: advantages that the recurrence
+            carries past them, and returns that are their sum with the value (``"zero"``: 0). Padded tokens
+            only.
+        mask_layout: what ``validate=True`` holds ``response_mask`` to. ``"response"``: a row's first token is
+            unmasked. ``"prefix"``: no masked token stands before an unmasked one. ``"rolled"``: the last
+            token is masked.
         normalization: of the credit: ``"sum_to_one"``, ``"sum_to_length"`` or ``"none"``.
         score_index: the score's token: ``"last_unmasked"``, ``"last_token"`` (masked or not), or int ``[B]``.
         score_clip: the score is clamped to ``[-score_clip, score_clip]``, or to this pair, before use.
@@ -182,6 +203,7 @@ class ShapingConfig:
         kl_input_clip: ``logprobs - ref_logprobs`` is clamped to ``[-c, c]``.
         kl_output_clip: the estimate is clamped to ``[-c, c]``.
         on_nan: a row with a non-finite output keeps it, or becomes 0; flagged in ``status`` either way.
+        whitening: for the caller: ``whiten(out.advantages, mask, **config.whitening)``.
     """
 
     beta: float = 0.8
@@ -189,6 +211,8 @@ class ShapingConfig:
     lam: float | Tensor = 0.95
     lam_value: float | Tensor | None = None
     mask_semantics: MaskSemantics = "skip"
+    zero_masked: bool = True
+    mask_layout: MaskLayout = "any"
     normalization: Normalization = "sum_to_one"
     score_index: ScoreIndex | Tensor = "last_unmasked"
     score_clip: float | tuple[float, float] | None = None
@@ -196,6 +220,7 @@ class ShapingConfig:
     kl_input_clip: float | None = None
     kl_output_clip: float | None = None
     on_nan: OnNaN = "propagate"
+    whitening: Whitening = field(default_factory=dict)  # type: ignore[assignment]  # the compiler traces it
 
     @property
     def score_bounds(self) -> tuple[float, float]:
@@ -205,6 +230,11 @@ class ShapingConfig:
         if isinstance(self.score_clip, tuple):
             return self.score_clip
         return -self.score_clip, self.score_clip
+
+    def share(self, credit: object) -> float:
+        """``beta``; 1 where all credit is on the score's token, whose reward is then the score, unrounded."""
+        sparse = isinstance(credit, str) and credit == "sparse" and self.normalization != "sum_to_length"
+        return 1.0 if sparse else self.beta
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,7 +256,7 @@ class RowStats:
 
 @dataclass(frozen=True, eq=False)
 class ShapedRewards:
-    """What ``shape_rewards`` returns; all detached, 0 at masked positions.
+    """What ``shape_rewards`` returns; all detached, 0 at masked positions (but see ``zero_masked``).
 
     ``[B, R]`` (packed: ``[M]``), float32, or float64 where every floating input is.
     """

@@ -88,7 +88,7 @@ def reward_model() -> Any:
 
 @torch.no_grad()
 def _score_only(model: Any, ids: Tensor, mask: Tensor, response_mask: Tensor, start: Tensor) -> Weights:
-    return model(ids, attention_mask=mask, use_cache=False).logits[:, 0], response_mask
+    return model(ids, attention_mask=mask).logits[:, 0], response_mask
 
 
 def costs(name: str | None, model: Any, length: int) -> Cost:

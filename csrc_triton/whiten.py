@@ -142,6 +142,7 @@ def whiten_kernel(
     bessel,
     eps,
     least,
+    eps_of_std,
     shift_mean,
     zero_masked,
     UNIT: tl.constexpr,
@@ -152,7 +153,7 @@ def whiten_kernel(
     n = n.to(tl.int64) * UNIT
     folded = fold_moments(p_moments, 0, parts, PARTS)
     variance = folded.m2 / tl.maximum(folded.count - bessel, 1.0) + eps
-    scale = 1.0 / tl.sqrt(tl.where(variance < least, least, variance))
+    scale = 1.0 / (tl.sqrt(tl.where(variance < least, least, variance)) + eps_of_std)
     kept = tl.where(shift_mean != 0, 0.0, folded.mean)
     first = tl.program_id(0).to(tl.int64) * blocks
     for i_c in range(first, tl.minimum(first + blocks, (n + BLOCK - 1) // BLOCK)):
@@ -172,7 +173,7 @@ def whiten(
     gather: Callable[[Tensor], Tensor] | None = None,
     bessel: bool = True,
     eps: float = 1e-8,
-    eps_mode: Literal["add", "clamp"] = "add",
+    eps_mode: Literal["add", "clamp", "add_to_std"] = "add",
     shift_mean: bool = True,
     zero_masked: bool = True,
 ) -> Tensor:
@@ -218,6 +219,7 @@ def whiten(
             int(bessel),
             eps if eps_mode == "add" else 0.0,
             eps if eps_mode == "clamp" else -math.inf,
+            eps if eps_mode == "add_to_std" else 0.0,
             int(shift_mean),
             int(zero_masked),
             PARTS=PARTS,

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from attnshape import AttentionTap, attention_credit, reference, shape_rewards
-from attnshape.alignment import _decoded_spans, align, align_texts
+from attnshape.alignment import align, align_texts, decoded_spans
 
 CORPUS = [
     "The film was not bad, and the ending was great!",
@@ -328,7 +328,7 @@ def test_spans_of_sampled_ids(kind: str, text: str) -> None:
     fast = tokenizer(kind)
     encoded = fast(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = [fast.bos_token_id, *encoded["input_ids"], fast.eos_token_id, fast.pad_token_id]
-    decoded, (first, *found, eos, pad) = _decoded_spans(fast, ids)
+    decoded, (first, *found, eos, pad) = decoded_spans(fast, ids)
     assert decoded == text
     assert first == (0, 0)
     assert eos == pad == (len(text), len(text))
@@ -346,7 +346,7 @@ def test_spans_of_sampled_ids(kind: str, text: str) -> None:
 def test_spans_of_sampled_ids_tile_the_text(kind: str) -> None:
     fast = tokenizer(kind)
     for text in TEXTS:
-        decoded, found = _decoded_spans(fast, fast(text, add_special_tokens=False)["input_ids"])
+        decoded, found = decoded_spans(fast, fast(text, add_special_tokens=False)["input_ids"])
         assert decoded == fast.decode(
             fast(text)["input_ids"], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )

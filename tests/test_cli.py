@@ -10,28 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoModelForSequenceClassification,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    PreTrainedTokenizerFast,
-)
+from reward_models import LIMIT, save, tokenizer
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 from typer.testing import CliRunner, Result
 
-from attnshape import credit_file
+from attnshape import credit_file, scoring
 from attnshape.cli import app
 from attnshape.demo.ppo import PPOConfig
 from attnshape.demo.run import DemoConfig
 
-TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'nobody' %}{{ raise_exception('who?') }}{% endif %}"
-    "<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
-)
-LIMIT = 64
 RECORDS: list[dict[str, Any]] = [
     {"prompt": "How was the film? ", "response": "It was great, not bad at all!"},
     {"prompt": "", "response": "Yes 😀 and <b>no</b>\nbad", "id": "second"},
@@ -44,60 +31,6 @@ RECORDS: list[dict[str, Any]] = [
     },
     {"prompt": "And the plot?", "response": " awful"},
 ]
-
-
-def tokenizer(pad_token: str | None = "<pad>") -> PreTrainedTokenizerFast:
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = decoders.ByteLevel()
-    special = ["<s>", "<pad>", "<|im_start|>", "<|im_end|>"]
-    tok.train_from_iterator(
-        ["It was great, not bad at all! How was the film? awful plot"] * 8,
-        trainers.BpeTrainer(
-            vocab_size=320,
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    tok.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tok,
-        bos_token="<s>",
-        pad_token=pad_token,
-        additional_special_tokens=special[2:],
-        chat_template=TEMPLATE,
-        padding_side="left",
-    )
-
-
-def save(folder: Path, kind: str) -> Path:
-    torch.manual_seed(0)
-    shape = {"vocab_size": 320, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
-    llama = {
-        "intermediate_size": 16,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": LIMIT,
-        "pad_token_id": None if kind == "no_pad" else 1,
-    }
-    if kind == "causal":
-        model = LlamaForCausalLM(LlamaConfig(**shape, **llama))
-    elif kind == "gpt2":
-        model = GPT2ForSequenceClassification(
-            GPT2Config(vocab_size=320, n_embd=16, n_layer=2, n_head=4, n_positions=LIMIT, num_labels=1)
-        )
-    else:
-        labels = 2 if kind == "two_labels" else 1
-        model = LlamaForSequenceClassification(LlamaConfig(**shape, **llama, num_labels=labels))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():  # attention far from uniform
-            if parameter.ndim == 2 and "embed" not in name and "wte" not in name:
-                parameter.mul_(20)
-            elif parameter.ndim == 2:
-                parameter.mul_(50)
-    model.save_pretrained(folder)
-    tokenizer(None if kind == "gpt2" else "<pad>").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module", params=["llama", "no_pad", "gpt2"])
@@ -164,8 +97,11 @@ def test_credit_is_the_eager_models(
         assert row["credit"] == pytest.approx(credit, rel=2e-4, abs=1e-6)
         assert sum(row["credit"]) == pytest.approx(1, abs=2e-6)
         assert len(credit) == 1 or max(credit) > 1.5 / len(credit)
-        assert row["tokens"] == [response[start:end] for start, end in row["offsets"]]
-        assert {c for start, end in row["offsets"] for c in range(start, end)} == set(range(len(response)))
+        given = record["response"] if "response" in record else record["messages"][-1]["content"]
+        assert row["tokens"] == [given[start:end] for start, end in row["offsets"]]
+        characters = {c for start, end in row["offsets"] for c in range(start, end)}
+        first = given.index(response)  # the template strips it
+        assert characters == set(range(first, first + len(response)))
         probabilities = torch.tensor(credit, dtype=torch.float64)
         assert row["metrics"]["entropy"] == pytest.approx(
             torch.special.entr(probabilities).sum().item(), abs=1e-3
@@ -271,18 +207,18 @@ def test_page_shows_every_completion(llama: Path, source: Path, tmp_path: Path) 
 
 
 def test_reads_no_further_than_a_batch(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tok = credit_file.load_reward_model(str(llama), "cpu")
+    model, tok = scoring.load_reward_model(str(llama), "cpu")
     source = tmp_path / "in.jsonl"
     source.write_text((json.dumps(RECORDS[0]) + "\n") * 10)
     read_sizes: list[int] = []
     ahead: list[int] = []
-    score = credit_file._score
+    score = credit_file.score_examples
 
     def spy(*args: Any) -> Any:
         ahead.append(len(read_sizes))
         return score(*args)
 
-    monkeypatch.setattr(credit_file, "_score", spy)
+    monkeypatch.setattr(credit_file, "score_examples", spy)
     counts = credit_file.credit_file(
         model,
         tok,
@@ -303,7 +239,7 @@ def test_an_interruption_leaves_no_file(
 ) -> None:
     old = tmp_path / "out.jsonl"
     old.write_text("as before")
-    score, calls = credit_file._score, []
+    score, calls = credit_file.score_examples, []
 
     def interrupted(*args: Any) -> Any:
         calls.append(1)
@@ -311,7 +247,7 @@ def test_an_interruption_leaves_no_file(
             raise error
         return score(*args)
 
-    monkeypatch.setattr(credit_file, "_score", interrupted)
+    monkeypatch.setattr(credit_file, "score_examples", interrupted)
     result = invoke(llama, source, "--out", old, "--html", tmp_path / "page.html", "--batch-size", 1)
     assert result.exit_code != 0
     assert len(calls) == 3
@@ -320,7 +256,7 @@ def test_an_interruption_leaves_no_file(
 
 
 def test_a_model_without_padding_token_takes_its_tokenizers(tmp_path: Path) -> None:
-    model, _ = credit_file.load_reward_model(str(save(tmp_path, "no_pad")), "cpu")
+    model, _ = scoring.load_reward_model(str(save(tmp_path, "no_pad")), "cpu")
     assert model.config.pad_token_id == 1
 
 

@@ -170,7 +170,7 @@ def test_segment_rewards(cutoff: float) -> None:
 
 def test_segments_are_not_normalised_unless_asked() -> None:
     scores, mask = torch.tensor([[1.0, 2.0, 4.0]]), torch.ones(1, 3)
-    got = credit.segment_rewards(scores, torch.tensor([[0.0, 3.0, 0.0]]), mask, cutoff=1.0)
+    got = credit.segment_rewards(scores, torch.tensor([[1.0, 1.005, 0.0]]), mask, cutoff=1.0)
     torch.testing.assert_close(got, torch.tensor([[1.0, 1.0, 4.0]]))
 
 
@@ -265,7 +265,7 @@ def signed_layers(count: int, *, dtype: torch.dtype = F64, **options: Any) -> li
         query, key = normal(B, 4, S, 8, seed=10 * i + 1), normal(B, 2, S, 8, seed=10 * i + 2)
         inputs = AttentionInputs(query.to(dtype), key.to(dtype), 0.5, attention_mask=attended, **options)
         value = normal(B, 2, S, 5, seed=10 * i + 3).masked_fill(~attended[:, None, :, None], math.nan)
-        pull = normal(B, 4, S, 5, seed=10 * i + 4) / 5
+        pull = normal(B, 4, S, 5, seed=10 * i + 4).masked_fill(~attended[:, None, :, None], math.nan) / 5
         layers.append(SignedLayer(inputs, value.to(dtype), pull.to(dtype)))
     return layers
 
@@ -510,7 +510,7 @@ def test_costs_on_the_page_are_those_that_were_counted() -> None:
     lines = [line.split("|")[1:] for line in PAGE.splitlines() if line.startswith("| ")]
     page = {cells[0].strip(): (cells[1].strip(), cells[2].strip()) for cells in lines}
     names = {
-        "forward alone": "forward alone",
+        "forward alone": "forward alone, with its cache",
         "last row": "last row; mean over layers; increments",
         "mean over layers": "last row; mean over layers; increments",
         "incremental (R3HF)": "last row; mean over layers; increments",

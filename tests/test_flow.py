@@ -273,3 +273,21 @@ def test_no_square_matrix(source, monkeypatch):
             )
         largest.append(mode.numel)
     assert largest[1] <= 2 * largest[0]
+
+
+@pytest.mark.parametrize("source", ["rollout", "signed_rollout"])
+def test_autocast_rounds_the_forward_alone(source):
+    model = build("llama")
+    ids, mask = batch("left")
+    start = torch.zeros(3, dtype=torch.int32)
+    roll = attnshape.attention_rollout if source == "rollout" else credit.signed_rollout
+    rolled = []
+    for enabled in (False, True):
+        with torch.no_grad(), AttentionTap(model, source=source) as tap:
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                model(ids, attention_mask=mask)
+            taken = tap.take()
+        measured = [x.value_norm if source == "rollout" else x.pull for x in taken]
+        assert all(x.dtype == torch.float32 for x in measured)
+        rolled.append(roll(taken, mask, response_start=start))
+    torch.testing.assert_close(*rolled, rtol=0.1, atol=0.02)

@@ -36,7 +36,6 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from attnshape.credit_file import load_reward_model
 from attnshape.demo.corpus import leave_one_out, true_reward, write_review
 from attnshape.demo.models import (
     POLICY,
@@ -50,6 +49,7 @@ from attnshape.demo.models import (
 from attnshape.demo.ppo import ActorCritic, Judge, Method, PPOConfig, Record, Truth, train
 from attnshape.demo.results import Results, Run, write_results
 from attnshape.score_fn import parse_score_fn
+from attnshape.scoring import load_reward_model
 
 REFERENCE_SAMPLES = 256
 """Completions of the initial policy whose scores set the reward's zero and unit."""

@@ -1,0 +1,66 @@
+"""What frameworks leave at masked tokens, filled in after either backend has computed the others."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from attnshape.types import MaskSemantics, ShapedRewards, ShapingConfig, Status, decay, float32_rounded
+
+
+def filled(
+    shaped: ShapedRewards, values: Tensor | None, response_mask: Tensor, config: ShapingConfig
+) -> ShapedRewards:
+    """``carried`` over a whole result; rows without sound outputs stay as they are."""
+    unsound = int(Status.OUT_OF_RANGE | (Status.NONFINITE if config.on_nan == "zero_row" else 0))
+    sound = (shaped.status & unsound == 0)[:, None]
+    computed = (shaped.advantages, shaped.returns)
+    carry = carried(
+        *computed, values, response_mask, config.gamma, config.lam, config.lam_value, config.mask_semantics
+    )
+    advantages, returns = (torch.where(sound, a, b) for a, b in zip(carry, computed, strict=True))
+    return dataclasses.replace(shaped, advantages=advantages, returns=returns)
+
+
+def carried(
+    advantages: Tensor,
+    returns: Tensor,
+    values: Tensor | None,
+    response_mask: Tensor,
+    gamma: float,
+    lam: float | Tensor,
+    lam_value: float | Tensor | None,
+    mask_semantics: MaskSemantics,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns ``[B, R]`` with what the recurrence carries past masked tokens.
+
+    With ``s`` the next unmasked token after a masked ``t`` (past the end all is 0), ``skip`` holds ``A_s``
+    and ``zero`` ``gl ** (s - t - 1) * (gamma * V_s + gl * A_s)``. Returns add ``V_t``, which ``zero`` masks.
+    """
+    live = response_mask != 0
+    t = torch.arange(live.shape[1], device=live.device)
+    following = torch.where(live, t, len(t)).flip(1).cummin(1).values.flip(1) if live.numel() else live.long()
+    v = torch.zeros_like(advantages, dtype=torch.float64) if values is None else values.double()
+    v_live = torch.where(live, v, 0.0)
+
+    def at_following(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, (0, 1)).gather(1, following)
+
+    def fill(x: Tensor, lam: float | Tensor) -> Tensor:
+        """``x`` (advantages, [B, R] float64) with masked tokens filled."""
+        if mask_semantics == "skip":
+            return at_following(x)
+        gl = decay(gamma, lam if values is not None else 1.0)
+        gl = gl.double()[:, None] if isinstance(gl, Tensor) else torch.full_like(x[:, :1], gl)
+        entering = float32_rounded(gamma) * at_following(v_live) + gl * at_following(x)
+        return torch.where(live, x, gl ** (following - t - 1).clamp(min=0) * entering)
+
+    filled = fill(advantages.double(), lam)
+    sums = fill(returns.double() - v_live, lam if lam_value is None else lam_value)
+    sums = sums + (v if mask_semantics == "skip" else v_live)
+    return (
+        torch.where(live, advantages, filled.to(advantages.dtype)),
+        torch.where(live, returns, sums.to(returns.dtype)),
+    )

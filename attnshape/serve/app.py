@@ -1,0 +1,289 @@
+"""The HTTP side: what is let in, what is refused, and how the server starts and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
+
+from attnshape.score_fn import ScoreFn
+from attnshape.scoring import Example, Reader, load_tokenizer
+from attnshape.serve.batching import BatchQueue
+from attnshape.serve.metrics import Metrics
+from attnshape.serve.process import Job, work
+from attnshape.serve.protocol import BODY, Answer, Completion, Failure, answer, parse
+from attnshape.serve.workers import Pool, State
+
+BODIES = 16
+"""Times the largest body that all bodies being read may hold together."""
+READ_SECONDS = 60.0
+"""A body that is not here by then is refused: it keeps others out."""
+RETRY_AFTER = {"Retry-After": "1"}
+CLIENT_GONE = 499
+"""In the metrics; nobody is there to see it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """What ``attnshape serve`` serves, and how much at once.
+
+    Args:
+        model: a folder or hub name of a sequence classifier with a trained head.
+        devices: one worker each; a device may be named several times.
+        layer: the attention layer that is read, negative from the last.
+        max_batch_tokens: of a batch, padding included; longer completions are refused.
+        max_pending: completions that may wait or be scored at once; more are asked to come again.
+        max_body_bytes: of a request.
+    """
+
+    model: str
+    score_fn: ScoreFn
+    devices: tuple[str, ...] = ("cpu",)
+    layer: int = -1
+    max_batch_tokens: int = 16384
+    max_pending: int = 2048
+    max_body_bytes: int = 4 << 20
+
+
+class Door:
+    """Lets requests in as far as there is room for them."""
+
+    def __init__(self, max_pending: int, max_body_bytes: int) -> None:
+        self.max_pending, self.max_body_bytes = max_pending, max_body_bytes
+        self.pending = 0
+        self._bytes = 0
+
+    @contextlib.asynccontextmanager
+    async def body(self, request: Request) -> AsyncIterator[bytes]:
+        """Of a request; counted while the block is open, and never held beyond the limit."""
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        # Also keeps web pages from posting here unasked: for this type a browser asks the server first.
+        if media_type != "application/json":
+            raise HTTPException(415, f"content-type: got {media_type!r}, want 'application/json'")
+        too_long = HTTPException(413, f"the body is longer than {self.max_body_bytes} bytes")
+        if int(request.headers.get("content-length", 0)) > self.max_body_bytes:
+            raise too_long
+        body = bytearray()
+        try:
+            try:
+                async with asyncio.timeout(READ_SECONDS):
+                    async for part in request.stream():
+                        self._bytes += len(part)
+                        body += part
+                        if len(body) > self.max_body_bytes:
+                            raise too_long
+                        if self._bytes > BODIES * self.max_body_bytes:
+                            raise HTTPException(429, "too many requests at once", RETRY_AFTER)
+            except TimeoutError:
+                raise HTTPException(408, f"the body took longer than {READ_SECONDS:g} s") from None
+            yield bytes(body)
+        finally:
+            self._bytes -= len(body)
+
+    @contextlib.contextmanager
+    def room_for(self, count: int) -> Iterator[None]:
+        """For so many completions, until they are answered."""
+        if count > self.max_pending:
+            raise HTTPException(413, f"got {count} completions, want at most {self.max_pending} in a request")
+        if self.pending + count > self.max_pending:
+            raise HTTPException(429, f"{self.pending} completions are waiting already", RETRY_AFTER)
+        self.pending += count
+        try:
+            yield
+        finally:
+            self.pending -= count
+
+
+def build(config: ServeConfig, on_failure: Callable[[], None] = lambda: None) -> tuple[FastAPI, Pool]:
+    """The application, and the workers that it needs, not yet started.
+
+    Raises:
+        ValueError, OSError: there is no such model, or its tokenizer is not a fast one.
+    """
+    from transformers import AutoConfig
+
+    model_config = AutoConfig.from_pretrained(config.model)
+    reader = Reader(load_tokenizer(config.model), model_config, config.max_batch_tokens)
+    cpus = config.devices.count("cpu")
+    threads = max(1, torch.get_num_threads() // max(1, cpus))
+    targets = [
+        (device, functools.partial(work, Job(config.model, device, config.score_fn, config.layer, threads)))
+        for device in config.devices
+    ]
+    queue = BatchQueue(config.max_batch_tokens, pads=reader.pads)
+    pool = Pool(targets, queue, Metrics(), on_failure=on_failure)
+    return create_app(config, reader, pool), pool
+
+
+def create_app(config: ServeConfig, reader: Reader, pool: Pool) -> FastAPI:
+    """The endpoints in front of a pool."""
+    app = FastAPI(title="attnshape", description="Score and credit per token of a reward model.")
+    door = Door(config.max_pending, config.max_body_bytes)
+    pool.metrics.gauge("pending_completions", "Completions accepted, not yet answered.", lambda: door.pending)
+    # One thread: a tokenizer is not to be shared, and this one needs little time beside the model.
+    reading = ThreadPoolExecutor(1, "reading")
+
+    async def scored(request: Request) -> Response:
+        if not pool.count(State.READY):
+            raise HTTPException(503, "no worker is ready", RETRY_AFTER)
+        with contextlib.ExitStack() as room:
+            async with door.body(request) as body:
+                try:
+                    parsed = parse(body)
+                    completions = parsed if isinstance(parsed, list) else [parsed]
+                    room.enter_context(door.room_for(len(completions)))
+                    examples = await asyncio.get_running_loop().run_in_executor(
+                        reading, read_all, completions, reader
+                    )
+                except SyntaxError as error:
+                    raise HTTPException(400, str(error)) from error
+                except ValueError as error:
+                    raise HTTPException(422, str(error)) from error
+            answers = await _answers(request, examples, pool.queue)
+        return JSONResponse(answers if isinstance(parsed, list) else answers[0])
+
+    @app.post(
+        "/score",
+        response_model=Answer | Failure | list[Answer | Failure],
+        responses={status: {"model": Failure} for status in (400, 408, 413, 415, 422, 429, 503)},
+        openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": BODY}}}},
+    )
+    async def score(request: Request) -> Response:
+        """Score and credit of one completion, or of each of a list.
+
+        A completion for which the model has no finite answer gets an error in place of its score.
+        """
+        started, status = time.monotonic(), 500
+        try:
+            response = await scored(request)
+            status = response.status_code
+            return response
+        except HTTPException as error:
+            status = error.status_code
+            raise
+        except ClientDisconnect:
+            status = CLIENT_GONE
+            return Response(status_code=status)
+        finally:
+            pool.metrics.requests.labels(str(status)).inc()
+            pool.metrics.request_seconds.observe(time.monotonic() - started)
+
+    @app.get("/health")
+    async def health() -> Response:
+        """Whether requests can be answered: 200, or 503 while the model is loaded."""
+        ready = pool.count(State.READY) > 0
+        workers = [
+            {
+                "device": worker.device,
+                "state": worker.state,
+                "pid": worker.pid,
+                "restarts": worker.restarts,
+            }
+            for worker in pool.workers
+        ]
+        body = {"status": "ready" if ready else "not ready", "model": config.model, "workers": workers}
+        return JSONResponse(body, 200 if ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(pool.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.exception_handler(StarletteHTTPException)
+    async def refused(request: Request, error: StarletteHTTPException) -> Response:
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+    return app
+
+
+def read_all(completions: Sequence[Completion], reader: Reader) -> list[Example]:
+    """Raises ValueError that says which one cannot be scored, and why."""
+    examples = []
+    for i, completion in enumerate(completions):
+        try:
+            examples.append(completion.read(reader))
+        except ValueError as error:
+            raise ValueError(f"[{i}]: {error}" if len(completions) > 1 else str(error)) from error
+    return examples
+
+
+async def _answers(request: Request, examples: Sequence[Example], queue: BatchQueue) -> list[dict[str, Any]]:
+    """Raises ClientDisconnect when nobody waits any more; what no worker has is then taken out."""
+    futures = [asyncio.wrap_future(queue.put(example)) for example in examples]
+    answered = asyncio.create_task(asyncio.wait(futures))
+    gone = asyncio.create_task(_hung_up(request))
+    try:
+        await asyncio.wait((answered, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not answered.done():
+            raise ClientDisconnect
+        errors = [str(error) for future in futures if (error := future.exception()) is not None]
+        if errors:
+            raise HTTPException(503, errors[0], RETRY_AFTER)
+        return [answer(example, future.result()) for example, future in zip(examples, futures, strict=True)]
+    finally:
+        waiting: list[asyncio.Future[Any]] = [answered, gone, *futures]
+        for task in waiting:
+            task.cancel()
+
+
+async def _hung_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def run(config: ServeConfig, host: str, port: int, on_listen: Callable[[str], None]) -> None:
+    """Serves until SIGINT or SIGTERM, then answers what was accepted and returns.
+
+    Args:
+        port: 0 for any free one.
+        on_listen: called with the address when connections are taken; the workers are loading then.
+
+    Raises:
+        ValueError, OSError: as ``build``; the address cannot be had; a worker cannot load the model.
+    """
+
+    def stop() -> None:
+        server.should_exit = True
+
+    app, pool = build(config, stop)
+    # Kept open for longer than clients do, which then never send into a connection that is just closing.
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=75)
+    )
+    with socket.create_server((host, port), family=_family(host)) as listener:
+        shown = f"[{host}]" if ":" in host else host
+        on_listen(f"http://{shown}:{listener.getsockname()[1]}")
+        with _signals_obeyed(), pool:
+            server.run(sockets=[listener])
+    if pool.failure is not None:
+        raise ValueError(pool.failure)
+
+
+@contextlib.contextmanager
+def _signals_obeyed() -> Iterator[None]:
+    """uvicorn ends at these signals and then raises them again, when all they asked for is done."""
+    handlers = {name: signal.signal(name, lambda *_: None) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET

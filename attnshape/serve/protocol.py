@@ -1,0 +1,119 @@
+"""What ``POST /score`` takes and gives, as JSON."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from attnshape.scoring import Example, Reader, Scored
+
+SHOWN_PROBLEMS = 3
+
+
+class Completion(BaseModel):
+    """One completion: ``prompt`` and ``response``, or ``messages`` that end with the assistant's."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: Annotated[str | None, Field(description="Text before the response, read as one with it.")] = None
+    response: str | None = None
+    messages: Annotated[
+        list[dict[str, Any]] | None,
+        Field(description="Rendered with the reward model's chat template; the last one is the response."),
+    ] = None
+    offsets: Annotated[
+        list[tuple[int, int]] | None,
+        Field(
+            description="[start, end] of each of the policy's tokens in characters (code points) of the "
+            "response, in order. Text that none covers, such as a tool's turn, gets no credit. Without them "
+            "credit is per token of the reward model."
+        ),
+    ] = None
+    label: Annotated[Any, Field(description="Not read; some frameworks send it along.")] = None
+
+    @model_validator(mode="after")
+    def _has_one_form(self) -> Self:
+        given = {name for name in ("prompt", "response", "messages") if getattr(self, name) is not None}
+        if given not in ({"prompt", "response"}, {"messages"}):
+            got = " and ".join(sorted(given)) or "neither"
+            raise ValueError(f"want prompt and response, or messages, got {got}")
+        return self
+
+    def read(self, reader: Reader) -> Example:
+        """Raises ValueError if it cannot be scored."""
+        if self.messages is not None:
+            return reader.read_messages(self.messages, self.offsets)
+        assert self.prompt is not None
+        assert self.response is not None
+        return reader.read(self.prompt, self.response, self.offsets)
+
+
+class Metrics(BaseModel):
+    """Where the reward model looked, over its own tokens."""
+
+    entropy: Annotated[float, Field(description="Of the credit, in nats.")]
+    last_share: Annotated[float, Field(description="The credit on the last token.")]
+    response_attention: Annotated[float, Field(description="Share of the attention on the response.")]
+    fallback: Annotated[bool, Field(description="It was nothing: all credit is on the last token.")]
+
+
+class Answer(BaseModel):
+    """Score and credit of one completion."""
+
+    score: float
+    credit: Annotated[list[float], Field(description="Sums to 1.")]
+    offsets: Annotated[
+        list[tuple[int, int]] | None,
+        Field(description="Of the reward model's tokens, where the request gave none."),
+    ] = None
+    metrics: Metrics
+
+
+class Failure(BaseModel):
+    """Why there is no answer."""
+
+    error: str
+
+
+_ONE, _MANY = TypeAdapter(Completion), TypeAdapter(list[Completion])
+_SCHEMA = Completion.model_json_schema()
+BODY = {"anyOf": [_SCHEMA, {"type": "array", "items": _SCHEMA, "minItems": 1}]}
+"""Schema of a request's body."""
+
+
+def parse(body: bytes) -> Completion | list[Completion]:
+    """One completion or a list of them.
+
+    Raises:
+        SyntaxError: the body is not JSON.
+        ValueError: it is something else.
+    """
+    adapter: TypeAdapter[Any] = _MANY if body.lstrip()[:1] == b"[" else _ONE
+    try:
+        parsed: Completion | list[Completion] = adapter.validate_json(body)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_input=False, include_context=False)
+        text = "; ".join(map(_problem, problems[:SHOWN_PROBLEMS]))
+        if len(problems) > SHOWN_PROBLEMS:
+            text += f"; and {len(problems) - SHOWN_PROBLEMS} more"
+        raise (SyntaxError if problems[0]["type"] == "json_invalid" else ValueError)(text) from None
+    if parsed == []:
+        raise ValueError("want a completion, or a list of at least one")
+    return parsed
+
+
+def _problem(problem: Any) -> str:
+    place = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in problem["loc"]).lstrip(".")
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message
+
+
+def answer(example: Example, scored: Scored | str) -> dict[str, Any]:
+    """An ``Answer`` or a ``Failure`` as JSON."""
+    if isinstance(scored, str):
+        return {"error": scored}
+    if not scored.finite:
+        return {"error": "the model's score or attention is not finite"}
+    offsets = {"offsets": example.offsets} if example.policy_offsets is None else {}
+    return {"score": scored.score, "credit": scored.credit, **offsets, "metrics": scored.metrics}

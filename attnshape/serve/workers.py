@@ -1,0 +1,184 @@
+"""One process per device that scores batches, and the thread that feeds it and starts it again."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import TypeAlias
+
+from attnshape.serve.batching import BatchQueue, Item
+from attnshape.serve.metrics import Metrics
+
+Target: TypeAlias = Callable[[Connection], None]
+"""What a process runs, such as ``process.work``."""
+
+logger = logging.getLogger(__name__)
+
+POLL = 0.2
+"""Seconds between a waiting thread's looks at its process and at the wish to stop."""
+LONGEST_DELAY = 30.0
+"""Seconds between attempts to start a worker that keeps dying; the first is after one."""
+
+
+class State(StrEnum):
+    LOADING = "loading"
+    READY = "ready"
+    DEAD = "dead"
+
+
+class LoadError(Exception):
+    """A worker cannot load its model."""
+
+
+class Worker(threading.Thread):
+    """Feeds one process from the queue, and starts it again when it dies."""
+
+    def __init__(self, pool: Pool, device: str, target: Target) -> None:
+        super().__init__(name=f"worker on {device}", daemon=True)
+        self.pool, self.device, self.target = pool, device, target
+        self.state = State.LOADING
+        self.restarts = 0
+        self.pid: int | None = None
+        self._held: list[Item] = []
+
+    def run(self) -> None:
+        was_ready, delay = False, 0.0
+        while not self.pool.stopping.wait(delay):
+            try:
+                with self._process() as (process, pipe):
+                    self._await_load(process, pipe)
+                    self.state, was_ready, delay = State.READY, True, 0.0
+                    self._feed(process, pipe)
+            except LoadError as error:
+                self.state = State.DEAD
+                if not was_ready:
+                    self.pool.fail(str(error))
+                    return
+                logger.warning("%s cannot load: %s", self.name, error)
+                self.pool.refuse_if_dead(str(error))
+                delay = min(2 * delay + 1, LONGEST_DELAY)
+            except Exception as error:
+                self.state = State.DEAD
+                logger.warning("%s died: %s", self.name, error)
+                self.pool.metrics.retries.inc(sum(item.attempts == 1 for item in self._held))
+            self.pool.queue.put_back(self._held)
+            self._held = []
+            if not self.pool.stopping.is_set():
+                self.restarts += 1
+                self.pool.metrics.restarts.labels(self.device).inc()
+
+    @contextmanager
+    def _process(self) -> Iterator[tuple[BaseProcess, Connection]]:
+        pipe, end = multiprocessing.Pipe()
+        # A forked process could not use a GPU, and would hold the other workers' pipes open.
+        process = multiprocessing.get_context("spawn").Process(target=self.target, args=(end,), daemon=True)
+        self.state = State.LOADING
+        try:
+            process.start()
+            self.pid = process.pid
+            end.close()
+            yield process, pipe
+        finally:
+            self.pid = None
+            if process.pid is not None:
+                process.kill()
+                process.join()
+            end.close()
+            pipe.close()
+
+    def _await_load(self, process: BaseProcess, pipe: Connection) -> None:
+        while not pipe.poll(POLL):
+            if self.pool.stopping.is_set():
+                return
+        try:
+            reason = pipe.recv()
+        except (EOFError, OSError):
+            process.join()
+            reason = f"{self.device}: the process died with exit code {process.exitcode}"
+        if reason is not None:
+            raise LoadError(reason)
+
+    def _feed(self, process: BaseProcess, pipe: Connection) -> None:
+        """Until the server stops; raises when the process dies."""
+        while not self.pool.stopping.is_set():
+            self._held = self.pool.queue.take(POLL)
+            if not process.is_alive():
+                raise RuntimeError(f"exit code {process.exitcode}")
+            if not self._held:
+                continue
+            started = time.monotonic()
+            pipe.send([item.example for item in self._held])
+            while not pipe.poll(POLL):
+                if self.pool.stopping.is_set():
+                    return
+                if time.monotonic() - started > self.pool.batch_timeout:
+                    raise TimeoutError(f"killed after {self.pool.batch_timeout:g} s without an answer")
+            answers = pipe.recv()
+            tokens = [item.tokens for item in self._held]
+            self.pool.metrics.observe_batch(tokens, answers, time.monotonic() - started)
+            for item, answer in zip(self._held, answers, strict=True):
+                item.answer.set_result(answer)
+            self._held = []
+
+
+class Pool:
+    """Context manager around workers that take from one queue.
+
+    Args:
+        targets: the device of each worker, which names it, and what its process runs.
+        batch_timeout: seconds after which a worker that does not answer is killed.
+        on_failure: called from a worker's thread when it cannot load its model at the start; ``failure`` then
+            says why.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[tuple[str, Target]],
+        queue: BatchQueue,
+        metrics: Metrics,
+        *,
+        batch_timeout: float = 600.0,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.queue, self.metrics = queue, metrics
+        self.batch_timeout, self.on_failure = batch_timeout, on_failure
+        self.stopping = threading.Event()
+        self.failure: str | None = None
+        self.workers = [Worker(self, device, target) for device, target in targets]
+        metrics.gauge("workers_ready", "Workers that can score.", lambda: self.count(State.READY))
+        metrics.gauge("waiting_completions", "Completions in no batch yet.", lambda: len(queue))
+
+    def count(self, *states: State) -> int:
+        """Workers in one of these states."""
+        return sum(worker.state in states for worker in self.workers)
+
+    def __enter__(self) -> Pool:
+        for worker in self.workers:
+            worker.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stopping.set()
+        self.queue.close("the server stops")
+        for worker in self.workers:
+            worker.join()
+
+    def fail(self, reason: str) -> None:
+        self.failure = reason
+        self.queue.refuse(reason)
+        self.on_failure()
+
+    def refuse_if_dead(self, reason: str) -> None:
+        """Nobody shall wait for workers that may never come."""
+        if not self.count(State.READY, State.LOADING):
+            self.queue.refuse(reason)
