@@ -2,11 +2,13 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 OUT ?= gpu-out
+BENCH_OUT ?= bench-out
+PARITY ?= .parity
 
 BIN = $(VENV)/bin
 READY = $(VENV)/ready
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench parity gpu clean
 
 demo: $(READY)
 	$(BIN)/attnshape demo --out demo-out
@@ -19,14 +21,27 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Every suite on this machine, a GPU if it has one; then what got worse since the committed run of its kind.
 bench: $(READY)
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	mkdir -p $(BENCH_OUT)
+	$(BIN)/python -m pytest benchmarks -q --benchmark-quiet --benchmark-json=$(BENCH_OUT)/bench.json
+	$(BIN)/python -m benchmarks.report $(BENCH_OUT)/bench.json
+	$(BIN)/python -m benchmarks.guard $(BENCH_OUT)/bench.json
 
-# On a machine with a GPU whose PYTHON has torch, triton, transformers, hypothesis, pytest, rich and typer: the
-# kernels compiled, not interpreted; first that they are correct, then how fast they are. Reports go to OUT.
+# Presets and adapters against the frameworks' real functions, an environment for each under PARITY; ONLY names
+# some of them. slime, NeMo-RL and AReaL come from checkouts: SLIME=folder NEMO_RL=folder AREAL=folder.
+parity: $(READY)
+	PYTHONPATH=.:tests $(BIN)/python -m parity $(ONLY) --environments $(PARITY) \
+		$(SLIME:%=--checkout slime=%) $(NEMO_RL:%=--checkout nemo_rl=%) $(AREAL:%=--checkout areal=%)
+	PYTHONPATH=.:tests $(BIN)/python -m parity.adapters $(ONLY) --environments $(PARITY) \
+		$(SLIME:%=--checkout slime=%)
+
+# On a machine with a GPU whose PYTHON has torch, triton, transformers, hypothesis, matplotlib, pytest,
+# pytest-benchmark, rich and typer: the kernels compiled, not interpreted; first that they are correct, then how
+# fast they are. Reports go to OUT.
 # What has nothing to do with a GPU is left to `make test`.
 gpu:
-	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a GPU'"
+	$(PYTHON) -c "import matplotlib, pytest_benchmark, torch; assert torch.cuda.is_available(), 'make gpu needs a GPU'"
 	$(PYTHON) -m benchmarks.on_gpu $(OUT)
 
 $(READY): pyproject.toml constraints.txt
@@ -35,4 +50,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out gpu-out .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV) demo-out gpu-out bench-out .parity .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

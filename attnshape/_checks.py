@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from attnshape.types import (
@@ -311,6 +312,13 @@ def check_config(config: ShapingConfig, batch: int, response: Response) -> None:
     elif config.score_index not in ("last_unmasked", "last_token"):
         raise ValueError(
             f'score_index: got {config.score_index!r}, want "last_unmasked", "last_token" or int [B]'
+        )
+
+
+def check_process_group(process_group: object) -> None:
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            f"process_group: got {type(process_group).__name__}, want a ProcessGroup that this rank is in"
         )
 
 

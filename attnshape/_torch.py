@@ -39,8 +39,8 @@ SCORE_ELEMENTS = 1 << 24
 """Attention weights held at once while columns are summed."""
 SCAN_CHUNK = 32
 """Tokens of the recurrence that one triangular product covers."""
-BLOCK = 1 << 16
-"""Tokens that a CPU thread shapes at once: what is held of them stays in its cache."""
+BLOCK = 1 << 17
+"""Tokens that a CPU thread shapes at once, so that what it holds of them stays in its cache."""
 
 
 def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -102,12 +102,15 @@ class _Mask:
         """int32 ``[n, R]``: every bit set where a token is unmasked, none elsewhere."""
         return self.live.view(torch.int8).neg().to(torch.int32)
 
-    def select(self, x: Tensor) -> Tensor:
-        """``x`` where unmasked, else 0; ``x`` itself where nothing is masked."""
+    def select(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """``x`` where unmasked, else 0; without ``out`` perhaps ``x`` itself."""
         if self.full:
-            return x
+            return x if out is None or out is x else out.copy_(x)
         kept = self.kept.to(torch.int64) if x.element_size() == 8 else self.kept
-        return (x.view(kept.dtype) & kept).view(x.dtype)
+        if out is None:
+            return (x.view(kept.dtype) & kept).view(x.dtype)
+        torch.bitwise_and(x.view(kept.dtype), kept, out=out.view(kept.dtype))
+        return out
 
     @functools.cached_property
     def count(self) -> Tensor:
@@ -189,26 +192,25 @@ class _Rows:
         return self.start.long()[:, None] + torch.arange(self.mask.shape[1], device=self.mask.device)
 
 
-def _in_blocks(compute: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> list[Tensor]:
-    """What ``compute`` returns of all rows, called on some rows of the arguments at a time.
+def _in_blocks(compute: Callable[..., None], outputs: Sequence[Tensor], *arguments: Any) -> None:
+    """``compute(outputs, *arguments)``, which writes the outputs, for some rows at a time.
 
-    Tensors of the arguments and of the results have rows first; the first argument is ``[B, R]``. Results
-    have memory of their own.
+    Every output has rows first, and so has every tensor of the arguments with an axis; the first argument
+    is ``[B, R]``.
     """
     rows, width = arguments[0].shape
-    step = rows
+    step = max(rows, 1)
     if arguments[0].device.type == "cpu":
-        step = torch.get_num_threads() * BLOCK // max(width, 1)
+        step = max(torch.get_num_threads() * BLOCK // max(width, 1), 1)
     if step >= rows:
-        return list(compute(*arguments))
-    whole: list[Tensor] = []
-    for lo in range(0, rows, max(step, 1)):
-        block = slice(lo, lo + max(step, 1))
-        parts = compute(*[x[block] if isinstance(x, Tensor) and x.ndim else x for x in arguments])
-        whole = whole or [x.new_empty(rows, *x.shape[1:]) for x in parts]
-        for out, part in zip(whole, parts, strict=True):
-            out[block] = part
-    return whole
+        compute(outputs, *arguments)
+        return
+    for lo in range(0, rows, step):
+        block = slice(lo, lo + step)
+        compute(
+            [x[block] for x in outputs],
+            *[x[block] if isinstance(x, Tensor) and x.ndim else x for x in arguments],
+        )
 
 
 # Attention -------------------------------------------------------------------------------------------
@@ -379,30 +381,29 @@ def _at(index: Tensor, width: int) -> Tensor:
     return index.clamp(0, max(width - 1, 0))[:, None][:, :width]
 
 
-def _one_hot(amount: Tensor, score_at: Tensor, width: int) -> Tensor:
-    """``amount`` ([n]) at the score's token, 0 elsewhere."""
-    return amount.new_zeros(len(amount), width).scatter_(1, _at(score_at, width), amount[:, None])
-
-
 def _normalize(
-    raw: Tensor, mask: _Mask, score_at: Tensor, on_score: Tensor, normalization: Normalization
+    raw: Tensor,
+    mask: _Mask,
+    score_at: Tensor,
+    on_score: Tensor,
+    normalization: Normalization,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Credit ``[n, R]``, its raw mass ``[n]``, and the rows that fell back to ``sparse``.
 
     Args:
         score_at, on_score: the score's token, and whether it is unmasked, ``[n]``.
     """
-    raw = mask.select(raw)
-    mass = raw.sum(1, dtype=torch.float64)
+    out = torch.empty_like(raw) if out is None else out
+    mask.select(raw, out)
+    mass = out.sum(1, dtype=torch.float64)
     if normalization == "none":
-        return raw.clone(), mass, torch.zeros_like(mass, dtype=torch.bool)
+        return out, mass, torch.zeros_like(mass, dtype=torch.bool)
     fallback = mass < MIN_MASS
     total = mask.count.double() if normalization == "sum_to_length" else torch.ones_like(mass)
-    credit = raw * (total / mass).masked_fill(fallback, 0.0).to(raw.dtype)[:, None]
-    credit.scatter_add_(
-        1, _at(score_at, raw.shape[1]), (total * (fallback & on_score)).to(raw.dtype)[:, None]
-    )
-    return credit, mass, fallback
+    out *= (total / mass).masked_fill(fallback, 0.0).to(raw.dtype)[:, None]
+    out.scatter_add_(1, _at(score_at, raw.shape[1]), (total * (fallback & on_score)).to(raw.dtype)[:, None])
+    return out, mass, fallback
 
 
 def _normalized(raw: Tensor, rows: _Rows, normalization: Normalization) -> Tensor:
@@ -513,25 +514,23 @@ def attention_rollout(
 # Rewards ---------------------------------------------------------------------------------------------
 
 
-def _kl(tokens: TokenInputs, config: ShapingConfig, mask: _Mask, dtype: torch.dtype) -> Tensor | None:
+def _kl(tokens: TokenInputs, config: ShapingConfig, mask: _Mask, out: Tensor) -> Tensor:
     if tokens.kl is not None:
-        return mask.select(tokens.kl.to(dtype)).clone()
-    if tokens.logprobs is None or tokens.ref_logprobs is None:
-        return None
-    k1 = mask.select(tokens.logprobs.to(dtype) - tokens.ref_logprobs.to(dtype))
+        return mask.select(tokens.kl.to(out.dtype), out)
+    assert tokens.logprobs is not None
+    assert tokens.ref_logprobs is not None
+    k1 = torch.sub(tokens.logprobs.to(out.dtype), tokens.ref_logprobs.to(out.dtype), out=out)
     if config.kl_input_clip is not None:
-        k1 = k1.clamp(-config.kl_input_clip, config.kl_input_clip)
-    if config.kl_estimator == "k1":
-        kl = k1
-    elif config.kl_estimator == "abs":
-        kl = k1.abs()
+        k1.clamp_(-config.kl_input_clip, config.kl_input_clip)
+    if config.kl_estimator == "abs":
+        k1.abs_()
     elif config.kl_estimator == "k2":
-        kl = k1.square() / 2
-    else:
-        kl = torch.expm1(-k1) + k1
+        k1.square_().div_(2)
+    elif config.kl_estimator == "k3":
+        k1.add_(torch.expm1(-k1))
     if config.kl_output_clip is not None:
-        kl = kl.clamp(-config.kl_output_clip, config.kl_output_clip)
-    return kl
+        k1.clamp_(-config.kl_output_clip, config.kl_output_clip)
+    return mask.select(k1, out)
 
 
 class _Shaped(NamedTuple):
@@ -541,20 +540,28 @@ class _Shaped(NamedTuple):
     advantages: Tensor
     returns: Tensor
     weights: Tensor
-    kl: Tensor
+    kl: Tensor  # [n, 0] without a KL input
     mass: Tensor  # [n], as all that follows
     tokens: Tensor
     inside: Tensor  # the score's token is among the row's
     on_score: Tensor  # and is unmasked
     fallback: Tensor
-    finite: Tensor
+    surely_finite: Tensor
     error: Tensor
     entropy: Tensor
     last_share: Tensor
     moments: Tensor  # [n, 3]
 
+    @classmethod
+    def empty(cls, mask: Tensor, dtype: torch.dtype, has_kl: bool) -> _Shaped:
+        rows, width = mask.shape
+        shapes = [(rows, width)] * 4 + [(rows, width if has_kl else 0)] + [(rows,)] * 9 + [(rows, 3)]
+        dtypes = [dtype] * 5 + [torch.float64, torch.int32] + [torch.bool] * 4 + [torch.float64] * 4
+        return cls(*(mask.new_empty(x, dtype=y) for x, y in zip(shapes, dtypes, strict=True)))
+
 
 def _shape_rows(
+    outputs: Sequence[Tensor],
     mask: Tensor,
     lengths: Tensor,
     score: Tensor,
@@ -565,10 +572,10 @@ def _shape_rows(
     *given: Tensor | float | None,
     config: ShapingConfig,
     source: object,
-    dtype: torch.dtype,
-) -> _Shaped:
-    live, tokens, width = _Mask(mask.bool()), TokenInputs(*given), mask.shape[1]  # type: ignore[arg-type]
-    count = live.count
+) -> None:
+    out = _Shaped(*outputs)
+    rewards, weights, width, dtype = out.rewards, out.weights, mask.shape[1], out.rewards.dtype
+    live, tokens = _Mask(mask.bool()), TokenInputs(*given)  # type: ignore[arg-type]
     if isinstance(score_index, Tensor):
         score_at = score_index.long()
     else:
@@ -577,60 +584,77 @@ def _shape_rows(
     at_score = _at(score_at, width)
     on_score = inside & live.live.gather(1, at_score).any(1)
 
-    if raw is not None:
-        weights, mass, fallback = _normalize(raw.to(dtype), live, score_at, on_score, config.normalization)
-    else:
-        total = count if config.normalization == "sum_to_length" else torch.ones_like(count)
-        mass, fallback = torch.zeros_like(count, dtype=torch.float64), torch.zeros_like(on_score)
-        if source == "uniform":
-            weights = live.select((total / count).to(dtype)[:, None].expand(mask.shape))
-        else:
-            weights = _one_hot((total * on_score).to(dtype), score_at, width)
-
     def to_score(x: Tensor) -> Tensor:
         """``x`` ([n]) where the score's token is unmasked."""
         return x.to(dtype).masked_fill(~on_score, 0.0)[:, None]
 
+    if raw is not None:
+        _, mass, fallback = _normalize(
+            raw.to(dtype), live, score_at, on_score, config.normalization, out=weights
+        )
+    else:
+        mass, fallback = torch.zeros_like(score), torch.zeros_like(on_score)
+        total = live.count if config.normalization == "sum_to_length" else torch.ones_like(live.count)
+        if source == "uniform":
+            live.select((total / live.count).to(dtype)[:, None].expand(mask.shape), weights)
+        else:
+            weights.zero_().scatter_add_(1, at_score, to_score(total))
+
     score = score.to(dtype).clamp(*config.score_bounds)
     beta = config.share(source)
-    rewards = weights * (beta * score)[:, None]
+    torch.mul(weights, (beta * score)[:, None], out=rewards)
     rewards.scatter_add_(1, at_score, to_score((1 - beta) * score))
-    error = (rewards.sum(1, dtype=torch.float64) - score).abs()
+    error = (rewards.sum(1) - score).abs()
     if tokens.terminal_reward is not None:
         rewards.scatter_add_(1, at_score, to_score(tokens.terminal_reward))
     if tokens.token_rewards is not None:
         rewards += tokens.token_rewards.to(dtype)
-    kl = _kl(tokens, config, live, dtype)
-    if kl is not None:
-        rewards -= (tokens.kl_coef.to(kl) if isinstance(tokens.kl_coef, Tensor) else tokens.kl_coef) * kl
-    rewards = live.select(rewards)
-    advantages, returns = _gae(
-        live, rewards, tokens.values, tokens.bootstrap, config.gamma, lam, lam_value, config.mask_semantics
-    )
-
-    moments = _moments(advantages, live)
-    finite = moments[:, 1].isfinite() & returns.sum(1, dtype=torch.float64).isfinite()
-    total = weights.sum(1, dtype=torch.float64)
-    logs = weights.clamp(min=torch.finfo(dtype).tiny).log_()
-    entropy = total.log() - logs.mul_(weights).sum(1, dtype=torch.float64) / total
-    last_share = weights.gather(1, _at(live.last, width)).sum(1) / total
-    return _Shaped(
+    if _has_kl(tokens):
+        kl = _kl(tokens, config, live, out.kl)
+        if isinstance(tokens.kl_coef, Tensor):
+            rewards.addcmul_(kl, tokens.kl_coef.to(kl), value=-1)
+        else:
+            rewards.sub_(kl, alpha=tokens.kl_coef)
+    live.select(rewards, rewards)
+    _gae(
+        (out.advantages, out.returns),
+        live,
         rewards,
-        advantages,
-        returns,
-        weights,
-        rewards.new_empty(len(score), 0) if kl is None else kl,
+        tokens.values,
+        tokens.bootstrap,
+        config.gamma,
+        lam,
+        lam_value,
+        config.mask_semantics,
+    )
+    moments = _moments(out.advantages, live)
+    # What is not finite makes advantages so; sums may overflow, and returns of a recurrence of their own.
+    surely_finite = moments[:, 1].isfinite()
+    if lam_value is not None:
+        surely_finite &= out.returns.sum(1).isfinite()
+    total = weights.sum(1)
+    logs = weights.clamp(min=torch.finfo(dtype).tiny).log_()
+    entropy = total.log() - logs.mul_(weights).sum(1) / total
+    last_share = weights.gather(1, _at(live.last, width)).sum(1) / total
+    entropy, last_share = (x.masked_fill(total == 0, 0.0) for x in (entropy, last_share))
+    of_rows = (
         mass,
-        count,
+        live.count,
         inside,
         on_score,
         fallback,
-        finite,
+        surely_finite,
         error,
-        entropy.masked_fill(total == 0, 0.0),
-        last_share.masked_fill(total == 0, 0.0),
+        entropy,
+        last_share,
         moments,
     )
+    for row_output, x in zip(out[5:], of_rows, strict=True):
+        row_output.copy_(x)
+
+
+def _has_kl(tokens: TokenInputs) -> bool:
+    return tokens.kl is not None or tokens.logprobs is not None
 
 
 def shape_rewards(
@@ -651,21 +675,25 @@ def shape_rewards(
     of_tokens = ("values", "logprobs", "ref_logprobs", "kl", "token_rewards")
     padded: dict[str, Any] = {name: rows.pad(getattr(tokens, name)) for name in of_tokens}
     tokens = tokens._replace(**padded)
-    compute = functools.partial(_shape_rows, config=config, source=credit, dtype=dtype)
+    compute = functools.partial(_shape_rows, config=config, source=credit)
     given = (config.lam, config.lam_value, config.score_index, *tokens)
-    x = _Shaped(*_in_blocks(compute, rows.mask, rows.lengths, score, raw, *given))
+    x = _Shaped.empty(rows.mask, dtype, _has_kl(tokens))
+    _in_blocks(compute, x, rows.mask, rows.lengths, score, raw, *given)
 
     filled = x.tokens > 0
     invalid = invalid | (filled & ~x.inside)
     usable = filled & ~invalid
-    outputs = [*x[:4], *([x.kl] if tokens.kl is not None or tokens.logprobs is not None else [])]
-    lost = ~x.finite | (filled & invalid)
+    outputs = [*x[:4], *([x.kl] if _has_kl(tokens) else [])]
+    lost = ~x.surely_finite | (filled & invalid)
     if lost.any():
-        live = rows.live[lost]
-        for out in outputs:
-            found = out[lost].masked_fill(~live, 0.0).masked_fill(live & invalid[lost][:, None], math.nan)
-            out[lost] = found if config.on_nan == "propagate" else 0.0
-        x.moments[lost] = _moments(x.advantages[lost], _Mask(live))
+        suspects, live = lost.clone(), rows.live[lost]
+        unknown = live & invalid[lost][:, None]
+        found = [out[lost].masked_fill(~live, 0.0).masked_fill(unknown, math.nan) for out in outputs]
+        finite = torch.stack([y.isfinite().all(1) for y in found]).all(0)
+        for out, y in zip(outputs, found, strict=True):
+            out[suspects] = y if config.on_nan == "propagate" else y.masked_fill(~finite[:, None], 0.0)
+        lost[suspects] = ~finite
+        x.moments[suspects] = _moments(x.advantages[suspects], _Mask(live))
     flags = {
         Status.FALLBACK: x.fallback & usable,
         Status.EMPTY: ~filled & ~invalid,
@@ -713,39 +741,48 @@ def _triangle_of_number(gl: float, dtype: torch.dtype, device: torch.device) -> 
     return within[0], carried
 
 
-def _suffix_scan(x: Tensor, gl: float | Tensor) -> Tensor:
-    """``G_t = x_t + gl * G_{t+1}`` along the rows of ``[n, R]``.
+def _suffix_scan(x: Tensor, gl: float | Tensor, out: Tensor | None = None) -> Tensor:
+    """``G_t = x_t + gl * G_{t+1}`` along the rows of ``[n, R]``; in ``out`` if that needs no padding.
 
     Within a chunk a triangular product, between chunks the same scan over their first values: no sum is
     longer than a chunk, so float32 is enough at any length. Rows are made whole pairs of chunks: BLAS
     multiplies a single vector in another order than the rows of a matrix.
     """
-    width = x.shape[1]
-    if width % (2 * SCAN_CHUNK):
-        x = torch.nn.functional.pad(x, (0, -width % (2 * SCAN_CHUNK)))
+    width, padding = x.shape[1], -x.shape[1] % (2 * SCAN_CHUNK)
+    x = torch.nn.functional.pad(x, (0, padding)) if padding else x.contiguous()
+    out = torch.empty_like(x) if padding or out is None else out
+    chunks = out.view(len(x), -1, SCAN_CHUNK)
     if isinstance(gl, Tensor):
         within, carried = _triangle(gl, x.dtype)
+        torch.bmm(x.view(chunks.shape), within, out=chunks)
     else:
         within, carried = _triangle_of_number(gl, x.dtype, x.device)
-    out = x.view(len(x), -1, SCAN_CHUNK) @ within
-    first = out[:, :, 0]
-    if out.shape[1] > 2:
+        torch.mm(x.view(-1, SCAN_CHUNK), within, out=out.view(-1, SCAN_CHUNK))
+    first = chunks[:, :, 0]
+    if chunks.shape[1] > 2:
         first = _suffix_scan(first, gl**SCAN_CHUNK)
-    out[:, :-1].addcmul_(first[:, 1:, None], carried)
-    return out.view(x.shape)[:, :width].contiguous()
+    chunks[:, :-1].addcmul_(first[:, 1:, None], carried)
+    return out[:, :width]
 
 
-def _returns(rewards: Tensor, values: Tensor | None, gamma: float, gl: float | Tensor) -> Tensor:
-    """``G_t = A_t + V_t = r_t + (gamma - gl) V_{t+1} + gl G_{t+1}``, ``[n, R]``."""
+def _returns(
+    rewards: Tensor,
+    values: Tensor | None,
+    gamma: float,
+    gl: float | Tensor,
+    scratch: Tensor,
+    out: Tensor | None,
+) -> Tensor:
+    """``G_t = A_t + V_t = r_t + (gamma - gl) V_{t+1} + gl G_{t+1}``, ``[n, R]``; in ``out`` if it can be."""
     if values is None:
-        return _suffix_scan(rewards, gl)
-    x, later = torch.empty_like(rewards), values[:, 1:]
-    x[:, -1] = rewards[:, -1]
+        return _suffix_scan(rewards, gl, out)
+    later = values[:, 1:]
+    scratch[:, -1] = rewards[:, -1]
     if isinstance(gl, Tensor):
-        torch.addcmul(rewards[:, :-1], (gamma - gl)[:, None].to(x.dtype), later, out=x[:, :-1])
+        torch.addcmul(rewards[:, :-1], (gamma - gl)[:, None].to(later.dtype), later, out=scratch[:, :-1])
     else:
-        torch.add(rewards[:, :-1], later, alpha=gamma - gl, out=x[:, :-1])
-    return _suffix_scan(x, gl)
+        torch.add(rewards[:, :-1], later, alpha=gamma - gl, out=scratch[:, :-1])
+    return _suffix_scan(scratch, gl, out)
 
 
 def _non_finite_returns(rewards: Tensor, values: Tensor | None, gamma: float, gl: float | Tensor) -> Tensor:
@@ -754,6 +791,7 @@ def _non_finite_returns(rewards: Tensor, values: Tensor | None, gamma: float, gl
     What a value is to its own token is left out: ``A_t`` has it, once.
     """
     values = torch.zeros_like(rewards) if values is None else values
+    scratch = torch.empty_like(rewards)
     column = torch.as_tensor(gl, dtype=rewards.dtype, device=rewards.device).view(-1, 1)
     finite = rewards.isfinite() & values.isfinite()
     poison = (column * rewards + (gamma - column) * values).masked_fill(finite, 0.0)
@@ -763,11 +801,14 @@ def _non_finite_returns(rewards: Tensor, values: Tensor | None, gamma: float, gl
 
     carried = poison.flip(1).cumsum(1).flip(1)
     carried = torch.where(column == 0, poison + 0.0 * later(carried), carried)
-    returns = _returns(rewards.masked_fill(~finite, 0.0), values.masked_fill(~finite, 0.0), gamma, gl)
+    returns = _returns(
+        rewards.masked_fill(~finite, 0.0), values.masked_fill(~finite, 0.0), gamma, gl, scratch, None
+    )
     return returns + rewards.masked_fill(finite, 0.0) + later(carried)
 
 
 def _gae(
+    outputs: tuple[Tensor, Tensor],
     mask: _Mask,
     rewards: Tensor,  # 0 where masked
     values: Tensor | None,
@@ -776,11 +817,12 @@ def _gae(
     lam: float | Tensor,
     lam_value: float | Tensor | None,
     mask_semantics: MaskSemantics,
-) -> tuple[Tensor, Tensor]:
-    """Advantages and returns ``[n, R]``, 0 where masked."""
+) -> None:
+    """Writes advantages and returns ``[n, R]``, 0 where masked."""
     if not rewards.numel():
-        return rewards, rewards.clone()
-    dtype, work = rewards.dtype, _product_dtype(rewards.dtype, rewards.device)
+        return
+    advantages, returns = outputs
+    work = _product_dtype(rewards.dtype, rewards.device)
     lams = [1.0] if values is None else [lam] if lam_value is None else [lam, lam_value]
     decays = [gl.double() if isinstance(gl, Tensor) else gl for gl in (decay(gamma, x) for x in lams)]
     gamma = float32_rounded(gamma)
@@ -791,11 +833,15 @@ def _gae(
     values = None if values is None else mask.select(values.to(work))
     # To skip masked tokens is to move the others together; where nothing decays it makes no difference.
     rank, r, v = None, rewards, values
-    if mask_semantics == "skip" and any(map(_below_one, decays)) and mask.interrupted:
+    decaying = any(isinstance(gl, Tensor) or gl < 1 for gl in decays)
+    if mask_semantics == "skip" and decaying and mask.interrupted:
         rank = (mask.live.cumsum(1) - 1).clamp_(min=0)
         r = torch.zeros_like(r).scatter_add_(1, rank, r)
         v = None if v is None else torch.zeros_like(v).scatter_add_(1, rank, v)
-    found = [_returns(r, v, gamma, gl) for gl in decays]
+    in_place = work == returns.dtype
+    scratch = advantages if in_place else torch.empty_like(r)
+    place = [None] * (len(decays) - 1) + [returns if in_place else None]
+    found = [_returns(r, v, gamma, gl, scratch, out) for gl, out in zip(decays, place, strict=True)]
     # A token that is not finite makes the first of its row so.
     probe = found[0][:, 0] + found[-1][:, 0]
     if v is not None:
@@ -807,32 +853,34 @@ def _gae(
             x[lost] = _non_finite_returns(r[lost], lost_v, gamma, gl[lost] if isinstance(gl, Tensor) else gl)
     if rank is not None:
         found = [x.gather(1, rank) for x in found]
-    found = [mask.select(x).to(dtype) for x in found]
+    mask.select(found[-1].to(returns.dtype), returns)
     if values is None:
-        return found[0], found[0].clone()
-    returns = found[-1] if lost is None else found[-1].masked_fill(~values.isfinite(), math.nan)
-    return found[0] - values, returns
-
-
-def _below_one(gl: float | Tensor) -> bool:
-    return bool((gl < 1).any()) if isinstance(gl, Tensor) else gl < 1
+        advantages.copy_(returns)
+        return
+    torch.sub(returns if len(found) == 1 else mask.select(found[0]), values, out=advantages)
+    if lost is not None:
+        returns.masked_fill_(~values.isfinite(), math.nan)
 
 
 def _gae_rows(
+    outputs: Sequence[Tensor],
     mask: Tensor,
     rewards: Tensor,
-    *arguments: Any,
-    dtype: torch.dtype,
+    values: Tensor | None,
+    bootstrap: Tensor | None,
+    lam: float | Tensor,
+    lam_value: float | Tensor | None,
+    *,
     gamma: float,
-    return_moments: bool,
     mask_semantics: MaskSemantics,
-) -> tuple[Tensor, ...]:
-    live = _Mask(mask.bool())
-    values, bootstrap, lam, lam_value = arguments
-    values = None if values is None else values.to(dtype)
+) -> None:
+    advantages, returns, *moments = outputs
+    live, dtype = _Mask(mask.bool()), advantages.dtype
     rewards = live.select(rewards.to(dtype))
-    advantages, returns = _gae(live, rewards, values, bootstrap, gamma, lam, lam_value, mask_semantics)
-    return (advantages, returns, _moments(advantages, live)) if return_moments else (advantages, returns)
+    values = None if values is None else values.to(dtype)
+    _gae((advantages, returns), live, rewards, values, bootstrap, gamma, lam, lam_value, mask_semantics)
+    for out in moments:
+        out.copy_(_moments(advantages, live))
 
 
 def gae(
@@ -848,11 +896,13 @@ def gae(
 ) -> tuple[Tensor, ...]:
     rows = _Rows.of(response)
     dtype = compute_dtype(rewards, values, bootstrap)
-    compute = functools.partial(
-        _gae_rows, dtype=dtype, gamma=gamma, return_moments=return_moments, mask_semantics=mask_semantics
-    )
+    outputs = [rows.mask.new_empty(rows.mask.shape, dtype=dtype) for _ in range(2)]
+    if return_moments:
+        outputs.append(rows.mask.new_empty((len(rows.mask), 3), dtype=torch.float64))
+    compute = functools.partial(_gae_rows, gamma=gamma, mask_semantics=mask_semantics)
     given = (rows.pad(rewards), rows.pad(values), bootstrap, lam, lam_value)
-    advantages, returns, *moments = _in_blocks(compute, rows.mask, *given)
+    _in_blocks(compute, outputs, rows.mask, *given)
+    advantages, returns, *moments = outputs
     if rows.packing is not None:
         lost = rows.live & rows.invalid[:, None]
         advantages, returns = (x.masked_fill(lost, math.nan) for x in (advantages, returns))
@@ -870,24 +920,28 @@ def _moments(x: Tensor, mask: _Mask) -> Tensor:
         x: ``[n, R]``, 0 where masked.
     """
     count = mask.count.double()
-    mean = x.sum(1, dtype=torch.float64) / count.clamp(min=1)
-    deviations = mask.select(x - mean[:, None].to(x.dtype))
-    return torch.stack([count, mean, deviations.square_().sum(1, dtype=torch.float64)], 1)
+    # Deviations from nearly the mean are as exact as x is; what their own mean is not, they say themselves.
+    near = (x.sum(1) / count.clamp(min=1)).to(x.dtype)
+    deviations = mask.select(x - near[:, None])
+    rest = deviations.sum(1).double() / count.clamp(min=1)
+    m2 = deviations.square_().sum(1).double() - count * rest.square()
+    return torch.stack([count, near.double() + rest, m2.clamp(min=0)], 1)
 
 
-def _moments_of_rows(mask: Tensor, x: Tensor) -> tuple[Tensor]:
+def _moments_of_rows(outputs: Sequence[Tensor], mask: Tensor, x: Tensor) -> None:
     live = _Mask(mask.bool())
-    return (_moments(live.select(x.to(compute_dtype(x))), live),)
+    outputs[0].copy_(_moments(live.select(x.to(compute_dtype(x))), live))
 
 
 def _whiten_rows(
-    x: Tensor, mask: Tensor | None, mean: Tensor, scale: Tensor, shift_mean: bool
-) -> tuple[Tensor]:
-    x = x.to(compute_dtype(x))
-    near = mean.to(x.dtype)  # the rest of the mean is subtracted where it is no longer small beside x
+    outputs: Sequence[Tensor], x: Tensor, mask: Tensor | None, mean: Tensor, scale: Tensor, shift_mean: bool
+) -> None:
+    [out] = outputs
+    near = mean.to(out.dtype)  # the rest of the mean is subtracted where it is no longer small beside x
     rest = (near - mean) * scale + (0.0 if shift_mean else mean)
-    out = (x - near).mul_(scale.to(x.dtype)).add_(rest.to(x.dtype))
-    return (out if mask is None else _Mask(mask.bool()).select(out),)
+    torch.sub(x.to(out.dtype), near, out=out).mul_(scale.to(out.dtype)).add_(rest.to(out.dtype))
+    if mask is not None:
+        _Mask(mask.bool()).select(out, out)
 
 
 def _folded(moments: Tensor) -> Tensor:
@@ -914,7 +968,8 @@ def whiten(
     rows = (1, x.numel()) if x.ndim < 2 else (-1, x.shape[-1])
     masks, tokens = (y.reshape(rows) if x.numel() else y.new_zeros(1, 0) for y in (mask, x))
     if moments is None:
-        [moments] = _in_blocks(_moments_of_rows, masks, tokens)
+        moments = x.new_empty(len(tokens), 3, dtype=torch.float64)
+        _in_blocks(_moments_of_rows, [moments], masks, tokens)
     folded = _folded(moments)
     count, mean, m2 = (folded if gather is None else _folded(gather(folded))).unbind()
     var = m2 / ((count - 1).clamp(min=1) if bessel else count.clamp(min=1))
@@ -923,5 +978,6 @@ def whiten(
     else:
         scale = (var + eps if eps_mode == "add" else var.clamp(min=eps)).rsqrt()
     zeroed = masks if zero_masked else None
-    [out] = _in_blocks(_whiten_rows, tokens, zeroed, mean, scale, shift_mean)
+    out = tokens.new_empty(tokens.shape, dtype=compute_dtype(x))
+    _in_blocks(_whiten_rows, [out], tokens, zeroed, mean, scale, shift_mean)
     return out.view(x.shape)

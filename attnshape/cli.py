@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ except ModuleNotFoundError:
     sys.exit("the command line needs: pip install 'attnshape[demo]'")
 
 if TYPE_CHECKING:
+    from attnshape.bench.measure import Measurement
     from attnshape.compare import Case, Worst
 
 app = typer.Typer(
@@ -117,6 +119,82 @@ def _table(worst: dict[tuple[str, str], dict[str, Worst]], title: str) -> Table:
 def _name(case: Case) -> str:
     settings = {**case.shape._asdict(), "dtype": case.dtype, **case.setting._asdict()}
     return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+@app.command()
+def bench(
+    *,
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long each call is timed, about.")] = 0.5,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="File to write every figure to, with its spread.")
+    ] = None,
+    device: Device = DEFAULT_DEVICE,
+) -> None:
+    """Time every operation on this machine, beside plain PyTorch and a copy of as many bytes.
+
+    Plain PyTorch is what a PPO code writes without this library: eager attention over repeated keys, a loop
+    over tokens. The copy is the limit of what moves bytes only. A result is first compared with the float64
+    reference: one that is wrong is not timed, and the exit status is 1. On a CPU or a GPU, in about a minute.
+    """
+    from attnshape.bench.machine import in_words, machine_facts
+    from attnshape.bench.measure import WrongResultError, measure, quick_cases
+
+    if json_file is not None and not json_file.resolve().parent.is_dir():
+        raise _fail(f"there is no folder {json_file.resolve().parent}")
+    try:
+        where = torch.device(device)
+        cases = list(quick_cases(where))
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise _fail(f"{device}: {str(error).splitlines()[0]}") from error
+    measured: list[Measurement] = []
+    wrong: list[str] = []
+    with _progress() as progress:
+        for case in progress.track(cases, description="measuring"):
+            try:
+                measured.append(measure(case, where, seconds))
+            except WrongResultError as error:
+                wrong.append(str(error))
+    machine = machine_facts(where)
+    if json_file is not None:
+        rows = [m.facts() | {"ratios": {n: r._asdict() for n, r in m.ratios.items()}} for m in measured]
+        json_file.write_text(json.dumps({"machine": machine, "measured": rows}, indent=1) + "\n")
+    console = Console(highlight=False)
+    console.print(in_words(machine))
+    console.print(_bench_table(measured))
+    for message in wrong:
+        console.print(message, style="red")
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _bench_table(measured: list[Measurement]) -> Table:
+    caption = (
+        "fused: shape_rewards on queries and keys; apart: attention_credit, then shape_rewards; sweep: "
+        "shape_rewards on given credit. ratio: how many times as long as ours, the median over repeats."
+    )
+    table = Table("call", caption=caption, caption_justify="left")
+    baselines = list(dict.fromkeys(name for m in measured for name in m.baselines))
+    on_gpu = any(m.ours.how != "clock" for m in measured)  # where a call takes longer than its kernels
+    for heading in ("ours", *(["full call"] if on_gpu else [])):
+        table.add_column(heading, justify="right")
+    for name in baselines:
+        table.add_column(name, justify="right")
+        table.add_column("ratio", justify="right")
+    for heading in ("MB", "share of copy"):
+        table.add_column(heading, justify="right")
+    for m in measured:
+        cells = [m.case.name, _time(m.ours.seconds), *([_time(m.ours.wall)] if on_gpu else [])]
+        for name in baselines:
+            timing = m.baselines.get(name)
+            cells += ["", ""] if timing is None else [_time(timing.seconds), str(m.gain(name))]
+        share = m.of_copy.value
+        table.add_row(*cells, f"{m.case.bytes / 1e6:.2f}", f"{share:.0%}" if share >= 0.1 else f"{share:.1%}")
+    return table
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
 
 
 @app.command()
@@ -225,7 +303,7 @@ def serve(
         config = ServeConfig(
             model=model,
             score_fn=parse_score_fn(score_fn),
-            devices=tuple(every.split(",")),
+            devices=tuple(device.strip() for device in every.split(",")),
             layer=layer,
             max_batch_tokens=max_batch_tokens,
             max_pending=max_pending,

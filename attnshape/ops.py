@@ -60,7 +60,13 @@ def _on_device(device: torch.device, function: Callable[..., Any], *arguments: o
 
 
 @_library.operator(_library.attention_row)
-def attention_row(inputs: Attention, *, backend: Backend = "auto", validate: bool = False) -> Tensor:
+def attention_row(
+    inputs: Attention,
+    *,
+    process_group: dist.ProcessGroup | None = None,
+    backend: Backend = "auto",
+    validate: bool = False,
+) -> Tensor:
     """One attention row per sequence, averaged over heads (and layers, if several are given), not normalised.
 
     Sums to 1 over the visible keys, to less where heads have a sink. This is what travels between processes
@@ -68,6 +74,9 @@ def attention_row(inputs: Attention, *, backend: Backend = "auto", validate: boo
 
     Args:
         inputs: queries and keys, as ``AttentionTap.take()`` returns them; a list averages layers.
+        process_group: tensor parallel ranks, each with some of the layers' heads, as many as it likes, and
+            all the keys of the same sequences: the mean is over the heads of all ranks, by one all-reduce.
+            Every rank must call and gets the result, equal to that of one process up to rounding.
         backend: ``"auto"``: Triton on a GPU, PyTorch on a CPU.
         validate: check index values too, which synchronises with the device.
 
@@ -82,10 +91,31 @@ def attention_row(inputs: Attention, *, backend: Backend = "auto", validate: boo
         raise ValueError(
             'query_position: got "last_response", which attention_row cannot resolve, want int [B]'
         )
+    _checks.check_process_group(process_group)
     if validate:
         _checks.validate_attention(layers)
-    out: Tensor = _function("attention_row", backend, layers[0].key.device, layers)(layers)
+    compute = _function("attention_row", backend, layers[0].key.device, layers)
+    if process_group is not None:
+        return _mean_over_ranks(process_group, layers, compute)
+    out: Tensor = compute(layers)
     return out
+
+
+def _mean_over_ranks(
+    process_group: dist.ProcessGroup,
+    layers: Sequence[AttentionInputs],
+    compute: Callable[[Sequence[AttentionInputs]], Tensor],
+) -> Tensor:
+    """Mean over layers of the mean over all ranks' heads of what ``compute`` gives of a layer's own heads."""
+    of_layers = torch.stack([compute([layer]) for layer in layers])
+    heads = of_layers.new_tensor([layer.query.shape[1] for layer in layers])
+    for count, layer in zip(heads, layers, strict=True):
+        if layer.head_mask is not None:
+            count.copy_((layer.head_mask != 0).sum())
+    sums = torch.cat([of_layers.flatten(1) * heads[:, None], heads[:, None]], 1)
+    dist.all_reduce(sums, group=process_group)
+    means = sums[:, :-1] / sums[:, -1:].clamp(min=1)
+    return means.mean(0).view(of_layers.shape[1:])
 
 
 @_library.operator(_library.credit_of("inputs"))
@@ -97,6 +127,7 @@ def attention_credit(
     response_index: Tensor | None = None,
     response_cu_seqlens: Tensor | None = None,
     normalization: Normalization = "sum_to_one",
+    process_group: dist.ProcessGroup | None = None,
     backend: Backend = "auto",
     validate: bool = False,
 ) -> Tensor:
@@ -112,6 +143,7 @@ def attention_credit(
         response_index: or the key position of every response token, int ``[B, R]``, -1 for none.
         response_cu_seqlens: int32 ``[B + 1]``, where response tensors are packed.
         normalization: ``"sum_to_one"``, ``"sum_to_length"``, or ``"none"`` for the attention itself.
+        process_group: as for ``attention_row``; normalised after the all-reduce, in a launch of its own.
         backend, validate: as for ``attention_row``.
 
     Returns:
@@ -124,9 +156,27 @@ def attention_credit(
     _checks.check_response(response, layers[0].batch_size, layers[0].key)
     if validate:
         _checks.validate_response(response, _checks.validate_attention(layers))
+    _checks.check_process_group(process_group)
     compute = _function("attention_credit", backend, response_mask.device, layers)
+    if process_group is not None:
+        raw = _mean_over_ranks(process_group, layers, lambda layer: compute(layer, response, "none"))
+        return _normalized(raw, response, normalization, backend)
     out: Tensor = compute(layers, response, normalization)
     return out
+
+
+def _normalized(raw: Tensor, response: Response, normalization: Normalization, backend: Backend) -> Tensor:
+    if normalization == "none":
+        return raw
+    batch = _checks.check_response(response, None, None)
+    return shape_rewards(
+        raw.new_zeros(batch),
+        raw,
+        response_mask=response.mask,
+        response_cu_seqlens=response.cu_seqlens,
+        config=ShapingConfig(normalization=normalization),
+        backend=backend,
+    ).credit
 
 
 def _all_queries(name: str, layers: Sequence[AttentionInputs]) -> None:
@@ -446,6 +496,7 @@ def whiten(
     """
     _checks.check_choice("eps_mode", eps_mode)
     _checks.check_whiten(x, mask, moments)
+    _checks.check_process_group(process_group)
     gather = None if process_group is None else functools.partial(_gathered, process_group)
     compute = _function("whiten", backend, x.device, (), x)
     out: Tensor = compute(x, mask, moments, gather, bessel, eps, eps_mode, shift_mean, zero_masked)

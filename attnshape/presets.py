@@ -74,7 +74,9 @@ class Presets:
         (TRL sets them to 1); ``kl_coef`` is 0.05.
 
         ``whiten_rewards=True`` is ``r = whiten(out.rewards, mask, shift_mean=False, **config.whitening)``
-        and then ``gae(r, ...)``, here and there.
+        and then ``gae(r, values, mask, ...)``. 0.11 does not mask rewards again after that, and makes masked
+        tokens steps with what whitening left there: reproduced by ``gae(r, values * mask,
+        torch.ones_like(mask), ...)``.
 
         Args:
             kl_estimator: ``kl`` (default), ``abs`` or ``mse``; 1.12: ``k1`` (default) or ``k3``. ``full``
@@ -121,9 +123,10 @@ class Presets:
     def slime(cls, *, kl_estimator: str = "k1", **overrides: Any) -> Self:
         """slime 624b824: ``compute_advantages_and_returns`` of its Megatron backend, ``chunked_gae``.
 
-        slime does not mask GAE: a tool's token is a step with its KL and value (slime#1370). So
-        ``response_mask`` is 1 on every token of a response, and ``loss_masks`` go to ``whiten`` alone;
-        padded or packed. ``kl_coef`` is 0; advantages are whitened only with ``--normalize-advantages``.
+        slime does not mask GAE: a tool's token is a step with its KL and value (slime#1370 says so of
+        REINFORCE++). So ``response_mask`` is 1 on every token of a response, and ``loss_masks`` go to
+        ``whiten`` alone; padded or packed, the last token of a response carries the score. ``kl_coef`` is 0;
+        advantages are whitened only with ``--normalize-advantages``.
 
         Args:
             kl_estimator: ``k1``, ``k2``, ``k3``, or ``low_var_kl``, which is ``k3`` clamped.
@@ -146,7 +149,7 @@ class Presets:
 
         ``response_mask`` is its token mask over ``[B, S]``. ``lam`` is ``gae_lambda_policy``, or per row
         ``1 - 1 / (alpha * length)``; ``lam_value`` is ``gae_lambda_value``. ``kl_coef`` is 0 unless
-        ``use_kl_in_reward``. Its advantages are 0 at masked tokens, its returns are not.
+        ``use_kl_in_reward``. At masked tokens its returns are kept and its advantages 0, as after ``whiten``.
 
         Args:
             kl_estimator: ``k1``, ``k2`` or ``k3``.

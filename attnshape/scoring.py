@@ -83,7 +83,8 @@ class Scored:
 
     score: float
     credit: list[float]
-    """Per token of the policy where its offsets were given, else per token of the reward model; sums to 1."""
+    """Per token of the policy where its offsets were given, else per token of the reward model; sums to 1, or
+    is all 0 where none of the policy's tokens has text."""
     metrics: dict[str, float | bool]
     """``entropy`` (nats) and ``last_share`` of the credit on the reward model's tokens;
     ``response_attention``, the share of the attention that falls on them; ``fallback``, whether it was
@@ -188,12 +189,11 @@ def _example(
     covered = bytearray(len(text))
     for start, end in [(0, len(response))] if policy_offsets is None else policy_offsets:
         start, end = max(start + shift, low), min(end + shift, high)
-        covered[start:end] = b"\1" * (end - start)
+        if start < end:  # else the template has stripped it
+            covered[start:end] = b"\1" * (end - start)
     positions = [i for i, (start, end) in enumerate(spans) if 1 in covered[start:end]]
-    if not positions:
-        raise ValueError(
-            "the response has no token" if policy_offsets is None else "offsets: no token has text"
-        )
+    if not positions and policy_offsets is None:
+        raise ValueError("the response has no token")
     return Example(
         prompt=text[:low],
         response=response,
@@ -260,7 +260,7 @@ def score_examples(
         "response_attention": stats.response_share,
     }
     metrics = {name: column.tolist() for name, column in columns.items() if column is not None}
-    fallback = (shaped.status & int(Status.FALLBACK) != 0).tolist()
+    fallback = (shaped.status & int(Status.FALLBACK | Status.EMPTY) != 0).tolist()
     scored = []
     for b, example in enumerate(examples):
         credit = shaped.credit[b, : len(example.positions)].cpu()
@@ -280,7 +280,9 @@ def score_examples(
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+    return pad_sequence(
+        [torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True, padding_value=value
+    )
 
 
 def _rounded(x: float) -> float:

@@ -1,148 +1,13 @@
-"""The calls that have a budget: their shapes, random arguments for them, and the bytes they must move."""
+"""The cases of the suites, for a GPU and for a CPU, and the budgets of those that have one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-import attnshape
-from attnshape import AttentionInputs, ShapedRewards
-
-GAMMA, LAM = 1.0, 0.95
-KL_COEF = 0.05
-
-
-class Shape(NamedTuple):
-    """``batch`` rows of ``response`` tokens at the end of ``keys`` keys; of other lengths in ``lengths``."""
-
-    batch: int
-    response: int
-    keys: int = 0
-    lengths: tuple[int, ...] = ()
-    packed: bool = False
-    heads: int = 32
-    kv_heads: int = 8
-    width: int = 128
-
-    @property
-    def tokens(self) -> int:
-        """Elements of a token tensor."""
-        return sum(self.lengths) if self.packed else self.batch * self.response
-
-    @property
-    def live_tokens(self) -> int:
-        return sum(self.lengths) or self.batch * self.response
-
-    def __str__(self) -> str:
-        if self.lengths:
-            return (
-                f"{self.batch} rows, {max(self.lengths)} the longest, {'packed' if self.packed else 'padded'}"
-            )
-        return (
-            f"B {self.batch} S {self.keys} R {self.response}"
-            if self.keys
-            else f"{self.batch}x{self.response}"
-        )
-
-
-class Case(NamedTuple):
-    """One call, ``what`` of it, at one shape."""
-
-    what: str
-    shape: Shape
-    dtype: torch.dtype = torch.bfloat16  # of queries and keys
-
-    @property
-    def name(self) -> str:
-        return f"{self.what}, {self.shape}"
-
-    @property
-    def read(self) -> int:
-        """Bytes of inputs that the result depends on, each once; what a row has one of is left out."""
-        s, floats = self.shape, {"fused": 3, "sweep": 4, "gae": 2, "whiten": 1}.get(self.what, 0)
-        count = 4 * floats * s.live_tokens + (self.what != "row") * s.tokens  # the mask has one byte
-        if s.keys:
-            rows = s.batch * (s.keys if self.what == "column" else 1)
-            count += self.dtype.itemsize * s.width * (rows * s.heads + s.batch * s.keys * s.kv_heads)
-        return count
-
-    @property
-    def written(self) -> int:
-        """Bytes of outputs, likewise."""
-        s = self.shape
-        if self.what == "row":
-            return 4 * s.batch * s.keys
-        outputs = {"fused": 5, "sweep": 5, "gae": 2}.get(self.what, 1)
-        return 4 * outputs * s.tokens
-
-    def arguments(self, device: torch.device, generator: torch.Generator | None = None) -> dict[str, Any]:
-        """Random arguments of ``call``; without a generator nobody fills them."""
-        s = self.shape
-
-        def normal(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            x = torch.empty(size, device=device, dtype=dtype)
-            return x if generator is None else x.normal_(generator=generator)
-
-        tokens = (s.tokens,) if s.packed else (s.batch, s.response)
-        mask = torch.ones(tokens, dtype=torch.bool, device=device)
-        if s.lengths and not s.packed:
-            mask = torch.arange(s.response, device=device) < torch.tensor(s.lengths, device=device)[:, None]
-        out: dict[str, Any] = {} if self.what == "row" else {"response_mask": mask}
-        if s.packed:
-            ends = torch.tensor((0, *s.lengths), device=device).cumsum(0)
-            out["response_cu_seqlens"] = ends.to(torch.int32)
-        if s.keys:
-            queries = (s.keys,) if self.what == "column" else ()
-            out["inputs"] = AttentionInputs(
-                normal(s.batch, s.heads, *queries, s.width, dtype=self.dtype),
-                normal(s.batch, s.kv_heads, s.keys, s.width, dtype=self.dtype),
-                s.width**-0.5,
-            )
-            if self.what != "row":
-                start = torch.full((s.batch,), s.keys - s.response, dtype=torch.int32, device=device)
-                out["response_start"] = start
-        if self.what in ("fused", "sweep"):
-            names = ("values", "logprobs", "ref_logprobs")
-            out |= {"score": normal(s.batch), **{name: normal(*tokens) for name in names}}
-        if self.what == "sweep":
-            out["credit"] = normal(*tokens).abs()
-        if self.what == "gae":
-            out |= {"rewards": normal(*tokens), "values": normal(*tokens)}
-        if self.what == "whiten":
-            out |= {"x": normal(*tokens), "mask": out.pop("response_mask")}
-        return out
-
-    def call(self, arguments: dict[str, Any], backend: attnshape.types.Backend = "auto") -> Any:
-        rest = dict(arguments)
-        if self.what in ("fused", "sweep"):
-            credit = rest.pop("inputs" if self.what == "fused" else "credit")
-            return attnshape.shape_rewards(
-                rest.pop("score"), credit, **rest, kl_coef=KL_COEF, backend=backend
-            )
-        if self.what == "gae":
-            recurrence = {"gamma": GAMMA, "lam": LAM, "mask_semantics": "skip"}
-            return attnshape.gae(**rest, **recurrence, backend=backend)
-        function: Callable[..., Any] = {
-            "row": attnshape.attention_row,
-            "credit": attnshape.attention_credit,
-            "column": attnshape.attention_column_credit,
-            "whiten": attnshape.whiten,
-        }[self.what]
-        return function(**rest, backend=backend)
-
-
-def outputs_of(what: str, result: Any) -> dict[str, Tensor]:
-    """The tensors that a call returns, by name."""
-    if isinstance(result, ShapedRewards):
-        names = ("rewards", "advantages", "returns", "credit", "kl")
-        return {name: getattr(result, name) for name in names}
-    if what == "gae":
-        return dict(zip(("advantages", "returns"), result, strict=False))
-    return {what: result}
-
+from attnshape.bench.cases import Case, Shape, What
 
 ATTENTION = (Shape(32, 1024, 2048), Shape(64, 2048, 4096), Shape(128, 4096, 8192))
 SWEEPS = (Shape(4096, 512), Shape(2048, 4096), Shape(512, 32768))
@@ -150,6 +15,19 @@ LONG = (Shape(1, 131072), Shape(8, 32768))
 UNEQUAL = tuple(Shape(64, 32768, lengths=(200,) * 63 + (32768,), packed=packed) for packed in (False, True))
 SMALL = Shape(8, 256, 512)
 COLUMN = Shape(4, 2048, 4096)
+HOLES = Shape(256, 1024, holes=True)
+
+MODELS = {
+    "GPT-2 small": (12, 12, 64),
+    "Llama 3 8B, Mistral 7B": (32, 8, 128),
+    "Llama 3 70B": (64, 8, 128),
+    "Qwen3 14B": (40, 8, 128),
+    "Gemma 7B": (16, 16, 256),
+}
+"""Query heads, key heads and head width, as the models' configurations say."""
+
+PLAIN_TOKENS, PLAIN_WIDTH = 1 << 22, 2048
+"""A loop over tokens is not timed on more: it only takes longer."""
 
 
 class Budget(NamedTuple):
@@ -173,23 +51,96 @@ class Budget(NamedTuple):
         return f"{self.seconds * 1e6:.0f} us" if self.seconds else "none"
 
 
+NONE = Budget()
+
+
 def budget_cases() -> Iterator[tuple[Case, Budget]]:
-    """Every call that is timed on a GPU by itself."""
+    """The calls that a GPU has budgets for."""
     for what in ("fused", "credit", "row"):
         for shape, share in zip(ATTENTION, (0.8, 0.9, 0.95), strict=True):
             yield Case(what, shape), Budget(of_copy=share)
     for shape in SWEEPS:
         yield Case("sweep", shape), Budget(of_copy=0.85)
     for shape in SWEEPS:
-        yield Case("gae", shape), Budget()
+        yield Case("gae", shape), NONE
     for shape, seconds in zip(LONG, (15e-6, 12e-6), strict=True):
         yield Case("sweep", shape), Budget(seconds=seconds)
     for shape in UNEQUAL:
         yield Case("sweep", shape), Budget(times_copy=1.3)
-    yield Case("whiten", SWEEPS[0]), Budget()
+    yield Case("whiten", SWEEPS[0]), NONE
     yield Case("fused", SMALL), Budget(seconds=7e-6)
-    yield Case("column", COLUMN), Budget()
+    yield Case("column", COLUMN), NONE
 
 
-def random_arguments(case: Case, device: torch.device, seed: int) -> dict[str, Any]:
-    return case.arguments(device, torch.Generator(device).manual_seed(seed))
+def suite_cases(device_type: str) -> Iterator[tuple[Case, Budget]]:
+    """Every call that is timed by itself on such a device; on a GPU those with a budget come first."""
+    if device_type == "cuda":
+        yield from budget_cases()
+    budgeted = {case for case, _ in budget_cases()} if device_type == "cuda" else set()
+    cases = _gpu_cases() if device_type == "cuda" else _cpu_cases()
+    yield from ((case, NONE) for case in dict.fromkeys(cases) if case not in budgeted)
+
+
+def _gpu_cases() -> Iterator[Case]:
+    for batch in (1, 8, 64):
+        for keys in (512, 2048, 8192):
+            yield Case("fused", Shape(batch, keys // 2, keys))
+    yield Case("fused", Shape(1, 16384, 32768))
+    for batch, keys in ((8, 8192), (64, 2048)):
+        yield Case("fused", Shape(batch, keys // 8, keys))
+    yield from _of_models(Shape(16, 2048, 4096), torch.bfloat16)
+    for dtype in (torch.float16, torch.float32):
+        yield Case("fused", ATTENTION[0], dtype)
+    for shape in ATTENTION:
+        yield Case("apart", shape)
+    squares = (Shape(64, 128), Shape(256, 1024), *SWEEPS, Shape(8192, 4096), *LONG)
+    yield from _recurrences(squares, squares)
+    yield from (Case("whiten", shape) for shape in (Shape(256, 1024), *SWEEPS[1:]))
+    yield Case("column", Shape(1, 1024, 2048))
+
+
+def _cpu_cases() -> Iterator[Case]:
+    for batch in (1, 4):
+        for keys in (512, 2048):
+            yield Case("fused", Shape(batch, keys // 2, keys), torch.float32)
+    yield Case("fused", Shape(4, 256, 2048), torch.float32)
+    yield from _of_models(Shape(2, 512, 1024), torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        yield Case("fused", Shape(4, 256, 512), dtype)
+    parts: tuple[What, ...] = ("apart", "credit", "row")
+    yield from (Case(what, Shape(4, 1024, 2048), torch.float32) for what in parts)
+    sweeps = (Shape(64, 128), Shape(256, 1024), Shape(1024, 2048), LONG[0])
+    yield from _recurrences(sweeps, (*sweeps, Shape(64, 32768)))
+    yield Case("gae", Shape(8192, 4096))
+    yield from (Case("whiten", shape) for shape in sweeps[:3])
+    yield Case("column", Shape(1, 256, 512), torch.float32)
+
+
+def _of_models(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
+    for model, (heads, kv_heads, width) in MODELS.items():
+        of_model = shape._replace(heads=heads, kv_heads=kv_heads, width=width)
+        yield Case("fused", of_model, dtype, model=model)
+
+
+def _recurrences(sweeps: tuple[Shape, ...], gaes: tuple[Shape, ...]) -> Iterator[Case]:
+    """The sweep and ``gae`` at gamma lam = 1 and below, with unequal lengths and both mask semantics."""
+    for lam in (0.95, 1.0):
+        yield from (Case("gae", shape, lam=lam) for shape in gaes)
+    yield from (Case("sweep", shape) for shape in (*sweeps, *UNEQUAL))
+    yield Case("sweep", sweeps[1], lam=1.0)
+    for what in ("sweep", "gae"):
+        yield Case(what, HOLES)
+        yield Case(what, HOLES, mask_semantics="zero")
+
+
+def with_plain(case: Case) -> bool:
+    """Whether the same is timed in plain PyTorch too."""
+    return case.shape.response <= PLAIN_WIDTH and case.shape.tokens <= PLAIN_TOKENS
+
+
+def made_small(case: Case) -> Case:
+    """The same call at a shape that takes no time, to exercise what measures it."""
+    lengths = (5,) * (len(case.shape.lengths) - 1) + (40,) if case.shape.lengths else ()
+    shape = case.shape._replace(batch=len(lengths) or 3, response=40, lengths=lengths)
+    heads = {"heads": 4, "kv_heads": 2, "width": 16}
+    return case._replace(shape=shape._replace(keys=64 if shape.keys else 0, **heads))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from typing import NamedTuple
 
-from benchmarks.cases import Case, budget_cases
+from attnshape.bench.cases import Case
+from benchmarks.cases import budget_cases
 from csrc_triton.fused import CHUNK, ONE_LAUNCH, in_chunks
 from csrc_triton.launch import ceil_div
 

@@ -325,7 +325,7 @@ def random_calls(count: int = 200) -> Calls:
     """Calls that differ in nothing but their shapes."""
     import torch
 
-    from benchmarks.cases import Case, Shape
+    from attnshape.bench.cases import Case, Shape
 
     generator = torch.Generator().manual_seed(0)
     for _ in range(count):

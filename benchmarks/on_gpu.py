@@ -1,9 +1,10 @@
 """All that needs a GPU, in one call: ``python -m benchmarks.on_gpu OUT``; what ``make gpu`` runs.
 
 First side by side: the tests on compiled kernels, in shards; the comparison with the reference;
-compute-sanitizer where it is there; and the budgets untimed, which compiles their kernels. Then, with the GPU
-to themselves, the tests of races and the budgets. Every part has a process and a time limit of its own, and
-what it found is kept whatever the others do; the exit status is 1 if one failed.
+compute-sanitizer where it is there; and the benchmarks untimed, which compiles their kernels. Then, with the
+GPU to themselves, the tests of races and the benchmarks. Every part has a process and a time limit of its
+own, and what it found is kept whatever the others do; the exit status is 1 if one failed. A budget that is
+missed is a result: ``report.md`` says so.
 """
 
 from __future__ import annotations
@@ -20,8 +21,13 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.report import report
+from benchmarks.results import NAME, ROOT, load
+
 RACES = ROOT / "tests" / "test_gpu.py"
+# Warnings are errors where the versions are pinned; here they are whatever the machine has.
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-o", "filterwarnings=default", "-p", "no:cacheprovider"]
+BENCHMARKS = [*PYTEST, str(ROOT / "benchmarks")]
 LOG_TAIL = 200_000
 """Characters of a part's output that are kept."""
 
@@ -40,10 +46,8 @@ class Ended(NamedTuple):
 
 
 def pytest_part(name: str, seconds: float, folder: Path, *arguments: str) -> Part:
-    report = f"--junitxml={folder / name.replace(' ', '-')}.xml"
-    # Warnings are errors where the versions are pinned; here they are whatever the machine has.
-    options = ["-q", "-o", "filterwarnings=default", "-p", "no:cacheprovider", report]
-    return Part(name, [sys.executable, "-m", "pytest", *options, *arguments], seconds)
+    junit = f"--junitxml={folder / name.replace(' ', '-')}.xml"
+    return Part(name, [*PYTEST, junit, *arguments], seconds)
 
 
 def parts_together(folder: Path, shards: int, seconds: float) -> list[Part]:
@@ -52,16 +56,29 @@ def parts_together(folder: Path, shards: int, seconds: float) -> list[Part]:
     parts = [
         pytest_part(f"tests {i}", seconds, folder, f"--shard={i}/{shards}", *files) for i in range(shards)
     ]
-    module = [sys.executable, "-m"]
-    budgets = [*module, "benchmarks.budgets", str(folder), "--once"]
-    parts.append(Part("budgets, untimed", budgets, seconds))
-    compare = [*module, "attnshape", "compare", "--backend", "triton", "--device", "cuda", "--quick"]
+    untimed = [*BENCHMARKS, "--benchmark-disable"]
+    parts.append(Part("benchmarks, untimed", untimed, seconds))
+    compare = [
+        sys.executable,
+        "-m",
+        "attnshape",
+        "compare",
+        "--backend",
+        "triton",
+        "--device",
+        "cuda",
+        "--quick",
+    ]
     parts.append(Part("compare", compare, seconds))
     if sanitizer := shutil.which("compute-sanitizer"):
         for tool in ("memcheck", "racecheck"):
-            command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *budgets, "--quick"]
+            command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *untimed, "--small"]
             parts.append(Part(tool, command, seconds))
     return parts
+
+
+def benchmarks_part(out: Path, seconds: float) -> Part:
+    return Part("benchmarks", [*BENCHMARKS, "--benchmark-quiet", f"--benchmark-json={out / NAME}"], seconds)
 
 
 def run(parts: Sequence[Part], folder: Path) -> list[Ended]:
@@ -117,9 +134,9 @@ def main(out: Path) -> int:
         folder = Path(name)
         shards = max((os.cpu_count() or 2) - 2, 1)
         stages = [
-            parts_together(folder, shards, 270),
-            [pytest_part("races", 90, folder, str(RACES))],
-            [Part("budgets", [sys.executable, "-m", "benchmarks.budgets", str(out)], 170)],
+            parts_together(folder, shards, 260),
+            [pytest_part("races", 80, folder, str(RACES))],
+            [benchmarks_part(out, 240)],
         ]
         ended: list[Ended] = []
         for stage in stages:
@@ -128,6 +145,8 @@ def main(out: Path) -> int:
             tests.write(out / "tests.xml")
             (out / "summary.md").write_text(summary(ended, tests))
             (out / "log.txt").write_text("\n".join(f"==== {x.name}\n{x.output}" for x in ended))
+    if (out / NAME).exists() and (out / NAME).stat().st_size:
+        (out / "report.md").write_text(report(load(out / NAME)))
     for x in ended:
         if x.status != 0:
             print(f"==== {x.name}\n{x.output[-3000:]}")

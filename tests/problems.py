@@ -195,6 +195,7 @@ def problems(draw: st.DrawFn, **fixed: Any) -> Problem:
         lam=torch.linspace(0.5, 1.0, batch) if draw(st.booleans()) else lam,
         lam_value=pick(None, 1.0, 0.9),
         mask_semantics=pick("skip", "zero"),
+        zero_masked=pick(True, True, False),
         normalization=pick("sum_to_one", "sum_to_one", "sum_to_length", "none"),
         score_index=pick("last_unmasked", "last_unmasked", "last_token"),
         score_clip=pick(None, 0.5, (-0.25, 1.0)),
@@ -227,7 +228,7 @@ def problems(draw: st.DrawFn, **fixed: Any) -> Problem:
         "config": config,
     }
     problem = make_problem(draw(st.integers(0, 2**20)), **(arguments | fixed))
-    return pack(problem) if draw(st.booleans()) else problem
+    return pack(problem) if config.zero_masked and draw(st.booleans()) else problem
 
 
 def rows_of(x: Tensor, kwargs: dict[str, Any]) -> list[Tensor]:

@@ -1,6 +1,10 @@
 """That the benchmarks measure what they say, as far as a machine without a GPU can tell."""
 
+from __future__ import annotations
+
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,48 +12,20 @@ from typing import Any
 import pytest
 import torch
 
-import attnshape
-from attnshape.compare import mapped
-from benchmarks import budgets, cost_model, on_gpu
-from benchmarks.cases import Budget, Case, Shape, outputs_of, random_arguments
+from attnshape.bench.cases import Case, Shape, random_arguments
+from benchmarks import cost_model, on_gpu, report
+from benchmarks.cases import Budget, budget_cases, made_small, suite_cases, with_plain
 from benchmarks.kernel_table import programs_per_multiprocessor
-from benchmarks.timing import copy_calls, host_seconds, read_calls, time_calls
+from benchmarks.memory import memory_of
+from benchmarks.peers import install
+from benchmarks.peers.measure import PEERS, doubling, measured
+from benchmarks.read_pass import read_calls
+from benchmarks.record import Promise
+from benchmarks.results import ROOT, load
+from benchmarks.test_forward import redistributed
+from benchmarks.test_peers import PeerMissingError, PeerRuns
 
 CPU = torch.device("cpu")
-SMALL = Shape(3, 40, 64, heads=4, kv_heads=2, width=16)
-TOKENS = SMALL._replace(keys=0)
-LENGTHS = {"lengths": (5, 40, 1)}
-
-
-def bytes_of(x: Any) -> int:
-    sizes = []
-    mapped(x, lambda tensor: sizes.append(tensor.numel() * tensor.element_size()) or tensor)
-    return sum(sizes)
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        *(Case(what, SMALL) for what in ("fused", "credit", "row", "column")),
-        *(Case(what, TOKENS) for what in ("sweep", "gae", "whiten")),
-        Case("sweep", TOKENS._replace(**LENGTHS, packed=True)),
-        Case("fused", SMALL, torch.float32),
-    ],
-    ids=lambda case: case.name,
-)
-def test_bytes_are_those_of_the_tensors(case: Case) -> None:
-    arguments = random_arguments(case, CPU, 0)
-    for of_rows in ("score", "response_start", "response_cu_seqlens"):
-        arguments.pop(of_rows, None)
-    assert bytes_of(arguments) == case.read
-    result = outputs_of(case.what, case.call(random_arguments(case, CPU, 0)))
-    assert bytes_of(result) == case.written
-
-
-def test_padding_is_read_in_the_mask_alone() -> None:
-    padded, packed = (Case("gae", TOKENS._replace(**LENGTHS, packed=packed)) for packed in (False, True))
-    assert padded.read - packed.read == 3 * 40 - 46
-    assert padded.written == 2 * 4 * 3 * 40
 
 
 def test_limits() -> None:
@@ -94,55 +70,237 @@ def test_programs_per_multiprocessor(target: str, registers: int, shared: int, p
     assert programs_per_multiprocessor(target, registers, shared, warps=4) == programs
 
 
-def test_timing_on_a_cpu() -> None:
-    x = torch.ones(1000)
-    timing = time_calls([lambda: x.add(1), lambda: x.add(2)], CPU, 0.01)
-    assert 0 < timing.seconds < 0.1
-    assert timing.how == "clock"
-    assert 0 < host_seconds(lambda: x.add(1), CPU, 3, 3) < 0.1
-    source = copy_calls(4096, 2, CPU)[0]()
-    assert source.numel() == 4096 // 8
+def test_a_read_only_pass_reads_its_bytes() -> None:
     assert read_calls(8192, 2, CPU)[0]().item() == 8192 / 4
 
 
-def run_budgets(monkeypatch: pytest.MonkeyPatch, out: Path) -> tuple[bool, list[dict]]:
-    monkeypatch.setattr(sys, "argv", ["budgets", str(out), "--device", "cpu", "--quick"])
-    with pytest.raises(SystemExit) as ended:
-        budgets.main()
-    return bool(ended.value.code), json.loads((out / "budgets.json").read_text())["rows"]
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_suites(device: str) -> None:
+    cases = [case for case, _ in suite_cases(device)]
+    assert len({case.name for case in cases}) == len(cases)
+    assert {case.what for case in cases} == {
+        "fused", "apart", "credit", "row", "column", "sweep", "gae", "whiten"
+    }  # fmt: skip
+    gaes = [case for case in cases if case.what == "gae"]
+    assert {(case.shape.batch, case.shape.response) for case in gaes} >= {
+        (64, 128),
+        (8192, 4096),
+        (1, 131072),
+    }
+    assert {case.lam for case in gaes} == {0.95, 1.0}
+    assert {case.mask_semantics for case in gaes if case.shape.holes} == {"skip", "zero"}
+    assert len({case.shape[5:8] for case in cases if case.model}) == 5
+    assert any(with_plain(case) for case in cases)
+    small = {made_small(case) for case in cases}
+    assert {case.what for case in small} == {case.what for case in cases}
+    assert max(case.bytes for case in small) < 1e6
 
 
-def test_budgets_dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    failed, rows = run_budgets(monkeypatch, tmp_path)
-    assert not failed
-    assert len(rows) > 10
-    for row in rows:
-        assert row.get("seconds", 1) > 0
-        if "of_copy" in row:
-            assert row["error"] <= 1
-            assert row["of_copy"] == pytest.approx(row["copy_seconds"] / row["seconds"])
-    text = (tmp_path / "budgets.md").read_text()
-    assert all(row["case"] in text for row in rows)
+def test_budgets_of_a_gpu_come_first() -> None:
+    count = len(list(budget_cases()))
+    assert list(suite_cases("cuda"))[:count] == list(budget_cases())
 
 
-def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def wrong(*arguments: Any, backend: str, **options: Any) -> Any:
-        advantages, returns = right(*arguments, backend=backend, **options)
-        return advantages * (1 if backend == "torch" else 1.001), returns
+def test_promises() -> None:
+    assert Promise("", 1.0, 1.0).met
+    assert not Promise("", 1.1, 1.0).met
+    assert Promise("", 50.0, 50.0, at_most=False).met
+    assert not Promise("", 49.0, 50.0, at_most=False).met
 
-    def broken(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no kernel")
 
-    right = attnshape.gae
-    monkeypatch.setattr(attnshape, "gae", wrong)
-    monkeypatch.setattr(attnshape, "whiten", broken)
-    failed, rows = run_budgets(monkeypatch, tmp_path)
-    assert failed
-    of = {row["case"].split(",")[0]: row for row in rows}
-    assert "wrong" in of["gae"]["failed"]
-    assert "seconds" not in of["gae"]
-    assert "no kernel" in of["whiten"]["failed"]
-    assert of["sweep"]["seconds"] > 0
+def test_memory_is_counted_to_the_byte() -> None:
+    def call() -> torch.Tensor:
+        first = torch.ones(1000, dtype=torch.float64)  # 8000
+        second = first.repeat(2)  # 16000 more
+        del first
+        return second.float()  # 8000 more, 8000 less
+
+    call()
+    memory = memory_of(call, CPU)
+    assert memory.held == 8000
+    assert 24000 <= memory.peak < 24100
+
+
+def test_redistribution_of_the_paper() -> None:
+    attentions = torch.rand(2, 3, 6, 6)
+    credit, rewards = redistributed(torch.tensor([2.0, -1.0]), attentions, 4, beta=0.75)
+    row = attentions[1, :, 5, 4:].mean(0)
+    torch.testing.assert_close(credit[1], row / row.sum())
+    torch.testing.assert_close(rewards[1], -0.75 * credit[1] + torch.tensor([0.0, -0.25]))
+    torch.testing.assert_close(rewards.sum(1), torch.tensor([2.0, -1.0]))
+
+
+# Every suite, at small shapes
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make bench` writes; peers apart, which have tests of their own."""
+    out = tmp_path_factory.mktemp("bench") / "bench.json"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--device",
+        "cpu",
+    ]
+    command += [
+        "--small",
+        "--benchmark-quiet",
+        f"--benchmark-json={out}",
+        "-k",
+        "not doubling and not compiled",
+    ]
+    command += ["--peers", str(out.parent)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    return out
+
+
+def test_every_suite_leaves_its_figures(dry_run: Path) -> None:
+    run = load(dry_run)
+    suites = {*report.SUITES, "forward", "memory", "host"}
+    assert {info["suite"] for info in run.benchmarks.values()} == suites
+    for info in run.benchmarks.values():
+        assert info["seconds"] > 0
+        assert all(x["low"] <= x["value"] <= x["high"] for x in info["ratios"].values())
+    for info in run.suite(*report.SUITES):
+        assert info["error_of_bound"] <= 1
+        assert info["bytes_read"] > 0
+        assert {"ours", "copy"} <= set(info["seconds_of"])
+        assert info["ratios"]["copy"]["value"] > 0
+    column = run.benchmarks["test_case[column, B 3 S 64 R 40, float32]"]
+    assert set(column["ratios"]) == {"copy", "plain PyTorch", "attention forward"}
+    held = run.suite("memory")[0]["held_bytes"]
+    assert held["tapped"] < held["eager_forward"]
+    assert set(run.missing) == set(PEERS) - {"doubling"}
+    assert run.missing["verl"] == "not installed: python -m benchmarks.peers.install verl"
+    assert run.missing["rl-triton"] == "needs a GPU"
+
+
+def test_the_clock_of_the_harness_is_the_projects(dry_run: Path) -> None:
+    """pytest-benchmark's own statistics are over the same samples."""
+    for result in json.loads(dry_run.read_text())["benchmarks"]:
+        assert result["stats"]["median"] == pytest.approx(result["extra_info"]["seconds"], rel=1e-6, abs=1e-9)
+
+
+# Peers
+
+
+def fake_slime(folder: Path, factor: float) -> Path:
+    """A package with slime's function in it, right if ``factor`` is 1."""
+    package = folder / "slime" / "utils"
+    package.mkdir(parents=True)
+    (package / "ppo_utils.py").write_text(
+        f"""import torch
+def chunked_gae(rewards, values, gamma, lambd):
+    out, a, v = [], 0.0, 0.0
+    for t in reversed(range(rewards.shape[1])):
+        a = rewards[:, t] + gamma * v - values[:, t] + {factor} * gamma * lambd * a
+        v = values[:, t]
+        out.append(a)
+    advantages = torch.stack(out[::-1], 1)
+    return advantages, advantages + values
+"""
+    )
+    return folder
+
+
+def runs_with(monkeypatch: pytest.MonkeyPatch, folder: Path) -> PeerRuns:
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    return PeerRuns(folder / "none", CPU, True, folder)
+
+
+def test_a_peer_is_measured_beside_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    result = runs_with(monkeypatch, fake_slime(tmp_path, 1.0))["slime"]
+    assert result["version"] == "slime from a path"
+    assert len(result["rows"]) == 2
+    for row in result["rows"]:
+        assert row["disagreement"] < 1e-5
+        assert len(row["ours"]["samples"]) == len(row["theirs"]["samples"]) >= 5
+
+
+def test_a_peer_that_computes_something_else_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    result = runs_with(monkeypatch, fake_slime(tmp_path, 1.01))["slime"]
+    for row in result["rows"]:
+        assert "does not compute the same" in row["failed"]
+        assert "theirs" not in row
+
+
+def test_a_peer_that_breaks_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "slime").mkdir()
+    (tmp_path / "slime" / "__init__.py").write_text("")
+    runs = runs_with(monkeypatch, tmp_path)
+    for _ in range(2):  # it is asked once, and answers every time
+        with pytest.raises(PeerMissingError, match=r"does not run: .*No module named 'slime.utils'"):
+            runs["slime"]
+
+
+def test_what_was_measured_stays_where_the_rest_takes_too_long(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    runs = runs_with(monkeypatch, fake_slime(tmp_path, 1.0))
+
+    def run(command: list[str], **_: Any) -> None:
+        Path(command[4]).write_text(json.dumps({"version": "", "rows": [{"case": "first"}]}))
+        raise subprocess.TimeoutExpired(command, 1)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert runs["slime"]["rows"] == [{"case": "first"}]
+    assert runs["slime"]["ended"].startswith("took longer than")
+
+
+def test_the_doubling_scan_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    for case in PEERS["doubling"].cases("cpu", small=True):
+        assert measured(PEERS["doubling"], case, CPU, 0.0)["disagreement"] < 1e-5
+    case = Case("gae", Shape(2, 1000), gamma=0.9, lam=0.5)
+    arguments = random_arguments(case, CPU, 0)
+    for got, want in zip(doubling(case, arguments)(), case.reference(arguments), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_loops_are_given_what_they_finish() -> None:
+    for name, peer in PEERS.items():
+        cases = list(peer.cases("cpu", small=False))
+        assert cases, name
+        if peer.most is not None:
+            rows, width = peer.most
+            assert all(case.shape.batch <= rows and case.shape.response <= width for case in cases)
+        if peer.ragged:
+            assert all(len(case.shape.lengths) == case.shape.batch for case in cases)
+            assert all(case.shape.live_tokens < case.shape.tokens for case in cases)
+
+
+def test_installer_pins_versions(tmp_path: Path) -> None:
+    for name in install.INSTALLED:
+        checkout = tmp_path if name in ("slime", "rl-triton") else None
+        calls = install.pip_arguments(name, checkout)
+        assert any(pin.startswith("torch==") for pin in pinned(calls[0]))
+        assert any(name in pin for pin in pinned(calls[-1]) + pinned(calls[0])) or checkout is not None
+        if checkout is not None:
+            assert calls[-1][-1] == str(checkout)
+    with pytest.raises(ValueError, match="--path slime=FOLDER"):
+        install.pip_arguments("slime", None)
+
+
+def pinned(arguments: list[str]) -> list[str]:
+    """The requirements of one call of pip."""
+    if "--requirement" not in arguments:
+        return arguments
+    lines = Path(arguments[-1]).read_text().splitlines()
+    assert all("==" in line for line in lines)
+    return lines
+
+
+# On a GPU
 
 
 def test_parts_do_not_lose_each_other(tmp_path: Path) -> None:
@@ -171,3 +329,15 @@ def test_tests_on_a_gpu_are_those_that_use_it(tmp_path: Path) -> None:
     assert {"test_triton_backend.py", "test_csrc_triton_sweep.py"} <= files
     assert not {"test_gpu.py", "test_demo.py", "test_kernels_compile.py"} & files
     assert [part.command[-len(files) - 1] for part in parts[:2]] == ["--shard=0/2", "--shard=1/2"]
+
+
+def test_benchmarks_run_untimed_to_compile_their_kernels(tmp_path: Path) -> None:
+    parts = {part.name: part for part in on_gpu.parts_together(tmp_path, 2, 1.0)}
+    command = [*parts["benchmarks, untimed"].command, "--small", "--device", "cpu", "-k", "not compiled"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    assert "passed" in ended.stdout
+    timed = on_gpu.benchmarks_part(tmp_path, 1.0).command
+    assert f"--benchmark-json={tmp_path / 'bench.json'}" in timed
+    assert "--small" not in timed

@@ -336,5 +336,5 @@ def test_module_runs() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "attnshape", "--help"], capture_output=True, text=True, check=True
     )
-    for command in ("compare", "credit", "demo"):
+    for command in ("bench", "compare", "credit", "demo", "serve"):
         assert command in result.stdout

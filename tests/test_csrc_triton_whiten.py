@@ -21,7 +21,7 @@ OPTIONS = st.fixed_dictionaries(
     {
         "bessel": st.booleans(),
         "eps": st.sampled_from([1e-8, 0.5]),
-        "eps_mode": st.sampled_from(["add", "clamp"]),
+        "eps_mode": st.sampled_from(["add", "clamp", "add_to_std"]),
         "shift_mean": st.booleans(),
         "zero_masked": st.booleans(),
     }

@@ -11,7 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import attnshape
 from attnshape import AttentionInputs
-from benchmarks.cases import COLUMN, LONG, SMALL, UNEQUAL, Case, Shape, outputs_of, random_arguments
+from attnshape.bench.cases import Case, Shape, outputs_of, random_arguments
+from benchmarks.cases import COLUMN, LONG, SMALL, UNEQUAL
 from benchmarks.cost_model import Gpu, estimate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

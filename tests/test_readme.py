@@ -1,5 +1,6 @@
 """The README's calls run as they stand there."""
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +11,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
+import attnshape
+from attnshape.serve.protocol import Completion
+
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
 B, S, R = 4, 12, 5
+
+
+def block(words: str) -> str:
+    """The one block that holds these words."""
+    [found] = [text for text in BLOCKS if words in text]
+    return found
 
 
 @pytest.fixture
@@ -34,6 +44,7 @@ def names() -> dict[str, Any]:
         for half in (slice(0, 2), slice(2, 4))
     ]
     return {
+        "attnshape": attnshape,
         "torch": torch,
         "reward_model": GPT2ForSequenceClassification(config).eval(),
         "input_ids": ids,
@@ -48,12 +59,11 @@ def names() -> dict[str, Any]:
 
 
 def test_both_shapes_of_loop_agree(names: dict[str, Any]) -> None:
-    together, apart, _ = BLOCKS
-    exec(together, names)
+    exec(block("# a Hugging Face reward model"), names)
     credit, score = names["out"].credit, names["score"]
     assert names["out"].rewards.shape == (B, R)
     assert credit[:, :-1].sum() > 0
-    exec(apart, names)
+    exec(block("# where the trainer is"), names)
     torch.testing.assert_close(names["score"], score)
     torch.testing.assert_close(names["out"].credit, credit)
     torch.testing.assert_close(names["out"].rewards.sum(1), score)
@@ -82,11 +92,61 @@ def test_credit_of_another_tokenizer(names: dict[str, Any]) -> None:
         "policy_tokenizer": policy_tokenizer,
         "zeros": torch.zeros(2, dtype=torch.int32),
     }
-    first_lines = BLOCKS[0].split("out =")[0]
+    first_lines = block("# a Hugging Face reward model").split("out =")[0]
     exec(first_lines, names)
     names["response_mask"] = torch.tensor([[i < len(ids) for i in range(width)] for ids in responses])
-    exec(BLOCKS[2], names)
+    exec(block("# its tokens"), names)
     torch.testing.assert_close(names["out"].rewards.sum(1), names["score"])
     # Letters of one word share that word's credit equally: "good" of the first response.
     word = names["credit"][0, 3]
     torch.testing.assert_close(names["out"].credit[0, :4], (word / 4).expand(4))
+
+
+def test_a_framework_s_numbers(names: dict[str, Any]) -> None:
+    names |= {"score": torch.randn(B), "credit": torch.rand(B, R)}
+    exec(block("ShapingConfig.verl("), names)
+    kl = 0.001 * (names["logprobs"] - names["ref_logprobs"])
+    torch.testing.assert_close(names["out"].rewards.sum(1), names["score"] - kl.sum(1))
+    torch.testing.assert_close(names["advantages"].std(), torch.tensor(1.0))
+
+
+def test_scores_over_http(names: dict[str, Any]) -> None:
+    asked: list[Any] = []
+    words = Tokenizer(models.WordLevel({"good": 0, "plot": 1}, unk_token="good"))
+    words.decoder = decoders.Fuse()
+    names |= {
+        "policy_tokenizer": PreTrainedTokenizerFast(tokenizer_object=words),
+        "response_ids": [0, 1],
+        "prompt": "how was it?",
+        "url": "http://127.0.0.1:8000",
+        "requests": SimpleNamespace(
+            post=lambda *at, **what: asked.append((at, what)) or SimpleNamespace(json=dict)
+        ),
+    }
+    exec(block('"/score"'), names)
+    [(at, what)] = asked
+    assert at == ("http://127.0.0.1:8000/score",)
+    assert Completion.model_validate_json(json.dumps(what["json"])).offsets == [(0, 4), (4, 8)]
+
+
+def test_several_reward_models_and_a_rule(names: dict[str, Any]) -> None:
+    names |= {name: torch.randn(B) for name in ("score", "second_score", "rule_reward")}
+    names |= {name: torch.rand(B, R) for name in ("credit", "second_credit")}
+    exec(block("# a second reward model"), names)
+    dense = 0.8 * (
+        names["score"][:, None] * names["credit"] / names["credit"].sum(1, True)
+        + 0.3 * names["second_score"][:, None] * names["second_credit"] / names["second_credit"].sum(1, True)
+    )
+    dense[:, -1] += 0.2 * (names["score"] + 0.3 * names["second_score"]) + names["rule_reward"]
+    kl = names["logprobs"] - names["ref_logprobs"]
+    torch.testing.assert_close(names["out"].rewards, dense - 0.05 * kl)
+
+
+def test_every_link_of_the_pages_leads_somewhere() -> None:
+    root = Path(__file__).parents[1]
+    for page in root.rglob("*.md"):
+        if ".venv" in page.parts or any(part.startswith(".") for part in page.relative_to(root).parts):
+            continue
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page}: {target}"

@@ -100,6 +100,15 @@ def test_a_stripped_response_keeps_its_own_characters(folder: Path, reader: Read
     assert "".join(own.response[start:end] for start, end in own.offsets) == "not bad"
 
 
+def test_a_stripped_response_may_begin_the_text(folder: Path) -> None:
+    model, tok = load_reward_model(str(folder), "cpu")
+    tok.chat_template = "{{ messages[-1]['content'] | trim }}<|im_end|>"
+    messages = [{"role": "assistant", "content": "   not bad"}]
+    example = Reader(tok, model.config).read_messages(messages, [(0, 1), (6, 10)])
+    assert [example.response[start:end] for start, end in example.offsets] == [" bad"]
+    assert score(folder, example)[0].credit == [0, 1]
+
+
 def test_special_tokens_are_added_once(reader: Reader) -> None:
     plain, templated = reader.read("bad ", "plot"), reader.read("<s>bad ", "plot")
     assert plain.input_ids == templated.input_ids
@@ -133,14 +142,26 @@ def test_what_can_never_fit_is_not_tokenised(folder: Path, monkeypatch: pytest.M
         ([(3, 2)], r"offsets\[0\]: got \[3, 2\]"),
         ([(0, 5), (4, 6), (3, 7)], r"offsets\[2\]: got \[3, 7\] after \[4, 6\], want them in order"),
         ([(0, 5), (1, 4)], r"offsets\[1\]: got \[1, 4\] after \[0, 5\]"),
-        ([], "offsets: no token has text"),
-        ([(0, 0), (4, 4)], "offsets: no token has text"),
         ([(0, 24)] * 9, "offsets: got 216 characters in all for a response of 24"),
     ],
 )
 def test_offsets_that_are_none(reader: Reader, offsets: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         reader.read("How was the film? ", RESPONSE, offsets)
+
+
+@pytest.mark.parametrize(("response", "policy"), [("", [(0, 0)]), ("", []), (RESPONSE, [(0, 0), (4, 4)])])
+def test_a_policy_without_text_is_scored_without_credit(
+    folder: Path, reader: Reader, response: str, policy: list[tuple[int, int]]
+) -> None:
+    prompt = "How was the film? "
+    example = reader.read(prompt, response, policy)
+    expected = score(folder, reader.read("", prompt + response))[0].score
+    for scored in (score(folder, example)[0], score(folder, example, reader.read(prompt, RESPONSE))[0]):
+        assert scored.score == pytest.approx(expected, rel=1e-5)
+        assert scored.credit == [0.0] * len(policy)
+        assert scored.metrics["fallback"] is True
+        assert scored.finite
 
 
 def test_scores_that_are_not_finite_say_so() -> None:

@@ -41,11 +41,13 @@ def working(
 ) -> Iterator[Connection]:
     ours, pipe = multiprocessing.Pipe()
     job = Job(str(model), device, parse_score_fn(score_fn), layer, 1)
-    thread = threading.Thread(target=work, args=(job, pipe))
+    thread = threading.Thread(target=work, args=(job, pipe), daemon=True)
     thread.start()
-    yield ours
-    ours.close()
-    thread.join(PATIENCE)
+    try:
+        yield ours
+    finally:
+        ours.close()
+        thread.join(PATIENCE)
     assert not thread.is_alive()
     pipe.close()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 from playing_worker import DIES_LOADING, HUNG, LOADS_NO_MORE, Act, play
 
-from attnshape.serve.batching import BatchQueue, Unavailable
+from attnshape.serve.batching import TWO_DIED, BatchQueue, Unavailable
 from attnshape.serve.metrics import Metrics
 from attnshape.serve.workers import Pool, State
 
@@ -55,8 +57,7 @@ def test_who_kills_two_workers_is_answered_and_its_neighbours_are_scored(pool: P
     with pool.queue._changed:  # in one batch
         neighbours = [put(pool, Act.ANSWER), put(pool, Act.ANSWER)]
         killer = put(pool, Act.DIE)
-    with pytest.raises(Unavailable, match="two workers died while scoring it"):
-        killer.result(PATIENCE)
+    assert killer.result(PATIENCE) == TWO_DIED
     assert [future.result(PATIENCE) for future in neighbours] == ["answered", "answered"]
     wait_for(lambda: restarts(pool) == 2)
     text = pool.metrics.text().decode()
@@ -116,3 +117,35 @@ def test_a_pool_that_stops_answers_what_its_workers_held(tmp_path: Path) -> None
     assert pid is not None
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+SERVER = """
+import functools, pathlib, sys, time
+from playing_worker import play
+from attnshape.serve.batching import BatchQueue
+from attnshape.serve.metrics import Metrics
+from attnshape.serve.workers import Pool, State
+with Pool([("cpu", functools.partial(play, pathlib.Path(sys.argv[1])))], BatchQueue(100), Metrics()) as pool:
+    while not pool.count(State.READY):
+        time.sleep(0.01)
+    print(pool.workers[0].pid, flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def test_workers_do_not_outlive_a_killed_server(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SERVER, str(tmp_path), str(PATIENCE)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        worker = int(server.stdout.readline())
+        assert is_running(worker)
+        server.kill()
+    wait_for(lambda: not is_running(worker))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

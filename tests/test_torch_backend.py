@@ -1,12 +1,10 @@
 """The vectorised PyTorch backend against the float64 reference."""
 
 import dataclasses
-import tempfile
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import (
@@ -142,6 +140,62 @@ def check_gae(problem: dict[str, Any], gamma: float, lam: float, semantics: str)
     want = reference.gae(**to_float64(problem), **kwargs)
     for name, x, expected in zip(("advantages", "returns"), got, want, strict=True):
         assert_within(name, x, expected, gae_bound(expected, gamma, lam))
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.95, "per row"])
+@pytest.mark.parametrize("holes", [False, True])
+def test_bits_of_a_row_depend_on_nothing_else(
+    lam: float | str, holes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, in any batch, however it is padded, however many rows are shaped at once."""
+    rows, width = 7, 300
+    g = torch.Generator().manual_seed(int(holes))
+    lengths = torch.tensor([300, 1, 31, 33, 64, 65, 257])
+    mask = torch.arange(width) < lengths[:, None]
+    if holes:
+        mask &= torch.rand(rows, width, generator=g) > 0.2
+    names = ("credit", "values", "logprobs", "ref_logprobs", "token_rewards", "response_mask")
+    tokens = dict(zip(names, torch.randn(6, rows, width, generator=g), strict=True))
+    tokens |= {"credit": tokens["credit"].abs(), "response_mask": mask.float()}
+    score, lams = torch.randn(rows, generator=g), torch.linspace(0.5, 1.0, rows)
+
+    def shaped(which: slice, padding: int = 0) -> list[torch.Tensor]:
+        padded = {name: torch.nn.functional.pad(x[which], (0, padding)) for name, x in tokens.items()}
+        config = ShapingConfig(lam=lams[which] if isinstance(lam, str) else lam)
+        out = attnshape.shape_rewards(score[which], **padded, kl_coef=0.1, config=config)
+        return [x[:, :width] for x in (out.rewards, out.advantages, out.returns, out.credit, out.kl)]
+
+    whole = shaped(slice(0, rows))
+    for b in range(rows):
+        for padding in (0, 1, 20, 700):
+            for x, alone in zip(whole, shaped(slice(b, b + 1), padding), strict=True):
+                assert torch.equal(x[b : b + 1], alone)
+    monkeypatch.setattr("attnshape._torch.BLOCK", 2 * width)
+    assert all(torch.equal(x, y) for x, y in zip(whole, shaped(slice(0, rows)), strict=True))
+
+
+def test_any_strides() -> None:
+    g = torch.Generator().manual_seed(0)
+    names = ("credit", "values", "logprobs", "ref_logprobs", "token_rewards", "response_mask")
+    tokens = {name: torch.rand(5, 128, generator=g) for name in names}
+    score = torch.randn(5, generator=g)
+
+    def strided(x: torch.Tensor, how: int) -> torch.Tensor:
+        wide = torch.full((5, 256), float("nan"))
+        places = (wide.t().contiguous().t()[:, :128], wide[:, ::2], wide[:, 1:129])
+        return places[how].copy_(x)
+
+    want = attnshape.shape_rewards(score, **tokens, kl_coef=0.1)
+    plain = {"gamma": 1.0, "lam": 0.9, "mask_semantics": "skip"}
+    rewards, mask = tokens["token_rewards"], torch.ones(5, 128)
+    wanted = attnshape.gae(rewards, None, mask, **plain)
+    for how in range(3):
+        places = {name: strided(x, how) for name, x in tokens.items()}
+        out = attnshape.shape_rewards(score, **places, kl_coef=0.1)
+        for name in ("rewards", "advantages", "returns", "credit", "kl"):
+            assert torch.equal(getattr(out, name), getattr(want, name))
+        got = attnshape.gae(strided(rewards, how), None, strided(mask, how), **plain)
+        assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
 
 
 def test_gae_per_row_lam_and_decoupled() -> None:
@@ -354,30 +408,3 @@ def test_whiten(bessel: bool, eps_mode: str, shift_mean: bool, count: int) -> No
     kept = attnshape.whiten(x, mask, zero_masked=False, **kwargs)
     want = reference.whiten(x.double(), mask, zero_masked=False, **kwargs)
     torch.testing.assert_close(kept.double(), want, rtol=1e-6, atol=1e-6)
-
-
-SHARDS = [(4, 0.5), (2, 0.25), (3, 2.0), (0, 0.5)]  # rows and share of live tokens: uneven, none live, empty
-
-
-def _shard(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, threshold = SHARDS[rank]
-    g = torch.Generator().manual_seed(rank)
-    return torch.randn(rows, 6, generator=g) + rank, torch.rand(rows, 6, generator=g) > threshold
-
-
-def _whiten_rank(rank: int, store: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(SHARDS))
-    x, mask = _shard(rank)
-    shards = [_shard(r) for r in range(len(SHARDS))]
-    whole = reference.whiten(torch.cat([s[0] for s in shards]).double(), torch.cat([s[1] for s in shards]))
-    before = sum(rows for rows, _ in SHARDS[:rank])
-    whole = whole[before : before + len(x)]
-    for moments in (None, reference.row_moments(x, mask)):
-        got = attnshape.whiten(x, mask, moments=moments, process_group=dist.group.WORLD)
-        torch.testing.assert_close(got.double(), whole, rtol=1e-6, atol=1e-6)
-    dist.destroy_process_group()
-
-
-def test_whiten_over_a_process_group() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_whiten_rank, args=(f"{folder}/store",), nprocs=len(SHARDS))

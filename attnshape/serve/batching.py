@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from attnshape.scoring import Example, Scored
 
 
+TWO_DIED = "two workers died while scoring it"
+
+
 class Unavailable(Exception):
     """An accepted completion cannot be scored now; asked again later it may be."""
 
@@ -70,8 +73,12 @@ class BatchQueue:
             self._waiting[:0] = again
             self._changed.notify_all()
         for item in items:
-            if item not in again:
-                item.answer.set_exception(Unavailable(self._closed or "two workers died while scoring it"))
+            if item in again:
+                continue
+            if self._closed is not None:
+                item.answer.set_exception(Unavailable(self._closed))
+            else:  # a client that came again would kill a third
+                item.answer.set_result(TWO_DIED)
 
     def take(self, timeout: float) -> list[Item]:
         """A batch, or nothing if none came within ``timeout`` seconds.
@@ -117,9 +124,9 @@ class BatchQueue:
 
     def _choose(self) -> list[Item]:
         oldest = self._waiting[0]
-        if oldest.attempts or not self.pads:
+        if oldest.attempts or not self.pads:  # those that come again stand before all others
             return [oldest]
-        items = sorted((item for item in self._waiting if not item.attempts), key=lambda item: item.tokens)
+        items = sorted(self._waiting, key=lambda item: item.tokens)
         tokens_before = [0, *itertools.accumulate(item.tokens for item in items)]
         place = items.index(oldest)
         best, most = [oldest], oldest.tokens

@@ -62,7 +62,9 @@ class Answer(BaseModel):
     """Score and credit of one completion."""
 
     score: float
-    credit: Annotated[list[float], Field(description="Sums to 1.")]
+    credit: Annotated[
+        list[float], Field(description="Sums to 1; all 0 where no token of the policy has text.")
+    ]
     offsets: Annotated[
         list[tuple[int, int]] | None,
         Field(description="Of the reward model's tokens, where the request gave none."),

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 POLL = 0.2
 """Seconds between a waiting thread's looks at its process and at the wish to stop."""
 LONGEST_DELAY = 30.0
-"""Seconds between attempts to start a worker that keeps dying; the first is after one."""
+"""Seconds between attempts to load a model again that could not be; the first is after one."""
 
 
 class State(StrEnum):

@@ -1,0 +1,1 @@
+"""Adapters to PPO frameworks, one module each; importing one imports no framework."""

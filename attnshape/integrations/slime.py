@@ -1,0 +1,206 @@
+"""slime: dense token rewards from a reward model's attention, through slime's three hooks.
+
+Ran with slime 0.3.1 at commit 624b824 (torch 2.13; Megatron and SGLang stubbed). Other versions are refused
+with the first sample that is scored, and so is a slime whose functions take other parameters.
+
+    --advantage-estimator ppo
+    --rm-url http://127.0.0.1:8000
+    --custom-rm-path attnshape.integrations.slime.custom_rm
+    --custom-reward-post-process-path attnshape.integrations.slime.post_process_rewards
+    --custom-advantage-function-path attnshape.integrations.slime.compute_advantages
+
+In a file for ``--custom-config-path``, all optional:
+
+    attnshape: {beta: 0.8, model: PATH, score_fn: logit, layer: -1, device: cpu}
+
+``model``, in place of ``--rm-url``, is a sequence classifier that the rollout process loads; ``beta: 0``
+gives slime's own rewards and advantages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from attnshape.integrations._framework import require_parameters, require_version
+from attnshape.integrations._reward import RewardModel, reward_model, spans_of, token_rewards
+from attnshape.ops import gae
+from attnshape.types import ShapingConfig
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from slime.utils.types import Sample
+    from transformers import PreTrainedTokenizerBase
+
+TESTED = ("0.3.1",)
+MODULE = "attnshape.integrations.slime"
+CREDIT = "attnshape_credit"
+"""Key of ``Sample.metadata``, which stays in the rollout process."""
+
+
+async def custom_rm(args: Namespace, sample: Any, **_: Any) -> Any:
+    """``--custom-rm-path``: the reward model's score of a sample, or of each of a list (``--group-rm``).
+
+    Credit per response token is kept in ``sample.metadata`` for ``post_process_rewards``. A prompt of
+    messages is read through the reward model's chat template, one of text (``--apply-chat-template``) as it
+    stands.
+
+    Raises:
+        RuntimeError: another version of slime, or nothing answers at ``--rm-url``.
+        ValueError: settings that do not go together, or a sample that the reward model cannot read.
+    """
+    check_args(args)
+    judge, tokenizer = _judge(args), _tokenizer(args.hf_checkpoint)
+    if isinstance(sample, list):
+        return await asyncio.gather(*(_scored(judge, tokenizer, x) for x in sample))
+    return await _scored(judge, tokenizer, sample)
+
+
+async def _scored(judge: RewardModel, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> float:
+    ids = sample.tokens[len(sample.tokens) - sample.response_length :]
+    response, offsets = await asyncio.to_thread(spans_of, tokenizer, ids, _mask(sample))
+    scored = await judge(sample.prompt, response, offsets)
+    sample.metadata = {**(sample.metadata or {}), CREDIT: scored.credit}
+    return scored.score
+
+
+def post_process_rewards(args: Namespace, samples: Sequence[Sample]) -> tuple[list[float], list[Any]]:
+    """``--custom-reward-post-process-path``: scores as they are, and token rewards.
+
+    Returns:
+        A float per sample; and a float32 tensor ``[response_length]`` per sample. Without any credit, or with
+        ``beta: 0``, the floats twice, as slime's own has them.
+    """
+    check_args(args)
+    raw = [float(sample.get_reward_value(args)) for sample in samples]
+    credit = [(sample.metadata or {}).get(CREDIT) for sample in samples]
+    beta = float(_settings(args).get("beta", ShapingConfig().beta))
+    if beta == 0 or all(c is None for c in credit):
+        return raw, raw
+    rewards = []
+    for sample, score, weights in zip(samples, raw, credit, strict=True):
+        if weights is None:
+            rewards.append(_on_last_token(score, torch.zeros(sample.response_length)))
+        else:
+            rewards.append(token_rewards(score, weights, _mask(sample), beta=beta))
+    return raw, rewards
+
+
+def compute_advantages(args: Namespace, rollout_data: dict[str, Any]) -> None:
+    """``--custom-advantage-function-path``: GAE over token rewards, for slime to whiten.
+
+    Reads ``rewards`` (token rewards, or floats for the last token), ``kl``, ``values`` and the lengths, and
+    sets ``advantages`` and ``returns``, lists of float32 ``[response_length]``. As in slime, masked tokens
+    are steps like others. Under context parallelism ``kl`` and ``values`` are gathered with slime's own
+    functions, and the results are the rank's shards again.
+
+    Raises:
+        RuntimeError: another version of slime.
+        ValueError: settings that do not go together, or a reward that is not as long as its response.
+    """
+    check_args(args)
+    gather, shard = _context_parallel()
+    lengths = list(zip(rollout_data["total_lengths"], rollout_data["response_lengths"], strict=True))
+    with torch.no_grad():
+        kl = [gather(x, *at) for x, at in zip(rollout_data["kl"], lengths, strict=True)]
+        values = [gather(x, *at) for x, at in zip(rollout_data["values"], lengths, strict=True)]
+        rewards = [
+            _placed(reward, (-args.kl_coef * x).float())
+            for reward, x in zip(rollout_data["rewards"], kl, strict=True)
+        ]
+        sizes = [x.shape[0] for x in rewards]
+        flat = torch.cat(rewards)
+        ends = torch.tensor([0, *sizes], device=flat.device).cumsum(0, dtype=torch.int32)
+        config = ShapingConfig.slime(gamma=args.gamma, lam=args.lambd)
+        advantages, returns = gae(
+            flat,
+            torch.cat(values).float(),
+            torch.ones_like(flat, dtype=torch.bool),
+            gamma=config.gamma,
+            lam=config.lam,
+            mask_semantics=config.mask_semantics,
+            response_cu_seqlens=ends,
+        )
+    for name, x in (("advantages", advantages), ("returns", returns)):
+        rollout_data[name] = [shard(row, *at) for row, at in zip(torch.split(x, sizes), lengths, strict=True)]
+
+
+def check_args(args: Namespace) -> None:
+    """Raises ValueError where slime would not take token rewards all the way; RuntimeError of its version."""
+    _check_slime()
+    wanted = {
+        "advantage_estimator": "ppo",
+        "custom_reward_post_process_path": f"{MODULE}.post_process_rewards",
+        "custom_advantage_function_path": f"{MODULE}.compute_advantages",
+        "custom_convert_samples_to_train_data_path": None,
+        "reward_key": None,
+        # With it slime takes the advantage function away from the critic.
+        "megatron_config_path": None,
+    }
+    for name, value in wanted.items():
+        if getattr(args, name, None) != value:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}: got {getattr(args, name, None)}, want {value or 'none'}")
+
+
+@functools.cache
+def _check_slime() -> None:
+    require_version("slime", TESTED)
+    from slime.utils.types import Sample
+
+    require_parameters(Sample.get_reward_value, "self", "args")
+
+
+@functools.cache
+def _context_parallel() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """slime's functions that gather a rank's shards of a response, and that take them out of it."""
+    from slime.backends.megatron_utils import cp_utils
+
+    require_parameters(cp_utils.all_gather_with_cp, "tensor", "total_length", "response_length")
+    require_parameters(cp_utils.slice_log_prob_with_cp, "log_prob", "total_length", "response_length")
+    return cp_utils.all_gather_with_cp, cp_utils.slice_log_prob_with_cp
+
+
+def _settings(args: Namespace) -> dict[str, Any]:
+    return dict(getattr(args, "attnshape", None) or {})
+
+
+def _judge(args: Namespace) -> RewardModel:
+    settings = _settings(args)
+    settings.pop("beta", None)
+    return reward_model(url=args.rm_url, **settings)
+
+
+@functools.cache
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    from slime.utils.processing_utils import load_tokenizer
+
+    tokenizer: PreTrainedTokenizerBase = load_tokenizer(name, trust_remote_code=True)
+    return tokenizer
+
+
+def _mask(sample: Sample) -> list[int]:
+    return [1] * sample.response_length if sample.loss_mask is None else list(sample.loss_mask)
+
+
+def _placed(reward: float | Tensor, token_rewards: Tensor) -> Tensor:
+    """``token_rewards`` and the sample's reward: a number for its last token, or one per token."""
+    if not isinstance(reward, Tensor):
+        return _on_last_token(reward, token_rewards)
+    if reward.shape != token_rewards.shape:
+        raise ValueError(
+            f"rewards: got {tuple(reward.shape)} for a response of {token_rewards.shape[0]} tokens"
+        )
+    return token_rewards + reward.to(token_rewards)
+
+
+def _on_last_token(reward: float, token_rewards: Tensor) -> Tensor:
+    token_rewards = token_rewards.clone()
+    token_rewards[-1:] += reward
+    return token_rewards

@@ -1,0 +1,36 @@
+"""A pass over memory that only reads: beside the copy, the other limit of a GPU's kernels."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnshape.bench.timing import Call
+
+
+@triton.jit
+def read_kernel(p_x, p_out, n_blocks, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * STEPS
+    acc = tl.zeros([BLOCK], tl.float32)
+    for i in range(STEPS):
+        inside = start + i < n_blocks
+        acc += tl.load(p_x + (start + i) * BLOCK + tl.arange(0, BLOCK), mask=inside, other=0.0)
+    tl.store(p_out + tl.program_id(0), tl.sum(acc))
+
+
+def read_calls(size: int, sets: int, device: torch.device) -> list[Call]:
+    """Passes that read ``size`` bytes each and write next to nothing."""
+    steps, block = 8, 2048
+    buffers = [torch.ones(triton.cdiv(size, 4 * block) * block, device=device) for _ in range(sets)]
+
+    def read(x: Tensor) -> Tensor:
+        if device.type != "cuda":
+            return x.sum()
+        n_blocks = len(x) // block
+        out = torch.empty(triton.cdiv(n_blocks, steps), device=device)
+        read_kernel[(len(out),)](x, out, n_blocks, STEPS=steps, BLOCK=block, num_warps=4)
+        return out
+
+    return [lambda x=x: read(x) for x in buffers]

@@ -1,0 +1,77 @@
+"""Every call that is timed by itself: fused and in parts, columns, the recurrence, whitening."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnshape.bench.cases import Case, random_arguments
+from attnshape.bench.measure import check, measure
+from attnshape.bench.timing import Call, sets_for, time_calls
+from benchmarks.cases import Budget, made_small, suite_cases, with_plain
+from benchmarks.cost_model import Gpu, estimate
+from benchmarks.read_pass import read_calls
+from benchmarks.record import Promise, Recorder
+
+SUITES = {
+    "fused": "fused",
+    "apart": "stages",
+    "credit": "stages",
+    "row": "stages",
+    "sweep": "recurrence",
+    "gae": "recurrence",
+    "whiten": "whitening",
+    "column": "columns",
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    kind = torch.device(metafunc.config.getoption("--device")).type
+    cases = list(suite_cases(kind))
+    if metafunc.config.getoption("--small"):
+        cases = list({made_small(case): (made_small(case), budget) for case, budget in cases}.values())
+    metafunc.parametrize(("case", "budget"), cases, ids=[case.name for case, _ in cases])
+
+
+def test_case(
+    case: Case,
+    budget: Budget,
+    device: torch.device,
+    seconds: float,
+    record: Recorder,
+    request: pytest.FixtureRequest,
+) -> None:
+    if record.untimed():
+        check(case, random_arguments(case, device, 0))
+        return
+    more = {"attention forward": [forward_call(case, device)]} if case.what == "column" else {}
+    m = measure(case, device, seconds, plain=with_plain(case), more=more)
+    facts = m.facts()
+    limit = budget.limit(m.copy.seconds)
+    promise = None if limit is None else Promise(str(budget), m.ours.seconds, limit)
+    if case.what == "column" and device.type == "cuda":
+        limit = 1.3 * m.baselines["attention forward"].seconds
+        promise = Promise("1.3 x one attention forward", m.ours.seconds, limit)
+    if device.type == "cuda":
+        reads = {"read": read_calls(case.bytes, sets_for(case.bytes, device), device)}
+        facts["read_seconds"] = time_calls(reads, device, seconds / 2)["read"].seconds
+        gpu = Gpu(request.getfixturevalue("bandwidth"))
+        gpu = gpu._replace(processors=torch.cuda.get_device_properties(device).multi_processor_count)
+        facts["estimate_seconds"] = estimate(case, gpu).seconds
+    record(SUITES[case.what], m.ours, ratios=m.ratios, promise=promise, **facts)
+
+
+def forward_call(case: Case, device: torch.device) -> Call:
+    """One causal attention forward of the layer; FlashAttention-2 on a GPU."""
+    inputs = random_arguments(case, device, 0)["inputs"]
+    value = torch.randn_like(inputs.key)
+    backends = [torch.nn.attention.SDPBackend.FLASH_ATTENTION]
+
+    def forward() -> Tensor:
+        with torch.nn.attention.sdpa_kernel(backends):
+            return torch.nn.functional.scaled_dot_product_attention(
+                inputs.query, inputs.key, value, is_causal=True, enable_gqa=True
+            )
+
+    return forward

@@ -1,0 +1,64 @@
+"""The adapters' tests in the frameworks' environments: the second half of ``make parity``.
+
+verl, TRL and OpenRLHF are installed from their pins, slime from a checkout; without one it is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from parity.__main__ import HERE, environment
+
+ADAPTERS = {"verl": "verl", "slime": "slime", "openrlhf": "openrlhf", "trl-0.9.6": "trl", "trl-0.11.4": "trl"}
+"""Environment of each adapter's tests."""
+PYTEST = "pytest==9.2.0"
+# Without the settings of `make test`: its plugins and its conftest are not there, and frameworks warn.
+ALONE = (
+    "--noconftest",
+    "-o",
+    "addopts=",
+    "-o",
+    "filterwarnings=",
+    "-p",
+    "no:cacheprovider",
+    "-q",
+    "-W",
+    "ignore",
+)
+
+
+def prove(framework: str, folder: Path, checkout: Path | None) -> bool:
+    """Runs the adapter's tests; whether they pass."""
+    python = environment(framework, folder)
+    install = [python, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*install, PYTEST], check=True)
+    if checkout:
+        subprocess.run([*install, "--no-deps", checkout], check=True)
+    print(f"{framework}: the adapter")
+    tests = HERE / f"test_{ADAPTERS[framework]}_adapter.py"
+    return subprocess.run([python, "-m", "pytest", *ALONE, tests], cwd=HERE.parents[1]).returncode == 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("frameworks", nargs="*", metavar="FRAMEWORK", help=f"of {', '.join(ADAPTERS)}")
+    parser.add_argument("--environments", type=Path, default=Path(".parity"), metavar="FOLDER")
+    parser.add_argument("--checkout", action="append", default=[], metavar="FRAMEWORK=FOLDER")
+    options = parser.parse_args()
+    checkouts = {name: Path(path) for name, _, path in (x.partition("=") for x in options.checkout)}
+    failed = []
+    for framework in options.frameworks or ADAPTERS:
+        there = (HERE / f"test_{ADAPTERS.get(framework)}_adapter.py").exists()
+        if not there or (framework == "slime" and framework not in checkouts):
+            continue
+        if not prove(framework, options.environments.absolute(), checkouts.get(framework)):
+            failed.append(framework)
+    if failed:
+        sys.exit(f"the adapter's tests fail: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""The presets on drawn cases, and what they and the frameworks owe the formulas in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import attnshape
+from attnshape import ShapingConfig
+from parity.cases import Case
+from parity.formulas import Outputs, formula
+
+FLOAT32 = 2.0**-24
+"""Half a unit in the last place: what rounding a result to float32 costs."""
+SAME_FUNCTION = 1e-4
+"""Of the largest output: beyond this a framework does not compute the formula at all."""
+
+
+def preset(framework: str, case: Case) -> tuple[ShapingConfig, dict[str, Tensor], Tensor]:
+    """A framework's settings as a user writes them: the config, arguments, and the mask for ``whiten``."""
+    s, x = case.settings, case.inputs
+    options = {name: s[name] for name in ("gamma", "lam", "kl_estimator") if name in s}
+    arguments = {name: x[name] for name in ("values", "logprobs", "ref_logprobs")}
+    mask = whiten_mask = x["mask"]
+    if framework == "verl":
+        config = ShapingConfig.verl(score_index=x["attended"].sum(1) - 1, **options)
+    elif framework == "trl-0.9.6":
+        config = ShapingConfig.trl(**options)
+    elif framework == "trl-1.12.0":
+        config = ShapingConfig.trl(version="1.12", **options)
+        length = mask.sum(1, keepdim=True)
+        mask = torch.arange(mask.shape[1]) <= length
+        for name in ("logprobs", "ref_logprobs"):
+            arguments[name] = torch.where(whiten_mask, arguments[name], 1.0)
+    elif framework == "openrlhf":
+        config = ShapingConfig.openrlhf(**options)
+    elif framework == "slime":
+        config = ShapingConfig.slime(**options)
+        mask = x["attended"]
+    elif framework == "nemo_rl":
+        if s["alpha"]:
+            options["lam"] = (1 - 1 / (s["alpha"] * mask.sum(1)).clamp(min=1)).clamp(0, 1)
+        lam_value = s["lam"] if s["lam_value"] is None else s["lam_value"]
+        config = ShapingConfig.nemo_rl(lam_value=lam_value, **options)
+    else:
+        length, width = x["attended"].sum(1), mask.shape[1]
+        config = ShapingConfig.areal(score_index=(length - 2).clamp(min=0), **options)
+        mask = whiten_mask = mask.roll(-1, 1)
+        arguments["logprobs"] = arguments["logprobs"].roll(-1, 1)
+        arguments["bootstrap"] = torch.where(length == width, x["values"][:, -1], 0.0)
+    return config, {"score": x["score"], "response_mask": mask, **arguments}, whiten_mask
+
+
+def ours(framework: str, case: Case, **options: Any) -> Outputs:
+    """What attnshape gives with ABC off. ``options``: of every call, such as ``backend``."""
+    s, x = case.settings, case.inputs
+    if framework == "torchrl":
+        whole = torch.ones_like(x["values"])
+        recurrence = {"gamma": s["gamma"], "lam": s["lam"], "mask_semantics": "zero"}
+        advantages, returns = attnshape.gae(x["rewards"], x["values"], whole, **recurrence, **options)
+        return {"advantages": advantages, "returns": returns}
+    config, arguments, whiten_mask = preset(framework, case)
+    if framework == "slime":  # its tokens are a list of rows: packed, there is no padding
+        inside = arguments["response_mask"]
+        lengths = torch.nn.functional.pad(inside.sum(1).cumsum(0), (1, 0)).int()
+        arguments = {name: x if name == "score" else x[inside] for name, x in arguments.items()}
+        arguments["response_cu_seqlens"] = lengths
+        whiten_mask = whiten_mask[inside]
+    score = arguments.pop("score")
+    out = attnshape.shape_rewards(
+        score, "sparse", **arguments, kl_coef=s["kl_coef"], config=config, validate=True, **options
+    )
+    rewards, advantages, returns = out.rewards, out.advantages, out.returns
+    if s.get("whiten_rewards"):
+        mask, values = arguments["response_mask"], arguments["values"]
+        white = attnshape.whiten(rewards, mask, shift_mean=False, **config.whitening, **options)
+        if framework == "trl-0.9.6":  # masked tokens are steps with the whitened reward
+            mask, values = torch.ones_like(mask), torch.where(mask, values, 0.0)
+        advantages, returns = attnshape.gae(
+            white,
+            values,
+            mask,
+            gamma=config.gamma,
+            lam=config.lam,
+            mask_semantics=config.mask_semantics,
+            zero_masked=config.zero_masked,
+            **options,
+        )
+        rewards = white if framework == "trl-1.12.0" else rewards  # which one TRL keeps
+    whitened = attnshape.whiten(advantages, whiten_mask, **config.whitening, **options)
+    outputs = {"rewards": rewards, "advantages": advantages, "returns": returns, "whitened": whitened}
+    if framework == "slime":
+        outputs = {
+            name: torch.zeros(inside.shape).masked_scatter(inside, x.cpu()) for name, x in outputs.items()
+        }
+    return outputs
+
+
+Errors = dict[str, tuple[float, float]]
+
+
+def errors(framework: str, case: Case, theirs: Outputs, **options: Any) -> Errors:
+    """Per output, of its largest value: the framework's largest error against the formula, and ours.
+
+    Rewards count at unmasked tokens. Raises where the framework does not compute the formula at all.
+    """
+    exact, mine = formula(framework, case.settings, case.inputs), ours(framework, case, **options)
+    out = {}
+    for name, other in theirs.items():
+        want, got, other = exact[name], mine[name].double().cpu(), other.double()
+        if name == "rewards":
+            live = preset(framework, case)[1]["response_mask"] != 0
+            want, got, other = want[live], got[live], other[live]
+        size = want.abs().max()
+        error, our_error = ((x - want).abs().max().item() / size.item() for x in (other, got))
+        if not error <= SAME_FUNCTION:
+            raise AssertionError(f"{framework}, {name}: off by {error:.3g}, not the formula: {case.settings}")
+        out[name] = (error, our_error if math.isfinite(our_error) else math.inf)
+    return out
+
+
+def worst(found: Sequence[Errors]) -> Errors:
+    """The largest over cases."""
+    return {name: tuple(max(x[name][i] for x in found) for i in (0, 1)) for name in found[0]}
+
+
+def excess(errors: Errors) -> list[str]:
+    """Outputs where ours is more than twice the framework's, or than the rounding of the result."""
+    return [name for name, (theirs, ours) in errors.items() if not ours <= 2 * max(theirs, FLOAT32)]

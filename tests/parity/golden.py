@@ -1,0 +1,87 @@
+"""Golden vectors: what the frameworks' real functions gave for a few drawn cases. Data only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from parity.cases import Case
+from parity.check import Errors
+from parity.formulas import Outputs
+
+FOLDER = Path(__file__).parent / "golden"
+CASES = 10
+"""Of each framework, of one shape."""
+
+
+@dataclass
+class Golden:
+    about: dict[str, Any]
+    """``ran``: the framework's version or commit; ``cases`` and ``errors`` of the whole run."""
+    cases: list[Case]
+    outputs: list[Outputs]
+
+
+def save(
+    framework: str, ran: str, errors: Errors, n_cases: int, cases: list[Case], outputs: list[Outputs]
+) -> None:
+    arrays = {
+        f"{kind}.{name}": torch.stack([each[name].cpu() for each in dicts]).numpy()
+        for kind, dicts in (("in", [case.inputs for case in cases]), ("out", outputs))
+        for name in dicts[0]
+    }
+    about = {
+        "ran": ran,
+        "torch": torch.__version__.partition("+")[0],
+        "cases": n_cases,
+        "errors": errors,
+        "settings": [case.settings for case in cases],
+    }
+    np.savez_compressed(FOLDER / f"{framework}.npz", about=json.dumps(about), **arrays)
+
+
+def load(framework: str) -> Golden:
+    with np.load(FOLDER / f"{framework}.npz") as file:
+        about = json.loads(str(file["about"]))
+        arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "about"}
+
+    def rows(kind: str, i: int) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(kind): x[i] for name, x in arrays.items() if name.startswith(kind)}
+
+    settings = about.pop("settings")
+    cases = [Case(s, rows("in.", i)) for i, s in enumerate(settings)]
+    return Golden(about, cases, [rows("out.", i) for i in range(len(settings))])
+
+
+def names() -> list[str]:
+    return sorted(file.stem for file in FOLDER.glob("*.npz"))
+
+
+def table() -> str:
+    """The errors of the last run of each framework, as Markdown."""
+    lines = [
+        "# Presets against the frameworks' real functions",
+        "",
+        "Written by `make parity`. Largest error against the framework's formula in float64, over all cases,",
+        "as a part of the case's largest output: the framework's own / ours. float32 rounds by 6.0e-08.",
+        "",
+        "| framework | cases | rewards | advantages | returns | whitened |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in names():
+        about = load(name).about
+        cells = [
+            " / ".join(f"{x:.1e}" for x in about["errors"].get(output, []))
+            for output in ("rewards", "advantages", "returns", "whitened")
+        ]
+        lines.append(f"| {about['ran']} | {about['cases']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_table() -> None:
+    (FOLDER.parent / "results.md").write_text(table())

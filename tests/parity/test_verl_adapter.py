@@ -1,0 +1,446 @@
+"""The verl adapter in verl's own processes: real reward workers, agent loops and trainer functions, on a CPU.
+
+Run in an environment that has verl: ``python -m pytest tests/parity/test_verl_adapter.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import tomllib
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+import transfer_queue as tq
+import verl
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from transfer_queue import KVBatchMeta
+from verl import DataProto
+from verl.experimental.reward_loop import RewardLoopManager
+from verl.trainer.ppo import core_algos, ray_trainer
+from verl.trainer.ppo.reward import extract_reward, load_reward_manager
+from verl.trainer.ppo.v1 import AgentLoopManagerTQ, trainer_base
+from verl.utils import tensordict_utils
+from verl.utils.import_utils import load_class_from_fqn
+
+from attnshape.integrations.verl import TOKEN_REWARDS, AgentLoopManager, install_gae
+from parity.toys import SPECIAL, Offline, save_policy, save_reward_model
+from parity.verl_loop import SCRIPT
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+ENVIRONMENT = {"PYTHONPATH": f"{ROOT}:{HERE.parent}", "OMP_NUM_THREADS": "1", "TRANSFER_QUEUE_ENABLE": "1"}
+MODULE = "attnshape.integrations.verl"
+KL_COEF = 0.05
+PROMPTS = [[{"role": "system", "content": "Judge films."}] * (i % 2) + [{"role": "user", "content": question}]
+           for i, question in enumerate(SCRIPT)]  # fmt: skip
+RESULTS = ("rm_scores", "token_level_rewards", "advantages", "returns")
+SETTINGS = {
+    "reward.num_workers": 2,
+    "reward.custom_reward_function.path": f"pkg://{MODULE}",
+    "reward.reward_manager.source": "importlib",
+    "reward.reward_manager.module.path": f"pkg://{MODULE}",
+    "reward.reward_manager.name": "RewardManager",
+    "+actor_rollout_ref.rollout.agent.agent_loop_manager_class": f"{MODULE}.AgentLoopManager",
+    "actor_rollout_ref.rollout.agent.num_workers": 2,
+    "actor_rollout_ref.rollout.agent.default_agent_loop": "scripted",
+    "actor_rollout_ref.rollout.name": "vllm",
+    "actor_rollout_ref.rollout.prompt_length": 80,
+    "actor_rollout_ref.rollout.response_length": 96,
+    "transfer_queue.enable": True,
+    "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
+    "algorithm.use_kl_in_reward": True,
+    "algorithm.kl_ctrl.kl_coef": KL_COEF,
+    "algorithm.lam": 0.95,
+}
+
+
+class Setup:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.policy = save_policy(folder / "policy")
+        save_reward_model(folder / "reward_model")
+        (folder / "loops.yaml").write_text("- name: scripted\n  _target_: parity.verl_loop.ScriptedLoop\n")
+        self.offline = Offline(folder / "reward_model", self.policy)
+
+    def config(self, **changes: Any) -> DictConfig:
+        """verl's own configuration with the settings of the README, and ``changes``; None leaves one out."""
+        settings = {
+            **SETTINGS,
+            "actor_rollout_ref.model.path": self.folder / "policy",
+            "actor_rollout_ref.rollout.agent.agent_loop_config_path": self.folder / "loops.yaml",
+            "+reward.custom_reward_function.reward_kwargs.model": self.folder / "reward_model",
+            **changes,
+        }
+        with initialize_config_dir(str(Path(verl.__file__).parent / "trainer/config"), version_base=None):
+            return compose("ppo_trainer", [f"{k}={v}" for k, v in settings.items() if v is not None])
+
+    def script(self, i: int) -> tuple[list[int], list[int]]:
+        """Ids of the ``i``-th response, and its mask."""
+        parts = [
+            (self.policy(text, add_special_tokens=False)["input_ids"], mask)
+            for text, mask in SCRIPT[PROMPTS[i][-1]["content"]]
+        ]
+        return [t for ids, _ in parts for t in ids], [mask for ids, mask in parts for _ in ids]
+
+    def expected(self, i: int) -> torch.Tensor:
+        """Token rewards of the ``i``-th response from eager attention."""
+        ids, mask = self.script(i)
+        if not self.policy.decode(ids, skip_special_tokens=True):
+            score, _ = self.offline(PROMPTS[i], ids, mask)
+            return torch.eye(len(ids))[-1].double() * score
+        return self.offline.rewards(PROMPTS[i], ids, mask)
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
+    ray.init(
+        num_cpus=16,
+        include_dashboard=False,
+        object_store_memory=200 << 20,
+        log_to_driver=False,
+        runtime_env={"env_vars": ENVIRONMENT},
+    )
+    yield Setup(tmp_path_factory.mktemp("verl"))
+    ray.shutdown()
+
+
+def in_trainer(function: Any, *args: Any, **environment: str) -> Any:
+    """What ``function`` returns in a process of its own, as verl's trainer has one."""
+    remote = ray.remote(max_calls=1, runtime_env={"env_vars": {**ENVIRONMENT, **environment}})(function)
+    return ray.get(remote.remote(*args), timeout=600)
+
+
+def started(config: DictConfig) -> tuple[RewardLoopManager, Any]:
+    """Reward workers and agent loops as verl's trainer and task runner start them, without a policy."""
+    rewards = RewardLoopManager(config)
+    name = config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class")
+    manager = load_class_from_fqn(name) if name else AgentLoopManagerTQ
+    loops = manager.create(
+        config=config,
+        llm_client=None,
+        teacher_client=None,
+        reward_loop_worker_handles=rewards.reward_loop_worker_handles,
+    )
+    return rewards, loops
+
+
+def drawn(length: int, seed: int) -> torch.Tensor:
+    return torch.randn(length, generator=torch.Generator().manual_seed(seed))
+
+
+def v1_step(config: DictConfig, prompts: list[Any]) -> tuple[list[str], Any]:
+    """A step of the V1 trainer up to its advantages: keys of the samples, and what computes them."""
+    _, loops = started(config)
+    n = len(prompts)
+    uids = [str(uuid.uuid4()) for _ in prompts]
+    batch = tensordict_utils.get_tensordict(
+        {
+            "uid": uids,
+            "raw_prompt": prompts,
+            "index": torch.arange(n),
+            "data_source": ["toy"] * n,
+            "reward_model": [{"ground_truth": ""}] * n,
+            "global_steps": torch.zeros(n, dtype=torch.long),
+        }
+    )
+    tags = [{"is_prompt": True, "status": "pending", "global_steps": 0}] * n
+    tq.kv_batch_put(keys=uids, partition_id="train", tags=tags)
+    loops.generate_sequences(batch)
+    deadline = time.monotonic() + 300
+    while {tq.kv_list()["train"][uid]["status"] for uid in uids} & {"pending", "running"}:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert {tq.kv_list()["train"][uid]["status"] for uid in uids} == {"finished"}
+    keys = [f"{uid}_0_0" for uid in uids]
+    fields = {
+        name: torch.nested.as_nested_tensor(
+            [drawn(tq.kv_list()["train"][key]["response_len"], 10 * i + j) for i, key in enumerate(keys)],
+            layout=torch.jagged,
+        )
+        for j, name in enumerate(("old_log_probs", "ref_log_prob", "values"))
+    }
+    tq.kv_batch_put(keys=keys, partition_id="train", fields=tensordict_utils.get_tensordict(fields))
+    return keys, SimpleNamespace(
+        config=config, kl_ctrl_in_reward=core_algos.get_kl_controller(config.algorithm.kl_ctrl)
+    )
+
+
+def v1_results(keys: list[str], trainer: Any) -> dict[str, Any]:
+    """What the V1 trainer's own ``_compute_advantage`` leaves in the TransferQueue, per sample."""
+    metas = [tq.kv_list()["train"][key] for key in keys]
+    trainer_base.PPOTrainer._compute_advantage(
+        trainer, KVBatchMeta(partition_id="train", keys=keys, tags=metas), {}
+    )
+    data = tq.kv_batch_get(keys=keys, partition_id="train")
+    names = (*RESULTS, "response_mask", "old_log_probs", "ref_log_prob")
+    return {name: [row.clone() for row in data[name].unbind()] for name in names} | {
+        "extra_fields": list(data["extra_fields"])
+    }
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """To the rounding of a float32 forward: the offline model ran eager attention, the other sdpa."""
+    assert found.shape == expected.shape
+    assert (found.double() - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+def dense_v1(config: DictConfig, prompts: list[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Results with verl's GAE, and with ours in its place."""
+    tq.init(config.transfer_queue)
+    step = v1_step(config, prompts)
+    theirs = v1_results(*step)
+    install_gae()
+    return theirs, v1_results(*step)
+
+
+def test_the_v1_trainers_token_rewards_are_the_offline_credit(setup: Setup) -> None:
+    """Two agent loop workers with three prompts each, two reward workers."""
+    theirs, ours = in_trainer(dense_v1, setup.config(), PROMPTS)
+    for i in range(len(PROMPTS)):
+        _, mask = setup.script(i)
+        assert theirs["response_mask"][i].tolist() == mask
+        expected = setup.expected(i)
+        close(theirs["rm_scores"][i], expected)
+        log_ratio = theirs["old_log_probs"][i].double() - theirs["ref_log_prob"][i].double()
+        close(theirs["token_level_rewards"][i], expected - KL_COEF * log_ratio * torch.tensor(mask))
+        logged = theirs["extra_fields"][i]["reward_extra_info"]
+        assert set(logged) == {"score", "entropy", "last_share", "response_attention", "fallback"}
+        assert logged["score"] == pytest.approx(expected.sum().item(), rel=1e-5)
+        for name in ("advantages", "returns"):
+            close(ours[name][i], theirs[name][i].double())
+        assert torch.equal(ours["rm_scores"][i], theirs["rm_scores"][i])
+
+
+def sparse_v1(configs: list[DictConfig], prompts: list[Any]) -> list[dict[str, Any]]:
+    tq.init(configs[0].transfer_queue)
+    return [v1_results(*v1_step(config, prompts)) for config in configs]
+
+
+def test_without_credit_the_v1_trainer_has_its_own_bits(setup: Setup) -> None:
+    rule: dict[str, Any] = {
+        "reward.custom_reward_function.path": HERE / "verl_rule.py",
+        "+reward.custom_reward_function.reward_kwargs.model": None,
+        "reward.num_workers": 1,
+        "actor_rollout_ref.rollout.agent.num_workers": 1,
+    }
+    stock = rule | {
+        "reward.reward_manager.source": "register",
+        "reward.reward_manager.module.path": None,
+        "reward.reward_manager.name": "naive",
+        "+actor_rollout_ref.rollout.agent.agent_loop_manager_class": None,
+    }
+    configs = [setup.config(**rule), setup.config(**stock)]
+    ours, theirs = in_trainer(sparse_v1, configs, PROMPTS)
+    for name in RESULTS:
+        for i in range(len(PROMPTS)):
+            assert torch.equal(ours[name][i], theirs[name][i])
+    for i, prompt in enumerate(PROMPTS):
+        text = "".join(part for part, _ in SCRIPT[prompt[-1]["content"]])
+        for special in SPECIAL:
+            text = text.replace(special, "")
+        assert ours["rm_scores"][i][-1] == torch.tensor(len(text) / 7)
+
+
+def padded_v0(config: DictConfig, prompts: list[Any]) -> dict[str, torch.Tensor]:
+    """The V0 trainer's padded batch, from two calls of two and four prompts, up to its advantages."""
+    rewards, loops = started(config)
+    parts = []
+    for part in (prompts[:2], prompts[2:]):
+        fields = {"raw_prompt": np.empty(len(part), dtype=object)}
+        fields["raw_prompt"][:] = part
+        fields["data_source"] = np.array(["toy"] * len(part), dtype=object)
+        fields["reward_model"] = np.array([{"ground_truth": ""}] * len(part), dtype=object)
+        batch = DataProto.from_single_dict({"dummy": torch.zeros(len(part), 1), **fields})
+        parts.append(loops.generate_sequences(batch))
+        parts[-1].meta_info = {"reward_extra_keys": parts[-1].meta_info["reward_extra_keys"]}
+    data = DataProto.concat(parts)
+    assert not any(TOKEN_REWARDS in fields for fields in data.non_tensor_batch)
+    shape = data.batch["responses"].shape
+    for j, name in enumerate(("old_log_probs", "ref_log_prob", "values")):
+        data.batch[name] = drawn(shape.numel(), j).view(shape)
+    data.batch["token_level_scores"], _ = extract_reward(data)
+    data, _ = ray_trainer.apply_kl_penalty(data, core_algos.get_kl_controller(config.algorithm.kl_ctrl))
+    algorithm = config.algorithm
+    data = ray_trainer.compute_advantage(
+        data, algorithm.adv_estimator, gamma=algorithm.gamma, lam=algorithm.lam, config=algorithm
+    )
+    out = dict(data.batch)
+    # The path of a colocated reward model, which the reward manager assembles itself.
+    out["colocated"] = rewards.compute_rm_score(data).batch["rm_scores"]
+    install_gae()
+    data = ray_trainer.compute_advantage(
+        data, algorithm.adv_estimator, gamma=algorithm.gamma, lam=algorithm.lam, config=algorithm
+    )
+    return out | {"our_advantages": data.batch["advantages"], "our_returns": data.batch["returns"]}
+
+
+def test_the_v0_trainers_token_rewards_are_the_offline_credit(setup: Setup, served: str) -> None:
+    """With the reward model behind HTTP."""
+    changes: dict[str, Any] = {
+        "trainer.use_v1": False,
+        "+reward.custom_reward_function.reward_kwargs.model": None,
+        "+reward.custom_reward_function.reward_kwargs.url": served,
+    }
+    out = in_trainer(padded_v0, setup.config(**changes), PROMPTS)
+    assert out["attention_mask"][:, 0].sum() == 0  # prompts are padded on the left
+    width = out["responses"].shape[1]
+    expected = torch.zeros(len(PROMPTS), width, dtype=torch.float64)
+    for i in range(len(PROMPTS)):
+        ids, mask = setup.script(i)
+        assert out["response_mask"][i].tolist() == mask + [0] * (width - len(ids))
+        expected[i, : len(ids)] = setup.expected(i)
+    close(out["rm_scores"], expected)
+    kl = (out["old_log_probs"] - out["ref_log_prob"]).double() * out["response_mask"]
+    close(out["token_level_rewards"], expected - KL_COEF * kl)
+    close(out["colocated"], expected)  # scored again, in other batches of the server
+    for name in ("advantages", "returns"):
+        close(out[f"our_{name}"], out[name].double())
+
+
+SERVE = """
+import sys
+from attnshape.score_fn import parse_score_fn
+from attnshape.serve.app import ServeConfig, run
+config = ServeConfig(model=sys.argv[1], score_fn=parse_score_fn("logit"))
+run(config, "127.0.0.1", 0, lambda url: print(url, flush=True))
+"""
+
+
+@pytest.fixture
+def served(setup: Setup) -> Iterator[str]:
+    """``attnshape serve``, without its command line."""
+    env = {**os.environ, **ENVIRONMENT}
+    command = [sys.executable, "-W", "ignore", "-c", SERVE, str(setup.folder / "reward_model")]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+        process.terminate()
+
+
+def failing_start(config: DictConfig) -> str:
+    try:
+        started(config)
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def test_what_a_reward_worker_cannot_load_stops_the_start(setup: Setup) -> None:
+    changes: dict[str, Any] = {
+        "reward.num_workers": 1,
+        "+reward.custom_reward_function.reward_kwargs.model": None,
+        "+reward.custom_reward_function.reward_kwargs.url": "http://127.0.0.1:9",
+    }
+    found = in_trainer(failing_start, setup.config(**changes))
+    assert "http://127.0.0.1:9/health" in found
+    assert "is `attnshape serve` running there?" in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"+actor_rollout_ref.rollout.agent.agent_loop_manager_class": None},
+            "agent_loop_manager_class: got None, which puts the whole score on the last token",
+        ),
+        (
+            {"reward.reward_model.enable": True},
+            "reward.reward_model: colocated with the policy under trainer.use_v1",
+        ),
+        (
+            {"reward.reward_model.enable": True, "reward.custom_reward_function.path": None},
+            "custom_reward_function.path: got none",
+        ),
+        (
+            {"+reward.custom_reward_function.reward_kwargs.modle": "x"},
+            "unexpected keyword argument 'modle'",
+        ),
+        (
+            {"+reward.custom_reward_function.reward_kwargs.url": "http://127.0.0.1:9"},
+            "want either url or model",
+        ),
+    ],
+)
+def test_a_reward_manager_is_not_made_where_its_rewards_would_be_lost(
+    setup: Setup, changes: dict[str, Any], message: str
+) -> None:
+    config = setup.config(**changes)
+    with pytest.raises((ValueError, TypeError), match=message):
+        load_reward_manager(config, setup.policy)
+
+
+@pytest.mark.parametrize("v1", [True, False])
+def test_agent_loops_are_not_made_for_another_reward_manager(setup: Setup, v1: bool) -> None:
+    config = setup.config(
+        **{"reward.reward_manager.source": "register", "reward.reward_manager.name": "naive"}
+    )
+    config.trainer.use_v1 = v1
+    with pytest.raises(ValueError, match="reward_manager: got register naive, want source=importlib"):
+        AgentLoopManager.create(config=config)
+
+
+def with_plugin(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``import verl`` where attnshape is installed, as far as its entry points go."""
+    entry_points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    info = tmp_path / "attnshape-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: attnshape\nVersion: 0.1.0\n")
+    lines = [
+        f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in x.items()) for group, x in entry_points.items()
+    ]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    code = "import verl; from verl.trainer.ppo import core_algos as c; print(c.compute_gae_advantage_return)"
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", **environment}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {
+            "VERL_USE_EXTERNAL_PLUGINS": "none",
+            "VERL_USE_EXTERNAL_MODULES": "attnshape.integrations.verl_plugin",
+        },
+    ],
+    ids=["entry point", "external module"],
+)
+def test_the_plugin_replaces_gae_when_asked(tmp_path: Path, environment: dict[str, str]) -> None:
+    done = with_plugin(tmp_path, ATTNSHAPE_VERL_GAE="1", **environment)
+    assert done.returncode == 0, done.stderr
+    line, function = done.stdout.splitlines()[-2:]
+    assert line == "attnshape 0.1.0: replaced verl 0.9.1's core_algos.compute_gae_advantage_return"
+    assert "gae_advantage_return at" in function
+    assert "compute_gae" not in function
+
+
+def test_the_plugin_is_off_unless_asked(tmp_path: Path) -> None:
+    done = with_plugin(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "compute_gae_advantage_return at" in done.stdout
+    assert "attnshape" not in done.stdout
+
+
+def test_the_plugin_ends_a_process_with_another_gae(tmp_path: Path) -> None:
+    """Where the function changed shape, at the import, although verl swallows what plugins raise."""
+    (tmp_path / "changed.py").write_text(
+        "from verl.trainer.ppo import core_algos\n"
+        "def compute_gae_advantage_return(token_level_rewards, values, mask): ...\n"
+        "core_algos.compute_gae_advantage_return = compute_gae_advantage_return\n"
+    )
+    done = with_plugin(tmp_path, ATTNSHAPE_VERL_GAE="1", VERL_USE_EXTERNAL_MODULES="changed")
+    assert done.returncode == 1
+    assert "ATTNSHAPE_VERL_GAE: changed.compute_gae_advantage_return takes" in done.stderr

@@ -1,0 +1,83 @@
+"""The one clock: samples of known length, every call in its turn."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from attnshape.bench import timing as module
+from attnshape.bench.timing import Ratio, Timing, copy_calls, host_timing, ratio_of, sets_for, time_calls
+
+CPU = torch.device("cpu")
+
+
+class FakeTime:
+    """A clock that only calls move."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.order: list[float] = []
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.order.append(seconds)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
+    fake = FakeTime()
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: fake.now))
+    return fake
+
+
+def test_times_are_those_of_the_calls(clock: FakeTime) -> None:
+    calls = {"short": [lambda: clock.sleep(1e-6)] * 2, "long": [lambda: clock.sleep(4e-3)]}
+    timings = time_calls(calls, CPU, 0.1)
+    assert timings["short"].seconds == pytest.approx(1e-6)
+    assert timings["long"].seconds == timings["long"].wall == pytest.approx(4e-3)
+    assert timings["long"].how == "clock"
+    # A repeat is one long call and half a millisecond of short ones.
+    assert len(timings["short"].samples) == len(timings["long"].samples) == round(0.1 / 4.5e-3)
+    assert ratio_of(timings["long"], timings["short"]).value == pytest.approx(4000)
+
+
+def test_every_call_takes_its_turn_in_every_repeat(clock: FakeTime) -> None:
+    lengths = (1.0, 2.0, 3.0)
+    calls = {str(x): [lambda x=x: clock.sleep(x)] for x in lengths}
+    timings = time_calls(calls, CPU, 0, least=6)
+    assert {len(t.samples) for t in timings.values()} == {6}
+    repeats = [clock.order[i : i + 3] for i in range(len(clock.order) - 18, len(clock.order), 3)]
+    assert all(sorted(repeat) == list(lengths) for repeat in repeats)
+    assert {repeat[0] for repeat in repeats} == set(lengths)  # none always follows the same one
+
+
+def test_ratios_are_of_one_repeat() -> None:
+    """The machine slows down by ten on the way: the ratio of neighbours does not see it."""
+    slow = Timing((2.0, 2.0, 20.0, 20.0, 24.0), "clock", 2.0)
+    fast = Timing((1.0, 1.0, 10.0, 10.0, 10.0), "clock", 1.0)
+    assert ratio_of(slow, fast) == Ratio(2.0, 2.0, 2.4)
+
+
+def test_tails_are_cut_at_the_tenth() -> None:
+    samples = Timing(tuple(float(x) for x in range(1, 21)), "clock", 1.0)
+    assert ratio_of(samples, Timing((1.0,) * 20, "clock", 1.0)) == Ratio(10.5, 3.0, 18.0)
+
+
+@pytest.mark.parametrize(("value", "text"), [(1.234, "1.23"), (12.34, "12.3"), (123.4, "123")])
+def test_a_ratio_in_three_digits(value: float, text: str) -> None:
+    assert str(Ratio(value, value, value)) == text
+
+
+def test_host_timing(clock: FakeTime) -> None:
+    timing = host_timing(lambda: clock.sleep(0.001), CPU, calls=3, repeats=4)
+    assert timing.samples == pytest.approx([0.001] * 4)
+
+
+def test_a_copy_reads_half_of_its_bytes_and_writes_half() -> None:
+    calls = copy_calls(4096, 2, CPU)
+    target = calls[0]()
+    assert len(calls) == 2
+    assert 2 * target.numel() * target.element_size() == 4096
+    assert sets_for(4096, CPU) == 2
