@@ -123,16 +123,18 @@ def test_from_files_to_summary(tmp_path: Path) -> None:
     for lam in (LAM, 1.0):
         for lr in LRS:
             for seed in LR_SEEDS:
-                # half of the reward less a tenth of KL 2: the largest at lambda 1 and the middle rate
                 level = 9.0 if (lam, lr) == (1.0, LRS[1]) else 3.0
                 runs.append(run([level] * 20, seed, "sparse", kl=[2.0] * 20, lam=lam, lr=lr))
     store(tmp_path, runs)
     results = Results(tmp_path)
     assert len(results.runs) == len(runs)
     assert [r.cell.seed for r in results.of("sparse", "40-60")] == [0, 1, 2]  # none of the choice's seeds
-    assert results.selection()[1.0, LRS[1]] == pytest.approx([4.3] * len(LR_SEEDS))
+    assert [r.cell.seed for r in results.selection()[1.0, LRS[1]]] == list(LR_SEEDS)
     assert best_of(results.selection()) == (1.0, LRS[1])
     found = summarise(results)
+    # half of the reward, which is the score, less a tenth of KL 2
+    chosen = found["learning rates"][f"lambda 1, lr {LRS[1]:g}"]
+    assert (chosen["mean"].mean, chosen["penalised"].mean) == pytest.approx((9.0, 4.3))
     # leads 2, 3, 4: mean 3, sd 1
     assert found["methods 40-60"]["ABC"]["lead"] == pytest.approx((3.0, 2 / math.sqrt(3), 3, 3))
     assert found["coverage"]["main"][0] == 6

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from attnshape.demo.results import smooth
-from benchmarks.paper.cells import HEADLINE, LAM, LENGTHS, MAIN, PAPER, Length, Method
+from benchmarks.paper.cells import DEEP, DEEP_METHODS, HEADLINE, LAM, LENGTHS, MAIN, PAPER, Length
 from benchmarks.paper.summary import Results, Run
 
 COLORS: dict[str, str] = {
@@ -158,15 +158,21 @@ def credit(results: Results, summary: dict[str, Any], path: Path) -> None:
         depth.legend(frameon=False, fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     depth.set_xlabel("layers of the reward model")
     depth.set_title("precision at k, 50 tokens", fontsize="medium")
-    names: list[Method] = [m for m in COLORS if m != "uniform"]  # type: ignore[misc]
-    for method in names:
-        runs = [r for r in results.of(method, HEADLINE) if "precision_at_k" in r.curves]
-        if runs:
-            p = [np.nanmean(r.curves["precision_at_k"]) for r in runs]
-            y = [r.mean() for r in runs]
-            speed.scatter(p, y, s=14, alpha=0.5, color=COLORS[method])
-            speed.scatter([np.mean(p)], [np.mean(y)], s=70, color=COLORS[method], label=method)
+    for models, marker, note in (("testbed", "o", ""), (DEEP, "^", ", 4-layer reward model")):
+        for method in (*COLORS, *DEEP_METHODS[2:]):
+            runs = [
+                r
+                for r in results.of(method, HEADLINE, models=models)  # type: ignore[arg-type]
+                if "precision_at_k" in r.curves
+            ]
+            if method == "uniform" or not runs:
+                continue
+            p, y = [np.nanmean(r.curves["precision_at_k"]) for r in runs], [r.mean() for r in runs]
+            color = COLORS.get(method, "#3a7d44" if method.startswith("norm") else "#c05299")
+            label = f"{method}{note}"
+            speed.scatter(p, y, s=14, alpha=0.5, color=color, marker=marker)
+            speed.scatter([np.mean(p)], [np.mean(y)], s=70, color=color, marker=marker, label=label)
     speed.set_xlabel("precision at k during PPO")
     speed.set_title("mean true reward, 40-60 tokens", fontsize="medium")
-    _legend(speed)
+    speed.legend(frameon=False, fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=130)

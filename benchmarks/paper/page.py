@@ -34,6 +34,7 @@ def tables(summary: Summary, paper: dict[str, Any]) -> dict[str, str]:
         "claims": claims(summary["claims"]),
         "learning rates": learning_rates(summary["learning rates"]),
         "kl": reward_at_kl(summary["KL"]),
+        "credit and speed": credit_and_speed(summary["credit and speed"]),
         "paper": paper_table(paper),
         "beside the paper": beside(summary["lengths"], paper),
     }
@@ -127,8 +128,12 @@ def coverage(found: dict[str, list[int]]) -> str:
 
 
 def learning_rates(found: dict[str, Any]) -> str:
-    heads = ["sparse", f"score less KL penalty, seeds {LR_SEEDS[0]} to {LR_SEEDS[-1]}"]
-    return _table(heads, [[name, _spread(x)] for name, x in found.items()])
+    seeds = f"seeds {LR_SEEDS[0]} to {LR_SEEDS[-1]}"
+    heads = [f"sparse, {seeds}", "true reward, mean", "score less KL penalty", "collapsed"]
+    rows = [
+        [name, _spread(x["mean"]), _spread(x["penalised"]), str(x["collapsed"])] for name, x in found.items()
+    ]
+    return _table(heads, rows)
 
 
 def reward_at_kl(rows: dict[str, Any]) -> str:
@@ -139,6 +144,11 @@ def reward_at_kl(rows: dict[str, Any]) -> str:
         if row["n"]
     ]
     return _table(heads, body)
+
+
+def credit_and_speed(rows: dict[str, Any]) -> str:
+    heads = ["40-60 tokens", "P@k during PPO", "lead over sparse (seeds ahead)"]
+    return _table(heads, [[k, _spread(row["precision_at_k"]), _lead(row["lead"])] for k, row in rows.items()])
 
 
 def paper_table(paper: dict[str, Any]) -> str:

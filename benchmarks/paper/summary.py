@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from attnshape.demo.results import smooth
 from benchmarks.paper.cells import (
@@ -169,13 +169,12 @@ class Results:
         found = [r for c, r in self.runs.items() if c.setting == like and c.seed not in LR_SEEDS]
         return sorted(found, key=lambda run: run.cell.seed)
 
-    def selection(self) -> dict[tuple[float, float], list[float]]:
-        """By lambda and learning rate, sparse's mean of score less KL penalty on the seeds of the choice."""
-        out: dict[tuple[float, float], list[float]] = {}
+    def selection(self) -> dict[tuple[float, float], list[Run]]:
+        """By lambda and learning rate, sparse's runs on the seeds of the choice."""
+        out: dict[tuple[float, float], list[Run]] = {}
         for cell, run in self.runs.items():
             if cell.seed in LR_SEEDS:
-                objective = run.mean("score") - KL_COEF * run.mean("kl")
-                out.setdefault((cell.lam, cell.lr), []).append(objective)
+                out.setdefault((cell.lam, cell.lr), []).append(run)
         return out
 
 
@@ -266,8 +265,12 @@ def summarise(results: Results) -> dict[str, Any]:
         "methods 40-60": methods(HEADLINE),
         "methods 8-16": methods(PAPER),
         "learning rates": {
-            f"lambda {lam:g}, lr {lr:g}": estimate(values)
-            for (lam, lr), values in sorted(results.selection().items())
+            f"lambda {lam:g}, lr {lr:g}": {
+                "mean": estimate([r.mean() for r in runs]),
+                "penalised": estimate([r.mean("score") - KL_COEF * r.mean("kl") for r in runs]),
+                "collapsed": sum(r.collapsed for r in runs),
+            }
+            for (lam, lr), runs in sorted(results.selection().items())
         },
         "headline": headline(results),
         "lambda": lambdas,
@@ -279,6 +282,7 @@ def summarise(results: Results) -> dict[str, Any]:
             **{m: group(results.of(m, HEADLINE)) for m in (*MAIN, *CONTROLS)},
             **{f"{m}, lambda 1": group(results.of(m, HEADLINE, lam=1.0)) for m in MAIN},
         },
+        "credit and speed": credit_and_speed(results),
         "credit by depth": credit_by_depth(results),
         "claims": claims(results),
     }
@@ -289,11 +293,11 @@ def coverage(results: Results) -> dict[str, list[int]]:
     return {name: [sum(c in results.runs for c in cells), len(cells)] for name, cells in EXPERIMENTS.items()}
 
 
-def best_of(selection: dict[tuple[float, float], list[float]]) -> tuple[float, float] | None:
-    """Lambda and learning rate with the highest mean; None before every choice has all its seeds."""
+def best_of(selection: dict[tuple[float, float], list[Run]]) -> tuple[float, float] | None:
+    """Lambda and learning rate with the highest mean reward; None before every choice has all its seeds."""
     if len(selection) < len(LRS) * 2 or any(len(v) < len(LR_SEEDS) for v in selection.values()):
         return None
-    return max(selection, key=lambda choice: statistics.fmean(selection[choice]))
+    return max(selection, key=lambda choice: statistics.fmean(r.mean() for r in selection[choice]))
 
 
 def headline(results: Results) -> dict[str, Any]:
@@ -310,6 +314,24 @@ def headline(results: Results) -> dict[str, Any]:
             if runs:
                 rows[f"ABC, lambda {abc_lam:g}, lr {abc_lr:g}"] = group(runs, sparse)
     return rows
+
+
+def credit_and_speed(results: Results) -> dict[str, Any]:
+    """Of every dense method at 40-60 tokens: precision at k during PPO, and lead over its own sparse runs.
+
+    Uniform credit is left out, whose ties make its precision chance by construction.
+    """
+    rows: dict[str, Any] = {}
+    for models, methods, note in (
+        ("testbed", get_args(Method), ""),
+        (DEEP, DEEP_METHODS, ", 4-layer reward model"),
+    ):
+        sparse = results.of("sparse", HEADLINE, models=models)
+        for method in methods:
+            found = group(results.of(method, HEADLINE, models=models), sparse)
+            if method not in ("sparse", "uniform") and "lead" in found and "precision_at_k" in found:
+                rows[f"{method}{note}"] = {"precision_at_k": found["precision_at_k"], "lead": found["lead"]}
+    return dict(sorted(rows.items(), key=lambda row: -row[1]["precision_at_k"].mean))
 
 
 def credit_by_depth(results: Results) -> dict[str, Any]:
