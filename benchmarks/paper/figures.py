@@ -26,9 +26,11 @@ COLORS: dict[str, str] = {
     "ABC, random weights": "#b0a990",
 }
 
+SOURCE_COLORS = dict(zip(DEEP_METHODS[2:], ("#3a7d44", "#9d8df1", "#c05299"), strict=True))
 
-def _figure(panels: int, title: str) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(4.4 * panels, 3.8), layout="constrained")
+
+def _figure(panels: int, title: str, width: float = 4.4) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width * panels, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
@@ -146,7 +148,7 @@ def beta(results: Results, betas: Sequence[float], paper: dict[str, Any], path: 
 
 def credit(results: Results, summary: dict[str, Any], path: Path) -> None:
     """Precision at k by depth of the reward model; and whether better credit went with faster learning."""
-    figure, (depth, speed) = _figure(2, "How well credit finds the words that matter")
+    figure, (depth, speed) = _figure(2, "How well credit finds the words that matter", width=6.6)
     depths = summary["credit by depth"].get("lexical, 50 tokens", {})
     columns = sorted(depths, key=int)
     if columns:
@@ -168,7 +170,7 @@ def credit(results: Results, summary: dict[str, Any], path: Path) -> None:
             if method == "uniform" or not runs:
                 continue
             p, y = [np.nanmean(r.curves["precision_at_k"]) for r in runs], [r.mean() for r in runs]
-            color = COLORS.get(method, "#3a7d44" if method.startswith("norm") else "#c05299")
+            color = (COLORS | SOURCE_COLORS)[method]
             label = f"{method}{note}"
             speed.scatter(p, y, s=14, alpha=0.5, color=color, marker=marker)
             speed.scatter([np.mean(p)], [np.mean(y)], s=70, color=color, marker=marker, label=label)
