@@ -3,8 +3,9 @@ import json
 import pytest
 
 from benchmarks.paper.__main__ import HERE, RESULTS
+from benchmarks.paper.cells import SPARSE_BEST
 from benchmarks.paper.page import claims, fill, groups, tables
-from benchmarks.paper.summary import Results, summarise, to_json
+from benchmarks.paper.summary import Results, best_of, summarise, to_json
 from benchmarks.paper.sweep import RUNS
 
 
@@ -17,6 +18,10 @@ def test_the_pages_tables_are_the_committed_summarys() -> None:
     paper = json.loads((HERE / "paper_figures.json").read_text())
     summary = json.loads((RESULTS / "summary.json").read_text())
     assert fill(page, tables(summary, paper)) == page
+
+
+def test_sparses_best_setting_is_the_one_that_the_runs_chose() -> None:
+    assert best_of(Results(RESULTS).selection()) == (SPARSE_BEST["lam"], SPARSE_BEST["lr"])
 
 
 def test_every_run_names_machine_versions_and_commit() -> None:
