@@ -58,13 +58,12 @@ MODEL_SEEDS = (0, 1, 2, 3)
 DEEP, LONG = "4 layers, seed 0", "long"
 
 
-DEEP_METHODS: tuple[Method, ...] = (
-    "sparse",
-    "ABC",
+DEEP_SOURCES: tuple[Method, ...] = (
     "norm-weighted rollout",
     "gradient x value",
     "gradient x value, signed",
 )
+DEEP_METHODS: tuple[Method, ...] = ("sparse", "ABC", *DEEP_SOURCES, "ABC shuffled")
 LENGTHS: tuple[tuple[Length, dict[str, Any]], ...] = (
     ("8-16", {}),
     ("20-30", {}),

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from attnshape.demo.results import smooth
-from benchmarks.paper.cells import DEEP, DEEP_METHODS, HEADLINE, LAM, LENGTHS, MAIN, PAPER, Length
+from benchmarks.paper.cells import DEEP, DEEP_SOURCES, HEADLINE, LAM, LENGTHS, MAIN, PAPER, Length
 from benchmarks.paper.summary import Results, Run
 
 COLORS: dict[str, str] = {
@@ -26,7 +26,7 @@ COLORS: dict[str, str] = {
     "ABC, random weights": "#b0a990",
 }
 
-SOURCE_COLORS = dict(zip(DEEP_METHODS[2:], ("#3a7d44", "#9d8df1", "#c05299"), strict=True))
+SOURCE_COLORS = dict(zip(DEEP_SOURCES, ("#3a7d44", "#9d8df1", "#c05299"), strict=True))
 
 
 def _figure(panels: int, title: str, width: float = 4.4) -> tuple[Figure, list[Axes]]:
@@ -161,7 +161,7 @@ def credit(results: Results, summary: dict[str, Any], path: Path) -> None:
     depth.set_xlabel("layers of the reward model")
     depth.set_title("precision at k, 50 tokens", fontsize="medium")
     for models, marker, note in (("testbed", "o", ""), (DEEP, "^", ", 4-layer reward model")):
-        for method in (*COLORS, *DEEP_METHODS[2:]):
+        for method in (*COLORS, *DEEP_SOURCES):
             runs = [
                 r
                 for r in results.of(method, HEADLINE, models=models)  # type: ignore[arg-type]
