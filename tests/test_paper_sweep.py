@@ -79,7 +79,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped(folder: Path, testbed: Models, 
         env={**os.environ, "PYTHONPATH": f"{here.parent}:{here}"},
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not list(out.rglob("*seed=*.json")) and time.monotonic() < deadline:
         assert program.poll() is None
         time.sleep(0.01)

@@ -29,6 +29,9 @@ COLORS: dict[str, str] = {
 SOURCE_COLORS = dict(zip(DEEP_SOURCES, ("#3a7d44", "#9d8df1", "#c05299"), strict=True))
 
 
+BESIDE = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+
+
 def _figure(panels: int, title: str, width: float = 4.4) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width * panels, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -40,9 +43,9 @@ def _figure(panels: int, title: str, width: float = 4.4) -> tuple[Figure, list[A
     return figure, axes
 
 
-def _legend(axes: Axes) -> None:
+def _legend(axes: Axes, **where: Any) -> None:
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize="x-small")
+        axes.legend(frameon=False, fontsize="x-small", **where)
 
 
 def _curves(axes: Axes, runs: Sequence[Run], curve: str, label: str) -> None:
@@ -157,7 +160,7 @@ def credit(results: Results, summary: dict[str, Any], path: Path) -> None:
             y = [depths[n]["sources"][name]["precision_at_k"][0] for n in columns]
             depth.plot(x, y, marker="o", label=name, color=f"C{i}")
         depth.plot(x, [depths[n]["chance"] for n in columns], "k:", label="chance")
-        depth.legend(frameon=False, fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+        _legend(depth, **BESIDE)
     depth.set_xlabel("layers of the reward model")
     depth.set_title("precision at k, 50 tokens", fontsize="medium")
     for models, marker, note in (("testbed", "o", ""), (DEEP, "^", ", 4-layer reward model")):
@@ -176,5 +179,5 @@ def credit(results: Results, summary: dict[str, Any], path: Path) -> None:
             speed.scatter([np.mean(p)], [np.mean(y)], s=70, color=color, marker=marker, label=label)
     speed.set_xlabel("precision at k during PPO")
     speed.set_title("mean true reward, 40-60 tokens", fontsize="medium")
-    speed.legend(frameon=False, fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _legend(speed, **BESIDE)
     figure.savefig(path, dpi=130)
