@@ -11,16 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from attnshape.demo import plots
 from attnshape.demo.results import smooth
 from benchmarks.paper.cells import DEEP, DEEP_SOURCES, HEADLINE, LAM, LENGTHS, MAIN, PAPER, Length
 from benchmarks.paper.summary import Results, Run
 
 COLORS: dict[str, str] = {
-    "sparse": "#777777",
-    "uniform": "#30638e",
-    "ABC": "#d1495b",
-    "ABC-D mean": "#66a182",
-    "ABC-D last": "#2e4057",
+    **plots.COLORS,
     "ABC shuffled": "#edae49",
     "ABC profile": "#8d6a9f",
     "ABC, random weights": "#b0a990",
