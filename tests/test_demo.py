@@ -118,7 +118,7 @@ def test_interrupted_training_leaves_no_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["sparse", "ABC"])
 def test_true_reward_rises(setup: Setup, method: str) -> None:
-    mean, std, initial = setup.reference(PPO)
+    mean, std, initial, _ = setup.reference(PPO)
     actor, judge = replace(setup, mean=mean, std=std).load()
     records, completions = train(actor, judge, setup.prompts, PPO, method=method, seed=11, truth=setup.truth)
     assert initial is not None

@@ -1,11 +1,12 @@
 import io
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from rich.console import Console
 
-from attnshape.demo.plots import learning_curves
+from attnshape.demo.plots import COLORS, learning_curves
 from attnshape.demo.ppo import Completion, Method
 from attnshape.demo.results import Results, Run, smooth, write_results
 from attnshape.demo.run import DemoConfig
@@ -136,3 +137,7 @@ def test_one_seed_and_one_panel_still_draw(tmp_path: Path) -> None:
     completion = Completion("the plot", [" was $x", "\x12\n日", " great" * 300], [0.2, 0.0, 0.8], 1.5, None)
     learning_curves({"ABC": [{"score": [1.0, 2.0]}]}, completion, path, title="one")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_method_has_a_colour() -> None:
+    assert set(COLORS) == set(get_args(Method))

@@ -7,6 +7,7 @@ it by half ("great but slow" is a complaint). The true reward is therefore no pl
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Sequence
@@ -85,20 +86,20 @@ _SENTIMENTS = (0.15, 0.85)
 def word_effects(words: Sequence[str]) -> list[float]:
     """What each word adds to the true reward where it stands; the true reward is the sum."""
     effects = [0.0] * len(words)
-    sentence, negated_until = 0, -1
+    sentence, negated_until, contrasted = 0, -1, False
     for i, word in enumerate(words):
         if word in NEGATORS:
             negated_until = i + NEGATION_REACH
         elif word in CONTRASTS:
             effects[sentence:i] = [BEFORE_CONTRAST * e for e in effects[sentence:i]]
-            negated_until = -1
+            negated_until, contrasted = -1, True
         elif word == STOP:
-            sentence, negated_until = i + 1, -1
+            sentence, negated_until, contrasted = i + 1, -1, False
         elif word in VALUES:
             effect = VALUES[word]
             if i <= negated_until:
                 effect, negated_until = NEGATION_FACTOR * effect, -1
-            if any(w in CONTRASTS for w in words[sentence:i]):
+            if contrasted:
                 effect *= AFTER_CONTRAST
             effects[i] = effect
     return effects
@@ -111,16 +112,25 @@ def true_reward(words: Sequence[str]) -> float:
 
 def leave_one_out(words: Sequence[str]) -> list[float]:
     """How much the true reward falls when each word is deleted: the truth that credit is compared with."""
-    effects = []
+    effects: list[float] = []
     for sentence, following in itertools.pairwise([*_sentences(words), []]):
-        reward = true_reward(sentence)
-        for i, word in enumerate(sentence):
-            rest = [*sentence[:i], *sentence[i + 1 :]]
-            if word == STOP:  # without it two sentences are one
-                effects.append(reward + true_reward(following) - true_reward([*rest, *following]))
-            else:
-                effects.append(reward - true_reward(rest))
+        joined = tuple(following) if sentence and sentence[-1] == STOP else ()
+        effects += _deletions(tuple(sentence), joined)
     return effects
+
+
+@functools.lru_cache(maxsize=1 << 16)  # a policy that learns writes the same sentences again and again
+def _deletions(sentence: tuple[str, ...], following: tuple[str, ...]) -> tuple[float, ...]:
+    """Effect of deleting each word; without its stop a sentence runs on into the following one."""
+    reward = true_reward(sentence)
+    effects: list[float] = []
+    for i, word in enumerate(sentence):
+        rest = (*sentence[:i], *sentence[i + 1 :])
+        if word == STOP:
+            effects.append(reward + true_reward(following) - true_reward((*rest, *following)))
+        else:
+            effects.append(reward - true_reward(rest))
+    return tuple(effects)
 
 
 def _sentences(words: Sequence[str]) -> list[list[str]]:

@@ -8,7 +8,7 @@ import math
 import os
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -21,6 +21,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadMo
 from attnshape.demo.corpus import BOS, EOS, PAD, build_tokenizer, true_reward, vocabulary, write_review
 
 Stage: TypeAlias = Literal["language model", "reward model"]
+Reward: TypeAlias = Callable[[Sequence[str]], float]
 OnStep: TypeAlias = Callable[[Stage, int, float], None]
 """Called after every optimiser step with the stage, the number of steps done and the loss."""
 
@@ -117,10 +118,13 @@ def train_language_model(config: ModelConfig, on_step: OnStep | None = None) -> 
 
 
 class PreferencePairs:
-    """Pairs of reviews of equal length with a noisy Bradley-Terry preference between them."""
+    """Pairs of reviews of equal length with a noisy Bradley-Terry preference between them.
 
-    def __init__(self, config: ModelConfig, *, seed: int) -> None:
-        self.config = config
+    ``reward`` is what the preferences are about, the true reward if not given.
+    """
+
+    def __init__(self, config: ModelConfig, *, seed: int, reward: Reward = true_reward) -> None:
+        self.config, self.reward = config, reward
         self.rng = random.Random(seed)
         self.index = {word: i for i, word in enumerate(vocabulary())}
         longest = config.pair_words[1]
@@ -138,7 +142,7 @@ class PreferencePairs:
         margins: list[float] = []
         while len(margins) < count:
             first, second = (words[:length] for words in self.rng.sample(self.reviews, 2))
-            margin = true_reward(first) - true_reward(second)
+            margin = self.reward(first) - self.reward(second)
             if margin == 0:
                 continue
             if self.rng.random() >= 1 / (1 + math.exp(-margin / self.config.temperature)):
@@ -150,7 +154,10 @@ class PreferencePairs:
 
 
 def train_reward_model(
-    config: ModelConfig, language_model: GPT2LMHeadModel, on_step: OnStep | None = None
+    config: ModelConfig,
+    language_model: GPT2LMHeadModel,
+    on_step: OnStep | None = None,
+    reward: Reward = true_reward,
 ) -> tuple[GPT2ForSequenceClassification, float, float]:
     """A one-label sequence classifier on the language model's trunk, trained on Bradley-Terry's likelihood.
 
@@ -163,7 +170,7 @@ def train_reward_model(
     model.transformer.load_state_dict(language_model.transformer.state_dict())
     for block in model.transformer.h[: config.frozen_layers]:
         block.requires_grad_(False)
-    pairs = PreferencePairs(config, seed=config.seed + 1)
+    pairs = PreferencePairs(config, seed=config.seed + 1, reward=reward)
     optimizer, schedule = _optimizer(model, config.rm_lr, config.rm_steps)
     for step in range(config.rm_steps):
         growth = min(1.0, step / (config.rm_steps * config.growth))
@@ -174,13 +181,15 @@ def train_reward_model(
         if on_step:
             on_step("reward model", step + 1, loss)
     model.eval()
-    return model, *held_out_accuracy(model, config)
+    return model, *held_out_accuracy(model, config, reward)
 
 
 @torch.no_grad()
-def held_out_accuracy(model: GPT2ForSequenceClassification, config: ModelConfig) -> tuple[float, float]:
+def held_out_accuracy(
+    model: GPT2ForSequenceClassification, config: ModelConfig, reward: Reward = true_reward
+) -> tuple[float, float]:
     """Share of unseen pairs whose preferred review scores higher, and whose truly better one does."""
-    pairs = PreferencePairs(config, seed=config.seed + 2)
+    pairs = PreferencePairs(config, seed=config.seed + 2, reward=reward)
     batches = math.ceil(config.held_out_pairs / config.rm_batch_size)
     right, truly_right = [], []
     for _ in range(batches):

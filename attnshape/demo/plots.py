@@ -19,7 +19,13 @@ PANELS = {"true_reward": "true reward", "score": "reward model's reward", "kl": 
 CHARACTERS_PER_LINE, LINES = 46, 15
 CHARACTER, LINE = (5.1, 15.0)
 """Points between neighbours in text of 8.5 points."""
-COLORS: dict[Method, str] = {"sparse": "#777777", "ABC": "#d1495b", "uniform": "#30638e"}
+COLORS: dict[Method, str] = {
+    "sparse": "#777777",
+    "uniform": "#30638e",
+    "ABC": "#d1495b",
+    "ABC-D mean": "#66a182",
+    "ABC-D last": "#2e4057",
+}
 
 
 def learning_curves(

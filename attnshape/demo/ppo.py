@@ -11,7 +11,7 @@ import copy
 import itertools
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -21,9 +21,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 import attnshape
 from attnshape.alignment import align_texts
 from attnshape.demo.agreement import mean_agreement
+from attnshape.demo.sampling import can_sample, sample_gpt2
 from attnshape.tap import AttentionTap
 
-Method: TypeAlias = Literal["sparse", "ABC", "uniform"]
+Method: TypeAlias = Literal["sparse", "ABC", "uniform", "ABC-D mean", "ABC-D last"]
 ScoreFunction: TypeAlias = Callable[[Tensor], Tensor]
 """Logits ``[B, labels]`` to scores ``[B]``."""
 Record: TypeAlias = dict[str, float]
@@ -118,18 +119,40 @@ class ActorCritic(nn.Module):
         encoded = self.tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt")
         prompt_ids = encoded["input_ids"].to(self.policy.device)
         prompt_mask = encoded["attention_mask"].to(self.policy.device)
-        ids = self.policy.generate(
-            input_ids=prompt_ids,
-            attention_mask=prompt_mask,
-            do_sample=True,
-            top_k=0,
-            min_new_tokens=min_new_tokens,
-            max_new_tokens=new_tokens,
-        )
+        if can_sample(self.policy):
+            ids = sample_gpt2(
+                self.policy,
+                prompt_ids,
+                prompt_mask,
+                new_tokens=new_tokens,
+                min_new_tokens=min_new_tokens,
+                end_ids=self.end_ids,
+                pad_id=self.tokenizer.pad_token_id,
+            ).clone()  # a tensor made in inference mode cannot enter a graph
+        else:
+            ids = self.policy.generate(
+                input_ids=prompt_ids,
+                attention_mask=prompt_mask,
+                do_sample=True,
+                top_k=0,
+                min_new_tokens=min_new_tokens,
+                max_new_tokens=new_tokens,
+            )
         end_ids = torch.tensor(self.end_ids, device=ids.device)
         ended = torch.isin(ids[:, prompt_ids.shape[1] :], end_ids).long()
         response_mask = ended.cumsum(1) - ended == 0
         return Rollout(ids, torch.cat([prompt_mask.bool(), response_mask], dim=1).long(), response_mask)
+
+    def run(self, rollout: Rollout) -> Tensor:
+        """Logits before each response token and after the last, ``[B, R + 1, vocabulary]``."""
+        logits: Tensor = self.policy(
+            input_ids=rollout.ids,
+            attention_mask=rollout.mask,
+            position_ids=(rollout.mask.cumsum(1) - 1).clamp(min=0),
+            logits_to_keep=rollout.response_mask.shape[1] + 1,
+            use_cache=False,
+        ).logits
+        return logits
 
     def forward(self, rollout: Rollout, min_new_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of the sampled tokens, values before them, and end-of-text mass, each ``[B, R]``.
@@ -144,16 +167,9 @@ class ActorCritic(nn.Module):
 
         hook = self.policy.get_output_embeddings().register_forward_pre_hook(keep)
         try:
-            logits = self.policy(
-                input_ids=rollout.ids,
-                attention_mask=rollout.mask,
-                position_ids=(rollout.mask.cumsum(1) - 1).clamp(min=0),
-                logits_to_keep=rollout.response_mask.shape[1] + 1,
-                use_cache=False,
-            ).logits
+            logits = self.run(rollout)[:, :-1].float()
         finally:
             hook.remove()
-        logits = logits[:, :-1].float()
         end_mass = logits.detach().softmax(-1)[..., self.end_ids].sum(-1)
         suppressed = torch.zeros_like(logits, dtype=torch.bool)
         suppressed[:, :min_new_tokens, self.end_ids] = True
@@ -165,11 +181,17 @@ class ActorCritic(nn.Module):
 
 @dataclass(frozen=True)
 class Judgement:
-    """Scores ``[B]`` with what ``shape_rewards`` needs to redistribute them."""
+    """Scores ``[B]`` with what ``shape_rewards`` needs to redistribute them.
+
+    ``redistributed``, the scores if not given, is what ``credit`` shares out, and ``token_rewards`` are added
+    to it: a source whose token rewards stand in place of the score leaves less of it.
+    """
 
     score: Tensor
     credit: Any
-    response_start: Tensor | None
+    response_start: Tensor | None = None
+    token_rewards: Tensor | None = None
+    redistributed: Tensor | None = None
 
 
 class Judge:
@@ -193,11 +215,22 @@ class Judge:
         self.score_function, self.mean, self.std = score_function, mean, std
         self.same_tokens = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
 
+    def read(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+        """The policy's tokens as the judge reads them, without padding on the left.
+
+        Returns ids and mask, ``[B, P + R]``, and where each response starts, int32 ``[B]``.
+        """
+        return _left_aligned(rollout, self.model.config.pad_token_id)
+
+    def standardized(self, logits: Tensor) -> Tensor:
+        """Logits ``[B, labels]`` to scores ``[B]``, less ``mean`` and over ``std``."""
+        return (self.score_function(logits.float()) - self.mean) / self.std
+
     @torch.no_grad()
     def __call__(self, rollout: Rollout, method: Method) -> Judgement:
-        """Scores, less ``mean`` and over ``std``, and the credit that ``method`` names."""
+        """Scores, and the credit that ``method`` names where the judge knows it: not the policy's own."""
         if self.same_tokens:
-            ids, mask, response_start = _left_aligned(rollout, self.model.config.pad_token_id)
+            ids, mask, response_start = self.read(rollout)
         else:
             texts = [self._text(ids, mask) for ids, mask in zip(rollout.ids, rollout.mask, strict=True)]
             encoded = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.model.device)
@@ -211,8 +244,7 @@ class Judge:
             credit = tap.take()
             if not self.same_tokens:
                 credit = self._carried(credit, texts, rollout)
-        score = (self.score_function(logits.float()) - self.mean) / self.std
-        return Judgement(score, credit, response_start)
+        return Judgement(self.standardized(logits), credit, response_start)
 
     def _text(self, ids: Tensor, mask: Tensor) -> str:
         return str(self.policy_tokenizer.decode(ids[mask.bool()], skip_special_tokens=True))
@@ -240,6 +272,40 @@ def _left_aligned(rollout: Rollout, pad_id: int) -> tuple[Tensor, Tensor, Tensor
     # The classifier's head takes the last token that is no padding, whatever the mask says.
     ids = torch.where(mask.bool(), rollout.ids.gather(1, columns), pad_id)
     return ids, mask, (rollout.prompt_length - padding).int()
+
+
+Source: TypeAlias = Callable[["ActorCritic", Judge, Rollout], Judgement]
+"""Judges a batch of the actor's completions; ``source_of`` has one for each method."""
+
+
+def source_of(method: Method) -> Source:
+    """How ``method`` judges a batch."""
+
+    def judged(_actor: ActorCritic, judge: Judge, rollout: Rollout) -> Judgement:
+        return judge(rollout, method)
+
+    def from_policy(actor: ActorCritic, judge: Judge, rollout: Rollout) -> Judgement:
+        judgement = judge(rollout, "sparse")
+        return replace(
+            judgement,
+            credit=own_attention(actor, rollout, "last" if method == "ABC-D last" else "mean"),
+            response_start=None,
+        )
+
+    return from_policy if method.startswith("ABC-D") else judged
+
+
+@torch.no_grad()
+def own_attention(actor: ActorCritic, rollout: Rollout, variant: Literal["mean", "last"]) -> Tensor:
+    """ABC-D: credit ``[B, R]`` from the attention of the policy's last layer among the response's tokens."""
+    with AttentionTap(actor.policy, query_position="all") as tap:
+        actor.run(rollout)
+    start = torch.full(
+        (len(rollout.ids),), rollout.prompt_length, dtype=torch.int32, device=rollout.ids.device
+    )
+    return attnshape.attention_column_credit(
+        tap.take(), rollout.response_mask, response_start=start, variant=variant
+    )
 
 
 @dataclass(frozen=True)
@@ -289,7 +355,7 @@ def train(
     prompts: Sequence[str],
     config: PPOConfig,
     *,
-    method: Method,
+    method: Method | Source,
     seed: int,
     truth: Truth | None = None,
     on_step: Callable[[Record], None] | None = None,
@@ -298,6 +364,7 @@ def train(
 
     The same seed gives the same prompts whatever the method.
     """
+    source = source_of(method) if isinstance(method, str) else method
     rng = random.Random(seed)
     torch.manual_seed(seed)
     reference = copy.deepcopy(actor).requires_grad_(False)
@@ -311,14 +378,15 @@ def train(
         with torch.no_grad():
             logprobs, values, end_mass = actor(rollout, config.shortest)
             ref_logprobs, _, _ = reference(rollout, config.shortest)
-        judgement = judge(rollout, method)
+        judgement = source(actor, judge, rollout)
         shaped = attnshape.shape_rewards(
-            judgement.score,
+            judgement.score if judgement.redistributed is None else judgement.redistributed,
             judgement.credit,
             values=values,
             logprobs=logprobs,
             ref_logprobs=ref_logprobs,
             kl_coef=config.kl_coef,
+            token_rewards=judgement.token_rewards,
             response_mask=mask,
             response_start=judgement.response_start,
             config=shaping,
@@ -337,7 +405,8 @@ def train(
             effects = truth.response_effects(actor, rollout)
             rewards = truth.rewards(actor, rollout)
             record["true_reward"] = sum(rewards) / len(rewards)
-            record.update(mean_agreement(shaped.credit.cpu(), effects, mask.cpu()))
+            dense = shaped.credit if judgement.token_rewards is None else judgement.token_rewards.abs()
+            record.update(mean_agreement(dense.cpu(), effects, mask.cpu()))
         records.append(record)
         if on_step:
             on_step(record)

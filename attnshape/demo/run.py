@@ -8,6 +8,7 @@ import os
 import queue
 import random
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from rich.console import Console
@@ -109,6 +110,15 @@ class DemoConfig:
         return self.policy is None
 
 
+class Reference(NamedTuple):
+    """Mean and standard deviation of the initial policy's scores and true rewards, None if unknown."""
+
+    mean: float
+    std: float
+    true_mean: float | None
+    true_std: float | None
+
+
 @dataclass(frozen=True)
 class Setup:
     """What a run needs to load its models; it can be sent to another process."""
@@ -134,8 +144,8 @@ class Setup:
         judge = Judge(model.float(), judge_tokenizer, tokenizer, score_function, mean=self.mean, std=self.std)
         return ActorCritic(policy, tokenizer), judge
 
-    def reference(self, config: PPOConfig) -> tuple[float, float, float | None]:
-        """Mean and standard deviation of the initial policy's scores, and its mean true reward."""
+    def reference(self, config: PPOConfig) -> Reference:
+        """Scores and true rewards of the initial policy."""
         torch.manual_seed(0)
         actor, judge = self.load()
         rng = random.Random(0)
@@ -148,7 +158,8 @@ class Setup:
             if self.truth:
                 rewards += self.truth.rewards(actor, rollout)
         spread = torch.tensor(scores)
-        return spread.mean().item(), spread.std().item(), sum(rewards) / len(rewards) if rewards else None
+        true = (sum(rewards) / len(rewards), statistics.stdev(rewards)) if rewards else (None, None)
+        return Reference(spread.mean().item(), spread.std().item(), *true)
 
 
 def _padded(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -214,7 +225,7 @@ def _run_demo(config: DemoConfig, console: Console) -> Results:
     )
     with Progress(*columns, console=console) as progress:
         setup, training = _prepare(config, progress)
-        mean, std, initial_reward = setup.reference(config.ppo)
+        mean, std, initial_reward, _ = setup.reference(config.ppo)
         if config.standardize:
             setup = replace(setup, mean=mean, std=std)
         runs = _run_all(config, setup, progress)
@@ -340,13 +351,17 @@ def _start_worker(steps: Any, stop: Any) -> None:
     global _steps, _stop
     _steps, _stop = steps, stop
     steps.cancel_join_thread()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for it for ever."""
+def end_with_parent() -> None:
+    """In a child process: end when the parent does, which a worker whose parent was killed waits for."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

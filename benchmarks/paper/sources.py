@@ -10,30 +10,49 @@ import torch
 from torch import Tensor
 
 from attnshape import credit
+from attnshape.demo.ppo import ScoreFunction
 from attnshape.tap import AttentionTap
 
 Weights: TypeAlias = tuple[Tensor, Tensor]
 """Scores ``[B]`` and weights over the response tokens ``[B, R]``, both detached; 0 where masked."""
-Compute: TypeAlias = Callable[[Any, Tensor, Tensor, Tensor, Tensor], Weights]
-"""Of a one-label sequence classifier, ``input_ids`` and ``attention_mask`` ``[B, S]``, ``response_mask``
-``[B, R]`` and ``response_start`` ``[B]``."""
+Compute: TypeAlias = Callable[[Any, Tensor, Tensor, Tensor, Tensor, ScoreFunction], Weights]
+"""Of a sequence classifier, ``input_ids`` and ``attention_mask`` ``[B, S]``, ``response_mask`` ``[B, R]``,
+``response_start`` ``[B]``, and what makes scores of its logits."""
+
+
+def first_label(logits: Tensor) -> Tensor:
+    return logits[:, 0]
 
 
 class Source(NamedTuple):
     """``forward`` and ``backward`` are passes through the reward model beyond the one that scores."""
 
-    compute: Compute
+    read: Compute
     signed: bool = False
     forward: str = "none"
     backward: str = "none"
 
+    def compute(
+        self,
+        model: Any,
+        ids: Tensor,
+        mask: Tensor,
+        response_mask: Tensor,
+        start: Tensor,
+        score_of: ScoreFunction = first_label,
+    ) -> Weights:
+        """Scores and weights; the score is the first label's logit unless ``score_of`` says otherwise."""
+        return self.read(model, ids, mask, response_mask, start, score_of)
+
 
 def _rows(all_layers: bool) -> Compute:
     @torch.no_grad()
-    def compute(model: Any, ids: Tensor, mask: Tensor, response_mask: Tensor, start: Tensor) -> Weights:
+    def compute(
+        model: Any, ids: Tensor, mask: Tensor, response_mask: Tensor, start: Tensor, score_of: ScoreFunction
+    ) -> Weights:
         layers = range(model.config.num_hidden_layers) if all_layers else -1
         with AttentionTap(model, layers) as tap:
-            score = model(ids, attention_mask=mask).logits[:, 0]
+            score = score_of(model(ids, attention_mask=mask).logits)
         return score, credit.attention_credit(tap.take(), response_mask, response_start=start)
 
     return compute
@@ -41,9 +60,11 @@ def _rows(all_layers: bool) -> Compute:
 
 def _rollout(norms: bool) -> Compute:
     @torch.no_grad()
-    def compute(model: Any, ids: Tensor, mask: Tensor, response_mask: Tensor, start: Tensor) -> Weights:
+    def compute(
+        model: Any, ids: Tensor, mask: Tensor, response_mask: Tensor, start: Tensor, score_of: ScoreFunction
+    ) -> Weights:
         with AttentionTap(model, source="rollout") as tap:
-            score = model(ids, attention_mask=mask).logits[:, 0]
+            score = score_of(model(ids, attention_mask=mask).logits)
         layers = tap.take()
         if not norms:
             layers = [dataclasses.replace(x, value_norm=None, residual_norm=None) for x in layers]
@@ -53,18 +74,22 @@ def _rollout(norms: bool) -> Compute:
 
 
 @torch.no_grad()
-def _signed_rollout(model: Any, ids: Tensor, mask: Tensor, response_mask: Tensor, start: Tensor) -> Weights:
+def _signed_rollout(
+    model: Any, ids: Tensor, mask: Tensor, response_mask: Tensor, start: Tensor, score_of: ScoreFunction
+) -> Weights:
     with AttentionTap(model, source="signed_rollout") as tap:
-        score = model(ids, attention_mask=mask).logits[:, 0]
+        score = score_of(model(ids, attention_mask=mask).logits)
     shares = credit.signed_rollout(tap.take(), response_mask, response_start=start)
     return score, score[:, None] * shares
 
 
 def _gradient(**of: Any) -> Compute:
     @torch.enable_grad()
-    def compute(model: Any, ids: Tensor, mask: Tensor, response_mask: Tensor, start: Tensor) -> Weights:
+    def compute(
+        model: Any, ids: Tensor, mask: Tensor, response_mask: Tensor, start: Tensor, score_of: ScoreFunction
+    ) -> Weights:
         with AttentionTap(model, **of) as tap:
-            score = model(ids, attention_mask=mask).logits[:, 0]
+            score = score_of(model(ids, attention_mask=mask).logits)
         weights = credit.gradient_weights(score, tap.take(), response_mask, response_start=start)
         return score.detach(), weights
 
@@ -72,9 +97,12 @@ def _gradient(**of: Any) -> Compute:
 
 
 @torch.no_grad()
-def _incremental(model: Any, ids: Tensor, mask: Tensor, response_mask: Tensor, start: Tensor) -> Weights:
+def _incremental(
+    model: Any, ids: Tensor, mask: Tensor, response_mask: Tensor, start: Tensor, score_of: ScoreFunction
+) -> Weights:
     states = model.base_model(ids, attention_mask=mask).last_hidden_state
-    scores = model.score(states)[..., 0]
+    logits = model.score(states)
+    scores = score_of(logits.flatten(0, 1)).view(logits.shape[:2])
     rows = torch.arange(len(ids), device=ids.device)
     places = start[:, None] + torch.arange(response_mask.shape[1], device=ids.device)
     last = torch.where(response_mask != 0, places, -1).amax(1)

@@ -1,0 +1,192 @@
+"""What is run: every cell of every experiment, and the marks that were set before the first run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeAlias, get_args
+
+from attnshape.demo.ppo import PPOConfig
+
+Length: TypeAlias = Literal["8-16", "20-30", "40-60", "90-110", "140-160"]
+Method: TypeAlias = Literal[
+    "sparse",
+    "uniform",
+    "ABC",
+    "ABC-D mean",
+    "ABC-D last",
+    "ABC shuffled",
+    "ABC profile",
+    "ABC, random weights",
+    "R3HF",
+    "RTO",
+    "norm-weighted rollout",
+    "gradient x value",
+    "gradient x value, signed",
+]
+"""The paper's five; three controls of ABC; two neighbouring methods; sources that read all layers.
+
+``ABC shuffled``: ABC's credit in random order within the response. ``ABC profile``: the mean of ABC's credit
+at a token's relative position, over the run so far. ``ABC, random weights``: the attention of a reward model
+that was never trained; the score is the trained one's.
+"""
+
+# Set before the first run, and not moved since.
+RISES = (1.0, 2.0)
+"""Steps are counted to where the 5-step mean of the true reward has risen by so many standard deviations of
+the initial policy's completions."""
+COLLAPSE = 1.0
+"""A run collapsed if its last 10 steps' mean true reward is this many of them below its best 10-step mean."""
+KL_MARKS = (1.0, 2.0, 4.0, 8.0)
+"""Rewards of methods are compared where a run's 5-step mean KL first reaches these."""
+STEPS = 100
+SEEDS = tuple(range(10))
+FEW = SEEDS[:5]
+LR = 3e-4
+LRS = (3e-4, 6e-4, 1e-3)
+LR_SEEDS = (1000, 1001)
+"""Learning rates are chosen on these, which no table of results includes."""
+SPARSE_BEST = {"lam": 1.0, "lr": 6e-4}
+"""What that choice gave: ``summary`` makes it again from the runs."""
+HEADLINE: Length = "40-60"
+PAPER: Length = "8-16"
+LAM, LAMS = 0.95, (0.95, 0.99, 1.0)
+BETA, BETAS = 0.8, (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+SHIFTS = (5.0, -5.0)
+DEPTHS = (1, 2, 4, 6)
+MODEL_SEEDS = (0, 1, 2, 3)
+DEEP, LONG = "4 layers, seed 0", "long"
+
+
+DEEP_SOURCES: tuple[Method, ...] = (
+    "norm-weighted rollout",
+    "gradient x value",
+    "gradient x value, signed",
+)
+DEEP_METHODS: tuple[Method, ...] = ("sparse", "ABC", *DEEP_SOURCES, "ABC shuffled")
+LENGTHS: tuple[tuple[Length, dict[str, Any]], ...] = (
+    ("8-16", {}),
+    ("20-30", {}),
+    ("40-60", {}),
+    ("90-110", {"models": LONG}),
+)
+"""New tokens, and whose models they are for."""
+
+
+def bounds(length: Length) -> tuple[int, int]:
+    """Fewest and most new tokens."""
+    low, high = length.split("-")
+    return int(low), int(high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One PPO run.
+
+    Args:
+        beta: of ``R3HF``, whose token rewards replace the score, and of ``RTO`` and the signed source it is
+            the share of the reward that is dense.
+        shift: added to every standardised score, which no preference between completions depends on.
+        models: ``"testbed"``, ``"long"`` (trained on reviews long enough for 110 tokens), or a reward model
+            of the depth study, such as ``"4 layers, seed 1"``, with the testbed's policy.
+    """
+
+    method: Method
+    length: Length
+    seed: int
+    beta: float = BETA
+    lam: float = LAM
+    lr: float = LR
+    shift: float = 0.0
+    models: str = "testbed"
+    steps: int = STEPS
+
+    def __post_init__(self) -> None:
+        for name, kind in (("method", Method), ("length", Length)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, want one of {get_args(kind)}")
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """Everything but the seed: runs that differ in no setting are averaged."""
+        return {name: value for name, value in asdict(self).items() if name != "seed"}
+
+    @property
+    def name(self) -> str:
+        """Path of the cell's file below the folder of runs: length, then what is not default, then seed."""
+        changed = [
+            f"{f.name}={getattr(self, f.name):g}"
+            if f.type == "float"
+            else f"{f.name}={getattr(self, f.name)}"
+            for f in fields(self)
+            if f.name not in ("method", "length", "seed") and getattr(self, f.name) != f.default
+        ]
+        words = " ".join([self.method, *changed, f"seed={self.seed}"])
+        return f"{self.length}/{words.replace(',', '').replace(' ', '_')}.json"
+
+    def ppo(self) -> PPOConfig:
+        low, high = bounds(self.length)
+        return PPOConfig(
+            steps=self.steps, new_tokens=high, min_new_tokens=low, lr=self.lr, beta=self.beta, lam=self.lam
+        )
+
+
+def _cells(seeds: tuple[int, ...], methods: tuple[Method, ...], **settings: Any) -> Iterator[Cell]:
+    for seed in seeds:
+        for method in methods:
+            yield Cell(method=method, seed=seed, **settings)
+
+
+MAIN: tuple[Method, ...] = ("sparse", "uniform", "ABC")
+CONTROLS: tuple[Method, ...] = ("ABC shuffled", "ABC profile", "ABC, random weights")
+
+
+def _experiments() -> dict[str, list[Cell]]:
+    return {
+        # Where the credit comes from, and what else ABC's gain could come from.
+        "main": [
+            *_cells(SEEDS, (*MAIN, *CONTROLS), length=HEADLINE),
+            *_cells(SEEDS, ("sparse", "ABC"), length=HEADLINE, lam=1.0),
+        ],
+        "learning rates": [
+            cell
+            for lam in (1.0, LAM)
+            for lr in LRS
+            for cell in _cells(LR_SEEDS, ("sparse",), length=HEADLINE, lam=lam, lr=lr)
+        ],
+        "headline": list(_cells(FEW, ("sparse", "ABC"), length=HEADLINE, **SPARSE_BEST)),
+        # Uniform also at beta 1, as the paper's code ran it.
+        "methods": [
+            *_cells(SEEDS, (*MAIN, "ABC-D mean", "ABC-D last", *CONTROLS), length=PAPER),
+            *_cells(SEEDS, ("uniform",), length=PAPER, beta=1.0),
+        ],
+        "lengths": list(_cells(FEW, MAIN, length="20-30")),
+        "neighbours": list(_cells(FEW, ("R3HF", "RTO"), length=HEADLINE)),
+        "beta": [cell for beta in BETAS for cell in _cells(FEW, ("ABC",), length=PAPER, beta=beta)],
+        "shifted scores": [
+            cell for shift in SHIFTS for cell in _cells(SEEDS, ("sparse", "ABC"), length=PAPER, shift=shift)
+        ],
+        # PPO with a deep reward model.
+        "depth": list(_cells(FEW, DEEP_METHODS, length=HEADLINE, models=DEEP)),
+        "long responses": list(_cells(FEW, MAIN, length="90-110", models=LONG)),
+        "lambda": [cell for lam in LAMS for cell in _cells(FEW, MAIN, length=HEADLINE, lam=lam)],
+        "methods at 40-60": [
+            *_cells(SEEDS, ("ABC-D mean", "ABC-D last"), length=HEADLINE),
+            *_cells(SEEDS, ("uniform",), length=HEADLINE, beta=1.0),
+        ],
+    }
+
+
+EXPERIMENTS: dict[str, list[Cell]] = {
+    name: list(dict.fromkeys(cells)) for name, cells in _experiments().items()
+}
+"""In the order in which they are run; a cell that several share is run once."""
+
+
+def chosen(names: list[str] | None = None) -> list[Cell]:
+    """The cells of these experiments, all by default, each once; the seeds that all have come first."""
+    unknown = set(names or ()) - EXPERIMENTS.keys()
+    if unknown:
+        raise ValueError(f"experiment: got {sorted(unknown)}, want some of {list(EXPERIMENTS)}")
+    cells = dict.fromkeys(cell for name in names or EXPERIMENTS for cell in EXPERIMENTS[name])
+    return sorted(cells, key=lambda cell: cell.seed in SEEDS and cell.seed not in FEW)

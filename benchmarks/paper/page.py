@@ -1,0 +1,187 @@
+"""The tables of README.md, made from summary.json and put between its markers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.paper.cells import KL_MARKS, LR_SEEDS, RISES
+from benchmarks.paper.sources import SOURCES
+
+Summary = dict[str, Any]
+
+
+def fill(page: str, tables: dict[str, str]) -> str:
+    """The page with each table between ``<!-- begin: name -->`` and ``<!-- end: name -->``.
+
+    Raises:
+        ValueError: the page and the tables do not have the same names.
+    """
+    names = re.findall(r"<!-- begin: (.+?) -->", page)
+    if sorted(names) != sorted(tables):
+        raise ValueError(f"page: got the markers {sorted(names)}, want {sorted(tables)}")
+    for name, table in tables.items():
+        pattern = rf"(<!-- begin: {re.escape(name)} -->\n).*?(<!-- end: {re.escape(name)} -->)"
+        page = re.sub(pattern, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", page, flags=re.DOTALL)
+    return page
+
+
+def tables(summary: Summary, paper: dict[str, Any]) -> dict[str, str]:
+    """Every table of the page, by the name of its marker."""
+    out = {
+        "coverage": coverage(summary["coverage"]),
+        "claims": claims(summary["claims"]),
+        "learning rates": learning_rates(summary["learning rates"]),
+        "kl": reward_at_kl(summary["KL"]),
+        "credit and speed": credit_and_speed(summary["credit and speed"]),
+        "paper": paper_table(paper),
+        "beside the paper": beside(summary["lengths"], paper),
+    }
+    for name in (
+        "headline",
+        "methods 40-60",
+        "methods 8-16",
+        "lambda",
+        "lengths",
+        "beta",
+        "shifted scores",
+        "deep reward model",
+    ):
+        out[name] = groups(summary[name])
+    for name, depths in summary["credit by depth"].items():
+        out[f"credit, {name}"] = credit(depths)
+    for name in CREDIT_TABLES:
+        out.setdefault(f"credit, {name}", "Not run yet.")
+    return out
+
+
+CREDIT_TABLES = [f"{reward}, {n} tokens" for reward in ("lexical", "contextual") for n in (12, 50)]
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return "Not run yet."
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _spread(x: Sequence[float] | None, digits: int = 2) -> str:
+    """``mean ± two standard errors`` of an ``Estimate`` or a ``Lead``."""
+    if x is None:
+        return ""
+    return f"{x[0]:.{digits}f}" if x[1] is None else f"{x[0]:.{digits}f} ± {x[1]:.{digits}f}"
+
+
+def _lead(x: Sequence[float] | None) -> str:
+    """A ``Lead``, with how many of its seeds are ahead."""
+    if x is None:
+        return ""
+    return f"{x[0]:+.2f}{'' if x[1] is None else f' ± {x[1]:.2f}'} ({x[2]} of {x[3]})"
+
+
+def groups(rows: dict[str, Any]) -> str:
+    """A row per group of runs that differ in their seed only."""
+    heads = [
+        "",
+        "seeds",
+        "true reward, mean",
+        "last 10 steps",
+        "sd there",
+        *[f"steps to +{rise:g} sd" for rise in RISES],
+        "KL, last 10",
+        "P@k",
+        "collapsed",
+        "lead (seeds ahead)",
+    ]
+    body = []
+    for label, row in rows.items():
+        if not row["n"]:
+            continue
+        steps = [row["steps"][f"{rise:g}"] for rise in RISES]
+        body.append(
+            [
+                label,
+                str(row["n"]),
+                _spread(row["mean"]),
+                _spread(row["end"]),
+                "" if row["n"] == 1 else f"{row['end'][2]:.2f}",
+                *["never" if s is None else f"{s:g}" for s in steps],
+                f"{row['kl_end'][0]:.1f}",
+                f"{row['precision_at_k'][0]:.2f}" if "precision_at_k" in row else "",
+                str(row["collapsed"]),
+                _lead(row.get("lead")),
+            ]
+        )
+    return _table(heads, body)
+
+
+def claims(found: list[dict[str, Any]]) -> str:
+    rows = []
+    for claim in found:
+        rows.append([claim["claim"], f"**{claim['verdict']}**", _lead(claim["lead"])])
+    return _table(["claim", "here", "lead in mean true reward (seeds ahead)"], rows)
+
+
+def coverage(found: dict[str, list[int]]) -> str:
+    return _table(["experiment", "cells run", "cells"], [[n, str(a), str(b)] for n, (a, b) in found.items()])
+
+
+def learning_rates(found: dict[str, Any]) -> str:
+    seeds = f"seeds {LR_SEEDS[0]} to {LR_SEEDS[-1]}"
+    heads = [f"sparse, {seeds}", "true reward, mean", "score less KL penalty", "collapsed"]
+    rows = [
+        [name, _spread(x["mean"]), _spread(x["penalised"]), str(x["collapsed"])] for name, x in found.items()
+    ]
+    return _table(heads, rows)
+
+
+def reward_at_kl(rows: dict[str, Any]) -> str:
+    heads = ["true reward when KL first reaches", *[f"{kl:g}" for kl in KL_MARKS]]
+    body = [
+        [label, *[_spread(row["reward_at_kl"].get(f"{kl:g}")) or "not by all" for kl in KL_MARKS]]
+        for label, row in rows.items()
+        if row["n"]
+    ]
+    return _table(heads, body)
+
+
+def credit_and_speed(rows: dict[str, Any]) -> str:
+    heads = ["40-60 tokens", "P@k during PPO", "lead over sparse (seeds ahead)"]
+    return _table(heads, [[k, _spread(row["precision_at_k"]), _lead(row["lead"])] for k, row in rows.items()])
+
+
+def paper_table(paper: dict[str, Any]) -> str:
+    rows = [
+        [length, method, f"{x['auc']:.2f} ± {x['two_se']:.2f}", f"{x['end_sd']:.2f}", f"{x['t8']:g}"]
+        for length, methods in paper["methods"].items()
+        for method, x in methods.items()
+    ]
+    heads = ["new tokens", "method", "reward, mean over steps", "sd over seeds, step 100", "steps to 8"]
+    return _table(heads, rows)
+
+
+def beside(rows: dict[str, Any], paper: dict[str, Any]) -> str:
+    """ABC's lead over sparse by length: the paper's and this testbed's, each in its own unit."""
+    body = []
+    for length, lead in paper["lead_by_length"].items():
+        here = rows.get(f"ABC, {length}", {}).get("lead")
+        body.append([length, f"{lead:+.2f}", _lead(here) or "not run"])
+    return _table(["new tokens", "the paper's lead", "here"], body)
+
+
+def credit(depths: dict[str, Any]) -> str:
+    """Precision at k by source and depth; in brackets the rank correlations, signed and of sizes."""
+    columns = sorted(depths, key=int)
+    heads = ["source", *[f"{n} layers" if n != "1" else "1 layer" for n in columns]]
+    rows = [["reward model's held-out accuracy", *[f"{depths[n]['accuracy']:.2f}" for n in columns]]]
+    rows.append(["seeds", *[str(next(iter(depths[n]["sources"].values()))["signed"][3]) for n in columns]])
+    rows.append(["chance", *[f"{depths[n]['chance']:.2f}" for n in columns]])
+    for name in SOURCES:
+        cells = []
+        for n in columns:
+            found = depths[n]["sources"][name]
+            p, signed, size = (found[m][0] for m in ("precision_at_k", "signed", "absolute"))
+            cells.append(f"{p:.2f} ({signed:+.2f}, {size:+.2f})")
+        rows.append([name, *cells])
+    return _table(heads, rows)

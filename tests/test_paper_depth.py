@@ -1,0 +1,74 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from attnshape.demo.corpus import true_reward, vocabulary
+from benchmarks.paper import depth
+from benchmarks.paper.contextual import contextual_reward
+from benchmarks.paper.depth import (
+    CONFIG,
+    PROMPT_WORDS,
+    DeepModel,
+    agreement,
+    documents,
+    rank_correlation,
+    study,
+    train_deep,
+)
+from benchmarks.paper.sources import SOURCES
+
+TINY = replace(CONFIG, hidden_size=16, heads=2, reviews=200, lm_steps=2, rm_steps=2, held_out_pairs=48)
+
+
+def test_rank_correlation_by_hand() -> None:
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert rank_correlation(x, x.exp()) == pytest.approx(1)
+    assert rank_correlation(x, -x) == pytest.approx(-1)
+    # 1 - 6 sum d^2 / (n (n^2 - 1)) with ranks 2, 1, 4, 3: d^2 sum to 4, so 1 - 24 / 60
+    assert rank_correlation(x, torch.tensor([20.0, 10, 40, 30])) == pytest.approx(0.6)
+    # ties at their mean rank: 1.5, 1.5, 3 against 1, 2, 3 gives sqrt(3) / 2
+    assert rank_correlation(torch.tensor([5.0, 5, 7]), torch.tensor([1.0, 2, 3])) == pytest.approx(3**0.5 / 2)
+    assert rank_correlation(x, torch.ones(4)) == 0.0
+
+
+def test_agreement_tells_sign_from_size() -> None:
+    effects = torch.tensor([[0.0, 2.0, -1.0, 0.0], [0.0, 0, 0, 0]])  # the second row has no truth to find
+    good = agreement(torch.tensor([[0.0, 3.0, -1.0, 0.0]]).expand(2, 4), effects)
+    assert good == pytest.approx({"precision_at_k": 1, "signed": 1, "absolute": 1})
+    sizes = agreement(torch.tensor([[0.0, 3.0, 1.0, 0.0]]).expand(2, 4), effects)
+    assert sizes["absolute"] == pytest.approx(1)
+    assert sizes["signed"] < 1  # what ABC cannot say: a bad word in a good review
+
+
+@pytest.mark.parametrize(("reward", "value"), [("lexical", true_reward), ("contextual", contextual_reward)])
+def test_documents_carry_leave_one_out_effects(reward: str, value: object) -> None:
+    found = documents(12, reward, 5)  # type: ignore[arg-type]
+    words = vocabulary()
+    for ids, effects in zip(found.ids.tolist(), found.effects.tolist(), strict=True):
+        review = [words[i] for i in ids[1:]]
+        whole = value(review)  # type: ignore[operator]
+        for j, effect in enumerate(effects):
+            i = PROMPT_WORDS + j
+            assert effect == pytest.approx(whole - value(review[:i] + review[i + 1 :]))  # type: ignore[operator]
+    assert found.effects.any()
+
+
+def test_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(depth, "train_deep", lambda model, cache: train_deep(model, cache, TINY))
+    monkeypatch.setattr(depth, "LENGTHS", (8,))
+    path = study(DeepModel(3, 1), tmp_path / "cache", tmp_path)
+    found = json.loads(path.read_text())
+    assert (found["layers"], found["seed"], found["reward"]) == (3, 1, "lexical")
+    assert set(found["lengths"]["8"]["sources"]) == set(SOURCES)
+    for measures in found["lengths"]["8"]["sources"].values():
+        assert 0 <= measures["precision_at_k"] <= 1
+        assert measures["cost"] > 0.5
+    written = path.stat().st_mtime_ns
+    assert study(DeepModel(3, 1), tmp_path / "cache", tmp_path).stat().st_mtime_ns == written
+    folder = tmp_path / "cache" / "3 layers, seed 1"
+    trained = (folder / "model.safetensors").read_bytes()
+    assert train_deep(DeepModel(3, 1), tmp_path / "cache", TINY) == folder  # found, not trained again
+    assert (folder / "model.safetensors").read_bytes() == trained

@@ -1,0 +1,104 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from paper_models import save_models
+from typer.testing import CliRunner
+
+from benchmarks.paper.__main__ import app
+from benchmarks.paper.cells import Cell
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT2LMHeadModel and a two-label GPT2ForSequenceClassification, as the paper's IMDb models are."""
+    folder = tmp_path_factory.mktemp("models")
+    save_models(folder, labels=2)
+    return folder
+
+
+def call(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    return result.exit_code, " ".join(result.output.split()) or repr(result.exception)
+
+
+def own(folder: Path, out: Path) -> list[object]:
+    return [
+        "--policy",
+        folder / "policy",
+        "--reward-model",
+        folder / "reward_model",
+        "--prompts",
+        folder / "prompts.jsonl",
+        "--score-fn",
+        "logit[1] - logit[0]",
+        "--device",
+        "cpu",
+        "--out",
+        out,
+    ]
+
+
+@pytest.mark.parametrize("method", ["ABC", "ABC-D mean", "R3HF", "gradient x value, signed", "ABC shuffled"])
+def test_a_cell_on_local_folders(folder: Path, tmp_path: Path, method: str) -> None:
+    arguments = ["cell", method, "--length", "8-16", "--steps", 2, *own(folder, tmp_path)]
+    status, printed = call(*arguments)
+    assert status == 0, printed
+    cell = Cell(method=method, length="8-16", seed=0, steps=2)  # type: ignore[arg-type]
+    path = tmp_path / "runs" / cell.name
+    loaded = json.loads(path.read_text())
+    assert Cell(**loaded["cell"]) == cell
+    assert "true_reward" not in loaded["curves"]  # nobody knows it of a user's models
+    assert len(loaded["curves"]["score"]) == 2
+    written = path.stat().st_mtime_ns
+    assert call(*arguments)[0] == 0
+    assert path.stat().st_mtime_ns == written  # it was not run again
+
+
+def test_rto_takes_a_dpo_policy(folder: Path, tmp_path: Path) -> None:
+    arguments = ["cell", "RTO", "--length", "8-16", "--steps", 1, *own(folder, tmp_path)]
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert isinstance(result.exception, ValueError)
+    assert "RTO needs a DPO-trained policy" in str(result.exception)
+    result = CliRunner().invoke(app, [*map(str, arguments), "--dpo-policy", str(folder / "policy")])
+    assert "log-ratios to the policy are all alike" in str(result.exception)
+    save_models(tmp_path / "dpo", seed=3)
+    assert call(*arguments, "--dpo-policy", tmp_path / "dpo" / "policy")[0] == 0
+
+
+def test_summary_of_a_users_runs(folder: Path, tmp_path: Path) -> None:
+    for method in ("sparse", "ABC"):
+        for seed in (0, 1):
+            options = ["--length", "8-16", "--seed", seed, "--steps", 11]
+            assert call("cell", method, *options, *own(folder, tmp_path))[0] == 0
+    for path in (tmp_path / "runs").rglob("*.json"):  # as if they had been run in full
+        path.write_text(path.read_text().replace('"steps": 11', '"steps": 100'))
+    status, printed = call("summary", "--out", tmp_path)
+    assert status == 0, printed
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert found["methods 8-16"]["ABC"]["lead"][3] == 2
+    for name in ("learning_curves", "lengths", "beta_and_kl", "credit"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_wrong_use_is_named(folder: Path, tmp_path: Path) -> None:
+    status, printed = call("cell", "ABC", "--policy", folder / "policy", "--out", tmp_path)
+    assert status == 2
+    assert "--reward-model, --prompts" in printed
+    status, printed = call("cell", "ABC", *own(folder, tmp_path)[:-2])
+    assert status == 2
+    assert "--out" in printed
+    status, printed = call("all", "--only", "nonsense", "--out", tmp_path)
+    assert status == 2
+    assert "nonsense" in printed
+    status, printed = call("summary", "--out", tmp_path)
+    assert status == 2
+    assert "no runs" in printed

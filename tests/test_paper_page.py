@@ -1,0 +1,64 @@
+import json
+
+import pytest
+
+from benchmarks.paper.__main__ import HERE, RESULTS
+from benchmarks.paper.cells import SPARSE_BEST
+from benchmarks.paper.page import claims, fill, groups, tables
+from benchmarks.paper.summary import Results, best_of, summarise, to_json
+from benchmarks.paper.sweep import RUNS
+
+
+def test_the_committed_summary_is_that_of_the_committed_runs() -> None:
+    assert (RESULTS / "summary.json").read_text() == to_json(summarise(Results(RESULTS)))
+
+
+def test_the_pages_tables_are_the_committed_summarys() -> None:
+    page = (HERE / "README.md").read_text()
+    paper = json.loads((HERE / "paper_figures.json").read_text())
+    summary = json.loads((RESULTS / "summary.json").read_text())
+    assert fill(page, tables(summary, paper)) == page
+
+
+def test_sparses_best_setting_is_the_one_that_the_runs_chose() -> None:
+    assert best_of(Results(RESULTS).selection()) == (SPARSE_BEST["lam"], SPARSE_BEST["lr"])
+
+
+def test_every_run_names_machine_versions_and_commit() -> None:
+    paths = list((RESULTS / RUNS).rglob("*.json"))
+    assert paths
+    for path in paths:
+        run = json.loads(path.read_text())
+        assert run["machine"]["processor"]
+        assert run["versions"]["torch"]
+        assert run["commit"]
+    assert sum(path.stat().st_size for path in RESULTS.rglob("*") if path.is_file()) < 5e6
+
+
+def test_rows_by_hand() -> None:
+    row = {
+        "n": 5,
+        "mean": [1.234, 0.1, 0.2, 5],
+        "end": [2.0, 0.3, 0.456, 5],
+        "steps": {"1": 31.0, "2": None},
+        "kl_end": [7.25, 1.0, 1.0, 5],
+        "precision_at_k": [0.615, 0.1, 0.1, 5],
+        "collapsed": 1,
+        "lead": [0.5, 0.25, 4, 5],
+    }
+    table = groups({"ABC": row, "never run": {"n": 0}})
+    *_, last = table.splitlines()
+    assert last == (
+        "| ABC | 5 | 1.23 ± 0.10 | 2.00 ± 0.30 | 0.46 | 31 | never | 7.2 | 0.61 | 1 | +0.50 ± 0.25 (4 of 5) |"
+    )
+    assert "never run" not in table
+    assert groups({"ABC": {"n": 0}}) == "Not run yet."
+    one = {"claim": "it flies", "lead": [-1.0, None, 0, 1], "verdict": "not run"}
+    assert claims([one]).splitlines()[-1] == "| it flies | **not run** | -1.00 (0 of 1) |"
+
+
+def test_markers_and_tables_must_agree() -> None:
+    page = "a\n<!-- begin: x -->\nold\n<!-- end: x -->\nb\n"
+    assert fill(page, {"x": "| \\1 |"}) == "a\n<!-- begin: x -->\n| \\1 |\n<!-- end: x -->\nb\n"
+    with pytest.raises(ValueError, match="page: got the markers"):
+        fill(page, {"y": "new"})
