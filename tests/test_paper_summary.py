@@ -86,7 +86,7 @@ def test_paired_over_shared_seeds() -> None:
         (Lead(1.0, 0.9, 5, 5), "holds"),
         (Lead(1.0, 1.1, 4, 5), "not shown"),
         (Lead(-1.0, 0.9, 0, 5), "fails"),
-        (Lead(1.0, math.nan, 1, 1), "not run"),
+        (Lead(1.0, 0.1, 4, 4), "4 seeds only"),
     ],
 )
 def test_verdicts(lead: Lead, verdict: str) -> None:
@@ -139,14 +139,14 @@ def test_from_files_to_summary(tmp_path: Path) -> None:
     assert found["methods 40-60"]["ABC"]["lead"] == pytest.approx((3.0, 2 / math.sqrt(3), 3, 3))
     assert found["coverage"]["main"][0] == 6
     verdicts = {c["claim"]: c["verdict"] for c in claims(results)}
-    assert verdicts["ABC is ahead of sparse, 40-60 tokens"] == "holds"
+    assert verdicts["ABC is ahead of sparse, 40-60 tokens"] == "3 seeds only"
     assert verdicts["ABC is ahead of uniform, 40-60 tokens"] == "not run"
     text = to_json(found)
     assert "NaN" not in text
     assert json.loads(text)["methods 40-60"]["sparse"]["n"] == 3
 
 
-def test_no_best_setting_before_the_choice_is_complete(tmp_path: Path) -> None:
+def test_no_best_setting_before_one_has_all_its_seeds(tmp_path: Path) -> None:
     store(tmp_path, [run([1.0] * 20, LR_SEEDS[0], "sparse")])
     assert best_of(Results(tmp_path).selection()) is None
     assert summarise(Results(tmp_path))["headline"] == {}
