@@ -53,8 +53,8 @@ def test_rows_by_hand() -> None:
     )
     assert "never run" not in table
     assert groups({"ABC": {"n": 0}}) == "Not run yet."
-    one = {"claim": "it flies", "lead": [-1.0, None, 0, 1], "verdict": "1 seeds only"}
-    assert claims([one]).splitlines()[-1] == "| it flies | **1 seeds only** | -1.00 (0 of 1) |"
+    one = {"claim": "it flies", "lead": [-1.0, None, 0, 1], "verdict": "1 seed only"}
+    assert claims([one]).splitlines()[-1] == "| it flies | **1 seed only** | -1.00 (0 of 1) |"
 
 
 def test_markers_and_tables_must_agree() -> None:

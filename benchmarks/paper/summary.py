@@ -124,7 +124,7 @@ class Lead(NamedTuple):
     def verdict(self) -> str:
         """Whether the lead is larger than twice its standard error, and which way; of few seeds neither."""
         if self.n < len(FEW):
-            return f"{self.n} seeds only"
+            return f"{self.n} seed{'s' * (self.n > 1)} only"
         if self.mean - self.two_se > 0:
             return "holds"
         return "fails" if self.mean + self.two_se < 0 else "not shown"
