@@ -27,7 +27,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def call(*arguments: object) -> tuple[int, str]:
     result = CliRunner().invoke(app, [str(a) for a in arguments])
-    return result.exit_code, " ".join(result.output.split()) or repr(result.exception)
+    words = result.output.replace("│", " ").split()  # as rich wraps them in a box
+    return result.exit_code, " ".join(words) or repr(result.exception)
 
 
 def own(folder: Path, out: Path) -> list[object]:
