@@ -183,8 +183,9 @@ def operator(
                 prepare(given)
             leaves = Leaves([], [], [])
             structure = flatten([given[name] for name in names], leaves)
-            with torch.no_grad():
-                computed = iter(registered(*leaves, structure))
+            # Not under `torch.no_grad`, which compiled code does not leave when the operator raises.
+            detached = [x.detach() for x in leaves.tensors]
+            computed = iter(registered(detached, leaves.floats, leaves.ints, structure))
             return replaced(outputs(given), lambda _: next(computed))  # type: ignore[no-any-return]
 
         return call

@@ -835,7 +835,7 @@ def _gae(
     rank, r, v = None, rewards, values
     decaying = any(isinstance(gl, Tensor) or gl < 1 for gl in decays)
     if mask_semantics == "skip" and decaying and mask.interrupted:
-        rank = (mask.live.cumsum(1) - 1).clamp_(min=0)
+        rank = mask.live.cumsum(1).sub_(1).clamp_(min=0)
         r = torch.zeros_like(r).scatter_add_(1, rank, r)
         v = None if v is None else torch.zeros_like(v).scatter_add_(1, rank, v)
     in_place = work == returns.dtype

@@ -490,11 +490,16 @@ def table_of(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     import triton
 
     first = next(iter(found.values()))
+    # Targets specialise on different things, so that the same launch's variant has another place in each.
+    launches = zip(*(of_target["launches"] for of_target in found.values()), strict=True)
+    places: dict[int, list[int]] = {}
+    for launch in launches:
+        places.setdefault(launch[0]["variant"], [x["variant"] for x in launch])
     variants = []
     for i, variant in enumerate(first["variants"]):
         row = {name: variant[name] for name in ("kernel", "case", "constants")}
-        for target, of_target in found.items():
-            facts = of_target["variants"][i]
+        for (target, of_target), place in zip(found.items(), places[i], strict=True):
+            facts = of_target["variants"][place]
             row[target] = {name: facts[name] for name in COLUMNS if name in facts}
         variants.append(row)
     limits = {target: limits._asdict() for target, limits in LIMITS.items()}

@@ -185,3 +185,20 @@ def test_the_launcher_tells_apart_what_triton_does(target: str) -> None:
     found = printed_apart("kinds", target)
     assert len(found) > 20
     assert set(found) == {1}
+
+
+def test_a_row_of_the_table_is_one_launch_on_every_target() -> None:
+    """AMD's variants come in another order: it tells tensors within 2 GB from larger ones."""
+
+    def of_target(*kernels: str, registers: int) -> dict:
+        variants = [
+            {"kernel": name, "case": "", "constants": {}, "registers": registers + i}
+            for i, name in enumerate(kernels)
+        ]
+        return {"variants": variants, "launches": [{"variant": kernels.index(name)} for name in "xyx"]}
+
+    table = table_of({"a": of_target("x", "y", registers=10), "b": of_target("y", "x", registers=20)})
+    assert [(row["kernel"], row["a"], row["b"]) for row in table["variants"]] == [
+        ("x", {"registers": 10}, {"registers": 21}),
+        ("y", {"registers": 11}, {"registers": 20}),
+    ]

@@ -264,6 +264,7 @@ def test_bad_arguments_are_named_where_the_operator_runs() -> None:
     function = compiled(call, backend="eager")
     with pytest.raises(ValueError, match="score: got shape"):
         function("shape_rewards", arguments, "torch")
+    assert torch.is_grad_enabled()
 
 
 def test_a_process_group_is_compiled_too(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from parity import __main__ as main
 from parity import check, drivers
+from parity.adapters import ADAPTERS
 from parity.cases import CHOICES, WHOLE_SEQUENCE, draw
 
 
@@ -28,7 +29,7 @@ def test_functions_are_cut_out_of_a_checkout(tmp_path: Path) -> None:
 
 def test_requirements_are_pinned() -> None:
     names = {file.name.removesuffix(".txt").removesuffix(".no-deps") for file in main.REQUIREMENTS.iterdir()}
-    assert names == set(drivers.PACKAGES)
+    assert names == {*drivers.PACKAGES, *ADAPTERS}
     assert {*drivers.PACKAGES, *drivers.CHECKOUTS} == set(CHOICES)
     for file in main.REQUIREMENTS.iterdir():
         assert all("==" in line for line in file.read_text().splitlines()), file

@@ -1,4 +1,4 @@
-"""The README's calls run as they stand there."""
+"""The calls of the README and of the adapters' page run as they stand there."""
 
 import json
 import re
@@ -14,7 +14,13 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTo
 import attnshape
 from attnshape.serve.protocol import Completion
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "attnshape/integrations/README.md")
+BLOCKS = [
+    block
+    for page in PAGES
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+]
 B, S, R = 4, 12, 5
 
 
@@ -142,10 +148,24 @@ def test_several_reward_models_and_a_rule(names: dict[str, Any]) -> None:
     torch.testing.assert_close(names["out"].rewards, dense - 0.05 * kl)
 
 
+def test_credit_for_trl(names: dict[str, Any]) -> None:
+    test_credit_of_another_tokenizer(names)
+    given: list[Any] = []
+    names |= {
+        "texts": names["templated_texts"],
+        "tokenizer": names["policy_tokenizer"],
+        "queries": [torch.ones(1, dtype=torch.long)] * 2,
+        "responses": [torch.tensor(ids) for ids in names["response_ids"]],
+        "trainer": SimpleNamespace(step=lambda *rest, credits: given.extend([*rest, credits])),
+    }
+    exec(block("credits = alignment("), names)
+    torch.testing.assert_close(torch.stack(given[2]), names["score"])
+    torch.testing.assert_close(given[3], names["out"].credit)
+
+
 def test_every_link_of_the_pages_leads_somewhere() -> None:
-    root = Path(__file__).parents[1]
-    for page in root.rglob("*.md"):
-        if ".venv" in page.parts or any(part.startswith(".") for part in page.relative_to(root).parts):
+    for page in ROOT.rglob("*.md"):
+        if ".venv" in page.parts or any(part.startswith(".") for part in page.relative_to(ROOT).parts):
             continue
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
             if "://" not in target:

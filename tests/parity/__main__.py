@@ -90,10 +90,13 @@ def main() -> None:
     parser.add_argument("--checkout", action="append", default=[], metavar="FRAMEWORK=FOLDER")
     options = parser.parse_args()
     checkouts = {name: Path(path) for name, _, path in (x.partition("=") for x in options.checkout)}
-    if unknown := {*options.frameworks, *checkouts} - {*CHOICES}:
+    adapters_only = {file.stem for file in REQUIREMENTS.glob("*.txt")} - {*CHOICES}
+    if unknown := {*options.frameworks, *checkouts} - {*CHOICES} - adapters_only:
         parser.error(f"no such framework: {', '.join(sorted(unknown))}; there are {', '.join(CHOICES)}")
     failed = []
     for framework in options.frameworks or [*PACKAGES, *checkouts]:
+        if framework in adapters_only:
+            continue
         if framework in CHECKOUTS and framework not in checkouts:
             parser.error(f"{framework} is no package: give --checkout {framework}=FOLDER")
         failed += hold(framework, options.environments.absolute(), checkouts.get(framework))
