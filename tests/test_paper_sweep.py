@@ -71,7 +71,7 @@ sweep(CELLS, tiny_models(Path(sys.argv[1])), Path(sys.argv[2]), workers=2)
 
 
 def test_a_killed_sweep_goes_on_where_it_stopped(folder: Path, testbed: Models, tmp_path: Path) -> None:
-    """Killed, it goes on to the results of a sweep that nobody killed; all in fresh processes, as the command's."""
+    """Killed, it goes on to the results of a sweep that nobody killed; all in fresh processes."""
     out = tmp_path / "out"
     here = Path(__file__).parent
     program = subprocess.Popen(
