@@ -440,6 +440,10 @@ def claims(results: Results) -> list[dict[str, Any]]:
         )
         for method in DEEP_SOURCES
     ]
+    out += [
+        claim("R3HF is ahead of ABC, 40-60 tokens", paired(of("R3HF"), of("ABC"))),
+        claim("RTO is ahead of ABC, 40-60 tokens", paired(of("RTO"), of("ABC"))),
+    ]
     return out
 
 
