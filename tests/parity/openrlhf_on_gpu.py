@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-from parity.toys import CORPUS, save_policy
+from parity.toys import CORPUS, save_policy, small_llama
 
 PROMPTS = 16
 
@@ -49,18 +49,8 @@ def arguments(folder: Path) -> list[str]:
 
 def save_models(folder: Path) -> None:
     tokenizer = save_policy(folder / "policy")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    wide = {"hidden_size": 256, "intermediate_size": 256}
+    config = small_llama(tokenizer, eos_token_id=tokenizer.eos_token_id, **wide)
     torch.manual_seed(0)
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder / "policy")
     LlamaForSequenceClassification(config).bfloat16().save_pretrained(folder / "reward")

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from parity.openrlhf_on_gpu import arguments
-from parity.toys import CORPUS, save_policy
+from parity.toys import CORPUS, save_policy, small_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -53,18 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("openrlhf")
     tokenizer = save_policy(folder / "policy")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.5,
-    )
+    config = small_llama(tokenizer, max_position_embeddings=256, initializer_range=0.5)
     LlamaForSequenceClassification(config).save_pretrained(folder / "reward")
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"input": line}) + "\n" for line in CORPUS[:2]))
     rollouts = [

@@ -59,22 +59,27 @@ def save_policy(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def small_llama(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> LlamaConfig:
+    """Of one label and two layers, for this tokenizer."""
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "num_labels": 1,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return LlamaConfig(**{**settings, **changes})
+
+
 def save_reward_model(folder: Path) -> None:
     tokenizer = _tokenizer(340, ["<pad>", "</s>"], REWARD_TEMPLATE)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.3,
-    )
+    config = small_llama(tokenizer, initializer_range=0.3)
     LlamaForSequenceClassification(config).save_pretrained(folder)
 
 
