@@ -20,7 +20,8 @@ from benchmarks.paper.depth import (
 )
 from benchmarks.paper.sources import SOURCES
 
-TINY = replace(CONFIG, hidden_size=16, heads=2, reviews=200, lm_steps=2, rm_steps=2, held_out_pairs=48)
+TINY = replace(CONFIG, hidden_size=16, heads=2, reviews=200, lm_steps=2, held_out_pairs=48)
+MODEL = DeepModel(3, 1, steps=2)
 
 
 def test_rank_correlation_by_hand() -> None:
@@ -59,7 +60,7 @@ def test_documents_carry_leave_one_out_effects(reward: str, value: object) -> No
 def test_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(depth, "train_deep", lambda model, cache: train_deep(model, cache, TINY))
     monkeypatch.setattr(depth, "LENGTHS", (8,))
-    path = study(DeepModel(3, 1), tmp_path / "cache", tmp_path)
+    path = study(MODEL, tmp_path / "cache", tmp_path)
     found = json.loads(path.read_text())
     assert (found["layers"], found["seed"], found["reward"]) == (3, 1, "lexical")
     assert set(found["lengths"]["8"]["sources"]) == set(SOURCES)
@@ -67,8 +68,8 @@ def test_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert 0 <= measures["precision_at_k"] <= 1
         assert measures["cost"] > 0.5
     written = path.stat().st_mtime_ns
-    assert study(DeepModel(3, 1), tmp_path / "cache", tmp_path).stat().st_mtime_ns == written
-    folder = tmp_path / "cache" / "3 layers, seed 1"
+    assert study(MODEL, tmp_path / "cache", tmp_path).stat().st_mtime_ns == written
+    folder = tmp_path / "cache" / MODEL.name
     trained = (folder / "model.safetensors").read_bytes()
-    assert train_deep(DeepModel(3, 1), tmp_path / "cache", TINY) == folder  # found, not trained again
+    assert train_deep(MODEL, tmp_path / "cache", TINY) == folder  # found, not trained again
     assert (folder / "model.safetensors").read_bytes() == trained

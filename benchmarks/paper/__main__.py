@@ -42,7 +42,7 @@ from benchmarks.paper.cells import (
     Method,
     chosen,
 )
-from benchmarks.paper.depth import DeepModel, RewardName, study
+from benchmarks.paper.depth import CONFIG, DeepModel, RewardName, study
 from benchmarks.paper.page import fill, tables
 from benchmarks.paper.summary import Results, summarise, to_json
 from benchmarks.paper.sweep import RUNS, start_worker, sweep, todo
@@ -211,12 +211,13 @@ def depth(
     layers: Annotated[list[int] | None, typer.Option(help="Depths of reward models.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Training seeds.")] = None,
     reward: Annotated[RewardName, typer.Option(help="What the preferences are about.")] = "lexical",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of their training.")] = CONFIG.rm_steps,
     cache_dir: Cache = None,
     out: Out = RESULTS,
 ) -> None:
     """Train reward models of several depths, and measure which credit finds the words that matter."""
     start_worker()
-    models = [DeepModel(n, s, reward) for s in seed or MODEL_SEEDS for n in layers or DEPTHS]
+    models = [DeepModel(n, s, reward, steps) for s in seed or MODEL_SEEDS for n in layers or DEPTHS]
     with _bars() as bars:
         for model in bars.track(models, description="reward models"):
             study(model, (cache_dir or default_cache_dir()) / DEPTH, out)

@@ -53,10 +53,15 @@ PAPER: Length = "8-16"
 LAM, LAMS = 0.95, (0.95, 0.99, 1.0)
 BETA, BETAS = 0.8, (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SHIFTS = (5.0, -5.0)
+RTO_BETAS = (0.8, 0.4, 0.2, 0.1)
+"""Shares of RTO's log-ratios, from which one is chosen on ``LR_SEEDS``."""
+RTO_BEST = 0.1
+"""What that choice gave: ``summary`` makes it again from the runs."""
 DEPTHS = (1, 2, 4, 6)
 MODEL_SEEDS = (0, 1, 2, 3)
-DEEP, LONG = "4 layers, seed 0", "long"
-
+QUALITIES = (100, 400, 1200)
+"""Steps of training of 4-layer reward models; those of several depths have the second."""
+DEEP, LONG, LONGEST = "4 layers, seed 0", "long", "longest"
 
 DEEP_SOURCES: tuple[Method, ...] = (
     "norm-weighted rollout",
@@ -69,6 +74,7 @@ LENGTHS: tuple[tuple[Length, dict[str, Any]], ...] = (
     ("20-30", {}),
     ("40-60", {}),
     ("90-110", {"models": LONG}),
+    ("140-160", {"models": LONGEST}),
 )
 """New tokens, and whose models they are for."""
 
@@ -87,8 +93,9 @@ class Cell:
         beta: of ``R3HF``, whose token rewards replace the score, and of ``RTO`` and the signed source it is
             the share of the reward that is dense.
         shift: added to every standardised score, which no preference between completions depends on.
-        models: ``"testbed"``, ``"long"`` (trained on reviews long enough for 110 tokens), or a reward model
-            of the depth study, such as ``"4 layers, seed 1"``, with the testbed's policy.
+        models: ``"testbed"``, ``"long"`` and ``"longest"`` (trained on reviews long enough for 110 and 160
+            tokens), or a reward model of the depth study, such as ``"4 layers, seed 1"``, with the testbed's
+            policy.
     """
 
     method: Method
@@ -154,21 +161,43 @@ def _experiments() -> dict[str, list[Cell]]:
             for lr in LRS
             for cell in _cells(LR_SEEDS, ("sparse",), length=HEADLINE, lam=lam, lr=lr)
         ],
-        "headline": list(_cells(FEW, ("sparse", "ABC"), length=HEADLINE, **SPARSE_BEST)),
+        "headline": list(
+            _cells(SEEDS, ("sparse", "ABC", "uniform", "ABC shuffled"), length=HEADLINE, **SPARSE_BEST)
+        ),
         # Uniform also at beta 1, as the paper's code ran it.
         "methods": [
             *_cells(SEEDS, (*MAIN, "ABC-D mean", "ABC-D last", *CONTROLS), length=PAPER),
             *_cells(SEEDS, ("uniform",), length=PAPER, beta=1.0),
         ],
         "lengths": list(_cells(FEW, MAIN, length="20-30")),
-        "neighbours": list(_cells(FEW, ("R3HF", "RTO"), length=HEADLINE)),
+        "neighbours": [
+            *_cells(FEW, ("R3HF", "RTO"), length=HEADLINE),
+            *_cells(FEW, ("RTO",), length=HEADLINE, beta=RTO_BEST),
+            *_cells(FEW, ("R3HF",), length=HEADLINE, **SPARSE_BEST),
+        ],
+        "RTO's share": [
+            cell for beta in RTO_BETAS for cell in _cells(LR_SEEDS, ("RTO",), length=HEADLINE, beta=beta)
+        ],
         "beta": [cell for beta in BETAS for cell in _cells(FEW, ("ABC",), length=PAPER, beta=beta)],
         "shifted scores": [
             cell for shift in SHIFTS for cell in _cells(SEEDS, ("sparse", "ABC"), length=PAPER, shift=shift)
         ],
         # PPO with a deep reward model.
         "depth": list(_cells(FEW, DEEP_METHODS, length=HEADLINE, models=DEEP)),
-        "long responses": list(_cells(FEW, MAIN, length="90-110", models=LONG)),
+        "depth at sparse's best": list(
+            _cells(FEW, DEEP_METHODS, length=HEADLINE, models=DEEP, **SPARSE_BEST)
+        ),
+        "long responses": [
+            cell
+            for length, settings in LENGTHS
+            if settings
+            for cell in _cells(FEW, MAIN, length=length, **settings)
+        ],
+        "one reward model": [
+            cell
+            for length in get_args(Length)
+            for cell in _cells(FEW, ("sparse", "ABC"), length=length, models=LONGEST)
+        ],
         "lambda": [cell for lam in LAMS for cell in _cells(FEW, MAIN, length=HEADLINE, lam=lam)],
         "methods at 40-60": [
             *_cells(SEEDS, ("ABC-D mean", "ABC-D last"), length=HEADLINE),

@@ -1,4 +1,4 @@
-"""Which credit finds the words that matter, in reward models of several depths and training seeds.
+"""Which credit finds the words that matter, in reward models of several depths, qualities and training seeds.
 
 The truth of a token is its leave-one-out effect: how much the true reward falls when it is deleted.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import random
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -54,20 +56,24 @@ DOCUMENTS = 200
 PROMPT_WORDS = 4
 DOCUMENT_SEED = 77
 BATCH = 50
+GRADIENT, TOP = "gradient x value", 0.1
+"""Every source's top tenth of tokens is compared with this one's."""
 
 
 @dataclass(frozen=True)
 class DeepModel:
-    """One reward model of the study."""
+    """One reward model of the study, trained for ``steps``."""
 
     layers: int
     seed: int
     reward: RewardName = "lexical"
+    steps: int = CONFIG.rm_steps
 
     @property
     def name(self) -> str:
         context = "" if self.reward == "lexical" else f", {self.reward}"
-        return f"{self.layers} layers, seed {self.seed}{context}"
+        quality = "" if self.steps == CONFIG.rm_steps else f", {self.steps} steps"
+        return f"{self.layers} layers, seed {self.seed}{context}{quality}"
 
     @property
     def file(self) -> str:
@@ -84,7 +90,7 @@ def train_deep(model: DeepModel, cache: Path, config: ModelConfig = CONFIG) -> P
         trained, _ = train_language_model(replace(config, layers=model.layers))
         whole_folder(base, trained.save_pretrained)
     language_model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    changed = replace(config, layers=model.layers, seed=config.seed + 10 * model.seed)
+    changed = replace(config, layers=model.layers, seed=config.seed + 10 * model.seed, rm_steps=model.steps)
     reward_model, accuracy, true_accuracy = train_reward_model(
         changed, language_model, reward=REWARDS[model.reward].reward
     )
@@ -121,8 +127,10 @@ def measure(model: Any, reward: RewardName, length: int, count: int = DOCUMENTS)
     """For each source the means over documents of how well it finds the effects, and its CPU time.
 
     ``precision_at_k``: share of true ones among the ``k`` tokens with most credit, ``k`` the number of tokens
-    with an effect; ``signed`` and ``absolute``: rank correlation with the effects and with their sizes.
-    ``cost`` is CPU time over that of a forward that only scores.
+    with an effect; ``signed`` and ``absolute``: rank correlation with the effects and with their sizes. Two
+    measures need no truth: ``entropy`` of the credit over that of uniform credit, and ``overlap``, the share
+    of its top tenth that is in gradient x value's. ``cost`` is CPU time over that of a forward that only
+    scores.
     """
     found = documents(length, reward, count)
     mask = torch.ones(BATCH, length, dtype=torch.bool)
@@ -137,28 +145,53 @@ def measure(model: Any, reward: RewardName, length: int, count: int = DOCUMENTS)
                 model(ids, attention_mask=attend)
             plain = time.process_time() - begun
     chance = sum(float((e != 0).float().mean()) for e in found.effects) / len(found.effects)
-    out: dict[str, Any] = {"chance": round(chance, 4), "sources": {}}
+    weights, cost = {}, {}
     for name, source in SOURCES.items():
         begun = time.process_time()
-        weights = [source.compute(model, ids, attend, mask, start)[1] for ids in batches]
-        seconds = time.process_time() - begun
-        measures = agreement(torch.cat(weights), found.effects)
-        out["sources"][name] = {
-            **{key: round(value, 4) for key, value in measures.items()},
-            "cost": round(seconds / plain, 2),
+        weights[name] = torch.cat([source.compute(model, ids, attend, mask, start)[1] for ids in batches])
+        cost[name] = (time.process_time() - begun) / plain
+    marks = top_tokens(weights[GRADIENT])
+    measures = {
+        name: {
+            **agreement(w, found.effects),
+            "entropy": relative_entropy(w),
+            "overlap": _mean(precision_at_k(row.abs(), mark) for row, mark in zip(w, marks, strict=True)),
+            "cost": cost[name],
         }
-    return out
+        for name, w in weights.items()
+    }
+    rounded = {
+        name: {key: round(value, 4) for key, value in found.items()} for name, found in measures.items()
+    }
+    return {"chance": round(chance, 4), "sources": rounded}
 
 
 def agreement(weights: Tensor, effects: Tensor) -> dict[str, float]:
     """Means over the rows of ``[n, R]`` in which a token has an effect."""
     rows = [(w, e) for w, e in zip(weights, effects, strict=True) if bool((e != 0).any())]
-    found = {
-        "precision_at_k": [precision_at_k(w.abs(), e) for w, e in rows],
-        "signed": [rank_correlation(w, e) for w, e in rows],
-        "absolute": [rank_correlation(w.abs(), e.abs()) for w, e in rows],
+    return {
+        "precision_at_k": _mean(precision_at_k(w.abs(), e) for w, e in rows),
+        "signed": _mean(rank_correlation(w, e) for w, e in rows),
+        "absolute": _mean(rank_correlation(w.abs(), e.abs()) for w, e in rows),
     }
-    return {name: sum(x for x in xs if x is not None) / len(xs) for name, xs in found.items()}
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    return statistics.fmean(x for x in values if x is not None)
+
+
+def top_tokens(weights: Tensor) -> Tensor:
+    """1 at each row's largest tenth of ``[n, R]`` by size, at least at one token, and 0 elsewhere."""
+    k = max(1, round(TOP * weights.shape[1]))
+    return torch.zeros_like(weights).scatter(1, weights.abs().topk(k).indices, 1.0)
+
+
+def relative_entropy(weights: Tensor) -> float:
+    """Entropy of each row's sizes ``[n, R]`` over that of uniform credit, mean over rows: 1 is uniform."""
+    sizes = weights.abs().double()
+    return float(torch.special.entr(sizes / sizes.sum(1, keepdim=True)).sum(1).mean()) / math.log(
+        weights.shape[1]
+    )
 
 
 def rank_correlation(x: Tensor, y: Tensor) -> float:
@@ -186,6 +219,7 @@ def study(model: DeepModel, cache: Path, out: Path) -> Path:
         "layers": model.layers,
         "seed": model.seed,
         "reward": model.reward,
+        "steps": model.steps,
         "accuracy": accuracy,
         "true_accuracy": true_accuracy,
         "lengths": {str(n): measure(network, model.reward, n) for n in LENGTHS},

@@ -34,13 +34,15 @@ from attnshape.demo.models import (
 )
 from attnshape.demo.ppo import ActorCritic, PPOConfig, Record, train
 from attnshape.demo.run import REVIEWS_TRUTH, Reference, Setup, review_prompts
-from benchmarks.paper.cells import LONG, Cell
+from benchmarks.paper.cells import LONG, LONGEST, Cell
 from benchmarks.paper.credits import source_for
 
 MODELS = ModelConfig()
 """The demo's own models, whose reviews are long enough for 60 new tokens after a prompt."""
 LONG_MODELS = ModelConfig(positions=144, review_words=(60, 118), pair_words=(4, 112), rm_steps=1500)
 """For 110 new tokens. Longer pairs take longer to learn from."""
+LONGEST_MODELS = ModelConfig(positions=192, review_words=(100, 168), pair_words=(4, 164), rm_steps=2000)
+"""For 160 new tokens."""
 DEPTH, DPO = "depth", "dpo_policy"
 DPO_STEPS, DPO_BATCH, DPO_LR, DPO_BETA = 200, 32, 3e-4, 0.1
 CURVES = (
@@ -91,8 +93,9 @@ def own_models(
     cache_dir = cache_dir or default_cache_dir()
     folder, _, _ = trained_models(MODELS, cache_dir, on_step)
     setups = {"testbed": _setup(folder)}
-    if LONG in needed:
-        setups[LONG] = _setup(trained_models(LONG_MODELS, cache_dir, on_step)[0])
+    for name, config in ((LONG, LONG_MODELS), (LONGEST, LONGEST_MODELS)):
+        if name in needed:
+            setups[name] = _setup(trained_models(config, cache_dir, on_step)[0])
     for other in sorted((cache_dir / DEPTH).glob("* layers, seed *")):
         setups[other.name] = replace(setups["testbed"], reward_model=str(other))
     return Models(setups, functools.partial(own_dpo, folder))
