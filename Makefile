@@ -50,4 +50,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out gpu-out bench-out .parity .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV) demo-out gpu-out bench-out .parity .peers .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

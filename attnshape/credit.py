@@ -35,6 +35,7 @@ __all__ = [
     "segment_rewards",
     "signed_rollout",
     "sparse",
+    "top_overlap",
     "uniform",
 ]
 
@@ -246,6 +247,53 @@ def centered(weights: Tensor, response_mask: Tensor, *, response_cu_seqlens: Ten
     padded = _pad(rows, weights).double().masked_fill(~rows.live, 0.0)
     mean = padded.sum(1, keepdim=True) / rows.live.sum(1, keepdim=True).clamp(min=1)
     return rows.restore((padded - mean).masked_fill(~rows.live, 0.0).to(compute_dtype(weights)))
+
+
+@torch.no_grad()
+def top_overlap(
+    first: Tensor,
+    second: Tensor,
+    response_mask: Tensor,
+    *,
+    share: float = 0.1,
+    response_cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """How far two sources agree on which tokens matter, which needs no truth.
+
+    Of a row's ``n`` unmasked tokens each source picks the ``max(1, round(share * n))`` with the largest
+    weights, signs aside; returned is the share that both picked, in expectation over ties broken at random.
+    Sources that know nothing of each other reach about ``share``. Held against ``gradient_weights`` it tells
+    an attention row that points at the words that moved the score from one that does not, which the entropy
+    in ``metrics`` cannot (``benchmarks/paper/README.md``).
+
+    Args:
+        first, second: weights of either sign, padded or packed.
+        share: of the tokens to compare, above 0, at most 1.
+        response_mask, response_cu_seqlens: as for ``uniform``.
+
+    Returns:
+        float32 ``[B]``, 0 to 1; NaN in rows that are empty or hold a NaN.
+    """
+    rows = _rows(response_mask, response_cu_seqlens)
+    _checks.check_like_mask("first", first, response_mask)
+    _checks.check_like_mask("second", second, response_mask)
+    _checks.check_number("share", share)
+    if not 0 < share <= 1:
+        raise ValueError(f"share: got {share}, want a number above 0, at most 1")
+    count = rows.live.sum(1, keepdim=True)
+    k = (share * count).round().clamp(min=1).minimum(count)
+    both = _picked(_pad(rows, first), rows.live, k) * _picked(_pad(rows, second), rows.live, k)
+    return (both.sum(1) / k[:, 0]).float()
+
+
+def _picked(weights: Tensor, live: Tensor, k: Tensor) -> Tensor:
+    """Probability of each token of ``[B, R]`` to be among its row's ``k`` largest, ties broken at random."""
+    sizes = weights.double().abs().masked_fill(~live, -1.0)
+    places = torch.arange(sizes.shape[1], device=sizes.device)
+    cut = sizes.sort(1, descending=True).values.where(places == k - 1, 0.0).sum(1, keepdim=True)
+    above, tied = sizes > cut, live & (sizes == cut)
+    picked = above + tied * (k - above.sum(1, keepdim=True)) / tied.sum(1, keepdim=True)
+    return picked.masked_fill(sizes.isnan().any(1, keepdim=True), torch.nan)
 
 
 # Signed weights from the reward model's inside -------------------------------------------------------

@@ -182,6 +182,49 @@ def test_centered() -> None:
     )
 
 
+def overlap_by_hand(first: list[float], second: list[float], share: float) -> float:
+    """Means over all ways to break ties, each source's by itself."""
+    k = max(1, round(share * len(first)))
+
+    def ways(weights: list[float]) -> list[set[int]]:
+        sizes = [abs(w) for w in weights]
+        top = sorted(sizes, reverse=True)[:k]
+        found = itertools.combinations(range(len(sizes)), k)
+        return [set(c) for c in found if sorted((sizes[i] for i in c), reverse=True) == top]
+
+    shares = [len(a & b) / k for a in ways(first) for b in ways(second)]
+    return sum(shares) / len(shares)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 1.0])
+def test_top_overlap(share: float) -> None:
+    mask = response_mask()
+    first = normal(B, R, seed=1)
+    second = (first + normal(B, R, seed=2)).round()  # with ties
+    bounds = torch.arange(0, B * R + 1, R, dtype=torch.int32)
+    got = credit.top_overlap(poisoned(first, mask), poisoned(second, mask), mask, share=share)
+    packed = credit.top_overlap(
+        first.flatten(), second.flatten(), mask.flatten(), share=share, response_cu_seqlens=bounds
+    )
+    assert got.dtype == torch.float32
+    for b in range(B):
+        if mask[b].any():
+            want = overlap_by_hand(first[b, mask[b]].tolist(), second[b, mask[b]].tolist(), share)
+            assert got[b].item() == pytest.approx(want, abs=1e-6)
+        else:
+            assert got[b].isnan()
+    torch.testing.assert_close(packed, got, equal_nan=True)
+
+
+def test_top_overlap_of_sources_that_agree_and_that_do_not() -> None:
+    mask, x = torch.ones(2, 200), normal(2, 200)
+    assert credit.top_overlap(x, -2 * x, mask).tolist() == [1.0, 1.0]
+    torch.testing.assert_close(credit.top_overlap(x, torch.ones(2, 200), mask), torch.full((2,), 0.1))
+    bad = torch.where(torch.arange(200) == 7, torch.nan, x[:1]).expand(2, 200).clone()
+    bad[1] = x[1]
+    assert credit.top_overlap(bad, x, mask).isnan().tolist() == [True, False]
+
+
 def test_centered_weights_leave_the_score_alone() -> None:
     mask, score, weights = response_mask(), normal(B), normal(B, R, seed=1) * 50
     rewards = shape_rewards(
@@ -397,6 +440,7 @@ def test_empty(shape: tuple[int, int]) -> None:
         credit.centered(x, mask),
     ):
         assert out.shape == shape
+    assert credit.top_overlap(x, x, mask).shape == shape[:1]
 
 
 def bad_calls() -> dict[str, Callable[[], object]]:
@@ -429,6 +473,11 @@ def bad_calls() -> dict[str, Callable[[], object]]:
         "mean: got 1.0, want (w, b)": lambda: segments(x, x, mask, cutoff=1.0, mean=1.0),
         "std: got inf": lambda: segments(x, x, mask, cutoff=1.0, std=(0.0, math.inf)),
         "weights: got shape": lambda: credit.centered(row, mask),
+        "first: got shape": lambda: credit.top_overlap(row, x, mask),
+        "second: got NoneType": lambda: credit.top_overlap(x, None, mask),
+        "share: got 0,": lambda: credit.top_overlap(x, x, mask, share=0),
+        "share: got 1.5": lambda: credit.top_overlap(x, x, mask, share=1.5),
+        "share: got Tensor": lambda: credit.top_overlap(x, x, mask, share=row),
         "inputs: got tuple": lambda: credit.gradient_weights(row, (inputs,), mask, **place),
         "inputs: got shape (2, 5)": lambda: credit.gradient_weights(row, inputs[..., 0], mask, **place),
         "inputs: got a tensor without gradient": lambda: credit.gradient_weights(

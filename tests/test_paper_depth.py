@@ -6,15 +6,20 @@ import pytest
 import torch
 
 from attnshape.demo.corpus import true_reward, vocabulary
+from attnshape.demo.models import train_language_model, train_reward_model
 from benchmarks.paper import depth
 from benchmarks.paper.contextual import contextual_reward
 from benchmarks.paper.depth import (
+    BATCH,
     CONFIG,
+    GRADIENT,
     PROMPT_WORDS,
     DeepModel,
     agreement,
     documents,
+    measure,
     rank_correlation,
+    relative_entropy,
     study,
     train_deep,
 )
@@ -73,3 +78,17 @@ def test_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = (folder / "model.safetensors").read_bytes()
     assert train_deep(MODEL, tmp_path / "cache", TINY) == folder  # found, not trained again
     assert (folder / "model.safetensors").read_bytes() == trained
+
+
+def test_relative_entropy_by_hand() -> None:
+    weights = torch.tensor([[-8.0, 0.0, 0.0, 0.0], [1.0, 1.0, -1.0, 1.0]])
+    assert relative_entropy(weights) == pytest.approx(0.5)  # one token, and all alike
+
+
+def test_gradient_x_value_overlaps_with_itself() -> None:
+    torch.manual_seed(0)
+    base, _ = train_language_model(replace(TINY, layers=1))
+    model, *_ = train_reward_model(replace(TINY, layers=1, rm_steps=2), base)
+    found = measure(model, "lexical", 12, BATCH)["sources"]
+    assert found[GRADIENT]["overlap"] == 1.0
+    assert all(0 <= x["overlap"] <= 1 and 0 < x["entropy"] <= 1 for x in found.values())

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from benchmarks.paper.__main__ import HERE, RESULTS
-from benchmarks.paper.cells import SPARSE_BEST
+from benchmarks.paper.cells import RTO_BEST, SPARSE_BEST
 from benchmarks.paper.page import claims, fill, groups, tables
 from benchmarks.paper.summary import Results, best_of, summarise, to_json
 from benchmarks.paper.sweep import RUNS
@@ -20,8 +20,10 @@ def test_the_pages_tables_are_the_committed_summarys() -> None:
     assert fill(page, tables(summary, paper)) == page
 
 
-def test_sparses_best_setting_is_the_one_that_the_runs_chose() -> None:
-    assert best_of(Results(RESULTS).selection()) == (SPARSE_BEST["lam"], SPARSE_BEST["lr"])
+def test_chosen_settings_are_those_that_the_runs_chose() -> None:
+    results = Results(RESULTS)
+    assert best_of(results.selection("sparse", "lam", "lr")) == (SPARSE_BEST["lam"], SPARSE_BEST["lr"])
+    assert best_of(results.selection("RTO", "beta")) == (RTO_BEST,)
 
 
 def test_every_run_names_machine_versions_and_commit() -> None:

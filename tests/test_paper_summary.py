@@ -6,22 +6,29 @@ from typing import Any
 import pytest
 
 from benchmarks.paper.cells import LAM, LR_SEEDS, LRS, Cell, Method
+from benchmarks.paper.depth import CONFIG
 from benchmarks.paper.summary import (
     Lead,
     Results,
     Run,
     best_of,
     claims,
+    credit_by_depth,
+    credit_by_quality,
     estimate,
     group,
     median_steps,
     paired,
     summarise,
     to_json,
+    without_the_truth,
 )
 from benchmarks.paper.sweep import write_run
 
 INITIAL = {"mean": 0.0, "std": 1.0, "true_mean": 1.0, "true_std": 2.0}
+
+
+SPARSE = ("sparse", "lam", "lr")
 
 
 def run(
@@ -38,6 +45,8 @@ def run(
         "score": [x / 2 for x in rewards],
         "kl": kl or [float(i) for i in range(n)],
         "end_mass": [0.1] * n,
+        "length": [math.e**2] * n,
+        "credit_entropy": [0.5, *[1.5] * (n - 1)],
         "precision_at_k": [math.nan, *[0.5] * (n - 1)],
     }
     return Run(cell, INITIAL, curves)
@@ -107,7 +116,10 @@ def test_group() -> None:
     assert rows["kl_end"].mean == pytest.approx(14.5)
     assert rows["steps"] == {"1": 1.0, "2": None}
     assert rows["precision_at_k"].mean == 0.5
+    assert rows["entropy"].mean == pytest.approx((0.25 + 19 * 0.75) / 20)  # over log e^2
+    assert "entropy" not in group([run([3.0] * 20, 0, "R3HF")])  # its credit is not what it pays by
     assert rows["lead"][:1] == (2.0,)
+    assert rows["lead_sd"][:1] == (1.0,)
     assert rows["lead"].n == 1
     assert group([]) == {"n": 0}
 
@@ -125,18 +137,21 @@ def test_from_files_to_summary(tmp_path: Path) -> None:
             for seed in LR_SEEDS:
                 level = 9.0 if (lam, lr) == (1.0, LRS[1]) else 3.0
                 runs.append(run([level] * 20, seed, "sparse", kl=[2.0] * 20, lam=lam, lr=lr))
+    runs += [run([8.0 * beta] * 20, seed, "RTO", beta=beta) for beta in (0.1, 0.4) for seed in LR_SEEDS]
     store(tmp_path, runs)
     results = Results(tmp_path)
     assert len(results.runs) == len(runs)
     assert [r.cell.seed for r in results.of("sparse", "40-60")] == [0, 1, 2]  # none of the choice's seeds
-    assert [r.cell.seed for r in results.selection()[1.0, LRS[1]]] == list(LR_SEEDS)
-    assert best_of(results.selection()) == (1.0, LRS[1])
+    assert [r.cell.seed for r in results.selection(*SPARSE)[1.0, LRS[1]]] == list(LR_SEEDS)
+    assert best_of(results.selection(*SPARSE)) == (1.0, LRS[1])
+    assert best_of(results.selection("RTO", "beta")) == (0.4,)
     found = summarise(results)
     # half of the reward, which is the score, less a tenth of KL 2
-    chosen = found["learning rates"][f"lambda 1, lr {LRS[1]:g}"]
+    chosen = found["learning rates"][f"sparse, lambda 1, lr {LRS[1]:g}"]
     assert (chosen["mean"].mean, chosen["penalised"].mean) == pytest.approx((9.0, 4.3))
     # leads 2, 3, 4: mean 3, sd 1
     assert found["methods 40-60"]["ABC"]["lead"] == pytest.approx((3.0, 2 / math.sqrt(3), 3, 3))
+    assert set(found["RTO's share"]) == {"RTO, beta 0.1", "RTO, beta 0.4"}
     assert found["coverage"]["main"][0] == 6
     verdicts = {c["claim"]: c["verdict"] for c in claims(results)}
     assert verdicts["ABC is ahead of sparse, 40-60 tokens"] == "3 seeds only"
@@ -148,5 +163,42 @@ def test_from_files_to_summary(tmp_path: Path) -> None:
 
 def test_no_best_setting_before_one_has_all_its_seeds(tmp_path: Path) -> None:
     store(tmp_path, [run([1.0] * 20, LR_SEEDS[0], "sparse")])
-    assert best_of(Results(tmp_path).selection()) is None
+    assert best_of(Results(tmp_path).selection(*SPARSE)) is None
     assert summarise(Results(tmp_path))["headline"] == {}
+
+
+def reward_model(layers: int, seed: int, precision: float, steps: int = CONFIG.rm_steps) -> dict[str, Any]:
+    """What ``depth`` writes of a reward model: entropy falls and overlap rises with the precision."""
+    measures = {"precision_at_k": precision, "signed": 0.0, "entropy": 1 - precision, "overlap": precision**2}
+    found = {"chance": 0.1, "sources": {"last row": measures}}
+    return {
+        "layers": layers,
+        "seed": seed,
+        "reward": "lexical",
+        "steps": steps,
+        "accuracy": 0.5 + precision / 2,
+        "lengths": {"12": found, "50": found},
+    }
+
+
+def test_reward_models(tmp_path: Path) -> None:
+    """Quality is no depth; what needs no truth is held against what does."""
+    results = Results(tmp_path)
+    assert without_the_truth(results) == {}
+    results.models = [
+        reward_model(1, 0, 0.8),
+        reward_model(4, 0, 0.2),
+        reward_model(4, 1, 0.4),
+        reward_model(4, 0, 0.6, steps=1200),
+    ]
+    depths = credit_by_depth(results)
+    assert set(depths) == {"lexical, 12 tokens", "lexical, 50 tokens"}
+    four = depths["lexical, 50 tokens"]["4"]
+    assert (four["n"], four["accuracy"]) == (2, 0.65)
+    assert four["sources"]["last row"]["precision_at_k"][:2] == pytest.approx((0.3, 0.2))
+    quality = credit_by_quality(results)
+    assert {steps: found["n"] for steps, found in quality.items()} == {"400": 2, "1200": 1}
+    seen = without_the_truth(results)
+    assert seen["models"] == 4
+    for name in ("entropy", "overlap"):
+        assert seen[name] == pytest.approx({"correlation": 1.0, "below": 0.3, "above": 0.7})

@@ -234,7 +234,7 @@ def summary(*, out: Out = RESULTS) -> None:
     with whole_file(out / "summary.json") as file:
         file.write(to_json(found))
     figures.learning(results, out / "learning_curves.png")
-    figures.lengths(results, paper, out / "lengths.png")
+    figures.lengths(results, found, paper, out / "lengths.png")
     figures.beta(results, BETAS, paper, out / "beta_and_kl.png")
     figures.credit(results, found, out / "credit.png")
     made = tables(json.loads(to_json(found)), paper)

@@ -59,8 +59,8 @@ RTO_BEST = 0.1
 """What that choice gave: ``summary`` makes it again from the runs."""
 DEPTHS = (1, 2, 4, 6)
 MODEL_SEEDS = (0, 1, 2, 3)
-QUALITIES = (100, 400, 1200)
-"""Steps of training of 4-layer reward models; those of several depths have the second."""
+QUALITY_LAYERS, QUALITIES = 4, (100, 400, 1200)
+"""Steps of training of reward models of this depth; those of other depths have the second."""
 DEEP, LONG, LONGEST = "4 layers, seed 0", "long", "longest"
 
 DEEP_SOURCES: tuple[Method, ...] = (
@@ -68,6 +68,8 @@ DEEP_SOURCES: tuple[Method, ...] = (
     "gradient x value",
     "gradient x value, signed",
 )
+SIGNED: tuple[Method, ...] = ("R3HF", "RTO", "gradient x value, signed")
+"""Methods whose token rewards stand in place of credit or beside a share of it that says nothing."""
 DEEP_METHODS: tuple[Method, ...] = ("sparse", "ABC", *DEEP_SOURCES, "ABC shuffled")
 LENGTHS: tuple[tuple[Length, dict[str, Any]], ...] = (
     ("8-16", {}),

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from attnshape import credit
 from attnshape.demo.agreement import precision_at_k
 from attnshape.demo.corpus import BOS, build_tokenizer, leave_one_out, true_reward, vocabulary, write_review
 from attnshape.demo.models import ModelConfig, train_language_model, train_reward_model
@@ -56,7 +57,7 @@ DOCUMENTS = 200
 PROMPT_WORDS = 4
 DOCUMENT_SEED = 77
 BATCH = 50
-GRADIENT, TOP = "gradient x value", 0.1
+GRADIENT = "gradient x value"
 """Every source's top tenth of tokens is compared with this one's."""
 
 
@@ -150,12 +151,12 @@ def measure(model: Any, reward: RewardName, length: int, count: int = DOCUMENTS)
         begun = time.process_time()
         weights[name] = torch.cat([source.compute(model, ids, attend, mask, start)[1] for ids in batches])
         cost[name] = (time.process_time() - begun) / plain
-    marks = top_tokens(weights[GRADIENT])
+    everywhere = torch.ones_like(found.effects)
     measures = {
         name: {
             **agreement(w, found.effects),
             "entropy": relative_entropy(w),
-            "overlap": _mean(precision_at_k(row.abs(), mark) for row, mark in zip(w, marks, strict=True)),
+            "overlap": credit.top_overlap(w, weights[GRADIENT], everywhere).mean().item(),
             "cost": cost[name],
         }
         for name, w in weights.items()
@@ -178,12 +179,6 @@ def agreement(weights: Tensor, effects: Tensor) -> dict[str, float]:
 
 def _mean(values: Iterable[float | None]) -> float:
     return statistics.fmean(x for x in values if x is not None)
-
-
-def top_tokens(weights: Tensor) -> Tensor:
-    """1 at each row's largest tenth of ``[n, R]`` by size, at least at one token, and 0 elsewhere."""
-    k = max(1, round(TOP * weights.shape[1]))
-    return torch.zeros_like(weights).scatter(1, weights.abs().topk(k).indices, 1.0)
 
 
 def relative_entropy(weights: Tensor) -> float:

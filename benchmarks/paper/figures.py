@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from attnshape.demo import plots
 from attnshape.demo.results import smooth
-from benchmarks.paper.cells import DEEP, DEEP_SOURCES, HEADLINE, LAM, LENGTHS, MAIN, PAPER, Length
-from benchmarks.paper.summary import Results, Run
+from benchmarks.paper.cells import DEEP, DEEP_SOURCES, DEPTHS, HEADLINE, LAM, LENGTHS, MAIN, PAPER, Length
+from benchmarks.paper.summary import QUALITY_LENGTH, Results, Run
 
 COLORS: dict[str, str] = {
     **plots.COLORS,
@@ -82,9 +82,11 @@ def learning(results: Results, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def lengths(results: Results, paper: dict[str, Any], path: Path) -> None:
-    """Mean reward over steps by length of the response: the paper's, and ours."""
-    figure, (theirs, ours) = _figure(2, "Mean reward over 100 steps by response length, ± 2 standard errors")
+def lengths(results: Results, summary: dict[str, Any], paper: dict[str, Any], path: Path) -> None:
+    """Mean reward over steps by length of the response, the paper's and ours, and ABC's lead over sparse."""
+    figure, (theirs, ours, lead) = _figure(
+        3, "Mean reward over 100 steps by response length, ± 2 standard errors"
+    )
     for method in MAIN:
         found = [(n, x[method]) for n, x in paper["methods"].items() if method in x]
         middle = [_middle(n) for n, _ in found]
@@ -97,13 +99,24 @@ def lengths(results: Results, paper: dict[str, Any], path: Path) -> None:
             capsize=3,
             label=method,
         )
-        points = [(n, results.of(method, n, **s)) for n, s in LENGTHS]
-        _errorbar(ours, [(_middle(n), runs) for n, runs in points if runs], method)
+        run = [(_middle(n), results.of(method, n, **s)) for n, s in LENGTHS]
+        _errorbar(ours, [(x, runs) for x, runs in run if runs], method)
     theirs.set_title("the paper: reward model's reward", fontsize="medium")
     ours.set_title("here: true reward", fontsize="medium")
-    for axes in (theirs, ours):
+    for table, label, style in (
+        ("lengths", "reward model of each length", "o-"),
+        ("one reward model", "one reward model", "s--"),
+    ):
+        rows = [(_middle(n), summary[table][f"ABC, {n}"].get("lead_sd")) for n in get_args(Length)]
+        points = [(x, *found[:2]) for x, found in rows if found]
+        if points:
+            lead.errorbar(*zip(*points, strict=True), fmt=style, capsize=3, color=COLORS["ABC"], label=label)
+    lead.axhline(0, color="k", linewidth=0.8)
+    lead.set_title("ABC's lead over sparse, in initial sd", fontsize="medium")
+    for axes in (theirs, ours, lead):
         axes.set_xlabel("new tokens")
-    _legend(theirs)
+    for axes in (theirs, lead):
+        _legend(axes)
     figure.savefig(path, dpi=130)
 
 
@@ -147,8 +160,8 @@ def beta(results: Results, betas: Sequence[float], paper: dict[str, Any], path: 
 
 
 def credit(results: Results, summary: dict[str, Any], path: Path) -> None:
-    """Precision at k by depth of the reward model; and whether better credit went with faster learning."""
-    figure, (depth, speed) = _figure(2, "How well credit finds the words that matter", width=6.6)
+    """Precision at k by depth of the reward model; what a user sees of it; whether learning went faster."""
+    figure, (depth, seen, speed) = _figure(3, "How well credit finds the words that matter", width=6.6)
     depths = summary["credit by depth"].get("lexical, 50 tokens", {})
     columns = sorted(depths, key=int)
     if columns:
@@ -160,6 +173,18 @@ def credit(results: Results, summary: dict[str, Any], path: Path) -> None:
         _legend(depth, **BESIDE)
     depth.set_xlabel("layers of the reward model")
     depth.set_title("precision at k, 50 tokens", fontsize="medium")
+    for i, layers in enumerate(DEPTHS):
+        last = [
+            m["lengths"][QUALITY_LENGTH]["sources"]["last row"]
+            for m in results.models
+            if m["layers"] == layers
+        ]
+        if last:
+            x, y = [m["overlap"] for m in last], [m["precision_at_k"] for m in last]
+            seen.scatter(x, y, color=f"C{i}", label=f"{layers} layer{'s' * (layers > 1)} ({len(last)})")
+    seen.set_xlabel("top tenth shared with gradient x value: needs no truth")
+    seen.set_title("precision at k of the last row, 50 tokens, by reward model", fontsize="medium")
+    _legend(seen)
     for models, marker, note in (("testbed", "o", ""), (DEEP, "^", ", 4-layer reward model")):
         for method in (*COLORS, *DEEP_SOURCES):
             runs = [

@@ -32,11 +32,14 @@ def tables(summary: Summary, paper: dict[str, Any]) -> dict[str, str]:
     out = {
         "coverage": coverage(summary["coverage"]),
         "claims": claims(summary["claims"]),
-        "learning rates": learning_rates(summary["learning rates"]),
+        "learning rates": choices(summary["learning rates"]),
+        "RTO's share": choices(summary["RTO's share"]),
         "kl": reward_at_kl(summary["KL"]),
         "credit and speed": credit_and_speed(summary["credit and speed"]),
         "paper": paper_table(paper),
-        "beside the paper": beside(summary["lengths"], paper),
+        "beside the paper": beside(summary["lengths"], summary["one reward model"], paper),
+        "credit by quality": credit(summary["credit by quality"], "step"),
+        "without the truth": without_the_truth(summary["without the truth"]),
     }
     for name in (
         "headline",
@@ -46,7 +49,9 @@ def tables(summary: Summary, paper: dict[str, Any]) -> dict[str, str]:
         "lengths",
         "beta",
         "shifted scores",
+        "one reward model",
         "deep reward model",
+        "deep reward model, sparse's best",
     ):
         out[name] = groups(summary[name])
     for name, depths in summary["credit by depth"].items():
@@ -127,9 +132,13 @@ def coverage(found: dict[str, list[int]]) -> str:
     return _table(["experiment", "cells run", "cells"], [[n, str(a), str(b)] for n, (a, b) in found.items()])
 
 
-def learning_rates(found: dict[str, Any]) -> str:
-    seeds = f"seeds {LR_SEEDS[0]} to {LR_SEEDS[-1]}"
-    heads = [f"sparse, {seeds}", "true reward, mean", "score less KL penalty", "collapsed"]
+def choices(found: dict[str, Any]) -> str:
+    heads = [
+        f"seeds {LR_SEEDS[0]} to {LR_SEEDS[-1]}",
+        "true reward, mean",
+        "score less KL penalty",
+        "collapsed",
+    ]
     rows = [
         [name, _spread(x["mean"]), _spread(x["penalised"]), str(x["collapsed"])] for name, x in found.items()
     ]
@@ -147,8 +156,33 @@ def reward_at_kl(rows: dict[str, Any]) -> str:
 
 
 def credit_and_speed(rows: dict[str, Any]) -> str:
-    heads = ["40-60 tokens", "P@k during PPO", "lead over sparse (seeds ahead)"]
-    return _table(heads, [[k, _spread(row["precision_at_k"]), _lead(row["lead"])] for k, row in rows.items()])
+    heads = ["40-60 tokens", "P@k during PPO", "entropy / uniform's", "lead over sparse (seeds ahead)"]
+    body = [
+        [
+            label,
+            _spread(row["precision_at_k"]),
+            f"{row['entropy'][0]:.2f}" if "entropy" in row else "",
+            _lead(row["lead"]),
+        ]
+        for label, row in rows.items()
+    ]
+    return _table(heads, body)
+
+
+def without_the_truth(found: dict[str, Any]) -> str:
+    heads = [
+        f"last row of {found.get('models', 0)} reward models, 50 tokens",
+        "rank correlation with P@k",
+        "P@k of the worse half",
+        "of the better half",
+    ]
+    labels = {"entropy": "low entropy", "overlap": "top tenth shared with gradient x value"}
+    body = [
+        [label, *[f"{found[name][x]:.2f}" for x in ("correlation", "below", "above")]]
+        for name, label in labels.items()
+        if name in found
+    ]
+    return _table(heads, body)
 
 
 def paper_table(paper: dict[str, Any]) -> str:
@@ -161,26 +195,32 @@ def paper_table(paper: dict[str, Any]) -> str:
     return _table(heads, rows)
 
 
-def beside(rows: dict[str, Any], paper: dict[str, Any]) -> str:
+def beside(rows: dict[str, Any], one_model: dict[str, Any], paper: dict[str, Any]) -> str:
     """ABC's lead over sparse by length: the paper's and this testbed's, each in its own unit."""
     body = []
     for length, lead in paper["lead_by_length"].items():
-        here = rows.get(f"ABC, {length}", {}).get("lead")
-        body.append([length, f"{lead:+.2f}", _lead(here) or "not run"])
-    return _table(["new tokens", "the paper's lead", "here"], body)
+        row, same = rows.get(f"ABC, {length}", {}), one_model.get(f"ABC, {length}", {})
+        cells = [row.get("lead"), row.get("lead_sd"), same.get("lead_sd")]
+        body.append([length, f"{lead:+.2f}", *[_lead(x) or "not run" for x in cells]])
+    heads = ["new tokens", "the paper's lead", "here", "in initial sd", "one reward model, in initial sd"]
+    return _table(heads, body)
 
 
-def credit(depths: dict[str, Any]) -> str:
-    """Precision at k by source and depth; in brackets the rank correlations, signed and of sizes."""
-    columns = sorted(depths, key=int)
-    heads = ["source", *[f"{n} layers" if n != "1" else "1 layer" for n in columns]]
-    rows = [["reward model's held-out accuracy", *[f"{depths[n]['accuracy']:.2f}" for n in columns]]]
-    rows.append(["seeds", *[str(next(iter(depths[n]["sources"].values()))["signed"][3]) for n in columns]])
-    rows.append(["chance", *[f"{depths[n]['chance']:.2f}" for n in columns]])
+def credit(groups: dict[str, Any], unit: str = "layer") -> str:
+    """Precision at k by source and group of reward models; in brackets the rank correlations, signed and of
+    sizes."""
+    counts = sorted(groups, key=int)
+    columns = [groups[n] for n in counts]
+    heads = ["source", *[f"{n} {unit}{'s' * (n != '1')}" for n in counts]]
+    if not columns:
+        return _table(heads, [])
+    rows = [["reward model's held-out accuracy", *[f"{x['accuracy']:.2f}" for x in columns]]]
+    rows.append(["seeds", *[str(x["n"]) for x in columns]])
+    rows.append(["chance", *[f"{x['chance']:.2f}" for x in columns]])
     for name in SOURCES:
         cells = []
-        for n in columns:
-            found = depths[n]["sources"][name]
+        for x in columns:
+            found = x["sources"][name]
             p, signed, size = (found[m][0] for m in ("precision_at_k", "signed", "absolute"))
             cells.append(f"{p:.2f} ({signed:+.2f}, {size:+.2f})")
         rows.append([name, *cells])

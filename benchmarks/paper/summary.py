@@ -7,8 +7,11 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
+
+import torch
 
 from attnshape.demo.results import smooth
 from benchmarks.paper.cells import (
@@ -25,24 +28,28 @@ from benchmarks.paper.cells import (
     LAM,
     LAMS,
     LENGTHS,
+    LONGEST,
     LR,
     LR_SEEDS,
     MAIN,
     PAPER,
+    QUALITY_LAYERS,
     RISES,
+    RTO_BEST,
     SHIFTS,
+    SIGNED,
+    SPARSE_BEST,
     Cell,
     Length,
     Method,
 )
-from benchmarks.paper.depth import MODELS
+from benchmarks.paper.depth import CONFIG, MODELS, rank_correlation
 from benchmarks.paper.sweep import RUNS
 
 END = 10
 """Figures "at the end" are means over this many steps."""
 KL_COEF = 0.1
-EQUAL_KL = 4.0
-"""Of ``KL_MARKS``, the one at which the claim about equal KL is read."""
+QUALITY_LENGTH = "50"
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,12 @@ class Run:
         """First step, from 1, at which the 5-step mean reward has risen so far; None if it never does."""
         mark = self.mark(rise)
         return next((i for i, x in enumerate(smooth(self.rewards), start=1) if x >= mark), None)
+
+    @property
+    def entropy(self) -> float:
+        """Entropy of the credit over that of uniform credit (of the mean length), mean over steps."""
+        pairs = zip(self.curves["credit_entropy"], self.curves["length"], strict=True)
+        return statistics.fmean(entropy / math.log(length) for entropy, length in pairs)
 
     @property
     def collapsed(self) -> bool:
@@ -170,13 +183,13 @@ class Results:
         found = [r for c, r in self.runs.items() if c.setting == like and c.seed not in LR_SEEDS]
         return sorted(found, key=lambda run: run.cell.seed)
 
-    def selection(self) -> dict[tuple[float, float], list[Run]]:
-        """By lambda and learning rate, sparse's runs on the seeds of the choice."""
-        out: dict[tuple[float, float], list[Run]] = {}
+    def selection(self, method: Method, *names: str) -> dict[tuple[float, ...], list[Run]]:
+        """By the settings of these names, a method's runs on the seeds of the choice."""
+        out: dict[tuple[float, ...], list[Run]] = {}
         for cell, run in self.runs.items():
-            if cell.seed in LR_SEEDS:
-                out.setdefault((cell.lam, cell.lr), []).append(run)
-        return out
+            if cell.seed in LR_SEEDS and cell.method == method:
+                out.setdefault(tuple(getattr(cell, name) for name in names), []).append(run)
+        return dict(sorted(out.items()))
 
 
 def group(runs: Sequence[Run], base: Sequence[Run] = ()) -> dict[str, Any]:
@@ -200,9 +213,12 @@ def group(runs: Sequence[Run], base: Sequence[Run] = ()) -> dict[str, Any]:
         for kl in KL_MARKS
         if len(reached := [x for r in runs if (x := r.reward_at_kl(kl)) is not None]) == len(runs)
     }
+    if runs[0].cell.method not in SIGNED:
+        rows["entropy"] = estimate([r.entropy for r in runs])
     lead = paired(runs, base)
     if lead is not None:
         rows["lead"] = lead
+        rows["lead_sd"] = paired(runs, base, lambda run: run.mean() / run.unit)
     return rows
 
 
@@ -231,6 +247,7 @@ def summarise(results: Results) -> dict[str, Any]:
         rows.insert(2, ("uniform, beta 1", "uniform", length, {"beta": 1.0}))
         if length == HEADLINE:
             rows += [("R3HF", "R3HF", length, {}), ("RTO", "RTO", length, {})]
+            rows.append((f"RTO, beta {RTO_BEST:g}", "RTO", length, {"beta": RTO_BEST}))
         return labelled(results, rows)
 
     shifts: dict[str, Any] = {}
@@ -260,31 +277,37 @@ def summarise(results: Results) -> dict[str, Any]:
         base = results.of("ABC", PAPER, beta=BETAS[0])
         betas[f"beta {beta:g}"] = group(results.of("ABC", PAPER, beta=beta), base if beta else ())
 
-    deep = labelled(results, [(m, m, HEADLINE, {"models": DEEP}) for m in DEEP_METHODS])
+    one_model: dict[str, Any] = {}
+    for length in get_args(Length):
+        base = results.of("sparse", length, models=LONGEST)
+        one_model[f"sparse, {length}"] = group(base)
+        one_model[f"ABC, {length}"] = group(results.of("ABC", length, models=LONGEST), base)
+
+    def deep(**settings: Any) -> dict[str, Any]:
+        return labelled(results, [(m, m, HEADLINE, {"models": DEEP, **settings}) for m in DEEP_METHODS])
+
     return {
         "coverage": coverage(results),
         "methods 40-60": methods(HEADLINE),
         "methods 8-16": methods(PAPER),
-        "learning rates": {
-            f"lambda {lam:g}, lr {lr:g}": {
-                "mean": estimate([r.mean() for r in runs]),
-                "penalised": estimate([r.mean("score") - KL_COEF * r.mean("kl") for r in runs]),
-                "collapsed": sum(r.collapsed for r in runs),
-            }
-            for (lam, lr), runs in sorted(results.selection().items())
-        },
+        "learning rates": choice(results.selection("sparse", "lam", "lr"), "sparse, lambda {:g}, lr {:g}"),
+        "RTO's share": choice(results.selection("RTO", "beta"), "RTO, beta {:g}"),
         "headline": headline(results),
         "lambda": lambdas,
         "lengths": lengths,
         "beta": betas,
         "shifted scores": shifts,
-        "deep reward model": deep,
+        "one reward model": one_model,
+        "deep reward model": deep(),
+        "deep reward model, sparse's best": deep(**SPARSE_BEST),
         "KL": {
             **{m: group(results.of(m, HEADLINE)) for m in (*MAIN, *CONTROLS)},
             **{f"{m}, lambda 1": group(results.of(m, HEADLINE, lam=1.0)) for m in MAIN},
         },
         "credit and speed": credit_and_speed(results),
         "credit by depth": credit_by_depth(results),
+        "credit by quality": credit_by_quality(results),
+        "without the truth": without_the_truth(results),
         "claims": claims(results),
     }
 
@@ -294,8 +317,20 @@ def coverage(results: Results) -> dict[str, list[int]]:
     return {name: [sum(c in results.runs for c in cells), len(cells)] for name, cells in EXPERIMENTS.items()}
 
 
-def best_of(selection: dict[tuple[float, float], list[Run]]) -> tuple[float, float] | None:
-    """Lambda and learning rate with the highest mean reward, of those run on all seeds of the choice."""
+def choice(selection: dict[tuple[float, ...], list[Run]], label: str) -> dict[str, Any]:
+    """What each setting of a selection gave; ``label`` takes the setting's values."""
+    return {
+        label.format(*setting): {
+            "mean": estimate([r.mean() for r in runs]),
+            "penalised": estimate([r.mean("score") - KL_COEF * r.mean("kl") for r in runs]),
+            "collapsed": sum(r.collapsed for r in runs),
+        }
+        for setting, runs in selection.items()
+    }
+
+
+def best_of(selection: dict[tuple[float, ...], list[Run]]) -> tuple[float, ...] | None:
+    """The setting with the highest mean reward, of those run on all seeds of the choice."""
     means = {
         c: statistics.fmean(r.mean() for r in runs)
         for c, runs in selection.items()
@@ -306,7 +341,7 @@ def best_of(selection: dict[tuple[float, float], list[Run]]) -> tuple[float, flo
 
 def headline(results: Results) -> dict[str, Any]:
     """ABC as the paper ran it against sparse at the lambda and learning rate chosen for sparse."""
-    best = best_of(results.selection())
+    best = best_of(results.selection("sparse", "lam", "lr"))
     if best is None:
         return {}
     lam, lr = best
@@ -317,6 +352,10 @@ def headline(results: Results) -> dict[str, Any]:
             runs = results.of("ABC", HEADLINE, lam=abc_lam, lr=abc_lr)
             if runs:
                 rows[f"ABC, lambda {abc_lam:g}, lr {abc_lr:g}"] = group(runs, sparse)
+    others: tuple[Method, ...] = ("uniform", "ABC shuffled", "R3HF")
+    for method in others:
+        runs = results.of(method, HEADLINE, lam=lam, lr=lr)
+        rows[f"{method}, lambda {lam:g}, lr {lr:g}"] = group(runs, sparse)
     return rows
 
 
@@ -334,7 +373,8 @@ def credit_and_speed(results: Results) -> dict[str, Any]:
         for method in methods:
             found = group(results.of(method, HEADLINE, models=models), sparse)
             if method not in ("sparse", "uniform") and "lead" in found and "precision_at_k" in found:
-                rows[f"{method}{note}"] = {"precision_at_k": found["precision_at_k"], "lead": found["lead"]}
+                kept = ("precision_at_k", "entropy", "lead")
+                rows[f"{method}{note}"] = {name: found[name] for name in kept if name in found}
     return dict(sorted(rows.items(), key=lambda row: -row[1]["precision_at_k"].mean))
 
 
@@ -342,21 +382,56 @@ def credit_by_depth(results: Results) -> dict[str, Any]:
     """By reward, length, depth and source, the measures' means over training seeds."""
     out: dict[str, Any] = {}
     for model in results.models:
-        for length, found in model["lengths"].items():
-            depth = out.setdefault(f"{model['reward']}, {length} tokens", {}).setdefault(
-                str(model["layers"]), {"accuracy": [], "chance": [], "sources": {}}
-            )
-            depth["accuracy"].append(model["accuracy"])
-            depth["chance"].append(found["chance"])
-            for source, measures in found["sources"].items():
-                for name, value in measures.items():
-                    depth["sources"].setdefault(source, {}).setdefault(name, []).append(value)
-    for depths in out.values():
-        for depth in depths.values():
-            for name in ("accuracy", "chance"):
-                depth[name] = round(statistics.fmean(depth[name]), 4)
-            for measures in depth["sources"].values():
-                measures.update({name: estimate(values) for name, values in measures.items()})
+        if model["steps"] == CONFIG.rm_steps:
+            for length in model["lengths"]:
+                table = out.setdefault(f"{model['reward']}, {length} tokens", {})
+                table.setdefault(str(model["layers"]), []).append((model, length))
+    return {name: {n: _averaged(found) for n, found in table.items()} for name, table in out.items()}
+
+
+def credit_by_quality(results: Results) -> dict[str, Any]:
+    """The same by the steps of training, of reward models of one depth and length."""
+    out: dict[str, Any] = {}
+    for model in results.models:
+        if (model["layers"], model["reward"]) == (QUALITY_LAYERS, "lexical"):
+            out.setdefault(str(model["steps"]), []).append((model, QUALITY_LENGTH))
+    return {n: _averaged(out[n]) for n in sorted(out, key=int)}
+
+
+def _averaged(found: Sequence[tuple[dict[str, Any], str]]) -> dict[str, Any]:
+    """Accuracy, chance and every source's measures of reward models at a length, over training seeds."""
+    measured = [model["lengths"][length] for model, length in found]
+    sources: dict[str, Any] = {}
+    for source, names in measured[0]["sources"].items():
+        sources[source] = {
+            name: estimate([one["sources"][source][name] for one in measured]) for name in names
+        }
+    return {
+        "n": len(found),
+        "accuracy": round(statistics.fmean(model["accuracy"] for model, _ in found), 4),
+        "chance": round(statistics.fmean(one["chance"] for one in measured), 4),
+        "sources": sources,
+    }
+
+
+def without_the_truth(results: Results) -> dict[str, Any]:
+    """Over all reward models, how what a user can see of the last row goes with its precision at k.
+
+    Rank correlations of the precision with low entropy and with the overlap with gradient x value, and the
+    precision of rows below and above the middle of each.
+    """
+    last = [model["lengths"][QUALITY_LENGTH]["sources"]["last row"] for model in results.models]
+    if len(last) < 2:
+        return {}
+    precision = torch.tensor([x["precision_at_k"] for x in last])
+    out: dict[str, Any] = {"models": len(last)}
+    for name, sign in (("entropy", -1), ("overlap", 1)):
+        seen = sign * torch.tensor([x[name] for x in last])
+        out[name] = {
+            "correlation": rank_correlation(seen, precision),
+            "below": float(precision[seen <= seen.median()].mean()),
+            "above": float(precision[seen > seen.median()].mean()),
+        }
     return out
 
 
@@ -369,10 +444,12 @@ def claims(results: Results) -> list[dict[str, Any]]:
     def claim(text: str, found: Lead | None) -> dict[str, Any]:
         return {"claim": text, "lead": found, "verdict": found.verdict if found else "not run"}
 
-    def growth(long: Length, short: Length) -> Lead | None:
+    def growth(long: Length, short: Length, **settings: Any) -> Lead | None:
         """How much larger ABC's lead over sparse is, each in its length's initial standard deviations."""
         leads = [
-            differences(of("ABC", n), of("sparse", n), lambda run: run.mean() / run.unit)
+            differences(
+                of("ABC", n, **settings), of("sparse", n, **settings), lambda run: run.mean() / run.unit
+            )
             for n in (long, short)
         ]
         return lead_of([x - leads[1][seed] for seed, x in leads[0].items() if seed in leads[1]])
@@ -381,13 +458,22 @@ def claims(results: Results) -> list[dict[str, Any]]:
         claim(f"ABC is ahead of sparse, {n} tokens", paired(of("ABC", n, **s), of("sparse", n, **s)))
         for n, s in LENGTHS
     ]
-    best = best_of(results.selection())
+    best = best_of(results.selection("sparse", "lam", "lr"))
     if best:
         sparse = of("sparse", lam=best[0], lr=best[1])
         text = f"ABC is ahead of sparse at sparse's best (lambda {best[0]:g}, lr {best[1]:g}), 40-60 tokens"
         out.append(claim(text, paired(of("ABC"), sparse)))
-        text = "ABC is ahead of sparse, both at sparse's best, 40-60 tokens"
-        out.append(claim(text, paired(of("ABC", lam=best[0], lr=best[1]), sparse)))
+        at_best: dict[Method, list[Run]] = {
+            m: of(m, lam=best[0], lr=best[1]) for m in ("ABC", "uniform", "ABC shuffled", "R3HF")
+        }
+        for method, other in (
+            ("ABC", "sparse"),
+            ("ABC", "uniform"),
+            ("ABC", "ABC shuffled"),
+            ("R3HF", "sparse"),
+        ):
+            text = f"{method} is ahead of {other}, both at sparse's best, 40-60 tokens"
+            out.append(claim(text, paired(at_best[method], {**at_best, "sparse": sparse}[other])))
     out += [
         claim(
             "ABC at lambda .95 is ahead of sparse at lambda 1, 40-60 tokens",
@@ -411,13 +497,23 @@ def claims(results: Results) -> list[dict[str, Any]]:
             "ABC's lead over sparse, in initial sd, is larger at 40-60 tokens than at 8-16",
             growth(HEADLINE, PAPER),
         ),
+        *[
+            claim(
+                f"ABC's lead over sparse, in initial sd, is larger at {n} than at 8-16, one reward model",
+                growth(n, PAPER, models=LONGEST),
+            )
+            for n in (HEADLINE, LENGTHS[-1][0])
+        ],
         claim(
             "ABC ends above sparse (last 10 steps), 40-60 tokens", paired(of("ABC"), of("sparse"), Run.end)
         ),
-        claim(
-            f"ABC has more reward than sparse where KL first reaches {EQUAL_KL:g}, 40-60 tokens",
-            paired(of("ABC"), of("sparse"), lambda run: run.reward_at_kl(EQUAL_KL)),
-        ),
+        *[
+            claim(
+                f"ABC has more reward than sparse where KL first reaches {kl:g}, 40-60 tokens",
+                paired(of("ABC"), of("sparse"), partial(Run.reward_at_kl, kl=kl)),
+            )
+            for kl in KL_MARKS
+        ],
         claim(
             "beta 1 is ahead of beta 0, 8-16 tokens",
             paired(of("ABC", PAPER, beta=1.0), of("ABC", PAPER, beta=0.0)),
@@ -427,7 +523,15 @@ def claims(results: Results) -> list[dict[str, Any]]:
             paired(of("ABC", PAPER, beta=1.0), of("ABC", PAPER, beta=0.0), Run.end),
         ),
     ]
+    out += [
+        claim(
+            f"ABC is ahead of sparse, scores shifted by {shift:+g}, 8-16 tokens",
+            paired(of("ABC", PAPER, shift=shift), of("sparse", PAPER, shift=shift)),
+        )
+        for shift in SHIFTS
+    ]
     deep = {method: of(method, models=DEEP) for method in DEEP_METHODS}
+    deep_best = {method: of(method, models=DEEP, **SPARSE_BEST) for method in DEEP_METHODS}
     out += [
         claim(
             f"ABC is ahead of {other}, 4-layer reward model, 40-60 tokens", paired(deep["ABC"], deep[other])
@@ -441,8 +545,19 @@ def claims(results: Results) -> list[dict[str, Any]]:
         for method in DEEP_SOURCES
     ]
     out += [
+        claim(
+            f"{method} is ahead of {other}, 4-layer reward model, both at sparse's best, 40-60 tokens",
+            paired(deep_best[method], deep_best[other]),
+        )
+        for other, methods in (("sparse", ("ABC", *DEEP_SOURCES)), ("ABC", DEEP_SOURCES))
+        for method in methods
+    ]
+    rto = of("RTO", beta=RTO_BEST)
+    out += [
         claim("R3HF is ahead of ABC, 40-60 tokens", paired(of("R3HF"), of("ABC"))),
         claim("RTO is ahead of ABC, 40-60 tokens", paired(of("RTO"), of("ABC"))),
+        claim(f"RTO, beta {RTO_BEST:g}, is ahead of ABC, 40-60 tokens", paired(rto, of("ABC"))),
+        claim(f"RTO, beta {RTO_BEST:g}, is ahead of sparse, 40-60 tokens", paired(rto, of("sparse"))),
     ]
     return out
 
