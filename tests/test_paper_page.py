@@ -44,6 +44,7 @@ def test_rows_by_hand() -> None:
         "end": [2.0, 0.3, 0.456, 5],
         "steps": {"1": 31.0, "2": None},
         "kl_end": [7.25, 1.0, 1.0, 5],
+        "penalised": [-0.123, 0.1, 0.1, 5],
         "precision_at_k": [0.615, 0.1, 0.1, 5],
         "collapsed": 1,
         "lead": [0.5, 0.25, 4, 5],
@@ -51,7 +52,7 @@ def test_rows_by_hand() -> None:
     table = groups({"ABC": row, "never run": {"n": 0}})
     *_, last = table.splitlines()
     assert last == (
-        "| ABC | 5 | 1.23 ± 0.10 | 2.00 ± 0.30 | 0.46 | 31 | never | 7.2 | 0.61 | 1 | +0.50 ± 0.25 (4 of 5) |"
+        "| ABC | 5 | 1.23 ± 0.10 | 2.00 ± 0.30 | 0.46 | 31 | never | 7.2 | -0.12 | 0.61 | 1 | +0.50 ± 0.25 (4 of 5) |"
     )
     assert "never run" not in table
     assert groups({"ABC": {"n": 0}}) == "Not run yet."

@@ -113,6 +113,7 @@ def test_group() -> None:
     rows = group([run([3.0] * 20, 0), run([5.0] * 20, 1)], [run([1.0] * 20, 0, "sparse")])
     assert rows["n"] == 2
     assert rows["mean"] == pytest.approx((4.0, 2.0, math.sqrt(2), 2))
+    assert rows["penalised"].mean == pytest.approx(4 / 2 - 0.1 * 9.5)
     assert rows["kl_end"].mean == pytest.approx(14.5)
     assert rows["steps"] == {"1": 1.0, "2": None}
     assert rows["precision_at_k"].mean == 0.5
@@ -144,6 +145,7 @@ def test_from_files_to_summary(tmp_path: Path) -> None:
     assert [r.cell.seed for r in results.of("sparse", "40-60")] == [0, 1, 2]  # none of the choice's seeds
     assert [r.cell.seed for r in results.selection(*SPARSE)[1.0, LRS[1]]] == list(LR_SEEDS)
     assert best_of(results.selection(*SPARSE)) == (1.0, LRS[1])
+    assert best_of(results.selection(*SPARSE), lambda run: -run.mean())[0] == LAM  # a first of equal ones
     assert best_of(results.selection("RTO", "beta")) == (0.4,)
     found = summarise(results)
     # half of the reward, which is the score, less a tenth of KL 2

@@ -237,6 +237,7 @@ def summary(*, out: Out = RESULTS) -> None:
     figures.lengths(results, found, paper, out / "lengths.png")
     figures.beta(results, BETAS, paper, out / "beta_and_kl.png")
     figures.credit(results, found, out / "credit.png")
+    figures.speed(results, out / "credit_and_speed.png")
     made = tables(json.loads(to_json(found)), paper)
     if out == RESULTS:
         page = HERE / "README.md"

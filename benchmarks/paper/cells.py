@@ -159,7 +159,7 @@ def _experiments() -> dict[str, list[Cell]]:
         ],
         "learning rates": [
             cell
-            for lam in (1.0, LAM)
+            for lam in (1.0, LAM, 0.99)
             for lr in LRS
             for cell in _cells(LR_SEEDS, ("sparse",), length=HEADLINE, lam=lam, lr=lr)
         ],

@@ -160,8 +160,8 @@ def beta(results: Results, betas: Sequence[float], paper: dict[str, Any], path: 
 
 
 def credit(results: Results, summary: dict[str, Any], path: Path) -> None:
-    """Precision at k by depth of the reward model; what a user sees of it; whether learning went faster."""
-    figure, (depth, seen, speed) = _figure(3, "How well credit finds the words that matter", width=6.6)
+    """Precision at k by depth of the reward model, and what a user sees of it."""
+    figure, (depth, seen) = _figure(2, "How well credit finds the words that matter", width=6.6)
     depths = summary["credit by depth"].get("lexical, 50 tokens", {})
     columns = sorted(depths, key=int)
     if columns:
@@ -185,6 +185,12 @@ def credit(results: Results, summary: dict[str, Any], path: Path) -> None:
     seen.set_xlabel("top tenth shared with gradient x value: needs no truth")
     seen.set_title("precision at k of the last row, 50 tokens, by reward model", fontsize="medium")
     _legend(seen)
+    figure.savefig(path, dpi=130)
+
+
+def speed(results: Results, path: Path) -> None:
+    """Whether credit that found the words went with faster learning."""
+    figure, (axes,) = _figure(1, "Credit and speed of learning", width=9)
     for models, marker, note in (("testbed", "o", ""), (DEEP, "^", ", 4-layer reward model")):
         for method in (*COLORS, *DEEP_SOURCES):
             runs = [
@@ -197,9 +203,9 @@ def credit(results: Results, summary: dict[str, Any], path: Path) -> None:
             p, y = [np.nanmean(r.curves["precision_at_k"]) for r in runs], [r.mean() for r in runs]
             color = (COLORS | SOURCE_COLORS)[method]
             label = f"{method}{note}"
-            speed.scatter(p, y, s=14, alpha=0.5, color=color, marker=marker)
-            speed.scatter([np.mean(p)], [np.mean(y)], s=70, color=color, marker=marker, label=label)
-    speed.set_xlabel("precision at k during PPO")
-    speed.set_title("mean true reward, 40-60 tokens", fontsize="medium")
-    _legend(speed, **BESIDE)
+            axes.scatter(p, y, s=14, alpha=0.5, color=color, marker=marker)
+            axes.scatter([np.mean(p)], [np.mean(y)], s=70, color=color, marker=marker, label=label)
+    axes.set_xlabel("precision at k during PPO")
+    axes.set_title("mean true reward, 40-60 tokens", fontsize="medium")
+    _legend(axes, **BESIDE)
     figure.savefig(path, dpi=130)
