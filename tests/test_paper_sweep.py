@@ -60,6 +60,13 @@ def test_a_file_says_what_was_run_where_and_on_what(testbed: Models, tmp_path: P
     assert outcome(loaded) == outcome(run_cell(CELLS[0], testbed))
 
 
+def test_a_cells_critic_is_the_one_it_names(testbed: Models) -> None:
+    shared = run_cell(replace(CELLS[0], lr=1e-2), testbed)["curves"]
+    separate = run_cell(replace(CELLS[0], lr=1e-2, critic="separate"), testbed)["curves"]
+    assert separate["true_reward"][0] == shared["true_reward"][0]
+    assert separate["value_loss"] != shared["value_loss"]
+
+
 KILLED = """
 import sys
 from paper_models import tiny_models

@@ -4,13 +4,15 @@ from pathlib import Path
 import pytest
 import torch
 from paper_models import save_models
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from attnshape.demo.corpus import VALUES, true_reward, vocabulary
 from attnshape.demo.models import ModelConfig, PreferencePairs
+from attnshape.demo.run import Setup
 from benchmarks.paper import testbed as testbed_module
 from benchmarks.paper.cells import DEEP, Cell
-from benchmarks.paper.testbed import own_models, train_dpo, whole_folder
+from benchmarks.paper.testbed import SeparateCritic, own_models, train_dpo, whole_folder
 
 TINY = ModelConfig(
     hidden_size=16,
@@ -91,3 +93,21 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         whole_folder(tmp_path / "a" / "b", fails)
     assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_a_separate_critic_starts_with_the_policys_states_and_leaves_the_policy_alone(tmp_path: Path) -> None:
+    """With its trunk still the policy's, it gives the shared head's values; its loss moves its own trunk."""
+    save_models(tmp_path)
+    actor, _ = Setup(
+        str(tmp_path / "policy"), str(tmp_path / "reward_model"), ["the"], "logit", "cpu", None
+    ).load()
+    torch.manual_seed(0)
+    rollout = actor.sample(["the plot was", "the"], 6, 3)
+    both = SeparateCritic(actor)
+    nn.init.normal_(both.value_head.weight)
+    actor.value_head.load_state_dict(both.value_head.state_dict())
+    for got, want in zip(both(rollout, 3), actor(rollout, 3), strict=True):
+        torch.testing.assert_close(got[rollout.response_mask], want[rollout.response_mask])
+    both(rollout, 3)[1].sum().backward()
+    assert all(p.grad is None for p in both.policy.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in both.critic.parameters())

@@ -38,6 +38,7 @@ from benchmarks.paper.cells import (
     MODEL_SEEDS,
     STEPS,
     Cell,
+    Critic,
     Length,
     Method,
     chosen,
@@ -147,6 +148,7 @@ def cell(
     models: Annotated[
         str, typer.Option(help="Which of the testbed's models: testbed, long, or a deep one.")
     ] = "testbed",
+    critic: Annotated[Critic, typer.Option(help="Where values come from.")] = "shared",
     steps: Annotated[int, typer.Option(min=1, help="PPO steps.")] = STEPS,
     policy: Policy = None,
     reward_model: RewardModel = None,
@@ -167,6 +169,7 @@ def cell(
         lr=lr,
         shift=shift,
         models=models,
+        critic=critic,
         steps=steps,
     )
     testbed = _testbed(

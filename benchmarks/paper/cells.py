@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from attnshape.demo.ppo import PPOConfig
 
 Length: TypeAlias = Literal["8-16", "20-30", "40-60", "90-110", "140-160"]
+Critic: TypeAlias = Literal["shared", "separate"]
 Method: TypeAlias = Literal[
     "sparse",
     "uniform",
@@ -98,6 +99,8 @@ class Cell:
         models: ``"testbed"``, ``"long"`` and ``"longest"`` (trained on reviews long enough for 110 and 160
             tokens), or a reward model of the depth study, such as ``"4 layers, seed 1"``, with the testbed's
             policy.
+        critic: ``"shared"``, a value head on the policy's trunk as in the paper's code, or ``"separate"``, a
+            model of its own as in verl, OpenRLHF and slime.
     """
 
     method: Method
@@ -108,10 +111,11 @@ class Cell:
     lr: float = LR
     shift: float = 0.0
     models: str = "testbed"
+    critic: Critic = "shared"
     steps: int = STEPS
 
     def __post_init__(self) -> None:
-        for name, kind in (("method", Method), ("length", Length)):
+        for name, kind in (("method", Method), ("length", Length), ("critic", Critic)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, want one of {get_args(kind)}")
 
@@ -189,6 +193,10 @@ def _experiments() -> dict[str, list[Cell]]:
         "depth at sparse's best": list(
             _cells(FEW, DEEP_METHODS, length=HEADLINE, models=DEEP, **SPARSE_BEST)
         ),
+        "separate critic": [
+            *_cells(FEW, ("sparse", "ABC", "ABC shuffled"), length=HEADLINE, critic="separate"),
+            *_cells(FEW, ("sparse", "ABC"), length=HEADLINE, critic="separate", lam=1.0),
+        ],
         "long responses": [
             cell
             for length, settings in LENGTHS

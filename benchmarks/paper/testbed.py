@@ -32,7 +32,7 @@ from attnshape.demo.models import (
     default_cache_dir,
     trained_models,
 )
-from attnshape.demo.ppo import ActorCritic, PPOConfig, Record, train
+from attnshape.demo.ppo import ActorCritic, PPOConfig, Record, Rollout, train
 from attnshape.demo.run import REVIEWS_TRUTH, Reference, Setup, review_prompts
 from benchmarks.paper.cells import LONG, LONGEST, Cell
 from benchmarks.paper.credits import source_for
@@ -164,6 +164,26 @@ def _reference(setup: Setup, low: int, high: int, batch_size: int) -> Reference:
         return setup.reference(PPOConfig(batch_size=batch_size, new_tokens=high, min_new_tokens=low))
 
 
+class SeparateCritic(ActorCritic):
+    """Values from a model of its own, which starts as a copy of the policy's trunk."""
+
+    def __init__(self, actor: ActorCritic) -> None:
+        super().__init__(actor.policy, actor.tokenizer)
+        self.critic = copy.deepcopy(actor.policy.base_model)
+
+    def forward(self, rollout: Rollout, min_new_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As its base's, but for the values ``[B, R]``."""
+        logprobs, _, end_mass = super().forward(rollout, min_new_tokens)
+        states = self.critic(
+            input_ids=rollout.ids,
+            attention_mask=rollout.mask,
+            position_ids=(rollout.mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
+        before = states[:, rollout.prompt_length - 1 : -1]
+        return logprobs, self.value_head(before.float()).squeeze(-1), end_mass
+
+
 def run_cell(cell: Cell, testbed: Models, on_step: Callable[[Record], None] | None = None) -> dict[str, Any]:
     """One PPO run; returns what its file holds.
 
@@ -176,6 +196,8 @@ def run_cell(cell: Cell, testbed: Models, on_step: Callable[[Record], None] | No
     zero = reference.mean - cell.shift * reference.std
     torch.manual_seed(cell.seed)
     actor, judge = replace(setup, mean=zero, std=reference.std).load()
+    if cell.critic == "separate":
+        actor = SeparateCritic(actor)
     source = source_for(cell.method, beta=cell.beta, seed=cell.seed, dpo=testbed.dpo_policy(cell))
     records, _ = train(
         actor,
