@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from attnshape.demo.corpus import true_reward, vocabulary
 from attnshape.demo.models import train_language_model, train_reward_model
+from benchmarks.paper import __main__ as main
 from benchmarks.paper import depth
 from benchmarks.paper.contextual import contextual_reward
 from benchmarks.paper.depth import (
@@ -14,6 +16,7 @@ from benchmarks.paper.depth import (
     CONFIG,
     GRADIENT,
     PROMPT_WORDS,
+    STUDY,
     DeepModel,
     agreement,
     documents,
@@ -92,3 +95,21 @@ def test_gradient_x_value_overlaps_with_itself() -> None:
     found = measure(model, "lexical", 12, BATCH)["sources"]
     assert found[GRADIENT]["overlap"] == 1.0
     assert all(0 <= x["overlap"] <= 1 and 0 < x["entropy"] <= 1 for x in found.values())
+
+
+def test_the_study_has_every_model_once_and_the_command_chooses_among_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len({m.name for m in STUDY}) == len({m.file for m in STUDY}) == len(STUDY)
+    done: list[DeepModel] = []
+    monkeypatch.setattr(main, "study", lambda model, cache, out: done.append(model))
+
+    def call(*arguments: str) -> int:
+        done.clear()
+        return CliRunner().invoke(main.app, ["depth", "--out", str(tmp_path), *arguments]).exit_code
+
+    assert call() == 0
+    assert done == STUDY
+    assert call("--layers", "4", "--seed", "1", "--steps", "400", "--steps", "100") == 0
+    assert done == [DeepModel(4, 1), DeepModel(4, 1, steps=100), DeepModel(4, 1, "contextual")]
+    assert call("--layers", "5") == 2

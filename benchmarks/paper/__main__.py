@@ -31,11 +31,9 @@ from benchmarks.paper import figures
 from benchmarks.paper.cells import (
     BETA,
     BETAS,
-    DEPTHS,
     EXPERIMENTS,
     LAM,
     LR,
-    MODEL_SEEDS,
     STEPS,
     Cell,
     Critic,
@@ -43,7 +41,7 @@ from benchmarks.paper.cells import (
     Method,
     chosen,
 )
-from benchmarks.paper.depth import CONFIG, DeepModel, RewardName, study
+from benchmarks.paper.depth import STUDY, RewardName, study
 from benchmarks.paper.page import fill, tables
 from benchmarks.paper.summary import Results, summarise, to_json
 from benchmarks.paper.sweep import RUNS, start_worker, sweep, todo
@@ -211,16 +209,32 @@ def run_all(
 @app.command()
 def depth(
     *,
-    layers: Annotated[list[int] | None, typer.Option(help="Depths of reward models.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Training seeds.")] = None,
-    reward: Annotated[RewardName, typer.Option(help="What the preferences are about.")] = "lexical",
-    steps: Annotated[int, typer.Option(min=1, help="Steps of their training.")] = CONFIG.rm_steps,
+    layers: Annotated[list[int] | None, typer.Option(help="Only those of these depths.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Only these training seeds.")] = None,
+    reward: Annotated[
+        RewardName | None, typer.Option(help="Only those whose preferences are about this.")
+    ] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="Only those trained for so many steps.")] = None,
     cache_dir: Cache = None,
     out: Out = RESULTS,
 ) -> None:
-    """Train reward models of several depths, and measure which credit finds the words that matter."""
+    """Train reward models of several depths and qualities; measure which credit finds what matters."""
+    models = [
+        m
+        for m in STUDY
+        if all(
+            not wanted or value in wanted
+            for wanted, value in (
+                (layers, m.layers),
+                (seed, m.seed),
+                ([reward] if reward else None, m.reward),
+                (steps, m.steps),
+            )
+        )
+    ]
+    if not models:
+        raise typer.BadParameter("the study has no such reward model")
     start_worker()
-    models = [DeepModel(n, s, reward, steps) for s in seed or MODEL_SEEDS for n in layers or DEPTHS]
     with _bars() as bars:
         for model in bars.track(models, description="reward models"):
             study(model, (cache_dir or default_cache_dir()) / DEPTH, out)

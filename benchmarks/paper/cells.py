@@ -60,8 +60,8 @@ RTO_BEST = 0.1
 """What that choice gave: ``summary`` makes it again from the runs."""
 DEPTHS = (1, 2, 4, 6)
 MODEL_SEEDS = (0, 1, 2, 3)
-QUALITY_LAYERS, QUALITIES = 4, (100, 400, 1200)
-"""Steps of training of reward models of this depth; those of other depths have the second."""
+QUALITY_LAYERS, QUALITIES = 4, (100, 200, 1200)
+"""Steps of training of further reward models of this depth."""
 DEEP, LONG, LONGEST = "4 layers, seed 0", "long", "longest"
 
 DEEP_SOURCES: tuple[Method, ...] = (

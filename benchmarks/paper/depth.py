@@ -25,6 +25,7 @@ from attnshape.demo.agreement import precision_at_k
 from attnshape.demo.corpus import BOS, build_tokenizer, leave_one_out, true_reward, vocabulary, write_review
 from attnshape.demo.models import ModelConfig, train_language_model, train_reward_model
 from attnshape.files import whole_file
+from benchmarks.paper.cells import DEPTHS, MODEL_SEEDS, QUALITIES, QUALITY_LAYERS
 from benchmarks.paper.contextual import contextual_leave_one_out, contextual_reward
 from benchmarks.paper.sources import SOURCES
 from benchmarks.paper.testbed import provenance, whole_folder
@@ -79,6 +80,14 @@ class DeepModel:
     @property
     def file(self) -> str:
         return self.name.replace(",", "").replace(" ", "_") + ".json"
+
+
+STUDY = [
+    *(DeepModel(layers, seed) for seed in MODEL_SEEDS for layers in DEPTHS),
+    *(DeepModel(QUALITY_LAYERS, seed, steps=steps) for steps in QUALITIES for seed in MODEL_SEEDS),
+    *(DeepModel(layers, seed, "contextual") for seed in MODEL_SEEDS for layers in DEPTHS),
+]
+"""Every reward model of the study."""
 
 
 def train_deep(model: DeepModel, cache: Path, config: ModelConfig = CONFIG) -> Path:
