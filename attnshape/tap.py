@@ -8,7 +8,7 @@ import inspect
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -34,6 +34,8 @@ _ROLLOUTS = ("rollout", "signed_rollout")
 _POSITIONS = ("pooled", "last_visible", "last_response", "all")
 _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q")
 _EAGER = "eager_attention_forward"
+_METHOD, _METHOD_CLASSES = "_attn", ("GPTJAttention",)
+"""Attention that is a method of its module, and goes through no interface."""
 _SHARDS_KEYS = ("ring_flash_attn", "deepspeed")
 _PROBES = "_attention_probes"
 _HOOKS = "_attention_hooks"
@@ -49,8 +51,8 @@ class AttentionTap:
     too, restores it. Taps nest. A tap sees the forwards of the thread that entered it, and no others.
 
     Args:
-        model: a Hugging Face model whose attention goes through transformers' ``AttentionInterface``, or a
-            module around one (value head, PEFT, data parallel, ``torch.compile``).
+        model: a Hugging Face model whose attention goes through transformers' ``AttentionInterface``, or an
+            eager GPT-J, or a module around one (value head, PEFT, data parallel, ``torch.compile``).
         layer: which of the model's attention layers, negative from the last; or several. One only for
             ``"gradient_value"``; none for rollouts, which read every layer, nor for embeddings.
         source: what ``take`` hands out. ``"attention"``: queries and keys, of the last layer if no ``layer``
@@ -82,9 +84,7 @@ class AttentionTap:
         if source not in _SOURCES:
             raise ValueError(f"source: got {source!r}, want one of {_SOURCES}")
         modules = dict(model.named_modules())
-        names = [
-            n for n, m in modules.items() if _interface(type(m).forward) and getattr(m, "is_causal", True)
-        ]
+        names = [n for n, m in modules.items() if _can_tap(type(m)) and getattr(m, "is_causal", True)]
         if not names:
             raise ValueError(
                 f"model: {type(model).__name__} has no causal attention layer that takes its function from "
@@ -96,10 +96,16 @@ class AttentionTap:
         self._layers = [_Layer(name, modules[name]) for name in _choose(names, layer)]
         for tapped in self._layers:
             _check_layer(tapped)
-        if source != "attention" and any(_is_compiled(m) for m in modules.values()):
-            raise ValueError(
-                f"model: compiled, want source='attention', or the model as it was, for {source!r}"
-            )
+        if any(_is_compiled(m) for m in modules.values()):
+            if source != "attention":
+                raise ValueError(
+                    f"model: compiled, want source='attention', or the model as it was, for {source!r}"
+                )
+            for tapped in self._layers:
+                if _has_method(type(tapped.module)):
+                    raise ValueError(
+                        f"model: compiled, want the model as it was for {type(tapped.module).__name__}"
+                    )
         self._flows = [
             Flow(
                 modules[t.name],
@@ -600,8 +606,18 @@ def _interface(forward: Callable[..., Any]) -> AttentionInterface | None:
     return next((value for value in values if isinstance(value, AttentionInterface)), None)
 
 
+def _has_method(kind: type[nn.Module]) -> bool:
+    return kind.__name__ in _METHOD_CLASSES
+
+
+def _can_tap(kind: type[nn.Module]) -> bool:
+    return _has_method(kind) or _interface(kind.forward) is not None
+
+
 def _lookups(module: Any) -> list[tuple[dict[str, Any], str, AttentionFunction]]:
     """The entries, as (table, name, function), one of which an attention layer calls."""
+    if _has_method(type(module)):
+        return [(vars(module), _METHOD, getattr(module, _METHOD))]
     interface, name = _interface(type(module).forward), module.config._attn_implementation
     found = []
     if interface is not None and name in interface:
@@ -719,9 +735,8 @@ def _unhook(module: nn.Module) -> None:
         handle.remove()
 
 
-@functools.cache
-def _tapped(function: AttentionFunction) -> AttentionFunction:
-    """``function`` that tells the taps on its module what it is called with; one object per function."""
+def _watched(function: AttentionFunction) -> AttentionFunction:
+    """``function`` that tells the taps on its module what it is called with."""
 
     @functools.wraps(function)
     def attend(
@@ -738,13 +753,33 @@ def _tapped(function: AttentionFunction) -> AttentionFunction:
     return attend
 
 
+_tapped = functools.cache(_watched)
+"""One object per function: with another each tap would be compiled anew."""
+
+
+def _watched_method(method: MethodType) -> AttentionFunction:
+    """The same of a module's own method: GPT-J's, which scales by a divisor and returns heads first."""
+    module: Any = method.__self__
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask = None, *rest: Any) -> Any:
+        def function(_: Any, query: Tensor, key: Tensor, value: Tensor, mask: Mask, **options: Any) -> Any:
+            heads, weights = method(query, key, value, mask, *rest)
+            return heads.transpose(1, 2), weights
+
+        scaling = 1 / float(module.scale_attn)
+        heads, weights = _watched(function)(module, query, key, value, mask, scaling=scaling)
+        return heads.transpose(1, 2), weights
+
+    return attend
+
+
 @dataclass(eq=False)
 class _Entry:
     """A function that open taps have replaced in a table."""
 
     table: dict[str, Any]
     name: str
-    function: AttentionFunction
+    replacement: AttentionFunction
     previous: AttentionFunction | None
     users: int = 0
 
@@ -755,9 +790,10 @@ _entries: list[_Entry] = []
 def _install(table: dict[str, Any], name: str, function: AttentionFunction) -> _Entry:
     entry = next((e for e in _entries if e.table is table and e.name == name), None)
     if entry is None:
-        entry = _Entry(table, name, function, table.get(name))
+        replacement = _watched_method(function) if isinstance(function, MethodType) else _tapped(function)
+        entry = _Entry(table, name, replacement, table.get(name))
         _entries.append(entry)
-        table[name] = _tapped(function)
+        table[name] = replacement
     entry.users += 1
     return entry
 
@@ -768,7 +804,7 @@ def _uninstall(entry: _Entry) -> None:
         return
     _entries.remove(entry)
     # What somebody else put there meanwhile stays.
-    if entry.table.get(entry.name) is not _tapped(entry.function):
+    if entry.table.get(entry.name) is not entry.replacement:
         return
     if entry.previous is None:
         del entry.table[entry.name]

@@ -1,25 +1,49 @@
 """Tiny models of the experiments' kinds, untrained: a policy, reward models and prompts in local folders."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTJForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from attnshape.demo.corpus import build_tokenizer, vocabulary
 from attnshape.demo.run import REVIEWS_TRUTH, Setup, review_prompts
 from benchmarks.paper.testbed import Models
 
+GPT2_SIZE = {"n_positions": 48, "n_embd": 16, "n_layer": 2, "n_head": 2}
+LLAMA_SIZE = {
+    "max_position_embeddings": 48,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+FAMILIES: dict[str, tuple[type, type, type, dict[str, Any]]] = {
+    "GPT-2": (GPT2Config, GPT2LMHeadModel, GPT2ForSequenceClassification, GPT2_SIZE),
+    "GPT-J": (GPTJConfig, GPTJForCausalLM, GPTJForSequenceClassification, {**GPT2_SIZE, "rotary_dim": 4}),
+    "Llama": (LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LLAMA_SIZE),
+}
+"""The architectures of the paper's models: IMDb's, TL;DR's and those of helpful-base."""
 
-def save_models(folder: Path, labels: int = 1, seed: int = 0) -> None:
-    """``folder/policy`` and ``folder/reward_model``, GPT-2-shaped, and ``folder/prompts.jsonl``."""
+
+def save_models(folder: Path, labels: int = 1, seed: int = 0, family: str = "GPT-2") -> None:
+    """``folder/policy`` and ``folder/reward_model`` of a family, and ``folder/prompts.jsonl``."""
     tokenizer = build_tokenizer()
     torch.manual_seed(seed)
-    config = GPT2Config(
+    configuration, causal, classifier, size = FAMILIES[family]
+    config = configuration(
+        **size,
         vocab_size=len(vocabulary()),
-        n_positions=48,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
         initializer_range=0.3,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -27,8 +51,8 @@ def save_models(folder: Path, labels: int = 1, seed: int = 0) -> None:
         num_labels=labels,
     )
     for model, name in (
-        (GPT2LMHeadModel(config), "policy"),
-        (GPT2ForSequenceClassification(config), "reward_model"),
+        (causal(config), "policy"),
+        (classifier(config), "reward_model"),
     ):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)

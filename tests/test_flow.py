@@ -16,7 +16,7 @@ from attnshape import credit
 from attnshape.tap import AttentionTap
 
 OLD = transformers.__version__ < "5"
-PROJECTIONS = {"gpt2": "c_proj", "gpt_neox": "dense", "opt": "out_proj"}
+PROJECTIONS = {"gpt2": "c_proj", "gpt_neox": "dense", "opt": "out_proj", "gptj": "out_proj"}
 NORM_AFTER = ("gemma2", "gemma3", "olmo2")
 MODELS = [name for name in FAMILIES if not (OLD and name == "stablelm")]
 HEADS = 4
@@ -100,14 +100,17 @@ class Explicit:
 
 def explicit_layers(name: str, model: Any, monkeypatch: pytest.MonkeyPatch, **inputs: Any) -> list[Explicit]:
     layers, values, outs, streams = layers_of(model), [], [], []
-    module = __import__(type(layers[0]).__module__, fromlist=["_"])
-    eager = module.eager_attention_forward
+    place: Any = __import__(type(layers[0]).__module__, fromlist=["_"])
+    attribute = "eager_attention_forward"
+    if name == "gptj":
+        place, attribute = type(attention_of(layers[0])), "_attn"
+    eager = getattr(place, attribute)
 
     def recording(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         values.append(value)
         return eager(module, query, key, value, *args, **kwargs)
 
-    monkeypatch.setattr(module, "eager_attention_forward", recording)
+    monkeypatch.setattr(place, attribute, recording)
     handles = []
     for layer in layers:
         handles.append(attention_of(layer).register_forward_hook(lambda m, a, out: outs.append(out[0])))

@@ -64,6 +64,19 @@ def test_a_cell_on_local_folders(folder: Path, tmp_path: Path, method: str) -> N
     assert path.stat().st_mtime_ns == written  # it was not run again
 
 
+@pytest.mark.parametrize("family", ["GPT-J", "Llama"])
+def test_the_papers_other_architectures(tmp_path: Path, family: str) -> None:
+    """Those of its TL;DR and helpful-base models, with one label."""
+    save_models(tmp_path, family=family)
+    options = ["--length", "8-16", "--steps", 1, "--score-fn", "logit"]
+    for method in ("ABC", "ABC-D mean", "norm-weighted rollout", "gradient x value, signed", "R3HF"):
+        arguments = [
+            x for x in own(tmp_path, tmp_path / "out") if x not in ("--score-fn", "logit[1] - logit[0]")
+        ]
+        status, printed = call("cell", method, *options, *arguments)
+        assert status == 0, printed
+
+
 def test_rto_takes_a_dpo_policy(folder: Path, tmp_path: Path) -> None:
     arguments = ["cell", "RTO", "--length", "8-16", "--steps", 1, *own(folder, tmp_path)]
     result = CliRunner().invoke(app, [str(a) for a in arguments])

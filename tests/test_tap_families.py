@@ -11,6 +11,7 @@ from tap_models import EOS, FAMILIES, LENGTH, PAD, batch, build, eager_rows, ref
 from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.modeling_utils import AttentionInterface
+from transformers.models.gptj.modeling_gptj import GPTJAttention
 
 from attnshape.credit import gradient_weights
 from attnshape.reference import attention_row
@@ -164,11 +165,11 @@ def derivatives(score, width):
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 # Not OPT: its ReLU has corners, and differences cannot tell where.
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt2", "gpt_neox", "starcoder2"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt2", "gpt_neox", "gptj", "starcoder2"])
 @pytest.mark.parametrize("source", ["first layer", "last layer", "embeddings"])
 def test_gradient_sources(flash, monkeypatch, name, padding, source):
     ids, mask = batch(padding)
-    model = flash(name).double()
+    model = (build(name) if name == "gptj" else flash(name)).double()
     layer = {"first layer": 0, "last layer": 1, "embeddings": None}[source]
     factors = torch.ones(LENGTH, dtype=torch.float64)
 
@@ -181,6 +182,13 @@ def test_gradient_sources(flash, monkeypatch, name, padding, source):
         factors.copy_(given)
         return model(ids, attention_mask=mask).logits[:, 0]
 
+    def scaled_method(module, query, key, value, mask):
+        return method(
+            module, query, key, value * factors[:, None] if module.layer_idx == layer else value, mask
+        )
+
+    method = GPTJAttention._attn
+    monkeypatch.setattr(GPTJAttention, "_attn", scaled_method)
     monkeypatch.setitem(AttentionInterface._global_mapping, "a_flash", scaled)
     embedding = model.get_input_embeddings()
     handle = embedding.register_forward_hook(
@@ -296,7 +304,7 @@ def test_soft_cap_that_sdpa_drops_is_not_reported():
     assert_rows(attention_row(tap.take()), expected)
 
 
-@pytest.mark.parametrize("name", ["bloom", "mpt", "falcon", "gptj", "gpt_neo", "codegen"])
+@pytest.mark.parametrize("name", ["bloom", "mpt", "falcon", "gpt_neo", "codegen"])
 def test_models_that_bypass_the_interface(name):
     size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1}
     config, kind = {
@@ -308,10 +316,6 @@ def test_models_that_bypass_the_interface(name):
         "falcon": (
             transformers.FalconConfig(**size, num_attention_heads=4),
             transformers.FalconForSequenceClassification,
-        ),
-        "gptj": (
-            transformers.GPTJConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=4, rotary_dim=4),
-            transformers.GPTJForSequenceClassification,
         ),
         "gpt_neo": (
             transformers.GPTNeoConfig(
@@ -330,6 +334,21 @@ def test_models_that_bypass_the_interface(name):
         pass
     assert {n: set(vars(m)) for n, m in bypassing.named_modules()} == before
     assert not any(m._forward_pre_hooks for m in bypassing.modules())
+
+
+def test_gptj_gets_its_method_back_and_is_not_tapped_compiled():
+    ids, mask = batch("left")
+    gptj = build("gptj")
+    layers = [m for m in gptj.modules() if isinstance(m, GPTJAttention)]
+    with torch.no_grad():
+        with AttentionTap(gptj) as outer, AttentionTap(gptj, 0) as inner:
+            gptj(ids, attention_mask=mask)
+        with pytest.raises(IndexError), AttentionTap(gptj, [0, 1]):
+            gptj(ids + 99, attention_mask=mask)
+    assert outer.take().query.shape == inner.take().query.shape == (3, 4, 8)
+    assert not any("_attn" in vars(layer) for layer in layers)
+    with pytest.raises(ValueError, match="model: compiled, want the model as it was for GPTJAttention"):
+        AttentionTap(torch.compile(gptj, backend="eager"))
 
 
 @pytest.mark.skipif(not OLD, reason="goes through the interface since transformers 5")

@@ -8,7 +8,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from attnshape.demo.ppo import PPOConfig
 
-Length: TypeAlias = Literal["8-16", "20-30", "40-60", "90-110", "140-160"]
+Length: TypeAlias = Literal["8-16", "20-30", "40-60", "90-110", "140-160", "8-48", "8-256"]
+"""New tokens, fewest and most; the last two are those of the paper's TL;DR and helpful-base runs."""
 Critic: TypeAlias = Literal["shared", "separate"]
 Method: TypeAlias = Literal[
     "sparse",
@@ -79,7 +80,7 @@ LENGTHS: tuple[tuple[Length, dict[str, Any]], ...] = (
     ("90-110", {"models": LONG}),
     ("140-160", {"models": LONGEST}),
 )
-"""New tokens, and whose models they are for."""
+"""Lengths that the testbed runs, and with whose models."""
 
 
 def bounds(length: Length) -> tuple[int, int]:
@@ -205,7 +206,7 @@ def _experiments() -> dict[str, list[Cell]]:
         ],
         "one reward model": [
             cell
-            for length in get_args(Length)
+            for length, _ in LENGTHS
             for cell in _cells(FEW, ("sparse", "ABC"), length=length, models=LONGEST)
         ],
         "lambda": [cell for lam in LAMS for cell in _cells(FEW, MAIN, length=HEADLINE, lam=lam)],

@@ -283,7 +283,7 @@ def summarise(results: Results) -> dict[str, Any]:
         betas[f"beta {beta:g}"] = group(results.of("ABC", PAPER, beta=beta), base if beta else ())
 
     one_model: dict[str, Any] = {}
-    for length in get_args(Length):
+    for length, _ in LENGTHS:
         base = results.of("sparse", length, models=LONGEST)
         one_model[f"sparse, {length}"] = group(base)
         one_model[f"ABC, {length}"] = group(results.of("ABC", length, models=LONGEST), base)
