@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from benchmarks.paper.__main__ import HERE, RESULTS
+from benchmarks.paper.__main__ import HERE, RESULTS, ROOT
 from benchmarks.paper.cells import RTO_BEST, SPARSE_BEST
-from benchmarks.paper.page import claims, fill, groups, tables
+from benchmarks.paper.page import claims, fill, groups, in_short, tables
 from benchmarks.paper.summary import Results, best_of, summarise, to_json
 from benchmarks.paper.sweep import RUNS
 
@@ -13,11 +13,13 @@ def test_the_committed_summary_is_that_of_the_committed_runs() -> None:
     assert (RESULTS / "summary.json").read_text() == to_json(summarise(Results(RESULTS)))
 
 
-def test_the_pages_tables_are_the_committed_summarys() -> None:
+def test_the_tables_of_both_pages_are_the_committed_summarys() -> None:
     page = (HERE / "README.md").read_text()
     paper = json.loads((HERE / "paper_figures.json").read_text())
     summary = json.loads((RESULTS / "summary.json").read_text())
     assert fill(page, tables(summary, paper)) == page
+    page = (ROOT / "README.md").read_text()
+    assert fill(page, in_short(summary["claims"])) == page
 
 
 def test_chosen_settings_are_those_that_the_runs_chose() -> None:

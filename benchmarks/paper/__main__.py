@@ -42,12 +42,13 @@ from benchmarks.paper.cells import (
     chosen,
 )
 from benchmarks.paper.depth import STUDY, RewardName, study
-from benchmarks.paper.page import fill, tables
+from benchmarks.paper.page import fill, in_short, tables
 from benchmarks.paper.summary import Results, summarise, to_json
 from benchmarks.paper.sweep import RUNS, start_worker, sweep, todo
 from benchmarks.paper.testbed import DEPTH, Models, own_models
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 RESULTS = HERE.parent / "results" / "paper-cpu"
 
 app = typer.Typer(
@@ -242,7 +243,7 @@ def depth(
 
 @app.command()
 def summary(*, out: Out = RESULTS) -> None:
-    """Summarise the runs: summary.json, the figures, and the tables of README.md beside this program."""
+    """Summarise the runs: summary.json, the figures, and the tables of the READMEs."""
     paper = json.loads((HERE / "paper_figures.json").read_text())
     results = Results(out)
     if not results.runs:
@@ -257,10 +258,10 @@ def summary(*, out: Out = RESULTS) -> None:
     figures.speed(results, out / "credit_and_speed.png")
     made = tables(json.loads(to_json(found)), paper)
     if out == RESULTS:
-        page = HERE / "README.md"
-        filled = fill(page.read_text(encoding="utf-8"), made)
-        with whole_file(page) as file:
-            file.write(filled)
+        for page, own in ((HERE / "README.md", made), (ROOT / "README.md", in_short(found["claims"]))):
+            filled = fill(page.read_text(encoding="utf-8"), own)
+            with whole_file(page) as file:
+                file.write(filled)
     console.print(Markdown(made["claims"]))
     console.print(f"summary.json and figures in {out}")
 

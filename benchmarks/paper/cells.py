@@ -176,16 +176,17 @@ def _experiments() -> dict[str, list[Cell]]:
             *_cells(SEEDS, (*MAIN, "ABC-D mean", "ABC-D last", *CONTROLS), length=PAPER),
             *_cells(SEEDS, ("uniform",), length=PAPER, beta=1.0),
         ],
-        "lengths": list(_cells(FEW, MAIN, length="20-30")),
+        "lengths": list(_cells(SEEDS, MAIN, length="20-30")),
         "neighbours": [
-            *_cells(FEW, ("R3HF", "RTO"), length=HEADLINE),
-            *_cells(FEW, ("RTO",), length=HEADLINE, beta=RTO_BEST),
-            *_cells(FEW, ("R3HF",), length=HEADLINE, **SPARSE_BEST),
+            *_cells(SEEDS, ("R3HF",), length=HEADLINE),
+            *_cells(FEW, ("RTO",), length=HEADLINE),
+            *_cells(SEEDS, ("RTO",), length=HEADLINE, beta=RTO_BEST),
+            *_cells(SEEDS, ("R3HF",), length=HEADLINE, **SPARSE_BEST),
         ],
         "RTO's share": [
             cell for beta in RTO_BETAS for cell in _cells(LR_SEEDS, ("RTO",), length=HEADLINE, beta=beta)
         ],
-        "beta": [cell for beta in BETAS for cell in _cells(FEW, ("ABC",), length=PAPER, beta=beta)],
+        "beta": [cell for beta in BETAS for cell in _cells(SEEDS, ("ABC",), length=PAPER, beta=beta)],
         "shifted scores": [
             cell for shift in SHIFTS for cell in _cells(SEEDS, ("sparse", "ABC"), length=PAPER, shift=shift)
         ],
@@ -209,7 +210,7 @@ def _experiments() -> dict[str, list[Cell]]:
             for length, _ in LENGTHS
             for cell in _cells(FEW, ("sparse", "ABC"), length=length, models=LONGEST)
         ],
-        "lambda": [cell for lam in LAMS for cell in _cells(FEW, MAIN, length=HEADLINE, lam=lam)],
+        "lambda": [cell for lam in LAMS for cell in _cells(SEEDS, MAIN, length=HEADLINE, lam=lam)],
         "methods at 40-60": [
             *_cells(SEEDS, ("ABC-D mean", "ABC-D last"), length=HEADLINE),
             *_cells(SEEDS, ("uniform",), length=HEADLINE, beta=1.0),

@@ -46,6 +46,7 @@ from benchmarks.paper.cells import (
 from benchmarks.paper.depth import CONFIG, MODELS, rank_correlation
 from benchmarks.paper.sweep import RUNS
 
+OTHERS: tuple[Method, ...] = ("sparse", "uniform")
 END = 10
 """Figures "at the end" are means over this many steps."""
 KL_COEF = 0.1
@@ -523,9 +524,10 @@ def claims(results: Results) -> list[dict[str, Any]]:
         ),
         *[
             claim(
-                f"ABC has more reward than sparse where KL first reaches {kl:g}, 40-60 tokens",
-                paired(of("ABC"), of("sparse"), partial(Run.reward_at_kl, kl=kl)),
+                f"ABC has more reward than {other} where KL first reaches {kl:g}, 40-60 tokens",
+                paired(of("ABC"), of(other), partial(Run.reward_at_kl, kl=kl)),
             )
+            for other in OTHERS
             for kl in KL_MARKS
         ],
         claim(
