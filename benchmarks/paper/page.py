@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.paper.cells import KL_MARKS, LR_SEEDS, RISES
+from benchmarks.paper.cells import KL_MARKS, LR_SEEDS, MAIN, RISES
 from benchmarks.paper.sources import SOURCES
 
 Summary = dict[str, Any]
@@ -38,6 +38,7 @@ def tables(summary: Summary, paper: dict[str, Any]) -> dict[str, str]:
         "credit and speed": credit_and_speed(summary["credit and speed"]),
         "paper": paper_table(paper),
         "beside the paper": beside(summary["lengths"], summary["one reward model"], paper),
+        "spread": spread(summary["lengths"], paper),
         "credit by quality": credit(summary["credit by quality"], "step"),
         "without the truth": without_the_truth(summary["without the truth"]),
     }
@@ -225,6 +226,16 @@ def beside(rows: dict[str, Any], one_model: dict[str, Any], paper: dict[str, Any
         body.append([length, f"{lead:+.2f}", *[_lead(x) or "not run" for x in cells]])
     heads = ["new tokens", "the paper's lead", "here", "in initial sd", "one reward model, in initial sd"]
     return _table(heads, body)
+
+
+def spread(rows: dict[str, Any], paper: dict[str, Any]) -> str:
+    """Standard deviation over seeds at the end: the paper's at step 100, here of the last 10 steps' mean."""
+    body = []
+    for length in paper["lead_by_length"]:
+        theirs = [paper["methods"].get(length, {}).get(method, {}).get("end_sd") for method in MAIN]
+        ours = [(rows.get(f"{method}, {length}", {}).get("end") or [None] * 3)[2] for method in MAIN]
+        body.append([length, *["" if x is None else f"{x:.2f}" for x in (*theirs, *ours)]])
+    return _table(["new tokens", *[f"the paper: {m}" for m in MAIN], *[f"here: {m}" for m in MAIN]], body)
 
 
 def credit(groups: dict[str, Any], unit: str = "layer") -> str:
