@@ -50,6 +50,7 @@ def tables(summary: Summary, paper: dict[str, Any]) -> dict[str, str]:
         "lengths",
         "beta",
         "shifted scores",
+        "separate critic",
         "one reward model",
         "deep reward model",
         "deep reward model, sparse's best",
@@ -141,7 +142,7 @@ def claims(found: list[dict[str, Any]]) -> str:
     rows = []
     for claim in found:
         rows.append([claim["claim"], f"**{claim['verdict']}**", _lead(claim["lead"])])
-    return _table(["claim", "here", "lead in mean true reward (seeds ahead)"], rows)
+    return _table(["claim", "here", "lead (seeds ahead)"], rows)
 
 
 def in_short(found: list[dict[str, Any]]) -> dict[str, str]:

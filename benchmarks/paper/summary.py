@@ -283,6 +283,13 @@ def summarise(results: Results) -> dict[str, Any]:
         base = results.of("ABC", PAPER, beta=BETAS[0])
         betas[f"beta {beta:g}"] = group(results.of("ABC", PAPER, beta=beta), base if beta else ())
 
+    critics: dict[str, Any] = {}
+    for lam, names in ((LAM, ("sparse", "ABC", "ABC shuffled")), (1.0, ("sparse", "ABC"))):
+        base = results.of("sparse", HEADLINE, lam=lam, critic="separate")
+        for method in names:
+            runs = results.of(method, HEADLINE, lam=lam, critic="separate")  # type: ignore[arg-type]
+            critics[f"{method}, lambda {lam:g}"] = group(runs, () if method == "sparse" else base)
+
     one_model: dict[str, Any] = {}
     for length, _ in LENGTHS:
         base = results.of("sparse", length, models=LONGEST)
@@ -303,6 +310,7 @@ def summarise(results: Results) -> dict[str, Any]:
         "lengths": lengths,
         "beta": betas,
         "shifted scores": shifts,
+        "separate critic": critics,
         "one reward model": one_model,
         "deep reward model": deep(),
         "deep reward model, sparse's best": deep(**SPARSE_BEST),
@@ -567,6 +575,21 @@ def claims(results: Results) -> list[dict[str, Any]]:
         )
         for other, methods in (("sparse", ("ABC", *DEEP_SOURCES)), ("ABC", DEEP_SOURCES))
         for method in methods
+    ]
+    own = {"critic": "separate"}
+    out += [
+        claim(
+            "ABC is ahead of sparse, separate critic, 40-60 tokens",
+            paired(of("ABC", **own), of("sparse", **own)),
+        ),
+        claim(
+            "ABC is ahead of ABC shuffled, separate critic, 40-60 tokens",
+            paired(of("ABC", **own), of("ABC shuffled", **own)),
+        ),
+        claim(
+            "ABC at lambda 1 is ahead of sparse at lambda 1, separate critic, 40-60 tokens",
+            paired(of("ABC", lam=1.0, **own), of("sparse", lam=1.0, **own)),
+        ),
     ]
     rto = of("RTO", beta=RTO_BEST)
     out += [
