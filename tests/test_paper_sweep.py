@@ -11,10 +11,11 @@ import pytest
 import torch
 from paper_models import save_models, tiny_models
 
+from attnshape.demo.models import TrainingMetrics
 from attnshape.demo.ppo import Rollout, source_of
 from benchmarks.paper import testbed as testbed_module
 from benchmarks.paper.cells import Cell
-from benchmarks.paper.sweep import RUNS, sweep, todo
+from benchmarks.paper.sweep import RUNS, TRAINING, sweep, todo, write_training
 from benchmarks.paper.testbed import CURVES, Models, run_cell
 
 CELLS = [Cell(method=m, length="8-16", seed=s, steps=3) for s in (0, 1) for m in ("sparse", "ABC")]
@@ -58,6 +59,15 @@ def test_a_file_says_what_was_run_where_and_on_what(testbed: Models, tmp_path: P
     assert loaded["machine"]["cpus"] == os.cpu_count()
     assert len(loaded["commit"]) >= 7
     assert outcome(loaded) == outcome(run_cell(CELLS[0], testbed))
+
+
+def test_training_is_added_to_what_is_known(testbed: Models, tmp_path: Path) -> None:
+    write_training(testbed, tmp_path)
+    assert not (tmp_path / TRAINING).exists()
+    for name, accuracy in (("long", 0.5), ("testbed", 0.6), ("long", 0.7)):
+        write_training(replace(testbed, training={name: TrainingMetrics(1.0, accuracy, 0.9)}), tmp_path)
+    known = json.loads((tmp_path / TRAINING).read_text())
+    assert {name: x["accuracy"] for name, x in known.items()} == {"long": 0.7, "testbed": 0.6}
 
 
 def test_a_cells_critic_is_the_one_it_names(testbed: Models) -> None:

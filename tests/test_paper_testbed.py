@@ -74,6 +74,7 @@ def test_own_models_are_trained_once_and_only_where_needed(
     assert models.setups[DEEP].policy == models.setups["testbed"].policy
     assert models.setups[DEEP].reward_model == str(tmp_path / "depth" / DEEP)
     assert len(steps) == 6
+    assert 0 <= models.training["testbed"].accuracy <= 1
     steps.clear()
     again = own_models(["testbed"], tmp_path, lambda stage, *_: steps.append(stage))
     assert (again.setups, steps) == (models.setups, [])

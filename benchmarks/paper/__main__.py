@@ -44,7 +44,7 @@ from benchmarks.paper.cells import (
 from benchmarks.paper.depth import STUDY, RewardName, study
 from benchmarks.paper.page import fill, in_short, tables
 from benchmarks.paper.summary import Results, summarise, to_json
-from benchmarks.paper.sweep import RUNS, start_worker, sweep, todo
+from benchmarks.paper.sweep import RUNS, start_worker, sweep, todo, write_training
 from benchmarks.paper.testbed import DEPTH, Models, own_models
 
 HERE = Path(__file__).parent
@@ -119,6 +119,7 @@ def _bars() -> Iterator[Progress]:
 
 def _run(cells: list[Cell], testbed: Models, out: Path, workers: int) -> None:
     left = todo(cells, out)
+    write_training(testbed, out)
     with _bars() as bars:
         total = bars.add_task("cells", total=len(cells), completed=len(cells) - len(left))
         current = bars.add_task("steps", total=left[0].steps if left else 1, visible=workers == 1)

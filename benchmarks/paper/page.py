@@ -31,6 +31,7 @@ def tables(summary: Summary, paper: dict[str, Any]) -> dict[str, str]:
     """Every table of the page, by the name of its marker."""
     out = {
         "coverage": coverage(summary["coverage"]),
+        "testbed": testbed(summary["testbed"]),
         "claims": claims(summary["claims"]),
         "learning rates": choices(summary["learning rates"]),
         "RTO's share": choices(summary["RTO's share"]),
@@ -153,6 +154,12 @@ def in_short(found: list[dict[str, Any]]) -> dict[str, str]:
 
 def coverage(found: dict[str, list[int]]) -> str:
     return _table(["experiment", "cells run", "cells"], [[n, str(a), str(b)] for n, (a, b) in found.items()])
+
+
+def testbed(found: dict[str, Any]) -> str:
+    heads = ["models", "language model's loss", "reward model's held-out accuracy", "on the true order"]
+    names = ("lm_loss", "accuracy", "true_accuracy")
+    return _table(heads, [[name, *[f"{x[n]:.2f}" for n in names]] for name, x in found.items()])
 
 
 def choices(found: dict[str, Any]) -> str:

@@ -44,7 +44,7 @@ from benchmarks.paper.cells import (
     Method,
 )
 from benchmarks.paper.depth import CONFIG, MODELS, rank_correlation
-from benchmarks.paper.sweep import RUNS
+from benchmarks.paper.sweep import RUNS, TRAINING
 
 OTHERS: tuple[Method, ...] = ("sparse", "uniform")
 END = 10
@@ -180,6 +180,8 @@ class Results:
                 loaded = json.loads(path.read_text())
                 cell = Cell(**loaded["cell"])
                 self.runs[cell] = Run(cell, loaded["initial"], loaded["curves"])
+        training = folder / TRAINING
+        self.training: dict[str, Any] = json.loads(training.read_text()) if training.is_file() else {}
         self.models = [json.loads(path.read_text()) for path in sorted((folder / MODELS).glob("*.json"))]
 
     def of(self, method: Method, length: Length, **settings: Any) -> list[Run]:
@@ -301,6 +303,7 @@ def summarise(results: Results) -> dict[str, Any]:
 
     return {
         "coverage": coverage(results),
+        "testbed": results.training,
         "methods 40-60": methods(HEADLINE),
         "methods 8-16": methods(PAPER),
         "learning rates": choice(results.selection("sparse", "lam", "lr"), "sparse, lambda {:g}, lr {:g}"),

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from attnshape.files import whole_file
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.testbed import Models, run_cell
 
-RUNS = "runs"
+RUNS, TRAINING = "runs", "testbed.json"
 
 
 def todo(cells: Sequence[Cell], folder: Path) -> list[Cell]:
@@ -38,6 +39,17 @@ def write_run(result: dict[str, Any], cell: Cell, folder: Path) -> Path:
     with whole_file(path) as file:
         file.write(json.dumps(head, indent=1)[:-2] + ',\n "curves": {\n' + curves + "\n}}\n")
     return path
+
+
+def write_training(testbed: Models, folder: Path) -> None:
+    """How well the testbed's own models learned, beside what the folder has of others."""
+    if testbed.training:
+        path = folder / TRAINING
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        known |= {name: asdict(metrics) for name, metrics in testbed.training.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            file.write(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
 def sweep(

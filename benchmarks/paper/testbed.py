@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from attnshape.demo.models import (
     ModelConfig,
     OnStep,
     PreferencePairs,
+    TrainingMetrics,
     default_cache_dir,
     trained_models,
 )
@@ -64,11 +65,12 @@ class Models:
     """Models and prompts; those of the testbed itself, or a user's.
 
     ``setups`` has one for each of a cell's ``models``. ``dpo`` gives the folder or hub name of the policy
-    that ``RTO`` needs; it may train it.
+    that ``RTO`` needs; it may train it. ``training`` says how well the testbed's own models learned.
     """
 
     setups: dict[str, Setup]
     dpo: Callable[[], str] | None = None
+    training: dict[str, TrainingMetrics] = field(default_factory=dict)
 
     def setup(self, cell: Cell) -> Setup:
         if cell.models not in self.setups:
@@ -91,14 +93,15 @@ def own_models(
     Reward models of the depth study are taken where they are there: ``depth`` trains them.
     """
     cache_dir = cache_dir or default_cache_dir()
-    folder, _, _ = trained_models(MODELS, cache_dir, on_step)
-    setups = {"testbed": _setup(folder)}
-    for name, config in ((LONG, LONG_MODELS), (LONGEST, LONGEST_MODELS)):
-        if name in needed:
-            setups[name] = _setup(trained_models(config, cache_dir, on_step)[0])
+    setups, training = {}, {}
+    for name, config in (("testbed", MODELS), (LONG, LONG_MODELS), (LONGEST, LONGEST_MODELS)):
+        if name == "testbed" or name in needed:
+            folder, training[name], _ = trained_models(config, cache_dir, on_step)
+            setups[name] = _setup(folder)
     for other in sorted((cache_dir / DEPTH).glob("* layers, seed *")):
         setups[other.name] = replace(setups["testbed"], reward_model=str(other))
-    return Models(setups, functools.partial(own_dpo, folder))
+    policy = Path(setups["testbed"].policy)
+    return Models(setups, functools.partial(own_dpo, policy.parent), training)
 
 
 def _setup(folder: Path) -> Setup:
