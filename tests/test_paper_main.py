@@ -99,7 +99,7 @@ def test_summary_of_a_users_runs(folder: Path, tmp_path: Path) -> None:
     assert status == 0, printed
     found = json.loads((tmp_path / "summary.json").read_text())
     assert found["methods 8-16"]["ABC"]["lead"][3] == 2
-    for name in ("learning_curves", "lengths", "beta_and_kl", "credit"):
+    for name in ("learning_curves", "lengths", "beta_and_kl", "credit", "credit_and_speed"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
