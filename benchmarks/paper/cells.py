@@ -81,6 +81,8 @@ LENGTHS: tuple[tuple[Length, dict[str, Any]], ...] = (
     ("140-160", {"models": LONGEST}),
 )
 """Lengths that the testbed runs, and with whose models."""
+ONE_MODEL: tuple[Length, ...] = ("8-16", "20-30", "40-60", "90-110")
+"""Lengths that ``LONG`` is run at too: whether the lead grows where nothing but the length changes."""
 
 
 def bounds(length: Length) -> tuple[int, int]:
@@ -207,8 +209,8 @@ def _experiments() -> dict[str, list[Cell]]:
         ],
         "one reward model": [
             cell
-            for length, _ in LENGTHS
-            for cell in _cells(FEW, ("sparse", "ABC"), length=length, models=LONGEST)
+            for length in ONE_MODEL
+            for cell in _cells(FEW, ("sparse", "ABC"), length=length, models=LONG)
         ],
         "lambda": [cell for lam in LAMS for cell in _cells(SEEDS, MAIN, length=HEADLINE, lam=lam)],
         "methods at 40-60": [

@@ -107,7 +107,7 @@ def lengths(results: Results, summary: dict[str, Any], paper: dict[str, Any], pa
         ("lengths", "reward model of each length", "o-"),
         ("one reward model", "one reward model", "s--"),
     ):
-        rows = [(_middle(n), summary[table][f"ABC, {n}"].get("lead_sd")) for n, _ in LENGTHS]
+        rows = [(_middle(n), summary[table].get(f"ABC, {n}", {}).get("lead_sd")) for n, _ in LENGTHS]
         points = [(x, *found[:2]) for x, found in rows if found]
         if points:
             lead.errorbar(*zip(*points, strict=True), fmt=style, capsize=3, color=COLORS["ABC"], label=label)

@@ -28,10 +28,11 @@ from benchmarks.paper.cells import (
     LAM,
     LAMS,
     LENGTHS,
-    LONGEST,
+    LONG,
     LR,
     LR_SEEDS,
     MAIN,
+    ONE_MODEL,
     PAPER,
     QUALITY_LAYERS,
     RISES,
@@ -293,10 +294,10 @@ def summarise(results: Results) -> dict[str, Any]:
             critics[f"{method}, lambda {lam:g}"] = group(runs, () if method == "sparse" else base)
 
     one_model: dict[str, Any] = {}
-    for length, _ in LENGTHS:
-        base = results.of("sparse", length, models=LONGEST)
+    for length in ONE_MODEL:
+        base = results.of("sparse", length, models=LONG)
         one_model[f"sparse, {length}"] = group(base)
-        one_model[f"ABC, {length}"] = group(results.of("ABC", length, models=LONGEST), base)
+        one_model[f"ABC, {length}"] = group(results.of("ABC", length, models=LONG), base)
 
     def deep(**settings: Any) -> dict[str, Any]:
         return labelled(results, [(m, m, HEADLINE, {"models": DEEP, **settings}) for m in DEEP_METHODS])
@@ -526,9 +527,9 @@ def claims(results: Results) -> list[dict[str, Any]]:
         *[
             claim(
                 f"ABC's lead over sparse, in initial sd, is larger at {n} than at 8-16, one reward model",
-                growth(n, PAPER, models=LONGEST),
+                growth(n, PAPER, models=LONG),
             )
-            for n in (HEADLINE, LENGTHS[-1][0])
+            for n in (HEADLINE, ONE_MODEL[-1])
         ],
         claim(
             "ABC ends above sparse (last 10 steps), 40-60 tokens", paired(of("ABC"), of("sparse"), Run.end)
