@@ -193,7 +193,11 @@ def _experiments() -> dict[str, list[Cell]]:
             cell for shift in SHIFTS for cell in _cells(SEEDS, ("sparse", "ABC"), length=PAPER, shift=shift)
         ],
         # PPO with a deep reward model.
-        "depth": list(_cells(FEW, DEEP_METHODS, length=HEADLINE, models=DEEP)),
+        "depth": [
+            cell
+            for lam in (LAM, 1.0)
+            for cell in _cells(SEEDS, DEEP_METHODS, length=HEADLINE, models=DEEP, lam=lam)
+        ],
         "depth at sparse's best": list(
             _cells(FEW, DEEP_METHODS, length=HEADLINE, models=DEEP, **SPARSE_BEST)
         ),

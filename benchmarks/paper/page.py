@@ -54,6 +54,7 @@ def tables(summary: Summary, paper: dict[str, Any]) -> dict[str, str]:
         "separate critic",
         "one reward model",
         "deep reward model",
+        "deep reward model, lambda 1",
         "deep reward model, sparse's best",
     ):
         out[name] = groups(summary[name])

@@ -317,6 +317,7 @@ def summarise(results: Results) -> dict[str, Any]:
         "separate critic": critics,
         "one reward model": one_model,
         "deep reward model": deep(),
+        "deep reward model, lambda 1": deep(lam=1.0),
         "deep reward model, sparse's best": deep(**SPARSE_BEST),
         "KL": {
             **{m: group(results.of(m, HEADLINE)) for m in (*MAIN, *CONTROLS)},
@@ -558,28 +559,17 @@ def claims(results: Results) -> list[dict[str, Any]]:
         )
         for shift in SHIFTS
     ]
-    deep = {method: of(method, models=DEEP) for method in DEEP_METHODS}
-    deep_best = {method: of(method, models=DEEP, **SPARSE_BEST) for method in DEEP_METHODS}
-    out += [
-        claim(
-            f"ABC is ahead of {other}, 4-layer reward model, 40-60 tokens", paired(deep["ABC"], deep[other])
-        )
-        for other in ("sparse", "ABC shuffled")
-    ]
-    out += [
-        claim(
-            f"{method} is ahead of ABC, 4-layer reward model, 40-60 tokens", paired(deep[method], deep["ABC"])
-        )
-        for method in DEEP_SOURCES
-    ]
-    out += [
-        claim(
-            f"{method} is ahead of {other}, 4-layer reward model, both at sparse's best, 40-60 tokens",
-            paired(deep_best[method], deep_best[other]),
-        )
-        for other, methods in (("sparse", ("ABC", *DEEP_SOURCES)), ("ABC", DEEP_SOURCES))
-        for method in methods
-    ]
+    for note, settings in (("", {}), ("lambda 1, ", {"lam": 1.0}), ("sparse's best, ", SPARSE_BEST)):
+        deep = {method: of(method, models=DEEP, **settings) for method in DEEP_METHODS}
+        pairs: list[tuple[Method, Method]] = [(method, "sparse") for method in ("ABC", *DEEP_SOURCES)]
+        pairs += [("ABC", "ABC shuffled"), *((method, "ABC") for method in DEEP_SOURCES)]
+        out += [
+            claim(
+                f"{first} is ahead of {second}, 4-layer reward model, {note}40-60 tokens",
+                paired(deep[first], deep[second]),
+            )
+            for first, second in pairs
+        ]
     own = {"critic": "separate"}
     out += [
         claim(
