@@ -5,7 +5,8 @@ import pytest
 from benchmarks.paper.__main__ import HERE, RESULTS, ROOT
 from benchmarks.paper.cells import RTO_BEST, SPARSE_BEST
 from benchmarks.paper.page import claims, fill, groups, in_short, tables
-from benchmarks.paper.summary import Results, best_of, summarise, to_json
+from benchmarks.paper.runs import Results, best_of
+from benchmarks.paper.summary import summarise, to_json
 from benchmarks.paper.sweep import RUNS
 
 
@@ -60,7 +61,8 @@ def test_rows_by_hand() -> None:
     assert "never run" not in table
     assert groups({"ABC": {"n": 0}}) == "Not run yet."
     one = {"claim": "it flies", "lead": [-1.0, None, 0, 1], "verdict": "1 seed only"}
-    assert claims([one]).splitlines()[-1] == "| it flies | **1 seed only** | -1.00 (0 of 1) |"
+    assert claims({"flight": [one]}).splitlines()[-2] == "| **flight** |  |  |"
+    assert claims({"flight": [one]}).splitlines()[-1] == "| it flies | **1 seed only** | -1.00 (0 of 1) |"
 
 
 def test_markers_and_tables_must_agree() -> None:

@@ -6,19 +6,12 @@ from typing import Any
 import pytest
 
 from benchmarks.paper.cells import LAM, LR_SEEDS, LRS, Cell, Method
+from benchmarks.paper.claims import claims
 from benchmarks.paper.depth import CONFIG
+from benchmarks.paper.runs import Lead, Results, Run, best_of, estimate, group, median_steps, paired
 from benchmarks.paper.summary import (
-    Lead,
-    Results,
-    Run,
-    best_of,
-    claims,
     credit_by_depth,
     credit_by_quality,
-    estimate,
-    group,
-    median_steps,
-    paired,
     summarise,
     to_json,
     without_the_truth,
@@ -155,7 +148,9 @@ def test_from_files_to_summary(tmp_path: Path) -> None:
     assert found["methods 40-60"]["ABC"]["lead"] == pytest.approx((3.0, 2 / math.sqrt(3), 3, 3))
     assert set(found["RTO's share"]) == {"RTO, beta 0.1", "RTO, beta 0.4"}
     assert found["coverage"]["main"][0] == 6
-    verdicts = {c["claim"]: c["verdict"] for c in claims(results)}
+    groups = claims(results).values()
+    verdicts = {c["claim"]: c["verdict"] for group in groups for c in group}
+    assert len(verdicts) == sum(map(len, groups))  # no two claims have one name
     assert verdicts["ABC is ahead of sparse, 40-60 tokens"] == "3 seeds only"
     assert verdicts["ABC is ahead of uniform, 40-60 tokens"] == "not run"
     text = to_json(found)

@@ -43,7 +43,8 @@ from benchmarks.paper.cells import (
 )
 from benchmarks.paper.depth import STUDY, RewardName, study
 from benchmarks.paper.page import fill, in_short, tables
-from benchmarks.paper.summary import Results, summarise, to_json
+from benchmarks.paper.runs import Results
+from benchmarks.paper.summary import summarise, to_json
 from benchmarks.paper.sweep import RUNS, start_worker, sweep, todo, write_training
 from benchmarks.paper.testbed import DEPTH, Models, own_models
 

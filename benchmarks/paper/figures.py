@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from attnshape.demo import plots
 from attnshape.demo.results import smooth
 from benchmarks.paper.cells import DEEP, DEEP_SOURCES, DEPTHS, HEADLINE, LAM, LENGTHS, MAIN, PAPER, Length
-from benchmarks.paper.summary import QUALITY_LENGTH, Results, Run
+from benchmarks.paper.runs import Results, Run
+from benchmarks.paper.summary import QUALITY_LENGTH
 
 COLORS: dict[str, str] = {
     **plots.COLORS,
