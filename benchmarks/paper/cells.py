@@ -81,8 +81,11 @@ LENGTHS: tuple[tuple[Length, dict[str, Any]], ...] = (
     ("140-160", {"models": LONGEST}),
 )
 """Lengths that the testbed runs, and with whose models."""
-ONE_MODEL: tuple[Length, ...] = ("8-16", "20-30", "40-60", "90-110")
-"""Lengths that ``LONG`` is run at too: whether the lead grows where nothing but the length changes."""
+ONE_MODEL: tuple[tuple[str, tuple[Length, ...]], ...] = (
+    (LONG, ("8-16", "20-30", "40-60", "90-110")),
+    (LONGEST, ("8-16", "20-30", "40-60", "90-110", "140-160")),
+)
+"""Whose models are run at every length they can: whether the lead grows where only the length changes."""
 
 
 def bounds(length: Length) -> tuple[int, int]:
@@ -213,8 +216,9 @@ def _experiments() -> dict[str, list[Cell]]:
         ],
         "one reward model": [
             cell
-            for length in ONE_MODEL
-            for cell in _cells(FEW, ("sparse", "ABC"), length=length, models=LONG)
+            for models, lengths in ONE_MODEL
+            for length in lengths
+            for cell in _cells(FEW, ("sparse", "ABC"), length=length, models=models)
         ],
         "lambda": [cell for lam in LAMS for cell in _cells(SEEDS, MAIN, length=HEADLINE, lam=lam)],
         "methods at 40-60": [

@@ -13,7 +13,6 @@ from benchmarks.paper.cells import (
     HEADLINE,
     KL_MARKS,
     LENGTHS,
-    LONG,
     ONE_MODEL,
     PAPER,
     RTO_BEST,
@@ -97,7 +96,11 @@ def claims(results: Results) -> dict[str, list[dict[str, Any]]]:
             ahead("ABC", "sparse", "last 10 steps", value=Run.end, verb="ends above"),
             ahead("ABC", "sparse", f"{PAPER} tokens, last 10 steps", PAPER, Run.end, "ends above"),
             growth(HEADLINE),
-            *[growth(n, ", one reward model", models=LONG) for n in (HEADLINE, ONE_MODEL[-1])],
+            *[
+                growth(n, f", one reward model ({models})", models=models)
+                for models, lengths in ONE_MODEL
+                for n in (HEADLINE, lengths[-1])
+            ],
             *[
                 ahead(
                     "ABC",

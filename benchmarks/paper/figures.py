@@ -13,7 +13,18 @@ from matplotlib.figure import Figure
 
 from attnshape.demo import plots
 from attnshape.demo.results import smooth
-from benchmarks.paper.cells import DEEP, DEEP_SOURCES, DEPTHS, HEADLINE, LAM, LENGTHS, MAIN, PAPER, Length
+from benchmarks.paper.cells import (
+    DEEP,
+    DEEP_SOURCES,
+    DEPTHS,
+    HEADLINE,
+    LAM,
+    LENGTHS,
+    MAIN,
+    ONE_MODEL,
+    PAPER,
+    Length,
+)
 from benchmarks.paper.runs import Results, Run
 from benchmarks.paper.summary import QUALITY_LENGTH
 
@@ -104,14 +115,17 @@ def lengths(results: Results, summary: dict[str, Any], paper: dict[str, Any], pa
         _errorbar(ours, [(x, runs) for x, runs in run if runs], method)
     theirs.set_title("the paper: reward model's reward", fontsize="medium")
     ours.set_title("here: true reward", fontsize="medium")
-    for table, label, style in (
-        ("lengths", "reward model of each length", "o-"),
-        ("one reward model", "one reward model", "s--"),
+    for table, prefix, label, style in (
+        ("lengths", "", "models of each length", "o-"),
+        *(
+            ("one reward model", f"{m}: ", f"{m} models", f"{x}--")
+            for (m, _), x in zip(ONE_MODEL, "s^", strict=True)
+        ),
     ):
-        rows = [(_middle(n), summary[table].get(f"ABC, {n}", {}).get("lead_sd")) for n, _ in LENGTHS]
+        rows = [(_middle(n), summary[table].get(f"{prefix}ABC, {n}", {}).get("lead_sd")) for n, _ in LENGTHS]
         points = [(x, *found[:2]) for x, found in rows if found]
         if points:
-            lead.errorbar(*zip(*points, strict=True), fmt=style, capsize=3, color=COLORS["ABC"], label=label)
+            lead.errorbar(*zip(*points, strict=True), fmt=style, capsize=3, label=label)
     lead.axhline(0, color="k", linewidth=0.8)
     lead.set_title("ABC's lead over sparse, in initial sd", fontsize="medium")
     for axes in (theirs, ours, lead):

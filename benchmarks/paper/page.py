@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.paper.cells import KL_MARKS, LR_SEEDS, MAIN, RISES
+from benchmarks.paper.cells import KL_MARKS, LR_SEEDS, MAIN, ONE_MODEL, RISES
 from benchmarks.paper.sources import SOURCES
 
 Summary = dict[str, Any]
@@ -241,11 +241,12 @@ def beside(rows: dict[str, Any], one_model: dict[str, Any], paper: dict[str, Any
     """ABC's lead over sparse by length: the paper's and this testbed's, each in its own unit."""
     body = []
     for length, lead in paper["lead_by_length"].items():
-        row, same = rows.get(f"ABC, {length}", {}), one_model.get(f"ABC, {length}", {})
-        cells = [row.get("lead"), row.get("lead_sd"), same.get("lead_sd")]
+        row = rows.get(f"ABC, {length}", {})
+        same = [one_model.get(f"{models}: ABC, {length}", {}) for models, _ in ONE_MODEL]
+        cells = [row.get("lead"), row.get("lead_sd"), *[x.get("lead_sd") for x in same]]
         body.append([length, f"{lead:+.2f}", *[_lead(x) or "not run" for x in cells]])
-    heads = ["new tokens", "the paper's lead", "here", "in initial sd", "one reward model, in initial sd"]
-    return _table(heads, body)
+    heads = ["new tokens", "the paper's lead", "here", "here, in initial sd"]
+    return _table([*heads, *[f"the same, {models} models" for models, _ in ONE_MODEL]], body)
 
 
 def spread(rows: dict[str, Any], paper: dict[str, Any]) -> str:

@@ -20,7 +20,6 @@ from benchmarks.paper.cells import (
     LAM,
     LAMS,
     LENGTHS,
-    LONG,
     LR,
     MAIN,
     ONE_MODEL,
@@ -95,10 +94,11 @@ def summarise(results: Results) -> dict[str, Any]:
             critics[f"{method}, lambda {lam:g}"] = group(runs, () if method == "sparse" else base)
 
     one_model: dict[str, Any] = {}
-    for length in ONE_MODEL:
-        base = results.of("sparse", length, models=LONG)
-        one_model[f"sparse, {length}"] = group(base)
-        one_model[f"ABC, {length}"] = group(results.of("ABC", length, models=LONG), base)
+    for models, lengths_of in ONE_MODEL:
+        for length in lengths_of:
+            base = results.of("sparse", length, models=models)
+            one_model[f"{models}: sparse, {length}"] = group(base)
+            one_model[f"{models}: ABC, {length}"] = group(results.of("ABC", length, models=models), base)
 
     def deep(**settings: Any) -> dict[str, Any]:
         return labelled(results, [(m, m, HEADLINE, {"models": DEEP, **settings}) for m in DEEP_METHODS])
