@@ -214,6 +214,12 @@ def _experiments() -> dict[str, list[Cell]]:
             if settings
             for cell in _cells(FEW, MAIN, length=length, **settings)
         ],
+        "long responses at lambda 1": [
+            cell
+            for length, settings in LENGTHS
+            if settings
+            for cell in _cells(FEW, ("sparse", "ABC"), length=length, lam=1.0, **settings)
+        ],
         "one reward model": [
             cell
             for models, lengths in ONE_MODEL

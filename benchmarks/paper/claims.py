@@ -131,6 +131,10 @@ def claims(results: Results) -> dict[str, list[dict[str, Any]]]:
             ahead(
                 "ABC", "sparse", "both at lambda 1, last 10 steps", value=Run.end, verb="ends above", lam=1.0
             ),
+            *[
+                ahead("ABC", "sparse", f"{n} tokens, both at lambda 1", n, lam=1.0, **settings)
+                for n, settings in LENGTHS[3:]
+            ],
             ahead("ABC", "sparse", "separate critic", critic="separate"),
             ahead("ABC", "ABC shuffled", "separate critic", critic="separate"),
             ahead("ABC", "sparse", "separate critic, both at lambda 1", critic="separate", lam=1.0),

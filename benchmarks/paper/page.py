@@ -51,6 +51,7 @@ def tables(summary: Summary, paper: dict[str, Any]) -> dict[str, str]:
         "lengths",
         "beta",
         "shifted scores",
+        "lengths at lambda 1",
         "separate critic",
         "one reward model",
         "deep reward model",

@@ -81,6 +81,12 @@ def summarise(results: Results) -> dict[str, Any]:
             runs = results.of(method, length, **settings)
             lengths[f"{method}, {length}"] = group(runs, () if method == "sparse" else base)
 
+    undiscounted: dict[str, Any] = {}
+    for length, settings in LENGTHS[2:]:
+        base = results.of("sparse", length, lam=1.0, **settings)
+        undiscounted[f"sparse, {length}"] = group(base)
+        undiscounted[f"ABC, {length}"] = group(results.of("ABC", length, lam=1.0, **settings), base)
+
     betas = {}
     for beta in BETAS:
         base = results.of("ABC", PAPER, beta=BETAS[0])
@@ -113,6 +119,7 @@ def summarise(results: Results) -> dict[str, Any]:
         "headline": headline(results),
         "lambda": lambdas,
         "lengths": lengths,
+        "lengths at lambda 1": undiscounted,
         "beta": betas,
         "shifted scores": shifts,
         "separate critic": critics,
