@@ -69,10 +69,11 @@ def tables(summary: Summary, paper: dict[str, Any]) -> dict[str, str]:
 IN_SHORT = (
     "ABC is ahead of sparse, 8-16 tokens",
     "ABC is ahead of sparse, 40-60 tokens",
-    "ABC is ahead of sparse, 90-110 tokens",
+    "ABC is ahead of sparse, 140-160 tokens",
     "ABC is ahead of ABC shuffled, 40-60 tokens",
-    "ABC is ahead of sparse, both at lambda 1",
     "ABC at lambda .95 is ahead of sparse at lambda 1",
+    "ABC is ahead of sparse, both at lambda 1",
+    "ABC is ahead of sparse, both at sparse's best",
     "ABC is ahead of sparse, separate critic",
     "ABC is ahead of sparse, 8-16 tokens, scores shifted by +5",
     "norm-weighted rollout is ahead of ABC, 4-layer reward model",
