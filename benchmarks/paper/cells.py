@@ -55,15 +55,17 @@ PAPER: Length = "8-16"
 LAM, LAMS = 0.95, (0.95, 0.99, 1.0)
 BETA, BETAS = 0.8, (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SHIFTS = (5.0, -5.0)
+DEPTHS = (1, 2, 4, 6)
+MODEL_SEEDS = (0, 1, 2, 3)
+DEEP, LONG, LONGEST = "4 layers, seed 0", "long", "longest"
+
+# Added after others' runs had been seen.
 RTO_BETAS = (0.8, 0.4, 0.2, 0.1)
 """Shares of RTO's log-ratios, from which one is chosen on ``LR_SEEDS``."""
 RTO_BEST = 0.4
 """What that choice gave: ``summary`` makes it again from the runs."""
-DEPTHS = (1, 2, 4, 6)
-MODEL_SEEDS = (0, 1, 2, 3)
 QUALITY_LAYERS, QUALITIES = 4, (100, 200, 1200)
 """Steps of training of further reward models of this depth."""
-DEEP, LONG, LONGEST = "4 layers, seed 0", "long", "longest"
 
 DEEP_SOURCES: tuple[Method, ...] = (
     "norm-weighted rollout",
