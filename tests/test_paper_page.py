@@ -23,6 +23,17 @@ def test_the_tables_of_both_pages_are_the_committed_summarys() -> None:
     assert fill(page, in_short(summary["claims"])) == page
 
 
+def test_what_the_recipe_says_of_overlap_and_precision() -> None:
+    """The two bounds in CREDIT.md, over every reward model of the study."""
+    last = [m["lengths"]["50"]["sources"]["last row"] for m in Results(RESULTS).models]
+    low = [x["precision_at_k"] for x in last if x["overlap"] < 0.12]
+    high = [x["precision_at_k"] for x in last if x["overlap"] > 0.4]
+    assert len(low) > 10
+    assert len(high) > 5
+    assert max(low) < 0.17
+    assert min(high) >= 0.33
+
+
 def test_chosen_settings_are_those_that_the_runs_chose() -> None:
     results = Results(RESULTS)
     assert best_of(results.selection("sparse", "lam", "lr")) == (SPARSE_BEST["lam"], SPARSE_BEST["lr"])
