@@ -48,7 +48,7 @@ def test_every_run_names_machine_versions_and_commit() -> None:
         assert run["machine"]["processor"]
         assert run["versions"]["torch"]
         assert run["commit"]
-    assert sum(path.stat().st_size for path in RESULTS.rglob("*") if path.is_file()) < 5e6
+    assert sum(path.stat().st_size for path in RESULTS.rglob("*") if path.is_file()) < 8e6
 
 
 def test_rows_by_hand() -> None:
@@ -61,12 +61,13 @@ def test_rows_by_hand() -> None:
         "penalised": [-0.123, 0.1, 0.1, 5],
         "precision_at_k": [0.615, 0.1, 0.1, 5],
         "collapsed": 1,
+        "ran_away": 2,
         "lead": [0.5, 0.25, 4, 5],
     }
     table = groups({"ABC": row, "never run": {"n": 0}})
     *_, last = table.splitlines()
     assert last == (
-        "| ABC | 5 | 1.23 ± 0.10 | 2.00 ± 0.30 | 0.46 | 31 | never | 7.2 | -0.12 | 0.61 | 1 "
+        "| ABC | 5 | 1.23 ± 0.10 | 2.00 ± 0.30 | 0.46 | 31 | never | 7.2 | -0.12 | 0.61 | 1, 2 "
         "| +0.50 ± 0.25 (4 of 5) |"
     )
     assert "never run" not in table

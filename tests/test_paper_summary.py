@@ -69,6 +69,11 @@ def test_collapse() -> None:
     assert not run([4.0] * 10 + [4.0] * 9 + [-5.0]).collapsed  # one bad step is none
 
 
+def test_a_run_away_is_told_by_where_it_ends() -> None:
+    assert run([0.0] * 20, kl=[500.0] * 10 + [90.0] * 10).ran_away is False
+    assert run([0.0] * 20, kl=[5.0] * 10 + [110.0] * 10).ran_away
+
+
 def test_reward_at_kl_is_read_where_the_smoothed_kl_gets_there() -> None:
     assert run([float(10 * i) for i in range(12)]).reward_at_kl(4.0) == 40.0  # steps 4-8 have mean 6...
     assert run([1.0] * 12).reward_at_kl(99.0) is None

@@ -60,6 +60,8 @@ MODEL_SEEDS = (0, 1, 2, 3)
 DEEP, LONG, LONGEST = "4 layers, seed 0", "long", "longest"
 
 # Added after others' runs had been seen.
+RUNAWAY_KL = 100.0
+"""A run ran away if its last 10 steps' mean KL is above this: runs end below 50 or above 200."""
 RTO_BETAS = (0.8, 0.4, 0.2, 0.1)
 """Shares of RTO's log-ratios, from which one is chosen on ``LR_SEEDS``."""
 RTO_BEST = 0.4

@@ -117,7 +117,7 @@ def groups(rows: dict[str, Any]) -> str:
         "KL, last 10",
         "score less KL penalty",
         "P@k",
-        "collapsed",
+        "collapsed, ran away",
         "lead (seeds ahead)",
     ]
     body = []
@@ -136,7 +136,7 @@ def groups(rows: dict[str, Any]) -> str:
                 f"{row['kl_end'][0]:.1f}",
                 f"{row['penalised'][0]:.2f}",
                 f"{row['precision_at_k'][0]:.2f}" if "precision_at_k" in row else "",
-                str(row["collapsed"]),
+                f"{row['collapsed']}, {row['ran_away']}",
                 _lead(row.get("lead")),
             ]
         )

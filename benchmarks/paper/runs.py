@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from attnshape.demo.results import smooth
-from benchmarks.paper.cells import COLLAPSE, FEW, KL_MARKS, LR_SEEDS, RISES, SIGNED, Cell, Length, Method
+from benchmarks.paper.cells import (
+    COLLAPSE,
+    FEW,
+    KL_MARKS,
+    LR_SEEDS,
+    RISES,
+    RUNAWAY_KL,
+    SIGNED,
+    Cell,
+    Length,
+    Method,
+)
 from benchmarks.paper.depth import MODELS
 from benchmarks.paper.sweep import RUNS, TRAINING
 
@@ -74,6 +85,11 @@ class Run:
         windows = [self.rewards[i : i + END] for i in range(len(self.rewards) - END + 1)]
         best = max(statistics.fmean(window) for window in windows)
         return best - self.end() > COLLAPSE * self.unit
+
+    @property
+    def ran_away(self) -> bool:
+        """Whether it ends far from the initial policy, which need not show in a reward that never rose."""
+        return self.end("kl") > RUNAWAY_KL
 
     def reward_at_kl(self, kl: float) -> float | None:
         """5-step mean reward at the first step whose 5-step mean KL reaches ``kl``; None if none does."""
@@ -180,6 +196,7 @@ def group(runs: Sequence[Run], base: Sequence[Run] = ()) -> dict[str, Any]:
     rows["end_mass"] = estimate([r.end("end_mass") for r in runs])
     rows["steps"] = {f"{rise:g}": median_steps([r.steps_to(rise) for r in runs]) for rise in RISES}
     rows["collapsed"] = sum(r.collapsed for r in runs)
+    rows["ran_away"] = sum(r.ran_away for r in runs)
     if "precision_at_k" in runs[0].curves:
         known = [[x for x in r.curves["precision_at_k"] if not math.isnan(x)] for r in runs]
         rows["precision_at_k"] = estimate([statistics.fmean(x) for x in known])
