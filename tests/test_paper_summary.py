@@ -158,6 +158,8 @@ def test_from_files_to_summary(tmp_path: Path) -> None:
     assert len(verdicts) == sum(map(len, groups))  # no two claims have one name
     assert verdicts["ABC is ahead of sparse, 40-60 tokens"] == "3 seeds only"
     assert verdicts["ABC is ahead of uniform, 40-60 tokens"] == "not run"
+    assert verdicts["ABC has more reward than sparse, where KL first reaches 1"] == "3 seeds only"
+    assert verdicts["ABC has more reward than sparse, where KL first reaches 2"] == "not reached"
     text = to_json(found)
     assert "NaN" not in text
     assert json.loads(text)["methods 40-60"]["sparse"]["n"] == 3

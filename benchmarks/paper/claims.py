@@ -34,8 +34,8 @@ def claims(results: Results) -> dict[str, list[dict[str, Any]]]:
     def of(method: Method, length: Length = HEADLINE, **settings: Any) -> list[Run]:
         return results.of(method, length, **settings)
 
-    def claim(text: str, found: Lead | None) -> dict[str, Any]:
-        return {"claim": text, "lead": found, "verdict": found.verdict if found else "not run"}
+    def claim(text: str, found: Lead | None, missing: str = "not run") -> dict[str, Any]:
+        return {"claim": text, "lead": found, "verdict": found.verdict if found else missing}
 
     def ahead(
         first: Method,
@@ -47,8 +47,9 @@ def claims(results: Results) -> dict[str, list[dict[str, Any]]]:
         **settings: Any,
     ) -> dict[str, Any]:
         """Of two methods that differ in nothing else."""
-        found = paired(of(first, length, **settings), of(second, length, **settings), value)
-        return claim(f"{first} {verb} {second}{note and f', {note}'}", found)
+        runs = of(first, length, **settings), of(second, length, **settings)
+        missing = "not reached" if all(runs) else "not run"
+        return claim(f"{first} {verb} {second}{note and f', {note}'}", paired(*runs, value), missing)
 
     def growth(long: Length, note: str = "", **settings: Any) -> dict[str, Any]:
         """How much larger ABC's lead over sparse is, each in its length's initial standard deviations."""

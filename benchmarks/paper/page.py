@@ -78,6 +78,8 @@ IN_SHORT = (
     "ABC is ahead of sparse, 8-16 tokens, scores shifted by +5",
     "norm-weighted rollout is ahead of ABC, 4-layer reward model",
     "gradient x value, signed is ahead of ABC, 4-layer reward model",
+    "ABC is ahead of sparse, 4-layer reward model, both at lambda 1",
+    "gradient x value, signed is ahead of sparse, 4-layer reward model, both at lambda 1",
 )
 """The claims that the project's README shows."""
 README_TABLE = "the paper's claims, in short"
