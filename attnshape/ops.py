@@ -293,7 +293,8 @@ def shape_rewards(
     since statistics of one micro-batch are wrong: call ``whiten`` on the whole batch.
 
     Args:
-        score: ``[B]``, normalised by the caller if at all.
+        score: ``[B]``, normalised by the caller; at least centred, since credit pays an offset that no
+            preference depends on to every token that it names.
         credit: ``AttentionInputs`` (or a list of them: layers are averaged), non-negative weights of the
             mask's shape, ``"uniform"``, or ``"sparse"`` (the whole score on its token).
         values: critic values; without them advantages are discounted rewards-to-go.
