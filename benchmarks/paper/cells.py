@@ -206,7 +206,7 @@ def _experiments() -> dict[str, list[Cell]]:
             for cell in _cells(SEEDS, DEEP_METHODS, length=HEADLINE, models=DEEP, lam=lam)
         ],
         "depth at sparse's best": list(
-            _cells(FEW, DEEP_METHODS, length=HEADLINE, models=DEEP, **SPARSE_BEST)
+            _cells(SEEDS, DEEP_METHODS, length=HEADLINE, models=DEEP, **SPARSE_BEST)
         ),
         "separate critic": [
             *_cells(FEW, ("sparse", "ABC", "ABC shuffled"), length=HEADLINE, critic="separate"),
