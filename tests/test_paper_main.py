@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,8 +7,9 @@ import torch
 from paper_models import save_models
 from typer.testing import CliRunner
 
+from benchmarks.paper import __main__ as main
 from benchmarks.paper.__main__ import app
-from benchmarks.paper.cells import Cell
+from benchmarks.paper.cells import DEEP, Cell
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +77,23 @@ def test_the_papers_other_architectures(tmp_path: Path, family: str) -> None:
         ]
         status, printed = call("cell", method, *options, *arguments)
         assert status == 0, printed
+
+
+def test_cells_wait_for_models_that_are_not_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only those that have no file."""
+    cells = [Cell(method="sparse", length="8-16", seed=s, steps=1, models=DEEP) for s in (0, 1)]
+    monkeypatch.setattr(main, "chosen", lambda names: [*cells, replace(cells[0], models="testbed")])
+    done = tmp_path / "runs" / cells[0].name
+    done.parent.mkdir(parents=True)
+    done.write_text("{}")
+    status, printed = call("all", *own(folder, tmp_path))
+    assert status == 0, printed
+    assert "1 cells wait for the reward models" in printed
+    assert len(list(done.parent.iterdir())) == 2
+    done.with_name(Path(cells[1].name).name).write_text("{}")
+    assert "wait" not in call("all", *own(folder, tmp_path))[1]
 
 
 def test_rto_takes_a_dpo_policy(folder: Path, tmp_path: Path) -> None:

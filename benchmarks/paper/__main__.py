@@ -201,12 +201,13 @@ def run_all(
         cells = chosen(only)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    needed = {c.models for c in todo(cells, out)}
+    left = todo(cells, out)
+    needed = {c.models for c in left}
     testbed = _testbed(policy, reward_model, prompts, score_fn, dpo_policy, device, cache_dir, out, needed)
-    there = [c for c in cells if c.models in testbed.setups]
-    _run(there, testbed, out, workers)
-    if len(there) < len(cells):
-        console.print(f"{len(cells) - len(there)} cells wait for the reward models of `depth`")
+    waiting = {c for c in left if c.models not in testbed.setups}
+    _run([c for c in cells if c not in waiting], testbed, out, workers)
+    if waiting:
+        console.print(f"{len(waiting)} cells wait for the reward models of `depth`")
 
 
 @app.command()
