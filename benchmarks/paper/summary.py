@@ -35,6 +35,7 @@ from benchmarks.paper.claims import claims
 from benchmarks.paper.depth import CONFIG, rank_correlation
 from benchmarks.paper.runs import Results, Run, best_of, estimate, group
 
+PAIR: tuple[Method, ...] = ("sparse", "ABC")
 QUALITY_LENGTH = "50"
 
 
@@ -67,44 +68,31 @@ def summarise(results: Results) -> dict[str, Any]:
             runs = results.of(method, PAPER, **settings)
             shifts[f"{method}, {shift:+g}"] = group(runs, base if shift else ())
 
-    lambdas: dict[str, Any] = {}
-    for lam in sorted(LAMS):
-        base = results.of("sparse", HEADLINE, lam=lam)
-        for method in MAIN:
-            runs = results.of(method, HEADLINE, lam=lam)
-            lambdas[f"{method}, lambda {lam:g}"] = group(runs, () if method == "sparse" else base)
-
-    lengths: dict[str, Any] = {}
-    for length, settings in LENGTHS:
+    def over_sparse(label: str, methods: Sequence[Method], length: Length, **settings: Any) -> dict[str, Any]:
+        """A group per method; leads are over sparse at the same settings."""
         base = results.of("sparse", length, **settings)
-        for method in MAIN:
-            runs = results.of(method, length, **settings)
-            lengths[f"{method}, {length}"] = group(runs, () if method == "sparse" else base)
+        return {
+            label.format(m): group(results.of(m, length, **settings), () if m == "sparse" else base)
+            for m in methods
+        }
 
-    undiscounted: dict[str, Any] = {}
+    lambdas, critics, lengths, undiscounted, one_model = ({} for _ in range(5))
+    for lam in sorted(LAMS):
+        lambdas |= over_sparse(f"{{}}, lambda {lam:g}", MAIN, HEADLINE, lam=lam)
+    for lam, names in ((LAM, (*PAIR, "ABC shuffled")), (1.0, PAIR)):
+        critics |= over_sparse(f"{{}}, lambda {lam:g}", names, HEADLINE, lam=lam, critic="separate")
+    for length, settings in LENGTHS:
+        lengths |= over_sparse(f"{{}}, {length}", MAIN, length, **settings)
     for length, settings in LENGTHS[2:]:
-        base = results.of("sparse", length, lam=1.0, **settings)
-        undiscounted[f"sparse, {length}"] = group(base)
-        undiscounted[f"ABC, {length}"] = group(results.of("ABC", length, lam=1.0, **settings), base)
+        undiscounted |= over_sparse(f"{{}}, {length}", PAIR, length, lam=1.0, **settings)
+    for models, lengths_of in ONE_MODEL:
+        for length in lengths_of:
+            one_model |= over_sparse(f"{models}: {{}}, {length}", PAIR, length, models=models)
 
     betas = {}
     for beta in BETAS:
         base = results.of("ABC", PAPER, beta=BETAS[0])
         betas[f"beta {beta:g}"] = group(results.of("ABC", PAPER, beta=beta), base if beta else ())
-
-    critics: dict[str, Any] = {}
-    for lam, names in ((LAM, ("sparse", "ABC", "ABC shuffled")), (1.0, ("sparse", "ABC"))):
-        base = results.of("sparse", HEADLINE, lam=lam, critic="separate")
-        for method in names:
-            runs = results.of(method, HEADLINE, lam=lam, critic="separate")  # type: ignore[arg-type]
-            critics[f"{method}, lambda {lam:g}"] = group(runs, () if method == "sparse" else base)
-
-    one_model: dict[str, Any] = {}
-    for models, lengths_of in ONE_MODEL:
-        for length in lengths_of:
-            base = results.of("sparse", length, models=models)
-            one_model[f"{models}: sparse, {length}"] = group(base)
-            one_model[f"{models}: ABC, {length}"] = group(results.of("ABC", length, models=models), base)
 
     def deep(**settings: Any) -> dict[str, Any]:
         return labelled(results, [(m, m, HEADLINE, {"models": DEEP, **settings}) for m in DEEP_METHODS])
