@@ -93,7 +93,7 @@ def test_cells_wait_for_models_that_are_not_there(
     assert "1 cells wait for the reward models" in printed
     assert len(list(done.parent.iterdir())) == 2
     done.with_name(Path(cells[1].name).name).write_text("{}")
-    assert "wait" not in call("all", *own(folder, tmp_path))[1]
+    assert "all 3 cells have their files" in call("all", *own(folder, tmp_path))[1]
 
 
 def test_rto_takes_a_dpo_policy(folder: Path, tmp_path: Path) -> None:

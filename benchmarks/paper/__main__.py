@@ -85,6 +85,7 @@ def _testbed(
 ) -> Models:
     given = {"--policy": policy, "--reward-model": reward_model, "--prompts": prompts}
     if not any(given.values()):
+        start_worker()  # what models learn depends on the number of threads
         with _bars() as bars:
             tasks: dict[Stage, int] = {}
 
@@ -120,7 +121,8 @@ def _bars() -> Iterator[Progress]:
 
 def _run(cells: list[Cell], testbed: Models, out: Path, workers: int) -> None:
     left = todo(cells, out)
-    write_training(testbed, out)
+    if left:
+        write_training(testbed, out)
     with _bars() as bars:
         total = bars.add_task("cells", total=len(cells), completed=len(cells) - len(left))
         current = bars.add_task("steps", total=left[0].steps if left else 1, visible=workers == 1)
@@ -202,6 +204,9 @@ def run_all(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     left = todo(cells, out)
+    if not left:
+        console.print(f"all {len(cells)} cells have their files in {out / RUNS}")
+        return
     needed = {c.models for c in left}
     testbed = _testbed(policy, reward_model, prompts, score_fn, dpo_policy, device, cache_dir, out, needed)
     waiting = {c for c in left if c.models not in testbed.setups}
