@@ -3,7 +3,7 @@ import json
 import pytest
 
 from benchmarks.paper.__main__ import HERE, RESULTS, ROOT
-from benchmarks.paper.cells import RTO_BEST, SPARSE_BEST
+from benchmarks.paper.cells import RTO_BEST, SPARSE_BEST, chosen
 from benchmarks.paper.page import claims, fill, groups, in_short, tables
 from benchmarks.paper.runs import Results, best_of
 from benchmarks.paper.summary import summarise, to_json
@@ -20,6 +20,7 @@ def test_the_tables_of_both_pages_are_the_committed_summarys() -> None:
     summary = json.loads((RESULTS / "summary.json").read_text())
     assert fill(page, tables(summary, paper)) == page
     page = (ROOT / "README.md").read_text()
+    assert f"{len(chosen())} runs of" in page
     assert fill(page, in_short(summary["claims"])) == page
 
 
