@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+import attnshape
+
 PACKAGES = ("torch", "triton", "transformers", "numpy")
 
 
@@ -28,6 +30,24 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {name: _version(name) for name in PACKAGES if _version(name)},
+    }
+
+
+def run_facts() -> dict[str, Any]:
+    """What a training run's file names: the versions and the machine that its figures depend on."""
+    return {
+        "versions": {
+            "attnshape": attnshape.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": _version("transformers"),
+        },
+        "machine": {
+            "platform": platform.platform(),
+            "processor": _processor(),
+            "cpus": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
     }
 
 

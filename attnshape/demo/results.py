@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -13,13 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-import attnshape
+from attnshape.bench.machine import run_facts
 from attnshape.demo.models import TrainingMetrics
 from attnshape.demo.ppo import Completion, Method, Record
 
@@ -37,6 +33,11 @@ def smooth(curve: Sequence[float]) -> list[float]:
     """Mean over the last ``SMOOTHING`` steps, or as many as there are."""
     windows = [curve[max(0, i + 1 - SMOOTHING) : i + 1] for i in range(len(curve))]
     return [statistics.fmean(window) for window in windows]
+
+
+def steps_to(curve: Sequence[float], mark: float) -> int | None:
+    """First step, from 1, at which the smoothed curve reaches the mark; None if it never does."""
+    return next((i for i, x in enumerate(smooth(curve), start=1) if x >= mark), None)
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,7 @@ class Run:
 
     def steps_to(self, threshold: float) -> int | None:
         """First step at which the smoothed score reaches the threshold; None if it never does."""
-        scores = smooth(self.curve("score"))
-        return next((i for i, score in enumerate(scores, start=1) if score >= threshold), None)
+        return steps_to(self.curve("score"), threshold)
 
 
 @dataclass(frozen=True)
@@ -187,18 +187,7 @@ class Results:
                 for run in self.runs
             ],
             "seconds": self.seconds,
-            "versions": {
-                "attnshape": attnshape.__version__,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "machine": {
-                "platform": platform.platform(),
-                "processor": platform.processor() or platform.machine(),
-                "cpus": os.cpu_count(),
-                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            },
+            **run_facts(),
         }
 
 

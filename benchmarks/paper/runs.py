@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from attnshape.demo.results import smooth
+from attnshape.demo.results import smooth, steps_to
 from benchmarks.paper.cells import (
     COLLAPSE,
     FEW,
@@ -71,8 +71,7 @@ class Run:
 
     def steps_to(self, rise: float) -> int | None:
         """First step, from 1, at which the 5-step mean reward has risen so far; None if it never does."""
-        mark = self.mark(rise)
-        return next((i for i, x in enumerate(smooth(self.rewards), start=1) if x >= mark), None)
+        return steps_to(self.rewards, self.mark(rise))
 
     @property
     def entropy(self) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -17,11 +16,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
-import attnshape
+from attnshape.bench.machine import run_facts
 from attnshape.demo.corpus import build_tokenizer
 from attnshape.demo.models import (
     POLICY,
@@ -232,20 +230,4 @@ def provenance() -> dict[str, Any]:
         git = ["git", "-C", str(root)]
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
         commit = head.stdout.strip()
-    cpu = Path("/proc/cpuinfo")
-    models = [x for x in cpu.read_text().splitlines() if x.startswith("model name")] if cpu.is_file() else []
-    return {
-        "commit": commit,
-        "versions": {
-            "attnshape": attnshape.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "machine": {
-            "platform": platform.platform(),
-            "processor": models[0].split(":")[1].strip() if models else platform.machine(),
-            "cpus": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-    }
+    return {"commit": commit, **run_facts()}
