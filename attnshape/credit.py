@@ -282,18 +282,21 @@ def top_overlap(
         raise ValueError(f"share: got {share}, want a number above 0, at most 1")
     count = rows.live.sum(1, keepdim=True)
     k = (share * count).round().clamp(min=1).minimum(count)
-    both = _picked(_pad(rows, first), rows.live, k) * _picked(_pad(rows, second), rows.live, k)
-    return (both.sum(1) / k[:, 0]).float()
+    one, other = (picked(_pad(rows, x).double().abs(), rows.live, k) for x in (first, second))
+    return ((one * other).sum(1) / k[:, 0]).float()
 
 
-def _picked(weights: Tensor, live: Tensor, k: Tensor) -> Tensor:
-    """Probability of each token of ``[B, R]`` to be among its row's ``k`` largest, ties broken at random."""
-    sizes = weights.double().abs().masked_fill(~live, -1.0)
+def picked(sizes: Tensor, live: Tensor, k: Tensor) -> Tensor:
+    """Probability of each live token to be among its row's ``k`` largest, ties broken at random.
+
+    ``[B, R]``, with ``k`` ``[B, 1]``; NaN in rows where a live one is NaN.
+    """
+    sizes = sizes.masked_fill(~live, -torch.inf)
     places = torch.arange(sizes.shape[1], device=sizes.device)
     cut = sizes.sort(1, descending=True).values.where(places == k - 1, 0.0).sum(1, keepdim=True)
     above, tied = sizes > cut, live & (sizes == cut)
-    picked = above + tied * (k - above.sum(1, keepdim=True)) / tied.sum(1, keepdim=True)
-    return picked.masked_fill(sizes.isnan().any(1, keepdim=True), torch.nan)
+    chosen = above + tied * (k - above.sum(1, keepdim=True)) / tied.sum(1, keepdim=True)
+    return chosen.masked_fill(sizes.isnan().any(1, keepdim=True), torch.nan)
 
 
 # Signed weights from the reward model's inside -------------------------------------------------------

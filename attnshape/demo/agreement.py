@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
+
+from attnshape.credit import picked
 
 
 def precision_at_k(credit: Tensor, effects: Tensor) -> float | None:
@@ -13,14 +16,11 @@ def precision_at_k(credit: Tensor, effects: Tensor) -> float | None:
     Both ``[n]``; ``effects`` is non-zero where a token matters. None if no token does.
     """
     matters = effects != 0
-    k = int(matters.sum())
+    k = matters.sum().view(1, 1)
     if k == 0:
         return None
-    cut = credit.topk(k).values[-1]
-    above, tied = credit > cut, credit == cut
-    free = k - int(above.sum())
-    hits = (matters & above).sum() + free * matters[tied].float().mean()
-    return float(hits) / k
+    chosen = picked(credit[None], torch.ones_like(matters)[None], k)
+    return float((chosen * matters).sum() / k)
 
 
 def auc(credit: Tensor, effects: Tensor) -> float | None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from attnshape import credit
+from attnshape import credit, shape_rewards
 from attnshape.demo.agreement import precision_at_k
 from attnshape.demo.corpus import BOS, build_tokenizer, leave_one_out, true_reward, vocabulary, write_review
 from attnshape.demo.models import ModelConfig, train_language_model, train_reward_model
@@ -191,11 +191,11 @@ def _mean(values: Iterable[float | None]) -> float:
 
 
 def relative_entropy(weights: Tensor) -> float:
-    """Entropy of each row's sizes ``[n, R]`` over that of uniform credit, mean over rows: 1 is uniform."""
-    sizes = weights.abs().double()
-    return float(torch.special.entr(sizes / sizes.sum(1, keepdim=True)).sum(1).mean()) / math.log(
-        weights.shape[1]
+    """``credit_entropy`` of the rows' sizes ``[n, R]`` over that of uniform credit: 1 is uniform."""
+    shaped = shape_rewards(
+        weights.new_zeros(len(weights)), weights.abs(), response_mask=torch.ones_like(weights)
     )
+    return shaped.metrics["credit_entropy"].item() / math.log(weights.shape[1])
 
 
 def rank_correlation(x: Tensor, y: Tensor) -> float:
