@@ -1,13 +1,14 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from attnshape.demo.corpus import true_reward, vocabulary
-from attnshape.demo.models import train_language_model, train_reward_model
+from attnshape.demo.models import ModelConfig, train_language_model, train_reward_model
 from benchmarks.paper import __main__ as main
 from benchmarks.paper import depth
 from benchmarks.paper.contextual import contextual_reward
@@ -113,3 +114,16 @@ def test_the_study_has_every_model_once_and_the_command_chooses_among_them(
     assert call("--layers", "4", "--seed", "1", "--steps", "400", "--steps", "100") == 0
     assert done == [DeepModel(4, 1), DeepModel(4, 1, steps=100), DeepModel(4, 1, "contextual")]
     assert call("--layers", "5") == 2
+
+
+def test_training_is_the_models_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[tuple[int, int, int]] = []
+
+    def train(config: ModelConfig, *_: object, **__: object) -> tuple[Any, float, float]:
+        trained.append((config.layers, config.seed, config.rm_steps))
+        return train_reward_model(replace(config, rm_steps=1), *_, **__)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(depth, "train_reward_model", train)
+    for model in (DeepModel(1, 0), DeepModel(1, 2, steps=7)):
+        train_deep(model, tmp_path, TINY)
+    assert trained == [(1, 0, 400), (1, 20, 7)]

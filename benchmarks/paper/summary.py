@@ -39,26 +39,21 @@ PAIR: tuple[Method, ...] = ("sparse", "ABC")
 QUALITY_LENGTH = "50"
 
 
-def labelled(results: Results, rows: Sequence[tuple[str, Method, Length, dict[str, Any]]]) -> dict[str, Any]:
-    """A group per row, by label; the first row is the one that the others' leads are over."""
-    base = results.of(rows[0][1], rows[0][2], **rows[0][3])
-    return {
-        label: group(results.of(method, length, **settings), () if i == 0 else base)
-        for i, (label, method, length, settings) in enumerate(rows)
-    }
-
-
 def summarise(results: Results) -> dict[str, Any]:
     """Everything that the page shows, in the order in which it shows it."""
 
     def methods(length: Length) -> dict[str, Any]:
         names: tuple[Method, ...] = (*MAIN, "ABC-D mean", "ABC-D last", *CONTROLS)
-        rows: list[tuple[str, Method, Length, dict[str, Any]]] = [(m, m, length, {}) for m in names]
-        rows.insert(2, ("uniform, beta 1", "uniform", length, {"beta": 1.0}))
+        rows: list[tuple[str, Method, dict[str, Any]]] = [(m, m, {}) for m in names]
+        rows.insert(2, ("uniform, beta 1", "uniform", {"beta": 1.0}))
         if length == HEADLINE:
-            rows += [("R3HF", "R3HF", length, {}), ("RTO", "RTO", length, {})]
-            rows.append((f"RTO, beta {RTO_BEST:g}", "RTO", length, {"beta": RTO_BEST}))
-        return labelled(results, rows)
+            rows += [("R3HF", "R3HF", {}), ("RTO", "RTO", {})]
+            rows.append((f"RTO, beta {RTO_BEST:g}", "RTO", {"beta": RTO_BEST}))
+        base = results.of("sparse", length)
+        return {
+            label: group(results.of(method, length, **settings), () if label == "sparse" else base)
+            for label, method, settings in rows
+        }
 
     shifts: dict[str, Any] = {}
     for shift in (0.0, *SHIFTS):
@@ -95,7 +90,7 @@ def summarise(results: Results) -> dict[str, Any]:
         betas[f"beta {beta:g}"] = group(results.of("ABC", PAPER, beta=beta), base if beta else ())
 
     def deep(**settings: Any) -> dict[str, Any]:
-        return labelled(results, [(m, m, HEADLINE, {"models": DEEP, **settings}) for m in DEEP_METHODS])
+        return over_sparse("{}", DEEP_METHODS, HEADLINE, models=DEEP, **settings)
 
     return {
         "coverage": coverage(results),
