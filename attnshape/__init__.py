@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from attnshape.alignment import Alignment, align, align_texts, decoded_spans
 from attnshape.ops import (
     attention_column_credit,
     attention_credit,
@@ -13,6 +12,7 @@ from attnshape.ops import (
     shape_rewards,
     whiten,
 )
+from attnshape.text.align import Alignment, align, align_texts, decoded_spans
 from attnshape.types import AttentionInputs, ShapedRewards, ShapingConfig, Status
 
 if TYPE_CHECKING:

@@ -227,9 +227,9 @@ def credit(
 
     Lines that cannot be read or scored are named with their number and skipped; the exit status is then 1.
     """
-    from attnshape.credit_file import credit_file
-    from attnshape.score_fn import parse_score_fn
-    from attnshape.scoring import load_reward_model
+    from attnshape.text.file import credit_file
+    from attnshape.text.reader import load_reward_model
+    from attnshape.text.score_fn import parse_score_fn
 
     out = out or source.with_suffix(".credit.jsonl")
     targets = [path.resolve() for path in (source, out, html) if path is not None]
@@ -296,7 +296,7 @@ def serve(
         if error.name not in ("fastapi", "prometheus_client", "uvicorn"):
             raise
         raise _fail("attnshape serve needs: pip install 'attnshape[serve]'") from error
-    from attnshape.score_fn import parse_score_fn
+    from attnshape.text.score_fn import parse_score_fn
 
     every = devices or ",".join(f"cuda:{i}" for i in range(torch.cuda.device_count())) or "cpu"
     try:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnshape import _checks, _torch
+from attnshape import checks, torch_backend
 from attnshape.ops import attention_column_credit, attention_credit, attention_rollout
 from attnshape.types import Response, SignedLayer, compute_dtype
 
@@ -40,24 +40,24 @@ __all__ = [
 ]
 
 
-def _rows(response_mask: Tensor, response_cu_seqlens: Tensor | None) -> _torch._Rows:
+def _rows(response_mask: Tensor, response_cu_seqlens: Tensor | None) -> torch_backend._Rows:
     """The response tokens in padded form."""
     response = Response(response_mask, cu_seqlens=response_cu_seqlens)
-    _checks.check_response(response, None, None)
-    return _torch._Rows.of(response)
+    checks.check_response(response, None, None)
+    return torch_backend._Rows.of(response)
 
 
-def _pad(rows: _torch._Rows, x: Tensor) -> Tensor:
+def _pad(rows: torch_backend._Rows, x: Tensor) -> Tensor:
     return x if rows.packing is None else rows.packing.pad(x)
 
 
-def _places(rows: _torch._Rows) -> Tensor:
+def _places(rows: torch_backend._Rows) -> Tensor:
     return torch.arange(rows.live.shape[1], device=rows.live.device)
 
 
-def _is_last(rows: _torch._Rows) -> Tensor:
+def _is_last(rows: torch_backend._Rows) -> Tensor:
     """bool ``[B, R]``: the last unmasked token of each row."""
-    return rows.live & (_places(rows) == _torch._Mask(rows.live).last[:, None])
+    return rows.live & (_places(rows) == torch_backend._Mask(rows.live).last[:, None])
 
 
 # Without a model -------------------------------------------------------------------------------------
@@ -119,8 +119,8 @@ def incremental_rewards(
         Signed token rewards.
     """
     rows = _rows(response_mask, response_cu_seqlens)
-    _checks.check_like_mask("token_scores", token_scores, response_mask)
-    _checks.check_per_row("prompt_score", prompt_score, len(rows.live), response_mask)
+    checks.check_like_mask("token_scores", token_scores, response_mask)
+    checks.check_per_row("prompt_score", prompt_score, len(rows.live), response_mask)
     dtype = compute_dtype(token_scores, prompt_score)
     # With the prompt's score in front, the score before a token is at one more than the last token's place.
     scores = torch.cat([prompt_score.to(dtype)[:, None], _pad(rows, token_scores).to(dtype)], 1)
@@ -148,8 +148,8 @@ def log_ratio_rewards(
         Signed token rewards.
     """
     for name, x in (("logprobs", logprobs), ("ref_logprobs", ref_logprobs)):
-        _checks.check_like_mask(name, x, response_mask)
-    _checks.check_number("scale", scale)
+        checks.check_like_mask(name, x, response_mask)
+    checks.check_number("scale", scale)
     dtype = compute_dtype(logprobs, ref_logprobs)
     return torch.where(response_mask != 0, scale * (logprobs.to(dtype) - ref_logprobs.to(dtype)), 0.0)
 
@@ -168,7 +168,7 @@ def discriminator_rewards(good: Tensor, response_mask: Tensor, *, validate: bool
     Returns:
         Signed token rewards, from -1 to 1.
     """
-    _checks.check_like_mask("good", good, response_mask)
+    checks.check_like_mask("good", good, response_mask)
     live, good = response_mask != 0, good.to(compute_dtype(good))
     if validate and (live & ~((good >= 0) & (good <= 1))).any():
         raise ValueError("good: got a value outside 0 to 1 at an unmasked token, want probabilities")
@@ -205,12 +205,12 @@ def segment_rewards(
     """
     rows = _rows(response_mask, response_cu_seqlens)
     for name, x in (("token_scores", token_scores), ("entropy", entropy)):
-        _checks.check_like_mask(name, x, response_mask)
+        checks.check_like_mask(name, x, response_mask)
     for name, line in (("mean", mean), ("std", std)):
         if not isinstance(line, tuple) or len(line) != 2:
             raise ValueError(f"{name}: got {line!r}, want (w, b)")
         for coefficient in line:
-            _checks.check_number(name, coefficient)
+            checks.check_number(name, coefficient)
     if not isinstance(cutoff, int | float) or math.isnan(cutoff):
         raise ValueError(f"cutoff: got {cutoff!r}, want a number of nats")
     place, live = _places(rows), rows.live
@@ -243,7 +243,7 @@ def centered(weights: Tensor, response_mask: Tensor, *, response_cu_seqlens: Ten
         Signed token rewards.
     """
     rows = _rows(response_mask, response_cu_seqlens)
-    _checks.check_like_mask("weights", weights, response_mask)
+    checks.check_like_mask("weights", weights, response_mask)
     padded = _pad(rows, weights).double().masked_fill(~rows.live, 0.0)
     mean = padded.sum(1, keepdim=True) / rows.live.sum(1, keepdim=True).clamp(min=1)
     return rows.restore((padded - mean).masked_fill(~rows.live, 0.0).to(compute_dtype(weights)))
@@ -275,9 +275,9 @@ def top_overlap(
         float32 ``[B]``, 0 to 1; NaN in rows that are empty or hold a NaN.
     """
     rows = _rows(response_mask, response_cu_seqlens)
-    _checks.check_like_mask("first", first, response_mask)
-    _checks.check_like_mask("second", second, response_mask)
-    _checks.check_number("share", share)
+    checks.check_like_mask("first", first, response_mask)
+    checks.check_like_mask("second", second, response_mask)
+    checks.check_number("share", share)
     if not 0 < share <= 1:
         raise ValueError(f"share: got {share}, want a number above 0, at most 1")
     count = rows.live.sum(1, keepdim=True)
@@ -304,9 +304,9 @@ def picked(sizes: Tensor, live: Tensor, k: Tensor) -> Tensor:
 
 def _at_response(column: Tensor, response: Response, invalid: Tensor) -> Tensor:
     """Weights over key positions ``[B, S]`` read at the response tokens; NaN in rows out of range."""
-    rows = _torch._Rows.of(response)
+    rows = torch_backend._Rows.of(response)
     lengths = torch.full((len(column),), column.shape[1], device=column.device)
-    return rows.restore(_torch._at_response(column, rows, rows.key_positions(), invalid, lengths)[0])
+    return rows.restore(torch_backend._at_response(column, rows, rows.key_positions(), invalid, lengths)[0])
 
 
 def gradient_weights(
@@ -340,12 +340,12 @@ def gradient_weights(
         makes them token rewards. NaN in a row whose positions are out of range.
     """
     response = Response(response_mask, response_start, response_index, response_cu_seqlens)
-    _checks.check_differentiable("inputs", inputs)
-    batch = _checks.check_response(response, len(inputs), inputs)
-    _checks.check_per_row("score", score, batch, response_mask)
+    checks.check_differentiable("inputs", inputs)
+    batch = checks.check_response(response, len(inputs), inputs)
+    checks.check_per_row("score", score, batch, response_mask)
     length = inputs.shape[-2]
     if validate:
-        _checks.validate_response(response, [length] * batch)
+        checks.validate_response(response, [length] * batch)
     if not score.requires_grad:
         raise ValueError(
             "score: got a tensor without a graph, want it from a forward under torch.enable_grad()"
@@ -388,15 +388,15 @@ def signed_rollout(
         Signed shares, not normalised: their ``abs()`` is credit for ``shape_rewards``; ``score[:, None]``
         times them, ``centered``, are token rewards.
     """
-    _checks.check_signed_layers(layers)
-    checked = _checks.layers_of([layer.inputs for layer in layers])
+    checks.check_signed_layers(layers)
+    checked = checks.layers_of([layer.inputs for layer in layers])
     response = Response(response_mask, response_start, response_index, response_cu_seqlens)
-    _checks.check_response(response, checked[0].batch_size, checked[0].key)
+    checks.check_response(response, checked[0].batch_size, checked[0].key)
     if validate:
-        _checks.validate_response(response, _checks.validate_attention(checked))
-    rows = _torch._Rows.of(response)
+        checks.validate_response(response, checks.validate_attention(checked))
+    rows = torch_backend._Rows.of(response)
     positions = rows.key_positions()
-    padded = [_torch._layer(x, _torch._last_response(rows, positions)) for x in checked]
+    padded = [torch_backend._layer(x, torch_backend._last_response(rows, positions)) for x in checked]
     top = padded[-1]
     batch, length = top.attended.shape
     place = torch.arange(length, device=top.attended.device)
@@ -407,19 +407,21 @@ def signed_rollout(
             value, pull = (layer.packing.pad(x).transpose(1, 2) for x in (value, pull))
         group = pull.shape[1] // value.shape[1]
         value = value.to(layer.dtype).masked_fill(~layer.attended[:, None, :, None], 0.0)
-        value = _torch._chosen(layer.inputs, value.repeat_interleave(group, 1))
-        pull = _torch._chosen(layer.inputs, pull.to(layer.dtype))
+        value = torch_backend._chosen(layer.inputs, value.repeat_interleave(group, 1))
+        pull = torch_backend._chosen(layer.inputs, pull.to(layer.dtype))
         below = torch.zeros_like(r)
-        step = _torch._query_chunk(layer)
+        step = torch_backend._query_chunk(layer)
         for lo in range(0, length, step):
             part = slice(lo, lo + step)
             above = r[:, part]
-            attention = _torch._chosen(layer.inputs, _torch._attention(layer, place[part].expand(batch, -1)))
+            attention = torch_backend._chosen(
+                layer.inputs, torch_backend._attention(layer, place[part].expand(batch, -1))
+            )
             share = (attention * (pull[:, :, part] @ value.mT)).sum(1)
             share = share.masked_fill((above == 0)[..., None], 0.0)  # NaN of queries that carry nothing
             below += torch.einsum("bs,bst->bt", above, share)
             below[:, part] += above * (1 - share.sum(-1))
         r = below
     invalid = torch.stack([layer.invalid for layer in padded]).any(0)
-    raw, _ = _torch._at_response(r, rows, positions, invalid, top.lengths)
+    raw, _ = torch_backend._at_response(r, rows, positions, invalid, top.lengths)
     return rows.restore(raw)

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from attnshape import _checks, _library, _masked, _torch
+from attnshape import checks, masked, torch_backend
+from attnshape import compile as compiling
 from attnshape.types import (
     Attention,
     AttentionInputs,
@@ -37,17 +38,17 @@ def _function(
     *tensors: Tensor | None,
 ) -> Callable[..., Any]:
     """The function that computes: Triton's for what it can do on a GPU, PyTorch's for the rest."""
-    _checks.check_choice("backend", backend)
+    checks.check_choice("backend", backend)
     if backend == "torch" or (backend == "auto" and device.type != "cuda"):
-        return getattr(_torch, name)  # type: ignore[no-any-return]
-    from attnshape import _triton  # triton is there on Linux only, and PyTorch alone serves a CPU
+        return getattr(torch_backend, name)  # type: ignore[no-any-return]
+    from attnshape import triton_backend  # triton is there on Linux only, and PyTorch alone serves a CPU
 
-    reason = _triton.unsupported(layers, *tensors)
+    reason = triton_backend.unsupported(layers, *tensors)
     if reason and backend == "triton":
         raise ValueError(f'backend: got "triton", but {reason}')
     if reason:
-        return getattr(_torch, name)  # type: ignore[no-any-return]
-    function: Callable[..., Any] = getattr(_triton, name)
+        return getattr(torch_backend, name)  # type: ignore[no-any-return]
+    function: Callable[..., Any] = getattr(triton_backend, name)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return functools.partial(_on_device, device, function)
     return function
@@ -59,7 +60,7 @@ def _on_device(device: torch.device, function: Callable[..., Any], *arguments: o
         return function(*arguments)
 
 
-@_library.operator(_library.attention_row)
+@compiling.operator(compiling.attention_row)
 def attention_row(
     inputs: Attention,
     *,
@@ -86,14 +87,14 @@ def attention_row(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit together.
     """
-    layers = _checks.layers_of(inputs)
+    layers = checks.layers_of(inputs)
     if any(isinstance(x.query_position, str) for x in layers):
         raise ValueError(
             'query_position: got "last_response", which attention_row cannot resolve, want int [B]'
         )
-    _checks.check_process_group(process_group)
+    checks.check_process_group(process_group)
     if validate:
-        _checks.validate_attention(layers)
+        checks.validate_attention(layers)
     compute = _function("attention_row", backend, layers[0].key.device, layers)
     if process_group is not None:
         return _mean_over_ranks(process_group, layers, compute)
@@ -118,7 +119,7 @@ def _mean_over_ranks(
     return means.mean(0).view(of_layers.shape[1:])
 
 
-@_library.operator(_library.credit_of("inputs"))
+@compiling.operator(compiling.credit_of("inputs"))
 def attention_credit(
     inputs: Attention,
     response_mask: Tensor,
@@ -150,13 +151,13 @@ def attention_credit(
         float32 of the mask's shape (float64 where query and key are), 0 where masked; NaN in a row whose
         indices point outside its keys. Detached.
     """
-    layers = _checks.layers_of(inputs)
-    _checks.check_choice("normalization", normalization)
+    layers = checks.layers_of(inputs)
+    checks.check_choice("normalization", normalization)
     response = Response(response_mask, response_start, response_index, response_cu_seqlens)
-    _checks.check_response(response, layers[0].batch_size, layers[0].key)
+    checks.check_response(response, layers[0].batch_size, layers[0].key)
     if validate:
-        _checks.validate_response(response, _checks.validate_attention(layers))
-    _checks.check_process_group(process_group)
+        checks.validate_response(response, checks.validate_attention(layers))
+    checks.check_process_group(process_group)
     compute = _function("attention_credit", backend, response_mask.device, layers)
     if process_group is not None:
         raw = _mean_over_ranks(process_group, layers, lambda layer: compute(layer, response, "none"))
@@ -168,7 +169,7 @@ def attention_credit(
 def _normalized(raw: Tensor, response: Response, normalization: Normalization, backend: Backend) -> Tensor:
     if normalization == "none":
         return raw
-    batch = _checks.check_response(response, None, None)
+    batch = checks.check_response(response, None, None)
     return shape_rewards(
         raw.new_zeros(batch),
         raw,
@@ -187,7 +188,7 @@ def _all_queries(name: str, layers: Sequence[AttentionInputs]) -> None:
             )
 
 
-@_library.operator(_library.credit_of("inputs"))
+@compiling.operator(compiling.credit_of("inputs"))
 def attention_column_credit(
     inputs: AttentionInputs,
     response_mask: Tensor,
@@ -209,22 +210,22 @@ def attention_column_credit(
 
     Other arguments, returns and errors as for ``attention_credit``; ``inputs.query`` must hold every query.
     """
-    layers = _checks.layers_of(inputs)
+    layers = checks.layers_of(inputs)
     if len(layers) != 1:
         raise ValueError(f"inputs: got {len(layers)} layers, want one")
     _all_queries("inputs.query", layers)
     for name, choice in (("variant", variant), ("shift", shift), ("normalization", normalization)):
-        _checks.check_choice(name, choice)
+        checks.check_choice(name, choice)
     response = Response(response_mask, response_start, response_index, response_cu_seqlens)
-    _checks.check_response(response, layers[0].batch_size, layers[0].key)
+    checks.check_response(response, layers[0].batch_size, layers[0].key)
     if validate:
-        _checks.validate_response(response, _checks.validate_attention(layers))
+        checks.validate_response(response, checks.validate_attention(layers))
     compute = _function("attention_column_credit", backend, response_mask.device, layers)
     out: Tensor = compute(layers[0], response, variant, shift, normalization)
     return out
 
 
-@_library.operator(_library.credit_of("layers"))
+@compiling.operator(compiling.credit_of("layers"))
 def attention_rollout(
     layers: Sequence[AttentionInputs],
     response_mask: Tensor,
@@ -248,14 +249,14 @@ def attention_rollout(
 
     Other arguments, returns and errors as for ``attention_credit``.
     """
-    checked = _checks.layers_of(layers)
+    checked = checks.layers_of(layers)
     _all_queries("layers", checked)
-    _checks.check_choice("normalization", normalization)
-    norms = _checks.check_rollout_norms(checked)
+    checks.check_choice("normalization", normalization)
+    norms = checks.check_rollout_norms(checked)
     response = Response(response_mask, response_start, response_index, response_cu_seqlens)
-    _checks.check_response(response, checked[0].batch_size, checked[0].key)
+    checks.check_response(response, checked[0].batch_size, checked[0].key)
     if validate:
-        _checks.validate_response(response, _checks.validate_attention(checked))
+        checks.validate_response(response, checks.validate_attention(checked))
     value_norms, residual_norms = norms or (None, None)
     given = [*(value_norms or ()), *(residual_norms or ())]
     compute = _function("attention_rollout", backend, response_mask.device, checked, *given)
@@ -263,7 +264,7 @@ def attention_rollout(
     return out
 
 
-@_library.operator(_library.shape_rewards, _library.kl_coef_as_tensor)
+@compiling.operator(compiling.shape_rewards, compiling.kl_coef_as_tensor)
 def shape_rewards(
     score: Tensor,
     credit: Tensor | Attention | CreditName,
@@ -319,27 +320,27 @@ def shape_rewards(
     """
     layers = None
     if isinstance(credit, AttentionInputs | list | tuple):
-        layers = _checks.layers_of(credit)
+        layers = checks.layers_of(credit)
     response = Response(response_mask, response_start, response_index, response_cu_seqlens)
-    batch = _checks.check_response(
+    batch = checks.check_response(
         response, None if layers is None else layers[0].batch_size, None if layers is None else layers[0].key
     )
     if layers is None:
-        _checks.check_credit(credit, response_mask)  # type: ignore[arg-type]
-    _checks.check_score(score, batch, response_mask)
+        checks.check_credit(credit, response_mask)  # type: ignore[arg-type]
+    checks.check_score(score, batch, response_mask)
     tokens = TokenInputs(
         values, logprobs, ref_logprobs, kl, kl_coef, token_rewards, terminal_reward, bootstrap
     )
-    _checks.check_tokens(tokens, batch, response_mask)
-    _checks.check_config(config, batch, response)
+    checks.check_tokens(tokens, batch, response_mask)
+    checks.check_config(config, batch, response)
     if validate:
-        lengths = None if layers is None else _checks.validate_attention(layers)
-        _checks.validate_response(response, lengths, config.score_index)
-        _checks.validate_layout(response, config.mask_layout)
+        lengths = None if layers is None else checks.validate_attention(layers)
+        checks.validate_response(response, lengths, config.score_index)
+        checks.validate_layout(response, config.mask_layout)
     given = [x for x in tokens if isinstance(x, Tensor)]
     compute = _function("shape_rewards", backend, response_mask.device, layers or (), score, *given)
     shaped: ShapedRewards = compute(score, credit if layers is None else layers, tokens, response, config)
-    return shaped if config.zero_masked else _masked.filled(shaped, values, response_mask, config)
+    return shaped if config.zero_masked else masked.filled(shaped, values, response_mask, config)
 
 
 def redistribute(
@@ -410,7 +411,7 @@ def gae(
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-@_library.operator(_library.gae)
+@compiling.operator(compiling.gae)
 def gae(
     rewards: Tensor,
     values: Tensor | None,
@@ -442,26 +443,26 @@ def gae(
         input is), 0 where masked (but see ``zero_masked``); detached.
     """
     response = Response(response_mask, cu_seqlens=response_cu_seqlens)
-    batch = _checks.check_response(response, None, None)
-    _checks.check_tokens(
+    batch = checks.check_response(response, None, None)
+    checks.check_tokens(
         TokenInputs(values=values, token_rewards=rewards, bootstrap=bootstrap), batch, response_mask
     )
-    _checks.check_gae(gamma, lam, lam_value, mask_semantics, batch, response_mask)
-    _checks.check_zero_masked(zero_masked, response)
+    checks.check_gae(gamma, lam, lam_value, mask_semantics, batch, response_mask)
+    checks.check_zero_masked(zero_masked, response)
     if validate:
-        _checks.validate_response(response, None)
+        checks.validate_response(response, None)
     compute = _function("gae", backend, response_mask.device, (), rewards, values, bootstrap)
     advantages, returns, *moments = compute(
         rewards, values, response, gamma, lam, lam_value, mask_semantics, bootstrap, return_moments
     )
     if not zero_masked:
-        advantages, returns = _masked.carried(
+        advantages, returns = masked.carried(
             advantages, returns, values, response_mask, gamma, lam, lam_value, mask_semantics
         )
     return advantages, returns, *moments
 
 
-@_library.operator(_library.whiten)
+@compiling.operator(compiling.whiten)
 def whiten(
     x: Tensor,
     mask: Tensor,
@@ -495,9 +496,9 @@ def whiten(
     Returns:
         float32 (float64 where ``x`` is) of ``x``'s shape; detached.
     """
-    _checks.check_choice("eps_mode", eps_mode)
-    _checks.check_whiten(x, mask, moments)
-    _checks.check_process_group(process_group)
+    checks.check_choice("eps_mode", eps_mode)
+    checks.check_whiten(x, mask, moments)
+    checks.check_process_group(process_group)
     gather = None if process_group is None else functools.partial(_gathered, process_group)
     compute = _function("whiten", backend, x.device, (), x)
     out: Tensor = compute(x, mask, moments, gather, bessel, eps, eps_mode, shift_mean, zero_masked)

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeAlias, TypedDict
 import torch
 from torch import Tensor
 
-from attnshape.presets import Presets
+from attnshape.config import Presets
 
 Backend: TypeAlias = Literal["auto", "triton", "torch"]
 CreditName: TypeAlias = Literal["uniform", "sparse"]

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from attnshape import _library, _torch
+from attnshape import compile as compiling
+from attnshape import torch_backend
 from benchmarks.paper.sources import SOURCES, Weights
 
 LENGTHS = (256, 512, 1024)
@@ -107,8 +108,8 @@ def measure() -> dict[str, Any]:
     rows = []
     # Operators would be counted as one call of which nothing is known.
     with (
-        mock.patch.object(_library, "is_traced", return_value=False),
-        mock.patch.object(_torch, "SCORE_ELEMENTS", CHUNK),
+        mock.patch.object(compiling, "is_traced", return_value=False),
+        mock.patch.object(torch_backend, "SCORE_ELEMENTS", CHUNK),
     ):
         for length in LENGTHS:
             base = costs(None, model, length)

@@ -127,7 +127,7 @@ def captured_launches(calls: Calls) -> Iterator[Launch]:
     import torch
     from triton.runtime.jit import JITFunction
 
-    from attnshape import _triton
+    from attnshape import triton_backend
 
     started: list[tuple[Any, tuple[Any, ...], Any, dict[str, Any]]] = []
 
@@ -135,7 +135,7 @@ def captured_launches(calls: Calls) -> Iterator[Launch]:
         started.append((kernel, arguments, grid, options))
 
     JITFunction.run = capture
-    _triton.unsupported = lambda *_: None  # the tensors are on the CPU
+    triton_backend.unsupported = lambda *_: None  # the tensors are on the CPU
     for name, call, given in calls:
         started.clear()
         result = call(**given)

@@ -51,7 +51,7 @@ def pytest_part(name: str, seconds: float, folder: Path, *arguments: str) -> Par
 
 
 def parts_together(folder: Path, shards: int, seconds: float) -> list[Part]:
-    on_gpu = [p for p in sorted(RACES.parent.glob("test_*.py")) if "cuda.is_available()" in p.read_text()]
+    on_gpu = [p for p in sorted(RACES.parent.rglob("test_*.py")) if "cuda.is_available()" in p.read_text()]
     files = [str(p) for p in on_gpu if p != RACES]
     parts = [
         pytest_part(f"tests {i}", seconds, folder, f"--shard={i}/{shards}", *files) for i in range(shards)

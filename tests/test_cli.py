@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from reward_models import LIMIT, save, tokenizer
+from support.reward_models import LIMIT, save, tokenizer
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 from typer.testing import CliRunner, Result
 
-from attnshape import credit_file, scoring
 from attnshape.cli import app
 from attnshape.demo.ppo import PPOConfig
 from attnshape.demo.run import DemoConfig
+from attnshape.text import file, reader
 
 RECORDS: list[dict[str, Any]] = [
     {"prompt": "How was the film? ", "response": "It was great, not bad at all!"},
@@ -207,24 +207,24 @@ def test_page_shows_every_completion(llama: Path, source: Path, tmp_path: Path) 
 
 
 def test_reads_no_further_than_a_batch(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tok = scoring.load_reward_model(str(llama), "cpu")
+    model, tok = reader.load_reward_model(str(llama), "cpu")
     source = tmp_path / "in.jsonl"
     source.write_text((json.dumps(RECORDS[0]) + "\n") * 10)
     read_sizes: list[int] = []
     ahead: list[int] = []
-    score = credit_file.score_examples
+    score = file.score_examples
 
     def spy(*args: Any) -> Any:
         ahead.append(len(read_sizes))
         return score(*args)
 
-    monkeypatch.setattr(credit_file, "score_examples", spy)
-    counts = credit_file.credit_file(
+    monkeypatch.setattr(file, "score_examples", spy)
+    counts = file.credit_file(
         model,
         tok,
         source,
         tmp_path / "out.jsonl",
-        score_fn=credit_file.ScoreFn(((1.0, None),)),
+        score_fn=file.ScoreFn(((1.0, None),)),
         batch_size=4,
         on_read=read_sizes.append,
     )
@@ -239,7 +239,7 @@ def test_an_interruption_leaves_no_file(
 ) -> None:
     old = tmp_path / "out.jsonl"
     old.write_text("as before")
-    score, calls = credit_file.score_examples, []
+    score, calls = file.score_examples, []
 
     def interrupted(*args: Any) -> Any:
         calls.append(1)
@@ -247,7 +247,7 @@ def test_an_interruption_leaves_no_file(
             raise error
         return score(*args)
 
-    monkeypatch.setattr(credit_file, "score_examples", interrupted)
+    monkeypatch.setattr(file, "score_examples", interrupted)
     result = invoke(llama, source, "--out", old, "--html", tmp_path / "page.html", "--batch-size", 1)
     assert result.exit_code != 0
     assert len(calls) == 3
@@ -256,7 +256,7 @@ def test_an_interruption_leaves_no_file(
 
 
 def test_a_model_without_padding_token_takes_its_tokenizers(tmp_path: Path) -> None:
-    model, _ = scoring.load_reward_model(str(save(tmp_path, "no_pad")), "cpu")
+    model, _ = reader.load_reward_model(str(save(tmp_path, "no_pad")), "cpu")
     assert model.config.pad_token_id == 1
 
 

@@ -344,7 +344,7 @@ def test_signed_rollout(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(r.sum(), torch.ones((), dtype=F64))
         torch.testing.assert_close(got[b], r[S - R :].masked_fill(~mask[b], 0.0))
     assert got.min() < 0
-    monkeypatch.setattr("attnshape._torch.SCORE_ELEMENTS", B * 4 * S * 3)
+    monkeypatch.setattr("attnshape.torch_backend.SCORE_ELEMENTS", B * 4 * S * 3)
     torch.testing.assert_close(credit.signed_rollout(layers, mask, response_start=start), got)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from problems import Problem, assert_within, make_problem, pack, rows_of, to_float64
+from support.problems import Problem, assert_within, make_problem, pack, rows_of, to_float64
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -235,7 +235,7 @@ def tapped_tensor_parallel_reward_model(rank: int, world: int) -> None:
     """Score and credit of a Llama whose heads torch shards, shaped: as of the whole model."""
     if world > 2:  # transformers takes seconds to import, in every process
         return
-    from tap_models import build
+    from support.tap_models import build
 
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
     torch.manual_seed(0)

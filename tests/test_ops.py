@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from problems import make_problem, pack
+from support.problems import make_problem, pack
 
 import attnshape
-from attnshape import AttentionInputs, ShapingConfig, Status, _triton, ops
+from attnshape import AttentionInputs, ShapingConfig, Status, ops, triton_backend
 
 
 def inputs(**changes: Any) -> AttentionInputs:
@@ -315,7 +315,7 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(_triton, "gae", lambda *arguments: arguments)
+    monkeypatch.setattr(triton_backend, "gae", lambda *arguments: arguments)
     for index in (0, 1, 2):
         assert ops._function("gae", "auto", torch.device("cuda", index), ())(3, 4) == (3, 4)
     assert entered == [torch.device("cuda", 0), torch.device("cuda", 2)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import (
+from support.problems import (
     Problem,
     assert_within,
     check_shaped,
@@ -93,8 +93,8 @@ def test_columns_and_rollout_do_not_depend_on_the_chunk(monkeypatch: pytest.Monk
     columns = attnshape.attention_column_credit(problem.inputs, **kwargs)
     rollout = attnshape.attention_rollout([problem.inputs] * 2, **kwargs)
     row = attnshape.attention_row(problem.inputs)
-    monkeypatch.setattr("attnshape._torch.SCORE_ELEMENTS", 3 * 4 * 40 * 7)
-    monkeypatch.setattr("attnshape._torch.KEY_CHUNK", 16)
+    monkeypatch.setattr("attnshape.torch_backend.SCORE_ELEMENTS", 3 * 4 * 40 * 7)
+    monkeypatch.setattr("attnshape.torch_backend.KEY_CHUNK", 16)
     torch.testing.assert_close(attnshape.attention_column_credit(problem.inputs, **kwargs), columns)
     torch.testing.assert_close(attnshape.attention_rollout([problem.inputs] * 2, **kwargs), rollout)
     torch.testing.assert_close(attnshape.attention_row(problem.inputs), row)
@@ -170,7 +170,7 @@ def test_bits_of_a_row_depend_on_nothing_else(
         for padding in (0, 1, 20, 700):
             for x, alone in zip(whole, shaped(slice(b, b + 1), padding), strict=True):
                 assert torch.equal(x[b : b + 1], alone)
-    monkeypatch.setattr("attnshape._torch.BLOCK", 2 * width)
+    monkeypatch.setattr("attnshape.torch_backend.BLOCK", 2 * width)
     assert all(torch.equal(x, y) for x, y in zip(whole, shaped(slice(0, rows)), strict=True))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import (
+from support.problems import (
     Problem,
     assert_within,
     check_shaped,
@@ -22,7 +22,7 @@ from problems import (
 
 import attnshape
 import csrc_triton
-from attnshape import AttentionInputs, ShapingConfig, Status, _triton, reference
+from attnshape import AttentionInputs, ShapingConfig, Status, reference, triton_backend
 from attnshape.tolerance import credit_bound, gae_bound
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -145,7 +145,7 @@ def test_empty(shape: tuple[int, int]) -> None:
 def test_what_the_kernels_cannot_do_goes_elsewhere() -> None:
     def reason(heads: int, width: int, dtype: torch.dtype = torch.float32) -> str | None:
         query, key = (torch.zeros(1, h, 2, width, dtype=dtype, device=DEVICE) for h in (heads, 1))
-        return _triton.unsupported([AttentionInputs(query, key, 1.0)])
+        return triton_backend.unsupported([AttentionInputs(query, key, 1.0)])
 
     assert reason(64, 256) is None
     assert reason(1, 264) == "the head width is 264, the kernels' limit 256"
@@ -155,8 +155,8 @@ def test_what_the_kernels_cannot_do_goes_elsewhere() -> None:
 
 def test_auto_is_triton_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    original = _triton.gae
-    monkeypatch.setattr(_triton, "gae", lambda *args: (called.append(1), original(*args))[1])
+    original = triton_backend.gae
+    monkeypatch.setattr(triton_backend, "gae", lambda *args: (called.append(1), original(*args))[1])
     ones = torch.ones(1, 3, device=DEVICE)
     attnshape.gae(ones, ones, ones, gamma=1.0, lam=1.0, mask_semantics="skip")
     assert bool(called) == (DEVICE.type == "cuda")

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import attnshape
-from attnshape.alignment import align_texts
 from attnshape.demo.agreement import mean_agreement
 from attnshape.demo.sampling import can_sample, sample_gpt2
 from attnshape.tap import AttentionTap
+from attnshape.text.align import align_texts
 
 Method: TypeAlias = Literal["sparse", "ABC", "uniform", "ABC-D mean", "ABC-D last"]
 ScoreFunction: TypeAlias = Callable[[Tensor], Tensor]

@@ -205,7 +205,7 @@ def _cell(value: float | None) -> str:
 def write_results(results: Results, folder: Path) -> None:
     """``results.json``, ``learning_curves.png`` and ``credit.html``; each replaces an older one at once."""
     from attnshape.demo.plots import learning_curves
-    from attnshape.html import CreditItem, credit_page
+    from attnshape.text.html import CreditItem, credit_page
 
     curves = {
         method: [{name: run.curve(name) for name in run.records[0]} for run in results.of(method)]

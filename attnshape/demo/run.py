@@ -48,8 +48,8 @@ from attnshape.demo.models import (
 )
 from attnshape.demo.ppo import ActorCritic, Judge, Method, PPOConfig, Record, Truth, train
 from attnshape.demo.results import Results, Run, write_results
-from attnshape.score_fn import parse_score_fn
-from attnshape.scoring import load_reward_model
+from attnshape.text.reader import load_reward_model
+from attnshape.text.score_fn import parse_score_fn
 
 REFERENCE_SAMPLES = 256
 """Completions of the initial policy whose scores set the reward's zero and unit."""

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 import attnshape
-from attnshape.integrations._framework import require_parameters, require_version
+from attnshape.integrations.framework import require_parameters, require_version
 from attnshape.ops import DEFAULT_CONFIG, attention_row, gae, shape_rewards
 from attnshape.types import ShapingConfig, Status
 

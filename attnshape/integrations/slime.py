@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attnshape.integrations._framework import require_parameters, require_version
-from attnshape.integrations._reward import RewardModel, reward_model, spans_of, token_rewards
+from attnshape.integrations.framework import require_parameters, require_version
+from attnshape.integrations.reward import RewardModel, reward_model, spans_of, token_rewards
 from attnshape.ops import gae
 from attnshape.types import ShapingConfig
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from attnshape.integrations._framework import require_parameters, require_version
+from attnshape.integrations.framework import require_parameters, require_version
 from attnshape.ops import DEFAULT_CONFIG, gae, shape_rewards, whiten
 from attnshape.types import ShapingConfig
 

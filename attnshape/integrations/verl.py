@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 import attnshape
-from attnshape.integrations._framework import require_parameters, require_version
-from attnshape.integrations._reward import reward_model, spans_of, token_rewards
+from attnshape.integrations.framework import require_parameters, require_version
+from attnshape.integrations.reward import reward_model, spans_of, token_rewards
 from attnshape.types import ShapingConfig
 
 if TYPE_CHECKING:

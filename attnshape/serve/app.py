@@ -21,13 +21,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
-from attnshape.score_fn import ScoreFn
-from attnshape.scoring import Example, Reader, load_tokenizer
 from attnshape.serve.batching import BatchQueue
 from attnshape.serve.metrics import Metrics
 from attnshape.serve.process import Job, work
 from attnshape.serve.protocol import BODY, Answer, Completion, Failure, answer, parse
 from attnshape.serve.workers import Pool, State
+from attnshape.text.reader import Example, Reader, load_tokenizer
+from attnshape.text.score_fn import ScoreFn
 
 BODIES = 16
 """Times the largest body that all bodies being read may hold together."""

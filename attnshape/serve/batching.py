@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from attnshape.scoring import Example, Scored
+    from attnshape.text.reader import Example, Scored
 
 
 TWO_DIED = "two workers died while scoring it"

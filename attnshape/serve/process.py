@@ -10,9 +10,9 @@ from multiprocessing.connection import Connection
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from attnshape.score_fn import ScoreFn
-from attnshape.scoring import Example, Scored, load_reward_model, score_examples
 from attnshape.tap import AttentionTap
+from attnshape.text.reader import Example, Scored, load_reward_model, score_examples
+from attnshape.text.score_fn import ScoreFn
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from attnshape.scoring import Example, Reader, Scored
+from attnshape.text.reader import Example, Reader, Scored
 
 SHOWN_PROBLEMS = 3
 

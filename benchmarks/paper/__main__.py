@@ -26,7 +26,7 @@ from attnshape.demo.models import Stage, default_cache_dir
 from attnshape.demo.ppo import Record
 from attnshape.demo.run import Setup, read_prompts
 from attnshape.files import whole_file
-from attnshape.score_fn import parse_score_fn
+from attnshape.text.score_fn import parse_score_fn
 from benchmarks.paper import figures
 from benchmarks.paper.cells import (
     BETA,

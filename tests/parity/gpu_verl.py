@@ -28,7 +28,7 @@ STEPS, PROMPTS = 3, 16
 MODULE = "attnshape.integrations.verl"
 SERVE = """
 import sys
-from attnshape.score_fn import parse_score_fn
+from attnshape.text.score_fn import parse_score_fn
 from attnshape.serve.app import ServeConfig, run
 config = ServeConfig(model=sys.argv[1], score_fn=parse_score_fn("logit"), devices=("cuda:0",))
 run(config, "127.0.0.1", 0, lambda url: print(url, flush=True))

@@ -310,7 +310,7 @@ def test_the_v0_trainers_token_rewards_are_the_offline_credit(setup: Setup, serv
 
 SERVE = """
 import sys
-from attnshape.score_fn import parse_score_fn
+from attnshape.text.score_fn import parse_score_fn
 from attnshape.serve.app import ServeConfig, run
 config = ServeConfig(model=sys.argv[1], score_fn=parse_score_fn("logit"))
 run(config, "127.0.0.1", 0, lambda url: print(url, flush=True))

@@ -1,0 +1,1 @@
+"""From text to score and credit: reading, aligning, showing."""

@@ -1,0 +1,347 @@
+"""That the benchmarks measure what they say, as far as a machine without a GPU can tell."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from attnshape.bench.cases import Case, Shape, random_arguments
+from benchmarks import cost_model, on_gpu, report
+from benchmarks.cases import Budget, budget_cases, made_small, suite_cases, with_plain
+from benchmarks.kernel_table import programs_per_multiprocessor
+from benchmarks.memory import memory_of
+from benchmarks.peers import install
+from benchmarks.peers.measure import PEERS, doubling, measured
+from benchmarks.read_pass import read_calls
+from benchmarks.record import Promise
+from benchmarks.results import ROOT, load
+from benchmarks.test_forward import redistributed
+from benchmarks.test_peers import PeerMissingError, PeerRuns
+
+CPU = torch.device("cpu")
+
+
+def test_limits() -> None:
+    assert Budget(of_copy=0.8).limit(8.0) == 10.0
+    assert Budget(times_copy=1.3).limit(10.0) == 13.0
+    assert Budget(seconds=7e-6).limit(1.0) == 7e-6
+    assert Budget().limit(1.0) is None
+
+
+def test_the_cost_model_by_hand() -> None:
+    """32 rows of 1024 tokens on 2048 keys, one launch: 134.2 MB of keys and little else at 4 TB/s."""
+    e = cost_model.estimate(Case("fused", Shape(32, 1024, 2048)), cost_model.Gpu(4e12))
+    keys, queries = 32 * 2048 * 8 * 128 * 2, 32 * 32 * 128 * 2
+    tokens = 32 * 1024 * (3 * 4 + 1 + 5 * 4)
+    assert e.launches == 1
+    assert e.transfer == pytest.approx((keys + queries + tokens) / 4e12)
+    # Two hand-offs of two trips, then two chunks of 512 tokens, one after the other.
+    assert e.tail == pytest.approx(2 * 2 * 0.6e-6 + 2 * 3e-6)
+    assert e.seconds == pytest.approx(2e-6 + 33.9e-6 + 8.4e-6, rel=0.01)
+
+
+def test_what_moves_hides_what_waits() -> None:
+    slow, fast = (cost_model.estimate(Case("gae", Shape(4096, 512)), cost_model.Gpu(b)) for b in (1e12, 1e15))
+    assert slow.seconds == pytest.approx(2e-6 + slow.transfer)
+    # 4096 rows of one chunk, three at once on each of 132 multiprocessors.
+    assert fast.seconds == pytest.approx(2e-6 + 11 * 3e-6)
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "shared", "programs"),
+    [
+        ("sm_90", 168, 0, 3),  # 5376 registers a warp: 3 in a quarter of 16384
+        ("sm_90", 128, 0, 4),
+        ("sm_90", 32, 0, 16),  # 64 warps
+        ("sm_89", 32, 0, 12),  # 48 warps
+        ("sm_90", 32, 45056, 5),  # 228 KB of memory
+        ("sm_120", 32, 45056, 2),
+        ("gfx942", 128, 0, 4),
+    ],
+)
+def test_programs_per_multiprocessor(target: str, registers: int, shared: int, programs: int) -> None:
+    assert programs_per_multiprocessor(target, registers, shared, warps=4) == programs
+
+
+def test_a_read_only_pass_reads_its_bytes() -> None:
+    assert read_calls(8192, 2, CPU)[0]().item() == 8192 / 4
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_suites(device: str) -> None:
+    cases = [case for case, _ in suite_cases(device)]
+    assert len({case.name for case in cases}) == len(cases)
+    assert {case.what for case in cases} == {
+        "fused", "apart", "credit", "row", "column", "sweep", "gae", "whiten"
+    }  # fmt: skip
+    gaes = [case for case in cases if case.what == "gae"]
+    assert {(case.shape.batch, case.shape.response) for case in gaes} >= {
+        (64, 128),
+        (8192, 4096),
+        (1, 131072),
+    }
+    assert {case.lam for case in gaes} == {0.95, 1.0}
+    assert {case.mask_semantics for case in gaes if case.shape.holes} == {"skip", "zero"}
+    assert len({case.shape[5:8] for case in cases if case.model}) == 5
+    assert any(with_plain(case) for case in cases)
+    small = {made_small(case) for case in cases}
+    assert {case.what for case in small} == {case.what for case in cases}
+    assert max(case.bytes for case in small) < 1e6
+
+
+def test_budgets_of_a_gpu_come_first() -> None:
+    count = len(list(budget_cases()))
+    assert list(suite_cases("cuda"))[:count] == list(budget_cases())
+
+
+def test_promises() -> None:
+    assert Promise("", 1.0, 1.0).met
+    assert not Promise("", 1.1, 1.0).met
+    assert Promise("", 50.0, 50.0, at_most=False).met
+    assert not Promise("", 49.0, 50.0, at_most=False).met
+
+
+def test_memory_is_counted_to_the_byte() -> None:
+    def call() -> torch.Tensor:
+        first = torch.ones(1000, dtype=torch.float64)  # 8000
+        second = first.repeat(2)  # 16000 more
+        del first
+        return second.float()  # 8000 more, 8000 less
+
+    call()
+    memory = memory_of(call, CPU)
+    assert memory.held == 8000
+    assert 24000 <= memory.peak < 24100
+
+
+def test_redistribution_of_the_paper() -> None:
+    attentions = torch.rand(2, 3, 6, 6)
+    credit, rewards = redistributed(torch.tensor([2.0, -1.0]), attentions, 4, beta=0.75)
+    row = attentions[1, :, 5, 4:].mean(0)
+    torch.testing.assert_close(credit[1], row / row.sum())
+    torch.testing.assert_close(rewards[1], -0.75 * credit[1] + torch.tensor([0.0, -0.25]))
+    torch.testing.assert_close(rewards.sum(1), torch.tensor([2.0, -1.0]))
+
+
+# Every suite, at small shapes
+
+ALONE = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+"""pytest-benchmark takes no times where it finds itself among parallel workers."""
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make bench` writes; peers apart, which have tests of their own."""
+    out = tmp_path_factory.mktemp("bench") / "bench.json"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--device",
+        "cpu",
+    ]
+    command += [
+        "--small",
+        "--benchmark-quiet",
+        f"--benchmark-json={out}",
+        "-k",
+        "not doubling and not compiled",
+    ]
+    command += ["--peers", str(out.parent)]
+    ended = subprocess.run(command, cwd=ROOT, env=ALONE, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    return out
+
+
+def test_every_suite_leaves_its_figures(dry_run: Path) -> None:
+    run = load(dry_run)
+    suites = {*report.SUITES, "forward", "memory", "host"}
+    assert {info["suite"] for info in run.benchmarks.values()} == suites
+    for info in run.benchmarks.values():
+        assert info["seconds"] > 0
+        assert all(x["low"] <= x["value"] <= x["high"] for x in info["ratios"].values())
+    for info in run.suite(*report.SUITES):
+        assert info["error_of_bound"] <= 1
+        assert info["bytes_read"] > 0
+        assert {"ours", "copy"} <= set(info["seconds_of"])
+        assert info["ratios"]["copy"]["value"] > 0
+    column = run.benchmarks["test_case[column, B 3 S 64 R 40, float32]"]
+    assert set(column["ratios"]) == {"copy", "plain PyTorch", "attention forward"}
+    held = run.suite("memory")[0]["held_bytes"]
+    assert held["tapped"] < held["eager_forward"]
+    assert set(run.missing) == set(PEERS) - {"doubling"}
+    assert run.missing["verl"] == "not installed: python -m benchmarks.peers.install verl"
+    assert run.missing["rl-triton"] == "needs a GPU"
+
+
+def test_the_clock_of_the_harness_is_the_projects(dry_run: Path) -> None:
+    """pytest-benchmark's own statistics are over the same samples."""
+    for result in json.loads(dry_run.read_text())["benchmarks"]:
+        assert result["stats"]["median"] == pytest.approx(result["extra_info"]["seconds"], rel=1e-6, abs=1e-9)
+
+
+# Peers
+
+
+def fake_slime(folder: Path, factor: float) -> Path:
+    """A package with slime's function in it, right if ``factor`` is 1."""
+    package = folder / "slime" / "utils"
+    package.mkdir(parents=True)
+    (package / "ppo_utils.py").write_text(
+        f"""import torch
+def chunked_gae(rewards, values, gamma, lambd):
+    out, a, v = [], 0.0, 0.0
+    for t in reversed(range(rewards.shape[1])):
+        a = rewards[:, t] + gamma * v - values[:, t] + {factor} * gamma * lambd * a
+        v = values[:, t]
+        out.append(a)
+    advantages = torch.stack(out[::-1], 1)
+    return advantages, advantages + values
+"""
+    )
+    return folder
+
+
+def runs_with(monkeypatch: pytest.MonkeyPatch, folder: Path) -> PeerRuns:
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    return PeerRuns(folder / "none", CPU, True, folder)
+
+
+def test_a_peer_is_measured_beside_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    result = runs_with(monkeypatch, fake_slime(tmp_path, 1.0))["slime"]
+    assert result["version"] == "slime from a path"
+    assert len(result["rows"]) == 2
+    for row in result["rows"]:
+        assert row["disagreement"] < 1e-5
+        assert len(row["ours"]["samples"]) == len(row["theirs"]["samples"]) >= 5
+
+
+def test_a_peer_that_computes_something_else_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    result = runs_with(monkeypatch, fake_slime(tmp_path, 1.01))["slime"]
+    for row in result["rows"]:
+        assert "does not compute the same" in row["failed"]
+        assert "theirs" not in row
+
+
+def test_a_peer_that_breaks_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "slime").mkdir()
+    (tmp_path / "slime" / "__init__.py").write_text("")
+    runs = runs_with(monkeypatch, tmp_path)
+    for _ in range(2):  # it is asked once, and answers every time
+        with pytest.raises(PeerMissingError, match=r"does not run: .*No module named 'slime.utils'"):
+            runs["slime"]
+
+
+def test_what_was_measured_stays_where_the_rest_takes_too_long(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    runs = runs_with(monkeypatch, fake_slime(tmp_path, 1.0))
+
+    def run(command: list[str], **_: Any) -> None:
+        Path(command[4]).write_text(json.dumps({"version": "", "rows": [{"case": "first"}]}))
+        raise subprocess.TimeoutExpired(command, 1)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert runs["slime"]["rows"] == [{"case": "first"}]
+    assert runs["slime"]["ended"].startswith("took longer than")
+
+
+def test_the_doubling_scan_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    for case in PEERS["doubling"].cases("cpu", small=True):
+        assert measured(PEERS["doubling"], case, CPU, 0.0)["disagreement"] < 1e-5
+    case = Case("gae", Shape(2, 1000), gamma=0.9, lam=0.5)
+    arguments = random_arguments(case, CPU, 0)
+    for got, want in zip(doubling(case, arguments)(), case.reference(arguments), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_loops_are_given_what_they_finish() -> None:
+    for name, peer in PEERS.items():
+        cases = list(peer.cases("cpu", small=False))
+        assert cases, name
+        if peer.most is not None:
+            rows, width = peer.most
+            assert all(case.shape.batch <= rows and case.shape.response <= width for case in cases)
+        if peer.ragged:
+            assert all(len(case.shape.lengths) == case.shape.batch for case in cases)
+            assert all(case.shape.live_tokens < case.shape.tokens for case in cases)
+
+
+def test_installer_pins_versions(tmp_path: Path) -> None:
+    for name in install.INSTALLED:
+        checkout = tmp_path if name in ("slime", "rl-triton") else None
+        calls = install.pip_arguments(name, checkout)
+        assert any(pin.startswith("torch==") for pin in pinned(calls[0]))
+        assert any(name in pin for pin in pinned(calls[-1]) + pinned(calls[0])) or checkout is not None
+        if checkout is not None:
+            assert calls[-1][-1] == str(checkout)
+    with pytest.raises(ValueError, match="--path slime=FOLDER"):
+        install.pip_arguments("slime", None)
+
+
+def pinned(arguments: list[str]) -> list[str]:
+    """The requirements of one call of pip."""
+    if "--requirement" not in arguments:
+        return arguments
+    lines = Path(arguments[-1]).read_text().splitlines()
+    assert all("==" in line for line in lines)
+    return lines
+
+
+# On a GPU
+
+
+def test_parts_do_not_lose_each_other(tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text("def test_good(): pass\ndef test_bad(): assert 0\n")
+    python = [sys.executable, "-c"]
+    parts = [
+        on_gpu.pytest_part("tests 0", 60, tmp_path, str(tmp_path), "--rootdir", str(tmp_path)),
+        on_gpu.Part("ends", [*python, "print('done')"], 60),
+        on_gpu.Part("fails", [*python, "raise SystemExit(3)"], 60),
+        on_gpu.Part("hangs", [*python, "import time; print('begun', flush=True); time.sleep(60)"], 2),
+    ]
+    parts[0].command.remove("filterwarnings=default")
+    parts[0].command.remove("-o")
+    ended = on_gpu.run(parts, tmp_path)
+    assert {x.name: x.status for x in ended} == {"tests 0": 1, "ends": 0, "fails": 3, "hangs": "out of time"}
+    assert ended[1].output == "done\n"
+    assert ended[3].output.startswith("begun")
+    text = on_gpu.summary(ended, on_gpu.merged([tmp_path / "tests-0.xml"]))
+    assert "2 tests, 1 failures" in text
+    assert "| hangs | out of time |" in text
+
+
+def test_tests_on_a_gpu_are_those_that_use_it(tmp_path: Path) -> None:
+    parts = on_gpu.parts_together(tmp_path, 2, 1.0)
+    files = {Path(x).name for x in parts[0].command if x.endswith(".py")}
+    assert {"test_triton_backend.py", "test_sweep.py"} <= files
+    assert not {"test_gpu.py", "test_demo.py", "test_compile.py"} & files
+    assert [part.command[-len(files) - 1] for part in parts[:2]] == ["--shard=0/2", "--shard=1/2"]
+
+
+def test_benchmarks_run_untimed_to_compile_their_kernels(tmp_path: Path) -> None:
+    parts = {part.name: part for part in on_gpu.parts_together(tmp_path, 2, 1.0)}
+    command = [*parts["benchmarks, untimed"].command, "--small", "--device", "cpu", "-k", "not compiled"]
+    ended = subprocess.run(
+        command, env=ALONE | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    assert "passed" in ended.stdout
+    timed = on_gpu.benchmarks_part(tmp_path, 1.0).command
+    assert f"--benchmark-json={tmp_path / 'bench.json'}" in timed
+    assert "--small" not in timed

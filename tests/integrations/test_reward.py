@@ -1,0 +1,202 @@
+"""Score and credit per policy token, from a model of this process and from a server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parity.toys import Offline, save_policy, save_reward_model
+
+from attnshape.integrations import reward
+from attnshape.integrations.reward import ATTEMPTS, reward_model, spans_of, token_rewards
+from attnshape.text.reader import Scored
+
+PROMPTS = {
+    "messages": [{"role": "user", "content": "Was the film any good?"}],
+    "text": "<|im_start|>user\nWas it?<|im_end|>\n<|im_start|>assistant\n",
+}
+TURNS = [
+    ("Let me look that up.<|im_end|>", 1),
+    ("\n<|im_start|>tool\nThe search found three reviews<|im_end|>\n<|im_start|>assistant\n", 0),
+    ("All of them good!<|im_end|>", 1),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_reward_model(folder / "reward_model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def policy(folder: Path) -> Any:
+    return save_policy(folder / "policy")
+
+
+@pytest.fixture(scope="module")
+def response(policy: Any) -> tuple[list[int], list[int]]:
+    """Ids of a response with a tool's turn, and its mask."""
+    parts = [(policy(text, add_special_tokens=False)["input_ids"], mask) for text, mask in TURNS]
+    return [t for ids, _ in parts for t in ids], [mask for ids, mask in parts for _ in ids]
+
+
+def ask(judge: Any, *arguments: Any) -> Scored:
+    return asyncio.run(judge(*arguments))
+
+
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
+def test_credit_is_that_of_eager_attention(folder: Path, policy: Any, response: Any, prompt: Any) -> None:
+    ids, mask = response
+    judge = reward_model(model=str(folder / "reward_model"))
+    scored = ask(judge, prompt, *spans_of(policy, ids, mask))
+    score, credit = Offline(folder / "reward_model", policy)(prompt, ids, mask)
+    assert scored.score == pytest.approx(score, rel=1e-5)
+    assert scored.credit == pytest.approx(credit.tolist(), rel=1e-4, abs=1e-7)
+    assert all(c == 0 for c, m in zip(scored.credit, mask, strict=True) if not m)
+    assert judge is reward_model(model=str(folder / "reward_model"))
+
+
+def test_spans_of_a_tools_tokens_are_empty(policy: Any, response: Any) -> None:
+    ids, mask = response
+    text, spans = spans_of(policy, ids, mask)
+    assert text == policy.decode(ids, skip_special_tokens=True)
+    own = "".join(text[s:e] for s, e in spans)
+    assert own == "Let me look that up.All of them good!"
+    assert len(spans) == len(ids)
+
+
+def test_a_reward_that_is_not_finite_is_an_error(folder: Path, policy: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "reward_model")
+    with torch.no_grad():
+        model.score.weight.fill_(torch.inf)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folder / "reward_model").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="score or attention is not finite"):
+        ask(reward_model(model=str(tmp_path)), "Good? ", "Yes", [(0, 3)])
+
+
+@pytest.mark.parametrize("settings", [{}, {"url": "http://127.0.0.1:9", "model": "x"}])
+def test_one_source_of_rewards(settings: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="want either url or model of the reward model, got url="):
+        reward_model(**settings)
+
+
+def test_token_rewards() -> None:
+    credit, mask = [0.5, 0.3, 0.1, 0.1], [1, 1, 0, 1]
+    rewards = token_rewards(2.0, credit, mask, beta=0.75, terminal_reward=3.0)
+    # The masked token's credit is shared by the others.
+    expected = [1.5 * 0.5 / 0.9, 1.5 * 0.3 / 0.9, 0.0, 1.5 * 0.1 / 0.9 + 0.5 + 3.0]
+    assert rewards.tolist() == pytest.approx(expected, rel=1e-6)
+    assert token_rewards(2.0, [0.0] * 4, mask, beta=0.75).tolist() == pytest.approx([0, 0, 0, 2.0])
+    with pytest.raises(ValueError, match="credit: got 3 weights for a response of 4 tokens"):
+        token_rewards(2.0, credit[:3], mask, beta=0.75)
+
+
+class Server:
+    """Answers requests with what ``answers`` holds for the path, the last one again and again."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, list[tuple[int, str]]] = {"/health": [(200, "{}")]}
+        self.got: list[dict[str, Any]] = []
+        parent = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                answers = parent.answers[self.path]
+                status, body = answers.pop(0) if len(answers) > 1 else answers[0]
+                if status == 0:
+                    self.close_connection = True
+                    return
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(body.encode())
+
+            def do_POST(self) -> None:
+                parent.got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                assert self.headers["Content-Type"] == "application/json"
+                self.do_GET()
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(reward, "FIRST_PAUSE", 0.001)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # is not asked
+    server = Server()
+    thread = threading.Thread(target=server.server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.server.shutdown()
+    thread.join()
+    server.server.server_close()
+
+
+ANSWER = json.dumps({"score": 1.5, "credit": [0.25, 0.75], "metrics": {"entropy": 0.5}})
+
+
+def test_a_served_reward_model(server: Server) -> None:
+    server.answers["/score"] = [(200, ANSWER)]
+    judge = reward_model(url=server.url + "/")
+    assert ask(judge, PROMPTS["text"], "Yes!", [(0, 3), (3, 4)]) == Scored(
+        1.5, [0.25, 0.75], {"entropy": 0.5}
+    )
+    ask(judge, PROMPTS["messages"], "Yes!", [(0, 3), (3, 4)])
+    assert server.got == [
+        {"prompt": PROMPTS["text"], "response": "Yes!", "offsets": [[0, 3], [3, 4]]},
+        {
+            "messages": [*PROMPTS["messages"], {"role": "assistant", "content": "Yes!"}],
+            "offsets": [[0, 3], [3, 4]],
+        },
+    ]
+
+
+def test_an_overloaded_server_is_asked_again(server: Server) -> None:
+    server.answers["/score"] = [(429, "busy"), (503, "starting"), (0, ""), (200, ANSWER)]
+    assert ask(reward_model(url=server.url), "Good? ", "Yes", [(0, 3)]).score == 1.5
+    assert len(server.got) == 4
+
+
+def test_a_server_that_stays_overloaded(server: Server) -> None:
+    server.answers["/score"] = [(503, "no worker")]
+    with pytest.raises(RuntimeError, match=f"/score: 503 no worker, {ATTEMPTS} times"):
+        ask(reward_model(url=server.url), "Good? ", "Yes", [(0, 3)])
+    assert len(server.got) == ATTEMPTS
+
+
+def test_a_completion_that_the_server_refuses(server: Server) -> None:
+    server.answers["/score"] = [(422, '{"error": "too long"}')]
+    with pytest.raises(ValueError, match=r'/score: 422 {"error": "too long"}'):
+        ask(reward_model(url=server.url), "Good? ", "Yes", [(0, 3)])
+    server.answers["/score"] = [(200, '{"error": "not finite"}')]
+    with pytest.raises(ValueError, match="/score: not finite"):
+        ask(reward_model(url=server.url), "Good? ", "Yes", [(0, 3)])
+    assert len(server.got) == 2
+
+
+def test_a_server_is_waited_for_while_it_loads(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.answers["/health"] = [(503, "loading")] * 3 + [(200, "ready")]
+    reward_model(url=server.url)
+    assert server.answers["/health"] == [(200, "ready")]
+    server.answers["/health"] = [(503, "loading")]
+    monkeypatch.setattr(reward, "LOADING_SECONDS", 0.05)
+    with pytest.raises(RuntimeError, match=r"503.*is `attnshape serve` running there"):
+        reward_model(url=server.url + "//")
+
+
+def test_a_server_that_is_not_there() -> None:
+    with pytest.raises(RuntimeError, match=r"127.0.0.1:9/health: .*is `attnshape serve` running there"):
+        reward_model(url="http://127.0.0.1:9")

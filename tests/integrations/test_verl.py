@@ -1,0 +1,179 @@
+"""The verl adapter without verl: rewards, settings, GAE. In verl's own processes: tests/parity."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from importlib import metadata
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnshape import ShapingConfig, reference
+from attnshape.integrations import framework, verl
+
+MODULE = "attnshape.integrations.verl"
+MASK = [True, True, False, True]
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, found: str | None) -> None:
+    def version(name: str) -> str:
+        if found is None:
+            raise metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(framework, "version", version)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"), [(None, "is not installed"), ("0.8.0", "0.8.0 is not supported")]
+)
+def test_another_verl_is_refused(monkeypatch: pytest.MonkeyPatch, found: str | None, message: str) -> None:
+    installed(monkeypatch, found)
+    config = SimpleNamespace(trainer=SimpleNamespace(use_v1=True))
+    for use in (
+        lambda: verl.RewardManager,
+        lambda: verl.AgentLoopManager.create(config),
+        verl.install_gae,
+    ):
+        with pytest.raises(RuntimeError, match=f"verl {message}, want verl 0.9.1"):
+            use()
+
+
+def test_other_names_are_not_there() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'Rewards'"):
+        _ = verl.Rewards
+
+
+@pytest.mark.parametrize(("value", "status"), [("0", 0), ("1", 1)])
+def test_the_plugin_where_there_is_no_verl(value: str, status: int) -> None:
+    """On, it ends the process; off, it does not even import the adapter."""
+    code = (
+        "import sys\nfrom attnshape.integrations import framework\n"
+        "framework.version = lambda name: '0.8.0'\n"
+        "import attnshape.integrations.verl_plugin\n"
+        "assert 'attnshape.integrations.verl' not in sys.modules"
+    )
+    env = {**os.environ, "ATTNSHAPE_VERL_GAE": value}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == status, done.stderr
+    assert done.stdout == ""
+    assert ("ATTNSHAPE_VERL_GAE: verl 0.8.0 is not supported, want verl 0.9.1" in done.stderr) == bool(status)
+
+
+def test_a_score_with_credit_is_one_reward_per_token() -> None:
+    result = {"score": 2.0, "credit": [0.5, 0.3, 0.1, 0.1], "terminal_reward": 3.0}
+    rewards = verl.reward_of(result, MASK, 0.75)
+    expected = [1.5 * 0.5 / 0.9, 1.5 * 0.3 / 0.9, 0.0, 1.5 * 0.1 / 0.9 + 0.5 + 3.0]
+    assert rewards == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("result", "beta"),
+    [({"score": 2.0, "terminal_reward": 3.0}, 0.75), ({"score": 5.0, "credit": [0.5, 0.3, 0.1, 0.1]}, 0.0)],
+)
+def test_a_score_without_credit_is_verls_to_place(result: dict[str, Any], beta: float) -> None:
+    assert verl.reward_of(result, MASK, beta) == 5.0
+
+
+def test_the_reward_function_needs_its_manager() -> None:
+    with pytest.raises(RuntimeError, match=r"reward.reward_manager: compute_score needs name=RewardManager"):
+        asyncio.run(verl.compute_score("toy", "Yes", "", {}, url="http://127.0.0.1:9"))
+
+
+class Config(dict[str, Any]):
+    """Attributes and ``get``, as far as verl's configuration is read."""
+
+    def __getattr__(self, name: str) -> Any:
+        return Config(self[name]) if isinstance(self[name], dict) else self[name]
+
+
+def config(**changes: Any) -> Config:
+    settings: dict[str, Any] = {
+        "enable": False,
+        "enable_resource_pool": False,
+        "path": f"pkg://{MODULE}",
+        "use_v1": True,
+        "agent_loop_manager_class": f"{MODULE}.AgentLoopManager",
+    } | changes
+    agent = {"agent_loop_manager_class": settings["agent_loop_manager_class"]}
+    return Config(
+        reward={
+            "reward_model": {name: settings[name] for name in ("enable", "enable_resource_pool")},
+            "custom_reward_function": {"path": settings["path"]},
+        },
+        trainer={"use_v1": settings["use_v1"]},
+        actor_rollout_ref={"rollout": {"agent": agent}},
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_v1": False},
+        {"path": None},
+        {"enable": True, "enable_resource_pool": True},
+        {"enable": True, "use_v1": False, "agent_loop_manager_class": None},
+    ],
+)
+def test_settings_that_keep_token_rewards(changes: dict[str, Any]) -> None:
+    verl.check_config(config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"agent_loop_manager_class": None},
+            "agent_loop_manager_class: got None, which puts the whole score",
+        ),
+        ({"agent_loop_manager_class": "a.B", "use_v1": False}, "agent_loop_manager_class: got a.B"),
+        (
+            {"enable": True, "enable_resource_pool": True, "agent_loop_manager_class": None},
+            "agent_loop_manager_class: got None",
+        ),
+        ({"enable": True}, "reward.reward_model: colocated with the policy under trainer.use_v1"),
+        ({"enable": True, "use_v1": False, "path": None}, "reward.custom_reward_function.path: got none"),
+    ],
+)
+def test_settings_that_lose_token_rewards(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        verl.check_config(config(**changes))
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (1.0, 0.95), (0.9, 0.5)])
+def test_gae_is_verls(gamma: float, lam: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 3, 6, generator=generator).unbind()
+    mask = torch.tensor([[1, 1, 0, 0, 1, 1], [1, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0]])
+    advantages, returns = verl.gae_advantage_return(rewards, values, mask, gamma, lam)
+    expected, expected_returns = loop(rewards.double(), values.double(), mask.double(), gamma, lam)
+    assert torch.allclose(advantages.double(), expected, rtol=0, atol=1e-5)
+    assert torch.allclose(returns.double(), expected_returns, rtol=0, atol=1e-5)
+    settings = ShapingConfig.verl(gamma=gamma, lam=lam)
+    plain, _ = reference.gae(
+        rewards.double(), values.double(), mask, gamma=gamma, lam=lam, mask_semantics=settings.mask_semantics
+    )
+    whitened = reference.whiten(plain, mask, **settings.whitening)
+    live = mask.bool()
+    assert torch.allclose(advantages.double()[live], whitened[live], rtol=0, atol=1e-5)
+
+
+def loop(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Token by token: a masked one passes on the next value and the advantage."""
+    advantages = torch.zeros_like(rewards)
+    for b in range(len(rewards)):
+        value, advantage = 0.0, 0.0
+        for t in reversed(range(rewards.shape[1])):
+            if mask[b, t]:
+                delta = rewards[b, t] + gamma * value - values[b, t]
+                value, advantage = values[b, t], delta + gamma * lam * advantage
+            advantages[b, t] = advantage
+    live = advantages[mask.bool()]
+    return (advantages - live.mean()) / (live.var() + 1e-8).sqrt(), advantages + values

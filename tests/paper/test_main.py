@@ -1,0 +1,137 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.paper_models import save_models
+from typer.testing import CliRunner
+
+from benchmarks.paper import __main__ as main
+from benchmarks.paper.__main__ import app
+from benchmarks.paper.cells import DEEP, Cell
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT2LMHeadModel and a two-label GPT2ForSequenceClassification, as the paper's IMDb models are."""
+    folder = tmp_path_factory.mktemp("models")
+    save_models(folder, labels=2)
+    return folder
+
+
+def call(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    words = result.output.replace("│", " ").split()  # as rich wraps them in a box
+    return result.exit_code, " ".join(words) or repr(result.exception)
+
+
+def own(folder: Path, out: Path) -> list[object]:
+    return [
+        "--policy",
+        folder / "policy",
+        "--reward-model",
+        folder / "reward_model",
+        "--prompts",
+        folder / "prompts.jsonl",
+        "--score-fn",
+        "logit[1] - logit[0]",
+        "--device",
+        "cpu",
+        "--out",
+        out,
+    ]
+
+
+@pytest.mark.parametrize("method", ["ABC", "ABC-D mean", "R3HF", "gradient x value, signed", "ABC shuffled"])
+def test_a_cell_on_local_folders(folder: Path, tmp_path: Path, method: str) -> None:
+    arguments = ["cell", method, "--length", "8-16", "--steps", 2, *own(folder, tmp_path)]
+    status, printed = call(*arguments)
+    assert status == 0, printed
+    cell = Cell(method=method, length="8-16", seed=0, steps=2)  # type: ignore[arg-type]
+    path = tmp_path / "runs" / cell.name
+    loaded = json.loads(path.read_text())
+    assert Cell(**loaded["cell"]) == cell
+    assert "true_reward" not in loaded["curves"]  # nobody knows it of a user's models
+    assert len(loaded["curves"]["score"]) == 2
+    written = path.stat().st_mtime_ns
+    assert call(*arguments)[0] == 0
+    assert path.stat().st_mtime_ns == written  # it was not run again
+
+
+@pytest.mark.parametrize("family", ["GPT-J", "Llama"])
+def test_the_papers_other_architectures(tmp_path: Path, family: str) -> None:
+    """Those of its TL;DR and helpful-base models, with one label."""
+    save_models(tmp_path, family=family)
+    options = ["--length", "8-16", "--steps", 1, "--score-fn", "logit"]
+    for method in ("ABC", "ABC-D mean", "norm-weighted rollout", "gradient x value, signed", "R3HF"):
+        arguments = [
+            x for x in own(tmp_path, tmp_path / "out") if x not in ("--score-fn", "logit[1] - logit[0]")
+        ]
+        status, printed = call("cell", method, *options, *arguments)
+        assert status == 0, printed
+
+
+def test_cells_wait_for_models_that_are_not_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only those that have no file."""
+    cells = [Cell(method="sparse", length="8-16", seed=s, steps=1, models=DEEP) for s in (0, 1)]
+    monkeypatch.setattr(main, "chosen", lambda names: [*cells, replace(cells[0], models="testbed")])
+    done = tmp_path / "runs" / cells[0].name
+    done.parent.mkdir(parents=True)
+    done.write_text("{}")
+    status, printed = call("all", *own(folder, tmp_path))
+    assert status == 0, printed
+    assert "1 cells wait for the reward models" in printed
+    assert len(list(done.parent.iterdir())) == 2
+    done.with_name(Path(cells[1].name).name).write_text("{}")
+    assert "all 3 cells have their files" in call("all", *own(folder, tmp_path))[1]
+
+
+def test_rto_takes_a_dpo_policy(folder: Path, tmp_path: Path) -> None:
+    arguments = ["cell", "RTO", "--length", "8-16", "--steps", 1, *own(folder, tmp_path)]
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert isinstance(result.exception, ValueError)
+    assert "RTO needs a DPO-trained policy" in str(result.exception)
+    result = CliRunner().invoke(app, [*map(str, arguments), "--dpo-policy", str(folder / "policy")])
+    assert "log-ratios to the policy are all alike" in str(result.exception)
+    save_models(tmp_path / "dpo", seed=3)
+    assert call(*arguments, "--dpo-policy", tmp_path / "dpo" / "policy")[0] == 0
+
+
+def test_summary_of_a_users_runs(folder: Path, tmp_path: Path) -> None:
+    for method in ("sparse", "ABC"):
+        for seed in (0, 1):
+            options = ["--length", "8-16", "--seed", seed, "--steps", 11]
+            assert call("cell", method, *options, *own(folder, tmp_path))[0] == 0
+    for path in (tmp_path / "runs").rglob("*.json"):  # as if they had been run in full
+        path.write_text(path.read_text().replace('"steps": 11', '"steps": 100'))
+    status, printed = call("summary", "--out", tmp_path)
+    assert status == 0, printed
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert found["methods 8-16"]["ABC"]["lead"][3] == 2
+    for name in ("learning_curves", "lengths", "beta_and_kl", "credit", "credit_and_speed"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_wrong_use_is_named(folder: Path, tmp_path: Path) -> None:
+    status, printed = call("cell", "ABC", "--policy", folder / "policy", "--out", tmp_path)
+    assert status == 2
+    assert "--reward-model, --prompts" in printed
+    status, printed = call("cell", "ABC", *own(folder, tmp_path)[:-2])
+    assert status == 2
+    assert "--out" in printed
+    status, printed = call("all", "--only", "nonsense", "--out", tmp_path)
+    assert status == 2
+    assert "nonsense" in printed
+    status, printed = call("summary", "--out", tmp_path)
+    assert status == 2
+    assert "no runs" in printed

@@ -1,0 +1,135 @@
+"""What a worker's process says through its pipe, here in a thread of this one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.reward_models import save, tokenizer
+from transformers import AutoConfig
+
+import attnshape
+from attnshape.serve import process
+from attnshape.serve.process import Job, score_in_parts, work
+from attnshape.text.reader import Example, Reader, Scored, load_reward_model
+from attnshape.text.score_fn import parse_score_fn
+
+PATIENCE = 60.0
+
+
+@pytest.fixture(autouse=True)
+def ignored(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
+    """The signals that a worker ignores; they and its number of threads are not this process's."""
+    handlers: dict[int, Any] = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    return handlers
+
+
+@contextmanager
+def working(
+    model: Path, score_fn: str = "logit", layer: int = -1, device: str = "cpu"
+) -> Iterator[Connection]:
+    ours, pipe = multiprocessing.Pipe()
+    job = Job(str(model), device, parse_score_fn(score_fn), layer, 1)
+    thread = threading.Thread(target=work, args=(job, pipe), daemon=True)
+    thread.start()
+    try:
+        yield ours
+    finally:
+        ours.close()
+        thread.join(PATIENCE)
+    assert not thread.is_alive()
+    pipe.close()
+
+
+def answer(pipe: Connection) -> Any:
+    assert pipe.poll(PATIENCE)
+    return pipe.recv()
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "message"),
+    [
+        ("causal", {}, "cpu: .* is no reward model: it lacks score.weight"),
+        ("two_labels", {}, "cpu: score_fn: the model has 2 labels"),
+        ("llama", {"layer": 7}, "cpu: layer"),
+        ("llama", {"device": "meta"}, "meta: "),
+    ],
+)
+def test_it_says_what_is_wrong_and_ends(
+    tmp_path: Path, kind: str, wrong: dict[str, Any], message: str
+) -> None:
+    with working(save(tmp_path, kind), **wrong) as pipe:
+        assert re.match(message, answer(pipe))
+
+
+def offline(folder: Path, example: Example) -> tuple[float, torch.Tensor]:
+    """Score and credit on the reward model's tokens, of a batch of one."""
+    model, _ = load_reward_model(str(folder), "cpu")
+    with torch.no_grad(), attnshape.AttentionTap(model) as tap:
+        logits = model(input_ids=torch.tensor([example.input_ids])).logits
+    index = torch.tensor([example.positions])
+    credit = attnshape.attention_credit(tap.take(), torch.ones_like(index), response_index=index)
+    return logits.item(), credit[0]
+
+
+def test_it_scores_until_its_pipe_is_closed(tmp_path: Path, ignored: dict[int, Any]) -> None:
+    folder = save(tmp_path, "llama")
+    reader = Reader(tokenizer(), AutoConfig.from_pretrained(folder))
+    examples = [reader.read("How was it? ", response) for response in ("great", "not bad at all!")]
+    with working(folder) as pipe:
+        assert answer(pipe) is None
+        for batch in (examples, examples[:1]):
+            pipe.send(batch)
+            for example, scored in zip(batch, answer(pipe), strict=True):
+                score, credit = offline(folder, example)
+                assert scored.score == pytest.approx(score, rel=1e-4)
+                assert scored.credit == pytest.approx(credit.tolist(), rel=1e-4, abs=1e-7)
+    assert ignored == {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}
+
+
+def test_a_batch_that_does_not_fit_the_memory_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tmp_path, "llama")
+    model, tok = load_reward_model(str(folder), "cpu")
+    examples = [Reader(tok, model.config).read("How was it? ", response) for response in ("great", "not bad")]
+    sizes: list[int] = []
+
+    def fits_one(head: Any, arguments: tuple[torch.Tensor]) -> None:
+        sizes.append(len(arguments[0]))
+        if len(arguments[0]) > 1:
+            raise torch.OutOfMemoryError("too much")
+
+    model.score.register_forward_pre_hook(fits_one)  # after the attention that is tapped
+    monkeypatch.setattr(process, "load_reward_model", lambda name, device: (model, tok))
+    with working(folder) as pipe:
+        assert answer(pipe) is None
+        pipe.send(examples)
+        scores = [scored.score for scored in answer(pipe)]
+    assert scores == pytest.approx([offline(folder, example)[0] for example in examples], rel=1e-4)
+    assert sizes == [1, 2, 1, 1]
+
+
+def test_only_what_does_not_fit_alone_has_no_answer() -> None:
+    seen: list[int] = []
+
+    def score(examples: Sequence[Example]) -> list[Scored]:
+        seen.append(len(examples))
+        if sum(len(example.input_ids) for example in examples) > 4:
+            raise torch.OutOfMemoryError("too much")
+        return [Scored(float(len(example.input_ids)), [1.0], {}) for example in examples]
+
+    answers = score_in_parts([Example("", "", [0] * tokens, [], []) for tokens in (1, 2, 3, 9, 2)], score)
+    assert [a if isinstance(a, str) else a.score for a in answers] == [1, 2, 3, "out of memory: too much", 2]
+    assert seen == [5, 2, 3, 1, 2, 1, 1]
