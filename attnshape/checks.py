@@ -165,6 +165,10 @@ def _check_layer(x: AttentionInputs) -> None:
     if x.attention_mask is not None:
         _has_shape("attention_mask", _is_tensor("attention_mask", x.attention_mask), wanted, of)
         _is_on("attention_mask", x.attention_mask, key.device, "key")
+    if x.mask_row is not None:
+        per_head = (*wanted, heads) if x.packed else (batch, heads, wanted[1])
+        shape = per_head if _is_tensor("mask_row", x.mask_row).ndim > len(wanted) else wanted
+        _floats("mask_row", x.mask_row, shape, f"{of}, or per head", key, "key")
     if x.sinks is not None:
         _floats("sinks", x.sinks, (heads,), "[Hq]", key, "key")
     if x.lse is not None:

@@ -186,6 +186,8 @@ def _all_queries(name: str, layers: Sequence[AttentionInputs]) -> None:
             raise ValueError(
                 f'{name}: got one query row per sequence, want every query (query_position="all")'
             )
+        if x.mask_row is not None:
+            raise ValueError(f"{name}: got a mask_row, which is of one query, want layers without")
 
 
 @compiling.operator(compiling.credit_of("inputs"))

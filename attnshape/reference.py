@@ -67,6 +67,7 @@ class _Layer(NamedTuple):
     query: Tensor  # [Hq, S, D], or [Hq, D]
     key: Tensor  # [Hq, S, D]
     attended: Tensor  # [S]
+    mask_row: Tensor | None  # [Hq, S]
     lse: Tensor | None  # [Hq, S], or [Hq]
     position: int
 
@@ -75,10 +76,12 @@ def _sequence(inputs: AttentionInputs, b: int, last_response: int | None = None)
     """Sequence ``b`` of a layer; None where an index of it is out of range."""
     dtype = compute_dtype(inputs.query, inputs.key)
     query, key, mask, lse = inputs.query, inputs.key, inputs.attention_mask, inputs.lse
+    mask_row = inputs.mask_row
     tokens = slice(None)
     if inputs.cu_seqlens is None:
         query, key = query[b], key[b]  # [Hq, S, D] or [Hq, D]; [Hkv, S, D]
         mask = None if mask is None else mask[b]
+        mask_row = None if mask_row is None else mask_row[b]
         lse = None if lse is None else lse[b]
     else:
         rows, sound = segments(inputs.cu_seqlens, key.shape[0])
@@ -88,6 +91,7 @@ def _sequence(inputs: AttentionInputs, b: int, last_response: int | None = None)
         query = query[tokens].transpose(0, 1) if inputs.has_all_queries else query[b]
         key = key[tokens].transpose(0, 1)
         mask = None if mask is None else mask[tokens]
+        mask_row = None if mask_row is None else mask_row[tokens].movedim(0, -1)
         if lse is not None:
             lse = lse[tokens].transpose(0, 1) if lse.shape[0] == inputs.key.shape[0] else lse[b]
     length = key.shape[1]
@@ -111,6 +115,7 @@ def _sequence(inputs: AttentionInputs, b: int, last_response: int | None = None)
         query.to(dtype),
         key.to(dtype).repeat_interleave(heads_per_key, dim=0),
         attended,
+        None if mask_row is None else mask_row.to(dtype).expand(query.shape[0], length),
         None if lse is None else lse.to(dtype),
         position,
     )
@@ -120,12 +125,16 @@ def _attention(inputs: AttentionInputs, seq: _Layer, p: int) -> Tensor:
     """``a[h, t]`` of the query at position ``p``: ``[Hq, S]``."""
     query = seq.query if seq.query.ndim == 2 else seq.query[:, p]
     t = torch.arange(seq.key.shape[1], device=seq.key.device)
-    visible = seq.attended & (t <= p)
+    visible = seq.attended & (t <= p) if inputs.causal else seq.attended
     if inputs.sliding_window is not None:
-        visible &= p - t < inputs.sliding_window
+        visible = visible & ((p - t).abs() < inputs.sliding_window)
     scores = inputs.scaling * (seq.key[:, visible] @ query.unsqueeze(-1)).squeeze(-1)
     if inputs.softcap is not None:
         scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
+    hidden = torch.zeros_like(scores, dtype=torch.bool)
+    if seq.mask_row is not None:
+        hidden = seq.mask_row[:, visible] == -math.inf
+        scores = (scores + seq.mask_row[:, visible]).masked_fill(hidden, -math.inf)
     sinks = scores.new_empty(scores.shape[0], 0)
     if inputs.sinks is not None:
         sinks = inputs.sinks.to(scores)[:, None]
@@ -135,7 +144,7 @@ def _attention(inputs: AttentionInputs, seq: _Layer, p: int) -> Tensor:
         lse = seq.lse if seq.lse.ndim == 1 else seq.lse[:, p]
         probs = torch.exp(scores - torch.cat([lse[:, None], sinks], dim=1).logsumexp(1, keepdim=True))
     out = scores.new_zeros(scores.shape[0], len(t))
-    out[:, visible] = probs
+    out[:, visible] = probs.masked_fill(hidden, 0.0)
     return out
 
 

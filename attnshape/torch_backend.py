@@ -239,10 +239,13 @@ def _layer(inputs: AttentionInputs, last_response: Tensor | None = None) -> _Lay
             query = packing.pad(query).transpose(1, 2)
         if lse is not None and lse.shape[0] == total and inputs.has_all_queries:
             lse = packing.pad(lse).transpose(1, 2)
+        mask_row = inputs.mask_row
+        if mask_row is not None:
+            mask_row = packing.pad(mask_row).movedim(1, -1)
         inside = packing.inside if mask is None else packing.inside & (packing.pad(mask) != 0)
         key = packing.pad(inputs.key).transpose(1, 2)
         inputs = dataclasses.replace(
-            inputs, query=query, key=key, lse=lse, attention_mask=inside, cu_seqlens=None
+            inputs, query=query, key=key, lse=lse, attention_mask=inside, mask_row=mask_row, cu_seqlens=None
         )
     batch, length = inputs.key.shape[0], inputs.key.shape[2]
     device = inputs.key.device
@@ -290,10 +293,17 @@ def _attention(layer: _Layer, positions: Tensor) -> Tensor:
         scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
     t = torch.arange(length, device=key.device)
     distance = positions[:, :, None] - t  # [B, n, S]
-    visible = layer.attended[:, None] & (distance >= 0)
+    visible = layer.attended[:, None].expand(distance.shape)
+    if inputs.causal:
+        visible = visible & (distance >= 0)
     if inputs.sliding_window is not None:
-        visible &= distance < inputs.sliding_window
+        visible = visible & (distance.abs() < inputs.sliding_window)
     visible = visible[:, None]  # [B, 1, n, S]
+    if inputs.mask_row is not None:
+        added = inputs.mask_row.to(dtype)
+        added = (added[:, None] if added.ndim == 2 else added)[:, :, None]  # [B, 1 or Hq, 1, S]
+        scores = scores + added
+        visible = visible & (added != -math.inf)
     scores = scores.masked_fill(~visible, -math.inf)
     sinks = None if inputs.sinks is None else inputs.sinks.to(dtype)[None, :, None, None]
     if inputs.lse is not None:

@@ -80,7 +80,11 @@ class AttentionInputs:
         cu_seqlens: int32 ``[B + 1]``; sequence ``b`` owns keys ``cu_seqlens[b]:cu_seqlens[b + 1]``, and all
             positions count from its first key.
         softcap: ``c`` of ``c * tanh(s / c)``, if the layer has one.
-        sliding_window: number of keys a query sees, itself included, if the layer has one.
+        mask_row: what the layer's own mask adds to the scores of the row that is read, after the softcap;
+            -inf hides a key. ``[B, S]``, or per head ``[B, Hq, S]`` (packed: ``[N]``, ``[N, Hq]``), floating.
+        causal: False where a query also sees the keys after it (encoders).
+        sliding_window: number of keys a query sees, itself included, if the layer has one; where it sees
+            later keys as well, as many in either direction.
         sinks: one logit per query head, ``[Hq]``, if the layer has them.
         lse: natural log-sum-exp over the visible keys, sink not included, of the rows that are read,
             ``[B, Hq]``, or of every query, ``[B, Hq, S]`` (packed: ``[N, Hq]``).
@@ -98,6 +102,8 @@ class AttentionInputs:
     key_start: Tensor | None = None
     query_position: Tensor | Literal["last_response"] | None = None
     attention_mask: Tensor | None = None
+    mask_row: Tensor | None = None
+    causal: bool = True
     cu_seqlens: Tensor | None = None
     softcap: float | None = None
     sliding_window: int | None = None

@@ -7,9 +7,40 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnshape import AttentionInputs, ShapingConfig, Status, reference
+from attnshape import AttentionInputs, ShapingConfig, Status, attention_row, reference
 
 F64 = torch.float64
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_a_mask_adds_to_the_scores(per_head: bool, packed: bool, causal: bool) -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, 8, dtype=torch.float64), torch.randn(2, 2, 6, 8, dtype=torch.float64)
+    added = torch.randn(2, 4, 6, dtype=torch.float64)
+    added[:, :, 1] = added[0, 2 if per_head else slice(None), 4] = -torch.inf
+    added = added if per_head else added[:, 0]
+    key[:, :, 1] = torch.nan  # nobody sees it
+    position = torch.tensor([3, 4])
+    rows = []
+    for b in range(2):
+        scores = torch.stack([query[b, h] @ key[b, h // 2].T for h in range(4)]) * 0.5 + added[b]
+        visible = added[b] != -torch.inf
+        if causal:
+            visible = visible & (torch.arange(6) <= position[b])
+        rows.append(scores.masked_fill(~visible, -torch.inf).softmax(-1).mean(0))
+    inputs = AttentionInputs(query, key, 0.5, query_position=position, mask_row=added, causal=causal)
+    if packed:
+        inputs = dataclasses.replace(
+            inputs,
+            key=key.transpose(1, 2).flatten(0, 1),
+            mask_row=added.movedim(-1, 1).flatten(0, 1),
+            cu_seqlens=torch.tensor([0, 6, 12], dtype=torch.int32),
+        )
+    want = torch.stack(rows)
+    for got in (reference.attention_row(inputs), attention_row(inputs, backend="torch")):
+        torch.testing.assert_close(got.view(2, 6), want)
 
 
 def f64(*rows: list[float]) -> Tensor:
