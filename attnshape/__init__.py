@@ -12,7 +12,8 @@ from attnshape.ops import (
     shape_rewards,
     whiten,
 )
-from attnshape.text.align import Alignment, align, align_texts, decoded_spans
+from attnshape.text.align import Alignment, align
+from attnshape.text.texts import TextAlignment, align_texts, decoded_spans
 from attnshape.types import AttentionInputs, ShapedRewards, ShapingConfig, Status
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ __all__ = [
     "ShapedRewards",
     "ShapingConfig",
     "Status",
+    "TextAlignment",
     "align",
     "align_texts",
     "attention_column_credit",

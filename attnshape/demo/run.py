@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -48,7 +49,7 @@ from attnshape.demo.models import (
 )
 from attnshape.demo.ppo import ActorCritic, Judge, Method, PPOConfig, Record, Truth, train
 from attnshape.demo.results import Results, Run, write_results
-from attnshape.text.reader import load_reward_model
+from attnshape.text.load import load_reward_model
 from attnshape.text.score_fn import parse_score_fn
 
 REFERENCE_SAMPLES = 256
@@ -215,6 +216,11 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> Results:
 
 def _run_demo(config: DemoConfig, console: Console) -> Results:
     start = time.perf_counter()
+    # What would fail at the end is seen at the start.
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the demo draws its curves with matplotlib: pip install 'attnshape[demo]'")
+    parse_score_fn(config.score_fn)
+    config.out.mkdir(parents=True, exist_ok=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

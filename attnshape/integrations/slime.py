@@ -11,7 +11,7 @@ with the first sample that is scored, and so is a slime whose functions take oth
 
 In a file for ``--custom-config-path``, all optional:
 
-    attnshape: {beta: 0.8, model: PATH, score_fn: logit, layer: -1, device: cpu}
+    attnshape: {beta: 0.8, model: PATH, score_fn: logit, layer: -1, device: cpu, query_position: pooled}
 
 ``model``, in place of ``--rm-url``, is a sequence classifier that the rollout process loads; ``beta: 0``
 gives slime's own rewards and advantages.
@@ -42,6 +42,8 @@ TESTED = ("0.3.1",)
 MODULE = "attnshape.integrations.slime"
 CREDIT = "attnshape_credit"
 """Key of ``Sample.metadata``, which stays in the rollout process."""
+METRICS = "attnshape_metrics"
+"""Another: where the reward model looked, and whether its chat template changed the response."""
 
 
 async def custom_rm(args: Namespace, sample: Any, **_: Any) -> Any:
@@ -66,7 +68,7 @@ async def _scored(judge: RewardModel, tokenizer: PreTrainedTokenizerBase, sample
     ids = sample.tokens[len(sample.tokens) - sample.response_length :]
     response, offsets = await asyncio.to_thread(spans_of, tokenizer, ids, _mask(sample))
     scored = await judge(sample.prompt, response, offsets)
-    sample.metadata = {**(sample.metadata or {}), CREDIT: scored.credit}
+    sample.metadata = {**(sample.metadata or {}), CREDIT: scored.credit, METRICS: scored.metrics}
     return scored.score
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from attnshape.text.reader import Example, Reader, Scored
+from attnshape.text.model import Scored
+from attnshape.text.reader import Example, Reader
 
 SHOWN_PROBLEMS = 3
 
@@ -32,21 +33,9 @@ class Completion(BaseModel):
     ] = None
     label: Annotated[Any, Field(description="Not read; some frameworks send it along.")] = None
 
-    @model_validator(mode="after")
-    def _has_one_form(self) -> Self:
-        given = {name for name in ("prompt", "response", "messages") if getattr(self, name) is not None}
-        if given not in ({"prompt", "response"}, {"messages"}):
-            got = " and ".join(sorted(given)) or "neither"
-            raise ValueError(f"want prompt and response, or messages, got {got}")
-        return self
-
     def read(self, reader: Reader) -> Example:
         """Raises ValueError if it cannot be scored."""
-        if self.messages is not None:
-            return reader.read_messages(self.messages, self.offsets)
-        assert self.prompt is not None
-        assert self.response is not None
-        return reader.read(self.prompt, self.response, self.offsets)
+        return reader.read_record(dict(self), self.offsets)
 
 
 class Metrics(BaseModel):
@@ -56,6 +45,9 @@ class Metrics(BaseModel):
     last_share: Annotated[float, Field(description="The credit on the last token.")]
     response_attention: Annotated[float, Field(description="Share of the attention on the response.")]
     fallback: Annotated[bool, Field(description="It was nothing: all credit is on the last token.")]
+    changed: Annotated[
+        bool, Field(description="The chat template changed the response; what it dropped has no credit.")
+    ]
 
 
 class Answer(BaseModel):
