@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-import math
 import os
 import random
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -151,7 +151,7 @@ def read_answer(url: str, body: bytes, tokens: int) -> Scored:
     if "error" in found:
         raise ValueError(f"{url}: {found['error']}")
     score, credit, metrics = (found.get(name) for name in ("score", "credit", "metrics"))
-    if not _is_finite(score):
+    if isinstance(score, bool) or not _is_finite(score):
         raise ValueError(f"{url}: want a finite number as score, got {_shown(body)}")
     if not isinstance(credit, list) or len(credit) != tokens:
         raise ValueError(f"{url}: want credit of {tokens} tokens, got {_shown(body)}")
@@ -174,7 +174,7 @@ def json_object(url: str, body: bytes) -> dict[str, Any]:
 
 
 def _is_finite(x: object) -> TypeGuard[float]:
-    return isinstance(x, (int, float)) and math.isfinite(x)
+    return isinstance(x, (int, float)) and abs(x) <= sys.float_info.max
 
 
 def _shown(body: bytes) -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 import torch
-from transformers.utils.logging import disable_progress_bar
 
 from attnshape.text.load import RewardModelConfig
 from attnshape.text.model import CreditModel
@@ -31,7 +30,6 @@ def work(job: Job, pipe: Connection) -> None:
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
     torch.set_num_threads(job.threads)
-    disable_progress_bar()
     try:
         model = CreditModel.load(job.config, job.device)
         model.probe()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from attnshape.text.model import Scored
-from attnshape.text.reader import Example, Reader
+from attnshape.text.reader import Example, Reader, check_form
 
 SHOWN_PROBLEMS = 3
 
@@ -32,6 +32,11 @@ class Completion(BaseModel):
         ),
     ] = None
     label: Annotated[Any, Field(description="Not read; some frameworks send it along.")] = None
+
+    @model_validator(mode="after")
+    def _has_one_form(self) -> Self:
+        check_form(dict(self))
+        return self
 
     def read(self, reader: Reader) -> Example:
         """Raises ValueError if it cannot be scored."""

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from logging import ERROR, getLogger
@@ -166,8 +167,9 @@ def _told(name: str, what: str) -> Iterator[None]:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     hub = getLogger("huggingface_hub")
-    hub_level = hub.level
+    hub_level, shows_progress = hub.level, logging.is_progress_bar_enabled()
     hub.setLevel(ERROR)
+    logging.disable_progress_bar()
     try:
         yield
     except Exception as error:
@@ -177,6 +179,8 @@ def _told(name: str, what: str) -> Iterator[None]:
     finally:
         logging.set_verbosity(verbosity)
         hub.setLevel(hub_level)
+        if shows_progress:
+            logging.enable_progress_bar()
 
 
 class _Found(NamedTuple):
@@ -430,7 +434,8 @@ class Adapter:
         """The base model with the adapter in its layers; raises ValueError if not all of it has a place."""
         from peft import PeftModel, get_peft_model_state_dict
 
-        with _told(self.name, "cannot be put on its base model"):
+        with _told(self.name, "cannot be put on its base model"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is missing is told below
             adapted = PeftModel.from_pretrained(model, self.name)
             put = get_peft_model_state_dict(adapted)
         lost = {

@@ -12,10 +12,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
-FIELDS = ("prompt", "response", "messages")
-"""Of a completion by names."""
-
-
 @dataclass(frozen=True)
 class Example:
     """A completion as the reward model reads it."""
@@ -38,6 +34,14 @@ class Example:
     """The same of the policy's tokens; of no width where the chat template dropped them."""
     changed: bool = False
     """Whether the chat template changed the response: what it dropped gets no credit."""
+
+
+def check_form(record: Mapping[str, Any]) -> None:
+    """Raises ValueError unless it has ``prompt`` and ``response``, or ``messages``, and not both."""
+    given = [name for name in ("messages", "prompt", "response") if record.get(name) is not None]
+    if given not in (["prompt", "response"], ["messages"]):
+        got = " and ".join(given) or "neither"
+        raise ValueError(f"want prompt and response, or messages, got {got}")
 
 
 class Reader:
@@ -68,12 +72,10 @@ class Reader:
         Raises:
             ValueError: as for ``read`` and ``read_messages``; both forms or neither.
         """
-        given = {name: value for name in FIELDS if (value := record.get(name)) is not None}
-        if given.keys() == {"messages"}:
-            return self.read_messages(given["messages"], policy_offsets)
-        if given.keys() != {"prompt", "response"}:
-            got = " and ".join(given) or "neither"
-            raise ValueError(f"want prompt and response, or messages, got {got}")
+        check_form(record)
+        if record.get("messages") is not None:
+            return self.read_messages(record["messages"], policy_offsets)
+        given = {name: record[name] for name in ("prompt", "response")}
         for name, value in given.items():
             if not isinstance(value, str):
                 raise ValueError(f'"{name}" must be a string, got {type(value).__name__}')
