@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from attnshape import credit, reference
+from attnshape.config import ShapingConfig, Whitening
 from attnshape.ops import (
     attention_column_credit,
     attention_credit,
@@ -13,7 +15,7 @@ from attnshape.ops import (
     whiten,
 )
 from attnshape.text.align import Alignment, align, align_texts, decoded_spans
-from attnshape.types import AttentionInputs, ShapedRewards, ShapingConfig, Status
+from attnshape.types import KL, Advantages, AttentionInputs, Response, ShapedRewards, SignedInputs, Status
 
 if TYPE_CHECKING:
     from attnshape.tap import AttentionTap
@@ -21,21 +23,28 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "KL",
+    "Advantages",
     "Alignment",
     "AttentionInputs",
     "AttentionTap",
+    "Response",
     "ShapedRewards",
     "ShapingConfig",
+    "SignedInputs",
     "Status",
+    "Whitening",
     "align",
     "align_texts",
     "attention_column_credit",
     "attention_credit",
     "attention_rollout",
     "attention_row",
+    "credit",
     "decoded_spans",
     "gae",
     "redistribute",
+    "reference",
     "shape_rewards",
     "whiten",
 ]

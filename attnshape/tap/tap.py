@@ -21,13 +21,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
 from attnshape.tap.flow import Flow, Norms, Pulls
-from attnshape.types import AttentionInputs, SignedLayer
+from attnshape.types import AttentionInputs, SignedInputs
 
 AttentionFunction: TypeAlias = Callable[..., Any]
 Mask: TypeAlias = Tensor | BlockMask | None
 QueryPosition: TypeAlias = Literal["pooled", "last_visible", "last_response", "all"] | Tensor
 Source: TypeAlias = Literal["attention", "rollout", "signed_rollout", "gradient_value", "gradient_embedding"]
-Taken: TypeAlias = AttentionInputs | SignedLayer | Tensor
+Taken: TypeAlias = AttentionInputs | SignedInputs | Tensor
 
 _SOURCES = ("attention", "rollout", "signed_rollout", "gradient_value", "gradient_embedding")
 _ROLLOUTS = ("rollout", "signed_rollout")
@@ -199,7 +199,7 @@ class AttentionTap:
             ``key`` as ``[N, Hkv, D]`` with ``cu_seqlens``.
 
             Rollouts give a tuple of every layer, the lowest first: ``AttentionInputs`` with norms, or
-            ``SignedLayer``. A gradient source gives the tensor that the score is to be differentiated by, in
+            ``SignedInputs``. A gradient source gives the tensor that the score is to be differentiated by, in
             its graph: values ``[B, Hkv, S, D]`` or embeddings ``[B, S, hidden]``.
 
         Raises:
@@ -440,7 +440,7 @@ class _Attended:
             **self.options,
         )
 
-    def with_flow(self, moved: Norms | Pulls) -> AttentionInputs | SignedLayer:
+    def with_flow(self, moved: Norms | Pulls) -> AttentionInputs | SignedInputs:
         """``inputs`` with what the layer moved."""
         inputs = self.inputs()
         packed = inputs.packed
@@ -448,7 +448,7 @@ class _Attended:
         if isinstance(moved, Pulls):
             if packed:
                 first, second = first.transpose(0, 1), second.transpose(0, 1)
-            return SignedLayer(inputs, first, second)
+            return SignedInputs(inputs, first, second)
         return dataclasses.replace(inputs, value_norm=first.T if packed else first, residual_norm=second)
 
 

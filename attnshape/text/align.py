@@ -226,7 +226,7 @@ def align_texts(
 
         alignment = align_texts(reward_tokenizer, texts, policy_tokenizer, response_ids)
         mask = alignment.source_mask.to(device)
-        credit = attention_credit(tap.take(), mask, response_start=zeros)  # [B, S]
+        credit = attention_credit(tap.take(), Response(mask, start=zeros))  # [B, S]
         out = shape_rewards(score, alignment(credit), ...)  # [B, R]
 
     Args:
