@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 
 from attnshape import AttentionInputs, ShapingConfig, credit, reference, shape_rewards
-from attnshape.types import SignedLayer
+from attnshape.types import SignedInputs
 
 F64 = torch.float64
 B, R, S = 6, 9, 14
@@ -299,7 +299,7 @@ def test_gradient_weights_of_a_row_out_of_range() -> None:
 # Signed rollout
 
 
-def signed_layers(count: int, *, dtype: torch.dtype = F64, **options: Any) -> list[SignedLayer]:
+def signed_layers(count: int, *, dtype: torch.dtype = F64, **options: Any) -> list[SignedInputs]:
     layers = []
     attended = torch.rand(B, S, generator=torch.Generator().manual_seed(9)) > 0.2
     attended[:, :2] = attended[:, -1] = True
@@ -309,11 +309,11 @@ def signed_layers(count: int, *, dtype: torch.dtype = F64, **options: Any) -> li
         inputs = AttentionInputs(query.to(dtype), key.to(dtype), 0.5, attention_mask=attended, **options)
         value = normal(B, 2, S, 5, seed=10 * i + 3).masked_fill(~attended[:, None, :, None], math.nan)
         pull = normal(B, 4, S, 5, seed=10 * i + 4).masked_fill(~attended[:, None, :, None], math.nan) / 5
-        layers.append(SignedLayer(inputs, value.to(dtype), pull.to(dtype)))
+        layers.append(SignedInputs(inputs, value.to(dtype), pull.to(dtype)))
     return layers
 
 
-def signed_rollout_by_hand(layers: list[SignedLayer], b: int, position: int) -> Tensor:
+def signed_rollout_by_hand(layers: list[SignedInputs], b: int, position: int) -> Tensor:
     r = torch.zeros(S, dtype=F64)
     r[position] = 1
     for inputs, value, pull in reversed(layers):
@@ -358,7 +358,7 @@ def test_signed_rollout_of_packed_sequences() -> None:
         return x.transpose(1, 2).flatten(0, 1)
 
     packed = [
-        SignedLayer(
+        SignedInputs(
             AttentionInputs(
                 pack(x.query),
                 pack(x.key),
@@ -380,7 +380,7 @@ def test_heads_that_do_not_count_carry_nothing() -> None:
     [(inputs, value, pull)] = layers
     chosen = torch.tensor([1, 0, 0, 1])
     masked = [
-        SignedLayer(
+        SignedInputs(
             AttentionInputs(
                 inputs.query, inputs.key, 0.5, attention_mask=inputs.attention_mask, head_mask=chosen
             ),
@@ -388,7 +388,7 @@ def test_heads_that_do_not_count_carry_nothing() -> None:
             pull.masked_fill(chosen[:, None, None] == 0, math.nan),
         )
     ]
-    silent = [SignedLayer(inputs, value, pull * chosen[:, None, None])]
+    silent = [SignedInputs(inputs, value, pull * chosen[:, None, None])]
     torch.testing.assert_close(
         credit.signed_rollout(masked, mask, response_start=start),
         credit.signed_rollout(silent, mask, response_start=start),
@@ -495,18 +495,18 @@ def bad_calls() -> dict[str, Callable[[], object]]:
         "layers: got AttentionInputs": lambda: credit.signed_rollout(layer, rows, **from_zero),
         "layers: got none, want one or more": lambda: credit.signed_rollout([], rows, **from_zero),
         "layers[0].value: got shape": lambda: credit.signed_rollout(
-            [SignedLayer(layer, value[:, :1], pull)], rows, **from_zero
+            [SignedInputs(layer, value[:, :1], pull)], rows, **from_zero
         ),
         "layers[0].pull: got shape": lambda: credit.signed_rollout(
-            [SignedLayer(layer, value, pull[..., :4])], rows, **from_zero
+            [SignedInputs(layer, value, pull[..., :4])], rows, **from_zero
         ),
         "layers[0].inputs: got one query row": lambda: credit.signed_rollout(
-            [SignedLayer(AttentionInputs(layer.query[:, :, 0], layer.key, 0.5), value, pull)],
+            [SignedInputs(AttentionInputs(layer.query[:, :, 0], layer.key, 0.5), value, pull)],
             rows,
             **from_zero,
         ),
         "response_start: row 0": lambda: credit.signed_rollout(
-            [SignedLayer(layer, value, pull)],
+            [SignedInputs(layer, value, pull)],
             rows,
             response_start=torch.full((B,), S),
             validate=True,
