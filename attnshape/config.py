@@ -122,9 +122,9 @@ class _Presets:
         ``~padding_mask_p1``, ``whiten`` takes ``~padding_mask``, and log-probabilities of padding are equal
         (TRL sets them to 1); ``kl_coef`` is 0.05.
 
-        ``whiten_rewards=True`` is ``r = whiten(out.rewards, mask, replace(config.whitening, shift_mean=False))``
-        and then ``gae(r, values, mask, config)``. 0.11 does not mask rewards again after that, and makes masked
-        tokens steps with what whitening left there: reproduced by ``gae(r, values * mask,
+        ``whiten_rewards=True`` is ``r = whiten(out.rewards, mask, whitening)`` with ``shift_mean=False`` in
+        ``config.whitening``, and then ``gae(r, values, mask, config)``. 0.11 does not mask rewards again
+        after that, and makes masked tokens steps with what whitening left there: ``gae(r, values * mask,
         torch.ones_like(mask), config)``.
 
         Args:
@@ -249,8 +249,8 @@ class ShapingConfig(_Presets):
     """How a score becomes token rewards, and rewards become advantages.
 
     ``dense_share`` is that of "Dense Reward for Free in RLHF" (arXiv 2402.00782), ``lam`` that of verl,
-    OpenRLHF and slime. ``ShapingConfig.verl()``, ``.trl()``, ``.openrlhf()``, ``.slime()``, ``.nemo_rl()`` and
-    ``.areal()`` are the frameworks' own.
+    OpenRLHF and slime. ``ShapingConfig.verl()``, ``.trl()``, ``.openrlhf()``, ``.slime()``, ``.nemo_rl()``
+    and ``.areal()`` are the frameworks' own.
 
     Args:
         dense_share: share of the score that is redistributed by the credit, 0 to 1 (the paper's beta); the
@@ -303,8 +303,6 @@ class ShapingConfig(_Presets):
 
     def __post_init__(self) -> None:
         _check_unit("dense_share", self.dense_share)
-        if isinstance(self.gamma, Tensor):
-            raise TypeError("gamma: got Tensor, want a float; lam may differ by row, gamma may not")
         _check_unit("gamma", self.gamma)
         for name in ("lam", "lam_value"):
             x = getattr(self, name)
@@ -336,7 +334,7 @@ class ShapingConfig(_Presets):
         return -self.score_clip, self.score_clip
 
     def share(self, credit: object) -> float:
-        """``dense_share``; 1 where all credit is on the score's token, whose reward is then the score, unrounded."""
+        """``dense_share``; 1 where all credit is on the score's token, whose reward is the score, unrounded."""
         sparse = isinstance(credit, str) and credit == "sparse" and self.normalization != "sum_to_length"
         return 1.0 if sparse else self.dense_share
 

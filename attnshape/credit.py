@@ -5,8 +5,8 @@ go to ``shape_rewards(..., token_rewards=...)``, which adds them as they are. ``
 says which is which, what each costs, and which leave the return of a completion, and so the optimal policy,
 alone.
 
-``response`` is a ``Response``, or a plain mask ``[B, R]``; token tensors have the mask's shape. Outputs have it
-too, are float32 (float64 where every floating input is), detached, and 0 where masked; what
+``response`` is a ``Response``, or a plain mask ``[B, R]``; token tensors have the mask's shape. Outputs have
+it too, are float32 (float64 where every floating input is), detached, and 0 where masked; what
 stands at masked positions reaches nothing, so that a row's tokens are its unmasked ones, whatever lies
 between them.
 """
@@ -69,7 +69,7 @@ def uniform(response: Response | Tensor) -> Tensor:
     """``1 / n`` on each of a row's ``n`` unmasked tokens; ``shape_rewards`` also takes it as ``"uniform"``.
 
     Args:
-        response: a mask, non-zero where a token is the policy's own, or a ``Response`` where tokens are packed.
+        response: a mask, non-zero where a token is the policy's own; a ``Response`` where tokens are packed.
 
     Returns:
         float32 credit of the mask's shape.
@@ -234,9 +234,9 @@ def centered(weights: Tensor, response: Response | Tensor) -> Tensor:
     """``weights - mean of the row's weights``: signed token rewards that sum to zero in each row.
 
     Beside a score they move reward between the tokens of a completion and leave its sum alone, so that with
-    ``shape_rewards(score, "uniform", token_rewards=centered(weights, mask), config=ShapingConfig(dense_share=1.0))``
-    token ``j`` gets ``score / n + weights[j] - mean``. Weights keep their unit: those of ``gradient_weights``
-    are in units of the score, multiply others by what they should weigh.
+    ``shape_rewards(score, "uniform", mask, token_rewards=centered(weights, mask), config=config)`` and
+    ``dense_share`` 1 token ``j`` gets ``score / n + weights[j] - mean``. Weights keep their unit: those of
+    ``gradient_weights`` are in units of the score, multiply others by what they should weigh.
 
     Args:
         weights: signed, padded or packed.

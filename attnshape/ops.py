@@ -213,7 +213,7 @@ def attention_column_credit(
         >>> import torch
         >>> inputs = AttentionInputs(torch.zeros(1, 2, 3, 8), torch.zeros(1, 1, 3, 8), scaling=0.35)
         >>> attention_column_credit(inputs, Response(torch.ones(1, 2), start=torch.tensor([1])))
-        tensor([[0.4839, 0.5161]])
+        tensor([[0.5556, 0.4444]])
     """
     layers = checks.layers_of(inputs)
     if len(layers) != 1:

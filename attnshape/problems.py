@@ -48,7 +48,7 @@ class Problem:
     """One call of ``shape_rewards``."""
 
     score: Tensor
-    inputs: AttentionInputs
+    credit: AttentionInputs | Tensor
     response: Response
     given: dict[str, Any] = field(default_factory=dict)
     """``values``, ``kl``, ``token_rewards``, ``terminal_reward``, ``bootstrap``, as far as there are any."""
@@ -56,15 +56,22 @@ class Problem:
 
     def shaped(self, shape_rewards: Callable[..., ShapedRewards], **options: Any) -> ShapedRewards:
         given = self.given | options
-        return shape_rewards(self.score, self.inputs, self.response, config=self.config, **given)
+        return shape_rewards(self.score, self.credit, self.response, config=self.config, **given)
 
     def rows(self, x: Tensor) -> list[Tensor]:
         """The rows of a response tensor, padded or packed."""
         return [x[row] for row in response_rows(self.response)[0]]
 
     @property
+    def inputs(self) -> AttentionInputs:
+        assert isinstance(self.credit, AttentionInputs)
+        return self.credit
+
+    @property
     def max_score(self) -> float:
-        """Bound on ``|s|``, the attention scores."""
+        """Bound on ``|s|``, the attention scores; 0 without attention."""
+        if isinstance(self.credit, Tensor):
+            return 0.0
         q, k = finite(self.inputs.query), finite(self.inputs.key)
         return float(q.norm(dim=-1).amax() * k.norm(dim=-1).amax() * abs(self.inputs.scaling))
 

@@ -188,7 +188,7 @@ def gae(
 ) -> Advantages:
     swept: Any = csrc_triton.sweep(
         response.mask,
-        Advantages._fields,
+        ("advantages", "returns", "moments"),
         response_cu_seqlens=response.cu_seqlens,
         token_rewards=rewards,
         values=values,

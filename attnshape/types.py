@@ -148,7 +148,7 @@ class Response:
         mask: ``[B, R]``, bool, int or float, non-zero where a token is the policy's own; packed: ``[M]``.
         start: key position of each row's first response token, int ``[B]``, padding on the left included.
         index: or the key position of every response token, int of the mask's shape, -1 for none.
-        cu_seqlens: int32 ``[B + 1]`` where tokens are packed: row ``b`` owns ``cu_seqlens[b]:cu_seqlens[b + 1]``.
+        cu_seqlens: int32 ``[B + 1]`` where tokens are packed: the bounds of the rows.
 
     Example:
         >>> import torch

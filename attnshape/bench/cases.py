@@ -87,6 +87,10 @@ class Case(NamedTuple):
         return ", ".join([self.what, str(self.shape), *filter(None, settings)])
 
     @property
+    def config(self) -> ShapingConfig:
+        return _config(self.gamma, self.lam, self.mask_semantics)
+
+    @property
     def read(self) -> int:
         """Bytes of inputs that the result depends on, each once; what a row has one of is left out."""
         s, floats = self.shape, {"fused": 3, "apart": 3, "sweep": 4, "gae": 2, "whiten": 1}.get(self.what, 0)
@@ -162,10 +166,9 @@ class Case(NamedTuple):
             credit = rest.pop("credit" if self.what == "sweep" else "inputs")
             if self.what == "apart":
                 credit = functions.attention_credit(credit, rest["response"], **options)
-            config = _config(self.gamma, self.lam, self.mask_semantics)
-            return functions.shape_rewards(score, credit, **rest, config=config)
+            return functions.shape_rewards(score, credit, **rest, config=self.config)
         if self.what == "gae":
-            return functions.gae(**rest, config=_config(self.gamma, self.lam, self.mask_semantics))
+            return functions.gae(**rest, config=self.config)
         name = {
             "row": "attention_row",
             "credit": "attention_credit",

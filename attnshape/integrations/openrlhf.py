@@ -37,9 +37,9 @@ import torch
 from torch import Tensor
 
 import attnshape
+from attnshape.config import ShapingConfig
 from attnshape.integrations.framework import require_parameters, require_version
 from attnshape.ops import DEFAULT_CONFIG, attention_row, gae, shape_rewards
-from attnshape.config import ShapingConfig
 from attnshape.types import Status
 
 VERSIONS = ("0.11.2",)
@@ -86,8 +86,8 @@ def install(dense_share: float = DEFAULT_CONFIG.dense_share, layer: int = -1) ->
     for cls in trainer_actors:
         cls.__init__ = _with_shaped_rewards(cls.__init__, dense_share)
     print(
-        f"attnshape {attnshape.__version__}: OpenRLHF {found}'s {', '.join(actors)} spread {dense_share:g} of each "
-        f"score by the attention of the reward model's layer {layer}",
+        f"attnshape {attnshape.__version__}: OpenRLHF {found}'s {', '.join(actors)} spread {dense_share:g} "
+        f"of each score by the attention of the reward model's layer {layer}",
         flush=True,
     )
 
@@ -197,7 +197,7 @@ def shaped_maker(module: Any, dense_share: float) -> type[Any]:
             ) -> Tensor:
                 experience = by_mask[id(action_mask)]
                 row = experience.__dict__.pop("attention_row")
-                clip = tuple(reward_clip_range) if reward_clip_range else None
+                clip = None if reward_clip_range is None else (reward_clip_range[0], reward_clip_range[1])
                 config = ShapingConfig(dense_share=dense_share, score_clip=clip)
                 shaped = shape_rewards(r, row, action_mask, config=config)
                 experience.info |= {
@@ -227,7 +227,9 @@ def shaped_maker(module: Any, dense_share: float) -> type[Any]:
 def main() -> None:
     """OpenRLHF's own command line, and ``--abc.dense_share`` and ``--abc.layer``."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--abc.dense_share", dest="dense_share", type=float, default=DEFAULT_CONFIG.dense_share)
+    parser.add_argument(
+        "--abc.dense_share", dest="dense_share", type=float, default=DEFAULT_CONFIG.dense_share
+    )
     parser.add_argument("--abc.layer", dest="layer", type=int, default=-1)
     options, theirs = parser.parse_known_args()
     install(options.dense_share, options.layer)

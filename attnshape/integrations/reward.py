@@ -17,12 +17,12 @@ from urllib.request import ProxyHandler, Request, build_opener
 import torch
 from torch import Tensor
 
+from attnshape.config import ShapingConfig
 from attnshape.ops import shape_rewards
 from attnshape.tap import AttentionTap
 from attnshape.text.align import decoded_spans
 from attnshape.text.reader import Reader, Scored, load_reward_model, score_examples
 from attnshape.text.score_fn import parse_score_fn
-from attnshape.config import ShapingConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

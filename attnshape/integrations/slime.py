@@ -13,8 +13,8 @@ In a file for ``--custom-config-path``, all optional:
 
     attnshape: {dense_share: 0.8, model: PATH, score_fn: logit, layer: -1, device: cpu}
 
-``model``, in place of ``--rm-url``, is a sequence classifier that the rollout process loads; ``dense_share: 0``
-gives slime's own rewards and advantages.
+``model``, in place of ``--rm-url``, is a sequence classifier that the rollout process loads; ``dense_share:
+0`` gives slime's own rewards and advantages.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from attnshape.config import ShapingConfig
 from attnshape.integrations.framework import require_parameters, require_version
 from attnshape.integrations.reward import RewardModel, reward_model, spans_of, token_rewards
 from attnshape.ops import gae
-from attnshape.config import ShapingConfig
 from attnshape.types import Response
 
 if TYPE_CHECKING:

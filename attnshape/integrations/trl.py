@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
+from attnshape.config import ShapingConfig
 from attnshape.integrations.framework import require_parameters, require_version
 from attnshape.ops import DEFAULT_CONFIG, gae, shape_rewards, whiten
-from attnshape.config import ShapingConfig
 
 if TYPE_CHECKING:
     PPOTrainer: Any
@@ -82,7 +82,9 @@ def shaped_trainer(base: type[Any], takes_masks: bool = True) -> type[Any]:
         Other arguments are TRL's. Encoder-decoder models are refused.
         """
 
-        def __init__(self, *args: Any, dense_share: float = DEFAULT_CONFIG.dense_share, **kwargs: Any) -> None:
+        def __init__(
+            self, *args: Any, dense_share: float = DEFAULT_CONFIG.dense_share, **kwargs: Any
+        ) -> None:
             super().__init__(*args, **kwargs)
             if self.is_encoder_decoder:
                 raise ValueError(

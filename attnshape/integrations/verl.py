@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 import attnshape
+from attnshape.config import ShapingConfig
 from attnshape.integrations.framework import require_parameters, require_version
 from attnshape.integrations.reward import reward_model, spans_of, token_rewards
-from attnshape.config import ShapingConfig
 
 if TYPE_CHECKING:
     from verl import DataProto
@@ -105,7 +105,9 @@ def reward_of(result: dict[str, Any], mask: Sequence[bool], dense_share: float) 
     credit = result.get("credit")
     if credit is None or dense_share == 0:
         return score + terminal
-    rewards: list[float] = token_rewards(score, credit, mask, dense_share=dense_share, terminal_reward=terminal).tolist()
+    rewards: list[float] = token_rewards(
+        score, credit, mask, dense_share=dense_share, terminal_reward=terminal
+    ).tolist()
     return rewards
 
 
@@ -136,7 +138,9 @@ def _reward_manager() -> type:
         ) -> None:
             super().__init__(config, tokenizer, compute_score)
             check_config(config)
-            self.dense_share = float((config.reward.get("reward_kwargs") or {}).get("dense_share", ShapingConfig().dense_share))
+            self.dense_share = float(
+                (config.reward.get("reward_kwargs") or {}).get("dense_share", ShapingConfig().dense_share)
+            )
             self.router: dict[str, Any] = {}
             if reward_router_address is not None:
                 self.router = {
