@@ -334,7 +334,7 @@ class ShapingConfig(_Presets):
         return -self.score_clip, self.score_clip
 
     def share(self, credit: object) -> float:
-        """``dense_share``; 1 where all credit is on the score's token, whose reward is the score, unrounded."""
+        """``dense_share``; 1 where all credit is on the score's token, whose reward is then exact."""
         sparse = isinstance(credit, str) and credit == "sparse" and self.normalization != "sum_to_length"
         return 1.0 if sparse else self.dense_share
 

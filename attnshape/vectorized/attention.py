@@ -216,8 +216,9 @@ def normalize(
     out = torch.empty_like(raw) if out is None else out
     mask.select(raw, out)
     mass = out.sum(1, dtype=torch.float64)
-    if out.numel() and out.amin() < 0:
+    if out.numel() and (out.amin(1) < 0).any():  # a row's NaN hides its own alone, and stays NaN
         mass = out.masked_fill(out < 0, -math.inf).sum(1, dtype=torch.float64)
+        out.masked_fill_((mass == -math.inf)[:, None], 0.0)  # infinity would outlive the scale 0
     fallback = mass == -math.inf if normalization == "none" else mass < MIN_MASS
     total = mask.count.double() if normalization == "sum_to_length" else torch.ones_like(mass)
     scale = torch.ones_like(mass) if normalization == "none" else total / mass
