@@ -3,19 +3,29 @@
 from typing import TYPE_CHECKING
 
 from attnshape import credit, reference
-from attnshape.config import ShapingConfig, Whitening
+from attnshape.config import GroupConfig, ShapingConfig, Whitening
 from attnshape.ops import (
     attention_column_credit,
     attention_credit,
     attention_rollout,
     attention_row,
     gae,
+    group_advantages,
     redistribute,
     shape_rewards,
     whiten,
 )
 from attnshape.text.align import Alignment, align, align_texts, decoded_spans
-from attnshape.types import KL, Advantages, AttentionInputs, Response, ShapedRewards, SignedInputs, Status
+from attnshape.types import (
+    KL,
+    Advantages,
+    AttentionInputs,
+    GroupAdvantages,
+    Response,
+    ShapedRewards,
+    SignedInputs,
+    Status,
+)
 
 if TYPE_CHECKING:
     from attnshape.tap import AttentionTap
@@ -28,6 +38,8 @@ __all__ = [
     "Alignment",
     "AttentionInputs",
     "AttentionTap",
+    "GroupAdvantages",
+    "GroupConfig",
     "Response",
     "ShapedRewards",
     "ShapingConfig",
@@ -43,6 +55,7 @@ __all__ = [
     "credit",
     "decoded_spans",
     "gae",
+    "group_advantages",
     "redistribute",
     "reference",
     "shape_rewards",

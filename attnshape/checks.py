@@ -10,13 +10,13 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from attnshape.config import MaskLayout, Normalization, ShapingConfig, Whitening
+from attnshape.config import GroupConfig, MaskLayout, Normalization, ShapingConfig, Whitening
 from attnshape.config import check_choice as _check_choice
 from attnshape.types import (
     KL,
@@ -281,6 +281,51 @@ def check_config(config: object, batch: int, response: Response) -> None:
         )
     if isinstance(config.score_index, Tensor):
         _ints("score_index", config.score_index, (batch,), "[B]", response.mask, "response.mask")
+
+
+def check_groups(
+    score: object, credit: object, group: object, weights: object, config: object, response: Response
+) -> list[Any]:
+    """Checks what ``group_advantages`` is given; returns one source of credit for each reward."""
+    mask, batch = response.mask, response.batch_size
+    if not isinstance(config, GroupConfig):
+        raise TypeError(f"config: got {type(config).__name__}, want GroupConfig")
+    score = _is_tensor("score", score)
+    if score.ndim == 2:
+        rewards = score.shape[1]
+        if not isinstance(credit, list | tuple) or len(credit) != rewards:
+            got = len(credit) if isinstance(credit, list | tuple) else type(credit).__name__
+            raise ValueError(f"credit: got {got}, want a list of {rewards}, one for each column of score")
+        _floats("score", score, (batch, rewards), "[B, K]", mask, "response.mask")
+        sources = list(credit)
+    else:
+        check_score(score, batch, mask)
+        sources = [credit]
+    for k, source in enumerate(sources):
+        name = f"credit[{k}]" if score.ndim == 2 else "credit"
+        if isinstance(source, Tensor):
+            check_like_mask(name, source, mask)
+        elif source is None or (isinstance(source, str) and source == "uniform"):
+            sources[k] = None
+        elif isinstance(source, str):
+            raise ValueError(
+                f'{name}: got {source!r}, want "uniform", a tensor or AttentionInputs; the advantage '
+                "of a whole completion has no token of its own"
+            )
+        else:
+            sources[k] = layers_of(source)
+            check_response(response, sources[k][0].batch_size, sources[k][0].key)
+    if weights is not None:
+        if score.ndim != 2:
+            raise ValueError("weights: got some for one score per completion, want a score of [B, K]")
+        _floats("weights", weights, (score.shape[1],), "[K], as score has columns", mask, "response.mask")
+    if isinstance(group, Tensor):
+        _ints("group", group, (batch,), "[B]", mask, "response.mask")
+    elif not isinstance(group, int) or isinstance(group, bool):
+        raise TypeError(f"group: got {type(group).__name__}, want completions per prompt, or int ids [B]")
+    elif group < 1:
+        raise ValueError(f"group: got {group}, want at least one completion per prompt")
+    return sources
 
 
 def check_process_group(process_group: object) -> None:

@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from attnshape.config import ShapingConfig, Whitening
+from attnshape.config import GroupConfig, ShapingConfig, Whitening
 from attnshape.types import (
     KL,
     Advantages,
     AttentionInputs,
+    GroupAdvantages,
     Response,
     RowStats,
     ShapedRewards,
@@ -34,7 +35,7 @@ T = TypeVar("T")
 SCHEMA = "(Tensor[] tensors, float[] floats, SymInt[] ints, str structure) -> Tensor[]"
 FIELDS: dict[type, tuple[str, ...]] = {
     cls: tuple(field.name for field in dataclasses.fields(cls))
-    for cls in (AttentionInputs, Response, KL, ShapingConfig, Whitening, ShapedRewards, RowStats)
+    for cls in (AttentionInputs, Response, KL, ShapingConfig, GroupConfig, Whitening, ShapedRewards, RowStats)
 }
 CLASSES = {cls.__name__: cls for cls in FIELDS}
 TENSOR, FLOAT, INT = 0, 1, 2
@@ -107,8 +108,8 @@ def replaced(x: Any, output: Callable[[Output], Any]) -> Any:
     """The structure ``x`` with something else in place of each ``Output``."""
     if isinstance(x, Output):
         return output(x)
-    if isinstance(x, Advantages):
-        return Advantages(*[replaced(item, output) for item in x])
+    if isinstance(x, Advantages | GroupAdvantages):
+        return type(x)(*[replaced(item, output) for item in x])
     if x is None:
         return None
     items = [replaced(getattr(x, name), output) for name in FIELDS[type(x)]]
@@ -253,6 +254,18 @@ def gae(given: dict[str, Any]) -> Advantages:
     token: Any = Output(response.mask.shape, dtype)
     moments: Any = Output((response.batch_size, 3), dtype)
     return Advantages(token, token, moments)
+
+
+def group_advantages(given: dict[str, Any]) -> GroupAdvantages:
+    credits = given["credit"] if given["score"].ndim == 2 else [given["credit"]]
+    floats = [given["score"], *credits, *[x for credit in credits for x in _operands(credit)]]
+    dtype = compute_dtype(*floats)
+    response = Response.of(given["response"])
+    token: Any = Output(response.mask.shape, dtype)
+    row: Any = Output((response.batch_size,), dtype)
+    status: Any = Output((response.batch_size,), torch.int32)
+    moments: Any = Output((response.batch_size, 3), dtype)
+    return GroupAdvantages(token, row, token, status, moments)
 
 
 def whiten(given: dict[str, Any]) -> Output:

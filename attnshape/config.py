@@ -12,12 +12,14 @@ from typing import Any, Literal, Self, TypeAlias, get_args
 
 from torch import Tensor
 
+Baseline: TypeAlias = Literal["mean", "leave_one_out", "batch", "none"]
 EpsMode: TypeAlias = Literal["add", "clamp", "add_to_std"]
 KLEstimator: TypeAlias = Literal["k1", "abs", "k2", "k3"]
 MaskLayout: TypeAlias = Literal["any", "response", "prefix", "rolled"]
 MaskSemantics: TypeAlias = Literal["skip", "zero"]
 Normalization: TypeAlias = Literal["sum_to_one", "sum_to_length", "none"]
 OnNaN: TypeAlias = Literal["propagate", "zero_row"]
+Scale: TypeAlias = Literal["group", "batch", "none"]
 ScoreIndex: TypeAlias = Literal["last_unmasked", "last_token"]
 
 KL: Mapping[str, str] = {"k1": "k1", "k2": "k2", "k3": "k3"}
@@ -346,3 +348,88 @@ CHOICES = {
     "kl_estimator": get_args(KLEstimator),
     "on_nan": get_args(OnNaN),
 }
+
+
+class _GroupPresets:
+    """Class methods of ``GroupConfig``: an estimator as a framework has it, with ``overrides``."""
+
+    @classmethod
+    def grpo(cls, *, framework: Literal["trl", "verl", "openrlhf"] = "trl", **overrides: Any) -> Self:
+        """GRPO (arXiv 2402.03300): ``(s - mean of the group) / (std of the group + eps)``.
+
+        TRL 1.16.0 ``GRPOTrainer``: eps 1e-4. verl 0.9.1 ``compute_grpo_outcome_advantage``: 1e-6, and a group
+        of one keeps its score. OpenRLHF 0.11.2 ``group_norm``: 1e-9.
+        """
+        eps = {"trl": 1e-4, "verl": 1e-6, "openrlhf": 1e-9}
+        check_choice("framework", framework, tuple(eps))
+        lone: Any = "score" if framework == "verl" else "zero"
+        defaults = {"baseline": "mean", "scale": "group", "eps": eps[framework], "lone": lone}
+        return cls(**{**defaults, **overrides})
+
+    @classmethod
+    def dr_grpo(cls, **overrides: Any) -> Self:
+        """Dr. GRPO (arXiv 2503.20783): ``s - mean of the group``."""
+        return cls(**{"baseline": "mean", "scale": "none", **overrides})
+
+    @classmethod
+    def rloo(cls, **overrides: Any) -> Self:
+        """RLOO (arXiv 2402.14740): ``s - mean of the group's others``; a group of one keeps its score."""
+        return cls(**{"baseline": "leave_one_out", "scale": "none", "lone": "score", **overrides})
+
+    @classmethod
+    def reinforce_plus_plus(cls, *, baseline: bool = False, **overrides: Any) -> Self:
+        """REINFORCE++ (arXiv 2501.03262): ``s``, or ``s - mean of the group``; then ``config.whitening``.
+
+        The whitening is over the batch's tokens, by the caller: ``whiten(out.advantages, response,
+        config.whitening)``. With a KL penalty in the rewards use ``shape_rewards`` without values.
+        """
+        return cls(**{"baseline": "mean" if baseline else "none", "scale": "none", **overrides})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupConfig(_GroupPresets):
+    """How scores become advantages without a critic, and an advantage is spread over its tokens.
+
+    ``A[i, t] = A[i] * (dense_share * n_i * credit[i, t] + 1 - dense_share)``: the mean over a row's ``n_i``
+    unmasked tokens is ``A[i]``, and ``dense_share=0`` is the framework's own run.
+
+    Args:
+        baseline: what is subtracted from a score: the mean of its ``"group"``'s (``"mean"``), of the group's
+            others (``"leave_one_out"``), of the batch (``"batch"``), or nothing (``"none"``).
+        scale: what it is divided by: the standard deviation of the group's scores (``"group"``), of the
+            batch's (``"batch"``), or nothing (``"none"``).
+        eps: added to the standard deviation.
+        bessel: divide the variance by ``n - 1``.
+        lone: what a group of one gives: its ``"score"``, as if its mean were 0 and its deviation 1, or
+            ``"zero"``.
+        dense_share: share of the advantage that the credit spreads, 0 to 1.
+        signed: the weights have signs: they enter centred, ``A[i] + dense_share * A[i] * n_i * (w - mean w)``
+            with ``sum |w| = 1``.
+        whitening: for the caller, after it.
+
+    Raises:
+        ValueError, TypeError: a value out of its range, or none of its choices.
+
+    Example:
+        >>> GroupConfig.grpo().scale
+        'group'
+    """
+
+    baseline: Baseline = "mean"
+    scale: Scale = "group"
+    eps: float = 1e-4
+    bessel: bool = True
+    lone: Literal["score", "zero"] = "zero"
+    dense_share: float = 0.8
+    signed: bool = False
+    whitening: Whitening = Whitening()
+
+    def __post_init__(self) -> None:
+        _check_unit("dense_share", self.dense_share)
+        check_choice("baseline", self.baseline, get_args(Baseline))
+        check_choice("scale", self.scale, get_args(Scale))
+        check_choice("lone", self.lone, ("score", "zero"))
+        if not (isinstance(self.eps, int | float) and 0 <= self.eps < math.inf):
+            raise ValueError(f"eps: got {self.eps}, want a finite number of 0 or more")
+        if not isinstance(self.whitening, Whitening):
+            raise TypeError(f"whitening: got {type(self.whitening).__name__}, want Whitening")

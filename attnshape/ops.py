@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnshape import checks, masked, vectorized
 from attnshape import compile as compiling
-from attnshape.config import Normalization, ShapingConfig, Whitening
+from attnshape.config import GroupConfig, Normalization, ShapingConfig, Whitening
 from attnshape.types import (
     KL,
     Advantages,
@@ -20,12 +20,16 @@ from attnshape.types import (
     AttentionLayers,
     Backend,
     CreditName,
+    GroupAdvantages,
     Response,
     ShapedRewards,
+    Status,
     TokenInputs,
+    compute_dtype,
 )
 
 DEFAULT_CONFIG = ShapingConfig()
+DEFAULT_GROUP = GroupConfig()
 
 
 def _function(
@@ -420,6 +424,102 @@ def gae(
         advantages, returns = masked.carried(out.advantages, out.returns, values, response.mask, config)
         out = Advantages(advantages, returns, out.moments)
     return out
+
+
+@compiling.operator(compiling.group_advantages)
+def group_advantages(
+    score: Tensor,
+    credit: Any,
+    response: Response | Tensor,
+    *,
+    group: int | Tensor,
+    weights: Tensor | None = None,
+    config: GroupConfig = DEFAULT_GROUP,
+    process_group: dist.ProcessGroup | None = None,
+    backend: Backend = "auto",
+    validate: bool = False,
+) -> GroupAdvantages:
+    """Advantages without a critic: of each completion within its group, spread over its tokens by credit.
+
+    ``A[i, t] = A[i] * (dense_share * n_i * credit[i, t] + 1 - dense_share)``, with ``A[i]`` that of GRPO
+    (arXiv 2402.03300), Dr. GRPO (2503.20783), RLOO (2402.14740) or REINFORCE++ (2501.03262): see
+    ``GroupConfig``. The mean over a completion's ``n_i`` unmasked tokens is ``A[i]``. Giving ``redistribute``
+    an advantage in place of the score is another thing: what it does not spread goes to one token.
+
+    Args:
+        score: ``[B]``, or ``[B, K]`` for several rewards: their weighted sum is what the group compares. NaN
+            where a reward function gave none; a completion without any has advantage 0.
+        credit: as for ``shape_rewards``, or None for all tokens alike; for ``K`` rewards a list of ``K``:
+            each reward's part is spread by its own.
+        response: where the response's tokens are; ``start`` or ``index`` with ``AttentionInputs`` only.
+        group: completions per prompt, neighbours in the batch; or int ids ``[B]``, for groups of any sizes.
+        weights: ``[K]``, of the rewards; 1 if not given.
+        config: how to compare and to spread, see ``GroupConfig``.
+        process_group: ranks whose completions are compared with each other; every rank must call. Groups may
+            lie across ranks: an int ``group`` counts in the order of the ranks.
+        backend, validate: as for ``shape_rewards``.
+
+    Returns:
+        ``GroupAdvantages(advantages, completion, credit, status, moments)``; float32 (float64 where every
+        floating input is), 0 where masked. A row whose credit underflows or is negative is spread uniformly
+        and flagged.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit the others, named with what it got and what it wants.
+
+    Example:
+        >>> import torch
+        >>> score, credit = torch.tensor([1.0, 0.0]), torch.tensor([[3.0, 1.0], [1.0, 1.0]])
+        >>> config = GroupConfig.dr_grpo(dense_share=0.5)
+        >>> group_advantages(score, credit, torch.ones(2, 2), group=2, config=config).advantages
+        tensor([[ 0.6250,  0.3750],
+                [-0.5000, -0.5000]])
+    """
+    response = Response.of(response)
+    checks.check_response(response, None, None)
+    sources = checks.check_groups(score, credit, group, weights, config, response)
+    checks.check_process_group(process_group)
+    attention = [x for x in sources if x is not None and not isinstance(x, Tensor)]
+    if validate:
+        lengths = checks.validate_attention(attention[0]) if attention else None
+        checks.validate_response(response, lengths)
+        for source in sources:
+            if isinstance(source, Tensor) and not config.signed:
+                checks.validate_credit(source, response)
+    scores, ids, place = score, group, slice(None)
+    if process_group is not None:
+        scores, ids, place = _of_all_ranks(process_group, score, group)
+    elif isinstance(group, int) and len(score) % group:
+        raise ValueError(
+            f"group: got {group} completions per prompt for {len(score)}, want a divisor of that"
+        )
+    parts = vectorized.completion_advantages(scores, ids, config, weights)[place]
+    floating = [x for x in sources if isinstance(x, Tensor)]
+    layers = [layer for source in attention for layer in source]
+    parts = parts.to(compute_dtype(score, *floating, *[x.key for x in layers]))
+    compute = _function("spread", backend, response.mask.device, layers, parts, *floating)
+    out: GroupAdvantages = compute(parts, sources, response, config)
+    status = out.status | (~score.isfinite().view(len(score), -1).any(1)) * int(Status.NONFINITE)
+    return out._replace(status=status.to(torch.int32))
+
+
+def _of_all_ranks(
+    process_group: dist.ProcessGroup, score: Tensor, group: int | Tensor
+) -> tuple[Tensor, int | Tensor, slice]:
+    """Scores and groups of all ranks, in their order, and which are this rank's."""
+    sizes = _gathered(process_group, torch.tensor([len(score)], device=score.device)).flatten().tolist()
+    rank, longest = dist.get_rank(process_group), max(sizes)
+
+    def together(x: Tensor) -> Tensor:
+        padded = x.new_zeros(longest, *x.shape[1:])
+        padded[: len(x)] = x
+        return torch.cat([row[:n] for row, n in zip(_gathered(process_group, padded), sizes, strict=True)])
+
+    if isinstance(group, int) and sum(sizes) % group:
+        raise ValueError(f"group: got {group} completions per prompt for {sum(sizes)} of all ranks")
+    begin = sum(sizes[:rank])
+    ids = group if isinstance(group, int) else together(group)
+    return together(score), ids, slice(begin, begin + len(score))
 
 
 @compiling.operator(compiling.whiten)

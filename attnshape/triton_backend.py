@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 import csrc_triton
-from attnshape.config import Normalization, ShapingConfig, Whitening
+from attnshape.config import GroupConfig, Normalization, ShapingConfig, Whitening
 from attnshape.types import (
     KL,
     MIN_MASS,
     Advantages,
     AttentionInputs,
     CreditName,
+    GroupAdvantages,
     Response,
     RowStats,
     ShapedRewards,
@@ -23,6 +24,7 @@ from attnshape.types import (
     decay,
     float32_rounded,
 )
+from attnshape.vectorized import groups as vectorized
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
@@ -196,6 +198,16 @@ def gae(
         **_recurrence(config),
     )
     return Advantages(swept.advantages, swept.returns, swept.moments)
+
+
+def spread(
+    parts: Tensor, credits: Sequence[vectorized.Weights], response: Response, config: GroupConfig
+) -> GroupAdvantages:
+    raws = [
+        attention_credit(x, response, "none") if x is not None and not isinstance(x, Tensor) else x
+        for x in credits
+    ]
+    return vectorized.spread(parts, raws, response, config)
 
 
 def whiten(

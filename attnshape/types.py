@@ -233,6 +233,21 @@ class Advantages(NamedTuple):
     ``whiten`` takes them. NaN where the advantages are; of an empty row 0."""
 
 
+class GroupAdvantages(NamedTuple):
+    """What ``group_advantages`` returns; detached."""
+
+    advantages: Tensor
+    """Of the mask's shape, float32 (float64 where every floating input is), 0 where masked."""
+    completion: Tensor
+    """``[B]``: the advantage of the whole completion, the mean of its row's."""
+    credit: Tensor
+    """Of the mask's shape: what spread it, summing to one; of several rewards the first's."""
+    status: Tensor
+    """int32 ``[B]``: ``Status`` flags; a row that fell back is spread uniformly."""
+    moments: Tensor
+    """``[B, 3]`` of the advantages, as ``whiten`` takes them."""
+
+
 @dataclass(frozen=True, eq=False)
 class RowStats:
     """Per row, ``[B]`` if not said otherwise, on the device; what ``ShapedRewards.metrics`` averages."""

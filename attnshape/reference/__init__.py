@@ -5,7 +5,7 @@ every floating input is float64. Arguments and shapes are those of the functions
 ``attnshape``; inputs are taken to be checked.
 """
 
-from attnshape.reference.advantages import gae
+from attnshape.reference.advantages import gae, group_advantages
 from attnshape.reference.align import align
 from attnshape.reference.attention import attention_credit, attention_row
 from attnshape.reference.columns import attention_column_credit
@@ -20,6 +20,7 @@ __all__ = [
     "attention_rollout",
     "attention_row",
     "gae",
+    "group_advantages",
     "kl_estimate",
     "redistribute",
     "shape_rewards",
