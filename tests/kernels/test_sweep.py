@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import fast_interpreter
 from torch import Tensor
 
 from attnshape import reference
@@ -206,6 +207,17 @@ def test_lengths_around_a_chunk(width: int, lam: float) -> None:
     config = ShapingConfig(lam=lam, kl_estimator="k3")
     truth = expected(score, credit, mask, config, **inputs)
     assert_close(shape(score, credit, mask, config, **inputs), truth, config, inputs)
+
+
+@pytest.mark.usefixtures("short_chunks")
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="kernels are compiled")
+def test_scans_in_the_order_of_tritons_interpreter() -> None:
+    """One element after another; the other tests scan by doubling."""
+    score, credit, mask, inputs = problem(40, batch=2)
+    config = ShapingConfig(lam=0.95, lam_value=0.9)
+    truth = expected(score, credit, mask, config, **inputs)
+    with fast_interpreter.original_scan():
+        assert_close(shape(score, credit, mask, config, **inputs), truth, config, inputs)
 
 
 @pytest.mark.parametrize("mask_semantics", ["skip", "zero"])
