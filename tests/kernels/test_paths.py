@@ -16,8 +16,8 @@ from triton.runtime.errors import InterpreterError
 
 import attnshape
 from attnshape import AttentionInputs, ShapedRewards, ShapingConfig
-from csrc_triton import device, fused
-from csrc_triton.launch import COUNTERS, Counters
+from csrc_triton.device import layout
+from csrc_triton.host import attention, rewards
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INTERPRETED = pytest.mark.skipif(DEVICE.type == "cuda", reason="looks into Triton's interpreter")
@@ -27,7 +27,7 @@ INTERPRETED = pytest.mark.skipif(DEVICE.type == "cuda", reason="looks into Trito
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The modes of the launches of a test; counters are zero after each."""
     modes = []
-    launch = fused._launch
+    launch = attention.launch
 
     def recorded(arguments: dict[str, Any]) -> None:
         launch(arguments)
@@ -35,8 +35,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if arguments.get("p_counters") is not None:
             assert (arguments["p_counters"] == 0).all()
 
-    monkeypatch.setattr(fused, "_launch", recorded)
-    monkeypatch.setattr(fused, "CHUNK", 16)
+    monkeypatch.setattr(attention, "launch", recorded)
+    monkeypatch.setattr(attention, "CHUNK", 16)
     return modes
 
 
@@ -45,10 +45,10 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes the launchers take a path."""
 
     def chosen(one_launch: bool = True, in_chunks: bool = False, split: int | None = None) -> None:
-        monkeypatch.setattr(fused, "ONE_LAUNCH", 1 << 30 if one_launch else -1)
-        monkeypatch.setattr(fused, "in_chunks", lambda *_: in_chunks)
+        monkeypatch.setattr(attention, "ONE_LAUNCH", 1 << 30 if one_launch else -1)
+        monkeypatch.setattr(rewards, "in_chunks", lambda *_: in_chunks)
         if split is not None:
-            monkeypatch.setattr(fused, "chunks_per_program", lambda *_: split)
+            monkeypatch.setattr(attention, "chunks_per_program", lambda *_: split)
 
     return chosen
 
@@ -122,8 +122,8 @@ def test_every_path_has_the_same_bits(
 @given(problems(), st.booleans())
 def test_long_paths_are_the_reference(problem: Problem, in_chunks: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "ONE_LAUNCH", -1)
-        patch.setattr(fused, "in_chunks", lambda *_: in_chunks)
+        patch.setattr(attention, "ONE_LAUNCH", -1)
+        patch.setattr(rewards, "in_chunks", lambda *_: in_chunks)
         check_shaped(problem, "triton", DEVICE)
 
 
@@ -312,7 +312,7 @@ def test_moments_are_those_of_the_advantages(choose: Callable[..., None]) -> Non
 
 def test_status_bits_are_the_public_ones() -> None:
     for flag in attnshape.Status:
-        assert getattr(device, str(flag.name)).value == flag
+        assert getattr(layout, str(flag.name)).value == flag
 
 
 @pytest.mark.parametrize(
@@ -328,34 +328,9 @@ def test_status_bits_are_the_public_ones() -> None:
 def test_rows_are_cut_where_they_are_long_and_few(
     batch: int, longest: int, n_chunks: int, chunked: bool
 ) -> None:
-    assert fused.in_chunks(batch, longest, n_chunks, 132) == chunked
-    assert fused.in_chunks(batch, longest, n_chunks, 132, averaging=True) == chunked
+    assert rewards.in_chunks(batch, longest, n_chunks, 132) == chunked
+    assert rewards.in_chunks(batch, longest, n_chunks, 132, averaging=True) == chunked
 
 
 def test_programs_read_more_keys_the_more_there_are() -> None:
-    assert [fused.chunks_per_program(n, 132) for n in (1, 4096, 1 << 20)] == [1, 2, 8]
-
-
-def test_counters_of_a_graph_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    counters, cuda = Counters(), torch.device("cuda", 0)
-    zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda n, dtype, device: zeros(n, dtype=dtype))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: type("S", (), {"cuda_stream": 7}))
-    capturing = [False]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    eager = counters.take(cuda, 10)
-    assert counters.take(cuda, 100).data_ptr() == eager.data_ptr()
-    assert len(counters.take(cuda, 10_000)) >= 10_000
-    capturing[0] = True
-    first, second = counters.take(cuda, 10), counters.take(cuda, 10)
-    assert not {x.data_ptr() for x in (first, second)} & {eager.data_ptr()}
-    assert first.data_ptr() != second.data_ptr()
-    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
-    assert len(counters.take(cuda, 2 * Counters.SPARE)) == 2 * Counters.SPARE
-
-
-def test_counters_grow_and_are_discarded() -> None:
-    small = COUNTERS.take(DEVICE, 1)
-    assert COUNTERS.take(DEVICE, 1).data_ptr() == small.data_ptr()
-    COUNTERS.discard(DEVICE)
-    assert COUNTERS.take(DEVICE, 1).data_ptr() != small.data_ptr() or len(small) == 0
+    assert [attention.chunks_per_program(n, 132) for n in (1, 4096, 1 << 20)] == [1, 2, 8]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from attnshape import reference
 from attnshape.tolerance import CREDIT_SUM, credit_bound, error_fraction, gae_bound, kl_bound, reward_bound
-from attnshape.types import MIN_MASS, ShapedRewards, ShapingConfig, Status, float32_rounded
-from csrc_triton.fused import Swept, sweep
+from attnshape.types import MIN_MASS, Response, ShapedRewards, ShapingConfig, Status, float32_rounded
+from csrc_triton import Shaped, sweep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EVERYTHING = ("rewards", "advantages", "returns", "credit", "kl", "status", "stats")
@@ -23,14 +23,13 @@ def decay(gamma: float, lam: float | Tensor) -> float | Tensor:
     return float32_rounded(gamma * lam)
 
 
-def shape(score, credit, mask, config=None, outputs=EVERYTHING, cu=None, **inputs) -> Swept:
+def shape(score, credit, mask, config=None, outputs=EVERYTHING, cu=None, **inputs) -> Shaped:
     """``sweep`` as ``shape_rewards`` is called."""
     config = config or ShapingConfig()
     lam_value = config.lam_value
     return sweep(
-        mask,
+        Response(mask, cu_seqlens=cu),
         outputs,
-        response_cu_seqlens=cu,
         score=score,
         credit=credit,
         normalization=config.normalization,
@@ -71,7 +70,7 @@ def padded(x: Tensor, cu: Tensor | None) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(x.split(cu.diff().tolist()), batch_first=True)
 
 
-def assert_close(actual: Swept, truth: ShapedRewards, config: ShapingConfig, inputs: dict, cu=None) -> None:
+def assert_close(actual: Shaped, truth: ShapedRewards, config: ShapingConfig, inputs: dict, cu=None) -> None:
     def check(name: str, bound: Tensor) -> None:
         x, y = padded(getattr(actual, name), cu), padded(getattr(truth, name), cu)
         fraction = error_fraction(x, y, bound)
@@ -110,7 +109,7 @@ def assert_close(actual: Swept, truth: ShapedRewards, config: ShapingConfig, inp
 
 @pytest.fixture
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["csrc_triton.fused"], "CHUNK", 16)
+    monkeypatch.setattr(sys.modules["csrc_triton.host.attention"], "CHUNK", 16)
 
 
 @st.composite
@@ -290,9 +289,9 @@ def assert_same_pattern(actual: Tensor, truth: Tensor) -> None:
     assert (same | (actual.isfinite() & truth.isfinite())).all()
 
 
-def gae(rewards: Tensor, values: Tensor | None, mask: Tensor, gamma: float, lam: float) -> Swept:
+def gae(rewards: Tensor, values: Tensor | None, mask: Tensor, gamma: float, lam: float) -> Shaped:
     return sweep(
-        mask,
+        Response(mask),
         ("advantages", "returns"),
         token_rewards=rewards,
         values=values,
