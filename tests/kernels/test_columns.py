@@ -198,7 +198,9 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     for name in ("empty", "zeros"):
         like = getattr(torch, name)
         monkeypatch.setattr(
-            torch, f"{name}_like", lambda x, make=like: make(x.shape, dtype=x.dtype, device=x.device)
+            torch,
+            f"{name}_like",
+            lambda x, dtype=None, make=like: make(x.shape, dtype=dtype or x.dtype, device=x.device),
         )
 
     def check() -> None:
