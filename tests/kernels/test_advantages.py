@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from support.shaping import DEVICE, assert_same_pattern, expected, gae, problem, shape
+from support import fast_interpreter
+from support.shaping import DEVICE, assert_close, assert_same_pattern, expected, gae, problem, shape
 
 from attnshape import reference
 from attnshape.tolerance import CREDIT_SUM, credit_bound, error_fraction, gae_bound
@@ -41,6 +42,17 @@ def test_the_general_scan_has_the_bits_of_the_unit_one_or_its_accuracy() -> None
         y = getattr(truth, name)
         for x in (getattr(general, name), getattr(unit, name)):
             assert error_fraction(x, y, gae_bound(y, 1.0, 1.0)).max() <= 1
+
+
+@pytest.mark.usefixtures("short_chunks")
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="kernels are compiled")
+def test_scans_in_the_order_of_tritons_interpreter() -> None:
+    """One element after another; the other tests scan by doubling."""
+    score, credit, mask, inputs = problem(40, batch=2)
+    config = ShapingConfig(lam=0.95, lam_value=0.9)
+    truth = expected(score, credit, mask, config, **inputs)
+    with fast_interpreter.original_scan():
+        assert_close(shape(score, credit, mask, config, **inputs), truth, config, inputs)
 
 
 @pytest.mark.usefixtures("short_chunks")
