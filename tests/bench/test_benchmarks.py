@@ -329,7 +329,7 @@ def test_parts_do_not_lose_each_other(tmp_path: Path) -> None:
 def test_tests_on_a_gpu_are_those_that_use_it(tmp_path: Path) -> None:
     parts = on_gpu.parts_together(tmp_path, 2, 1.0)
     files = {str(Path(x).relative_to(ROOT / "tests")) for x in parts[0].command if x.endswith(".py")}
-    assert {"test_backends.py", "test_whiten.py", "kernels/test_sweep.py"} <= files
+    assert {"test_backends.py", "test_whiten.py", "kernels/test_rewards.py"} <= files
     assert not {"test_gpu.py", "demo/test_demo.py", "kernels/test_compile.py"} & files
     assert [part.command[-len(files) - 1] for part in parts[:2]] == ["--shard=0/2", "--shard=1/2"]
 
