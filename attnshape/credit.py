@@ -76,6 +76,10 @@ def uniform(response: Response | Tensor) -> Tensor:
 
     Raises:
         ValueError, TypeError: as for every function here, an argument that does not fit, by name.
+
+    Example:
+        >>> uniform(torch.tensor([[1, 0, 1]]))
+        tensor([[0.5000, 0.0000, 0.5000]])
     """
     response = Response.of(response)
     rows = _rows(response)
@@ -88,6 +92,10 @@ def sparse(response: Response | Tensor) -> Tensor:
     """All credit on a row's last unmasked token; ``shape_rewards`` also takes it as ``"sparse"``.
 
     Arguments and returns as for ``uniform``.
+
+    Example:
+        >>> sparse(torch.tensor([[1, 1, 0]]))
+        tensor([[0., 1., 0.]])
     """
     response = Response.of(response)
     rows = _rows(response)
@@ -117,6 +125,10 @@ def incremental_rewards(
 
     Returns:
         Signed token rewards.
+
+    Example:
+        >>> incremental_rewards(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([0.5]), torch.ones(1, 3))
+        tensor([[ 0.5000,  2.0000, -1.0000]])
     """
     response = Response.of(response)
     rows = _rows(response)
@@ -147,6 +159,11 @@ def log_ratio_rewards(
 
     Returns:
         Signed token rewards.
+
+    Example:
+        >>> logprobs, ref_logprobs = torch.tensor([[-1.0, -3.0]]), torch.tensor([[-2.0, -2.0]])
+        >>> log_ratio_rewards(logprobs, ref_logprobs, torch.ones(1, 2), scale=0.5)
+        tensor([[ 0.5000, -0.5000]])
     """
     response = Response.of(response)
     for name, x in (("logprobs", logprobs), ("ref_logprobs", ref_logprobs)):
@@ -169,6 +186,10 @@ def discriminator_rewards(good: Tensor, response: Response | Tensor, *, validate
 
     Returns:
         Signed token rewards, from -1 to 1.
+
+    Example:
+        >>> discriminator_rewards(torch.tensor([[0.75, 0.25]]), torch.ones(1, 2))
+        tensor([[ 0.5000, -0.5000]])
     """
     response = Response.of(response)
     checks.check_like_mask("good", good, response.mask)
@@ -204,6 +225,11 @@ def segment_rewards(
 
     Returns:
         Signed token rewards, which replace the score.
+
+    Example:
+        >>> scores, entropy = torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([[0.0, 2.0, 0.0]])
+        >>> segment_rewards(scores, entropy, torch.ones(1, 3), cutoff=1.0)  # two tokens, then one
+        tensor([[1., 1., 6.]])
     """
     response = Response.of(response)
     rows = _rows(response)
@@ -244,6 +270,10 @@ def centered(weights: Tensor, response: Response | Tensor) -> Tensor:
 
     Returns:
         Signed token rewards.
+
+    Example:
+        >>> centered(torch.tensor([[3.0, 1.0, -9.0]]), torch.tensor([[1, 1, 0]]))
+        tensor([[ 1., -1.,  0.]])
     """
     response = Response.of(response)
     rows = _rows(response)
@@ -276,6 +306,11 @@ def top_overlap(
 
     Returns:
         float32 ``[B]``, 0 to 1; NaN in rows that are empty or hold a NaN.
+
+    Example:
+        >>> first, second = torch.tensor([[5.0, 4.0, 1.0, 0.0]]), torch.tensor([[0.0, -4.0, 1.0, 3.0]])
+        >>> top_overlap(first, second, torch.ones(1, 4), share=0.5)  # the first two, the second and the last
+        tensor([0.5000])
     """
     response = Response.of(response)
     rows = _rows(response)
@@ -338,6 +373,12 @@ def gradient_weights(
     Returns:
         Signed weights in units of the score: their ``abs()`` is credit for ``shape_rewards``, ``centered``
         makes them token rewards. NaN in a row whose positions are out of range.
+
+    Example:
+        >>> embeddings = torch.tensor([[[1.0], [2.0], [3.0]]], requires_grad=True)  # [B, S, hidden]
+        >>> score = embeddings.square().sum([1, 2])
+        >>> gradient_weights(score, embeddings, Response(torch.ones(1, 2), start=torch.tensor([1])))
+        tensor([[ 8., 18.]])
     """
     response = Response.of(response)
     checks.check_differentiable("inputs", inputs)
@@ -383,9 +424,19 @@ def signed_rollout(
     Returns:
         Signed shares, not normalised: their ``abs()`` is credit for ``shape_rewards``; ``score[:, None]``
         times them, ``centered``, are token rewards.
+
+    Example:
+        >>> from attnshape import AttentionInputs
+        >>> inputs = AttentionInputs(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), scaling=0.5)
+        >>> value, pull = torch.tensor([2.0, -1.0]).view(1, 1, 2, 1), torch.full((1, 1, 2, 1), 0.5)
+        >>> response = Response(torch.ones(1, 2), start=torch.tensor([0]))
+        >>> signed_rollout([SignedInputs(inputs, value, pull)], response)
+        tensor([[0.5000, 0.5000]])
     """
     checks.check_signed_layers(layers)
     checked = checks.layers_of([layer.inputs for layer in layers])
+    if any(layer.mask_row is not None for layer in checked):
+        raise ValueError("layers: got a mask_row, which is of one query, want layers without")
     response = Response.of(response)
     checks.check_response(response, checked[0].batch_size, checked[0].key)
     if validate:

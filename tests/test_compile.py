@@ -29,6 +29,7 @@ OPERATORS = [
     "gae",
     "whiten",
 ]
+GAE_CONFIG = ShapingConfig(gamma=0.99, lam=0.9, mask_semantics="zero")
 
 
 def drawn(batch: int = 3, width: int = 9, packed: bool = False, **options: Any) -> Problem:
@@ -51,8 +52,8 @@ def call(name: str, drawn: Problem, backend: str) -> Any:
     if name == "redistribute":
         return attnshape.redistribute(drawn.score, "uniform", response, drawn.config, backend=backend)
     if name == "gae":
-        config = ShapingConfig(gamma=0.99, lam=0.9, mask_semantics="zero")
-        return attnshape.gae(given["token_rewards"], given["values"], response, config, backend=backend)
+        rewards, values = given["token_rewards"], given["values"]
+        return attnshape.gae(rewards, values, response, GAE_CONFIG, backend=backend)
     if name == "whiten":
         return attnshape.whiten(given["values"], response, Whitening(eps=1e-6), backend=backend)
     return drawn.shaped(attnshape.shape_rewards, backend=backend)
