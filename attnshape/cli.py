@@ -467,7 +467,9 @@ def demo(
     min_new_tokens: Annotated[int | None, typer.Option(min=0, help="Shortest completion.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     kl_coef: Annotated[float | None, typer.Option(help="Weight of the KL penalty.")] = None,
-    beta: Annotated[float | None, typer.Option(help="Share of the score that is redistributed.")] = None,
+    dense_share: Annotated[
+        float | None, typer.Option(help="Share of the score that is redistributed, 0 to 1.")
+    ] = None,
     lam: Annotated[float | None, typer.Option(help="GAE's lambda.")] = None,
     standardize: Annotated[
         bool | None,
@@ -485,8 +487,13 @@ def demo(
 
     With --policy, --reward-model and --prompts the same is run on those.
     """
-    from attnshape.demo.ppo import PPOConfig
-    from attnshape.demo.run import DemoConfig, run_demo
+    try:
+        from attnshape.demo.ppo import PPOConfig
+        from attnshape.demo.run import DemoConfig, run_demo
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise _fail("attnshape demo needs: pip install 'attnshape[demo]'") from error
 
     def given(**options: Any) -> dict[str, Any]:
         return {name: value for name, value in options.items() if value is not None}
@@ -498,7 +505,7 @@ def demo(
         min_new_tokens=min_new_tokens,
         lr=lr,
         kl_coef=kl_coef,
-        beta=beta,
+        dense_share=dense_share,
         lam=lam,
     )
     options = given(

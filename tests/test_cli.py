@@ -430,12 +430,12 @@ def test_demo_options_reach_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     arguments = """
         --policy p --reward-model r --prompts f --score-fn logit[1] --method ABC --seeds 2 --raw-scores
         --threshold 8 --steps 2 --batch-size 3 --new-tokens 9 --min-new-tokens 4 --lr 0.5 --kl-coef 0.25
-        --beta 0.5 --lam 1
+        --dense-share 0.5 --lam 1
     """.split()
     arguments += ["--workers", "1", "--cache-dir", str(tmp_path), "--out", "o", "--device", "cpu"]
     assert CliRunner().invoke(app, ["demo", *arguments]).exit_code == 0
     ppo = PPOConfig(
-        steps=2, batch_size=3, new_tokens=9, min_new_tokens=4, lr=0.5, kl_coef=0.25, beta=0.5, lam=1.0
+        steps=2, batch_size=3, new_tokens=9, min_new_tokens=4, lr=0.5, kl_coef=0.25, dense_share=0.5, lam=1.0
     )
     want = DemoConfig(
         policy="p",
@@ -481,7 +481,7 @@ def test_the_demo_says_at_once_what_is_missing(tmp_path: Path, monkeypatch: pyte
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr == "the demo draws its curves with matplotlib: pip install 'attnshape[demo]'\n"
+    assert result.stderr == "attnshape demo needs: pip install 'attnshape[demo]'\n"
 
 
 def test_the_version() -> None:

@@ -19,7 +19,7 @@ from attnshape.text.align import align
 from attnshape.text.load import QueryPosition, RewardModelConfig, check_pooling, load_reward_model
 from attnshape.text.reader import Example, Reader
 from attnshape.text.score_fn import ScoreFn
-from attnshape.types import Status
+from attnshape.types import Response, Status
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -157,7 +157,7 @@ def _score_examples(
         shape = None if logits is None else list(logits.shape)
         raise ValueError(f"{type(model).__name__}: got logits {shape}, want [{len(examples)}, labels]")
     score = score_fn(logits.float())
-    shaped = shape_rewards(score, tap.take(), response_mask=index >= 0, response_index=index)
+    shaped = shape_rewards(score, tap.take(), Response(index >= 0, index=index))
     stats = shaped.row_stats
     columns = {
         "entropy": stats.entropy,

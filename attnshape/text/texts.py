@@ -64,7 +64,7 @@ def align_texts(
         alignment = align_texts(reward_tokenizer, conversations, policy_tokenizer, response_ids)
         with AttentionTap(reward_model) as tap:
             score = reward_model(alignment.input_ids, attention_mask=alignment.attention_mask).logits[:, 0]
-        credit = attention_credit(tap.take(), alignment.source_mask, response_start=zeros)  # [B, S]
+        credit = attention_credit(tap.take(), Response(alignment.source_mask, start=zeros))  # [B, S]
         out = shape_rewards(score, alignment(credit), ...)  # [B, R]
 
     Args:
@@ -85,6 +85,15 @@ def align_texts(
         ValueError: a text does not hold its response, or more than once and ``start`` is not given; the
             arguments are not as many; ``input_ids`` are not the tokens of the sources; a tokenizer that must
             give offsets is not a fast one.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"[user]": 0, "good": 1, "film": 2}, unk_token="[user]"))
+        >>> words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+        >>> align_texts(tokenizer, "[user] good film", tokenizer, "good film").source_mask
+        tensor([False,  True,  True])
     """
     single = isinstance(source, str) or (len(source) > 0 and isinstance(source[0], Mapping))
     sources = cast("list[Source]", [source] if single else list(source))
@@ -250,6 +259,13 @@ def decoded_spans(
 
     Args:
         ids: of one sequence, int ``[R]``.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"good": 0, "film": 1}, unk_token="good"))
+        >>> decoded_spans(PreTrainedTokenizerFast(tokenizer_object=words), [0, 1])
+        ('good film', [(0, 4), (4, 9)])
     """
     ids = list(map(int, ids))
 

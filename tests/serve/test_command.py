@@ -117,17 +117,17 @@ class Offline:
         with torch.no_grad(), attnshape.AttentionTap(self.model) as tap:
             score = self.model(**encoded).logits.item()
         inputs = tap.take()
-        response, _ = attnshape.decoded_spans(self.tokenizer, ids)
+        said, _ = attnshape.decoded_spans(self.tokenizer, ids)
         alignment = attnshape.align_texts(
             self.tokenizer,
             [text],
             self.tokenizer,
             [ids],
-            start=[text.rindex(response)],
+            start=[text.rindex(said)],
             input_ids=encoded["input_ids"],
         )
-        start = torch.zeros(1, dtype=torch.int32)
-        credit = attnshape.attention_credit(inputs, alignment.source_mask, response_start=start)
+        response = attnshape.Response(alignment.source_mask, start=torch.zeros(1, dtype=torch.int32))
+        credit = attnshape.attention_credit(inputs, response)
         keys = inputs.key.repeat_interleave(inputs.query.shape[1] // inputs.key.shape[1], 1)
         logits = inputs.scaling * torch.einsum("bhd,bhsd->bhs", inputs.query, keys)
         return score, alignment(credit)[0], logits.abs().max().item()

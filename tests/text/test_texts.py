@@ -95,7 +95,7 @@ def test_the_credit_is_that_of_the_same_characters(tmp_path: Any, policy: PreTra
     with torch.no_grad(), AttentionTap(model) as tap:
         model(alignment.input_ids, attention_mask=alignment.attention_mask)
     start = torch.zeros(2, dtype=torch.int32)
-    credit = attnshape.attention_credit(tap.take(), alignment.source_mask, response_start=start)
+    credit = attnshape.attention_credit(tap.take(), attnshape.Response(alignment.source_mask, start=start))
     carried = alignment(credit)
     for b, (text, response) in enumerate(zip(TEXTS, RESPONSES, strict=True)):
         encoded = tok(text, return_offsets_mapping=True)
