@@ -491,7 +491,7 @@ def demo(
         from attnshape.demo.ppo import PPOConfig
         from attnshape.demo.run import DemoConfig, run_demo
     except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
+        if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         raise _fail("attnshape demo needs: pip install 'attnshape[demo]'") from error
 

@@ -467,7 +467,8 @@ def test_the_demo_says_at_once_what_is_missing(tmp_path: Path, monkeypatch: pyte
     file = tmp_path / "file"
     file.touch()
     for arguments, message in [
-        (("--out", file), "File exists"),
+        (("--out", file), "out: got"),
+        (("--out", file / "folder"), "a file, want a folder"),
         (("--device", "foo"), "device: got 'foo'"),
         (("--score-fn", "logit +"), "score_fn: got 'logit +'"),
     ]:

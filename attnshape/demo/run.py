@@ -158,7 +158,8 @@ def _run_demo(config: DemoConfig, console: Console) -> Results:
     start = time.perf_counter()
     # What would fail at the end is seen at the start.
     parse_score_fn(config.score_fn)
-    config.out.mkdir(parents=True, exist_ok=True)
+    if any(path.is_file() for path in (config.out, *config.out.parents)):
+        raise ValueError(f"out: got {config.out}, a file, want a folder")
     with bars_on(console, TextColumn("{task.fields[status]}")) as progress:
         setup, training = _prepare(config, progress)
         mean, std, initial_reward, _ = setup.reference(config.ppo)
