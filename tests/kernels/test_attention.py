@@ -154,8 +154,9 @@ def test_credit_at_response_tokens_is_the_reference(inputs: AttentionInputs, dat
     if index is not None:
         start = None
     where = [None if x is None else x.to(DEVICE) for x in (mask, start, index, cu)]
+    place = Response(where[0], start=where[1], index=where[2], cu_seqlens=where[3])
     actual, status = raw(inputs, *where)
-    expected, invalid = reference.raw_credit(exact(inputs), *where)
+    expected, invalid = reference.attention.raw_credit(exact(inputs), place)
     assert_close(actual, expected, inputs)
     assert ((status == OUT_OF_RANGE) == invalid).all()
 
@@ -218,7 +219,7 @@ def test_last_response_is_the_last_unmasked_tokens_query() -> None:
     mask = torch.ones(2, 20, device=DEVICE)
     mask[1, 15:] = 0
     start = ints(200, 30)
-    expected, _ = reference.raw_credit(exact(inputs), mask, start, None, None)
+    expected, _ = reference.attention.raw_credit(exact(inputs), Response(mask, start=start))
     index = start[:, None] + torch.arange(20, device=DEVICE)
     assert_close(raw(inputs, mask, start)[0], expected, inputs)
     assert_close(raw(inputs, mask, index=index)[0], expected, inputs)
@@ -232,7 +233,7 @@ def test_given_lse_only_response_keys_are_read(sinks: bool) -> None:
     lse = torch.cat([scores, second], 1).logsumexp(-1)
     inputs = replace(inputs, lse=lse.float(), sinks=torch.ones(6, device=DEVICE) if sinks else None)
     mask, start = torch.ones(2, 100, device=DEVICE), ints(500, 490)
-    expected, _ = reference.raw_credit(exact(inputs), mask, start, None, None)
+    expected, _ = reference.attention.raw_credit(exact(inputs), Response(mask, start=start))
     inputs.key[:, :, :256] = float("nan")
     assert_close(raw(inputs, mask, start)[0], expected, replace(inputs, key=inputs.key[:, :, 256:]))
 
