@@ -96,11 +96,9 @@ def layouts(draw: st.DrawFn, **fixed: Any) -> Problem:
         "head_mask": draw(st.booleans()),
         "dtype": dtype,
     }
-    causal = draw(st.booleans())
-    if not causal:  # keys of padding are only hidden by a mask
-        arguments |= {"lse": False, "attention_mask": True}
+    if draw(st.booleans()):  # keys of padding are only hidden by a mask
+        arguments |= {"causal": False, "lse": False, "attention_mask": True}
     problem = make_problem(draw(st.integers(0, 2**16)), whole_query=True, **(arguments | fixed))
-    problem.inputs = replace(problem.inputs, causal=causal)
     return pack(problem) if draw(st.booleans()) else problem
 
 
