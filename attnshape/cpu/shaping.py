@@ -1,0 +1,203 @@
+"""What the loop over rows is told, and what it gives back."""
+
+from __future__ import annotations
+
+from array import array
+
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attnshape.cpu import rewards, rows
+from attnshape.cpu.advantages import WAYS
+from attnshape.cpu.layout import HELD, bounds_of
+from attnshape.cpu.memory import KINDS, NOWHERE, place_of
+from attnshape.cpu.threads import over_rows
+from attnshape.types import (
+    CreditName,
+    MaskSemantics,
+    Response,
+    RowStats,
+    ShapedRewards,
+    ShapingConfig,
+    TokenInputs,
+    compute_dtype,
+    decay,
+    float32_rounded,
+)
+
+NORMALIZATIONS = {"sum_to_one": rows.TO_ONE, "sum_to_length": rows.TO_LENGTH, "none": rows.AS_IS}
+ESTIMATORS = {"k1": rewards.K1, "abs": rewards.ABS, "k2": rewards.K2, "k3": rewards.K3}
+SOURCES = {"uniform": rows.UNIFORM, "sparse": rows.SPARSE}
+SCORE_PLACES = {"last_unmasked": rows.LAST_UNMASKED, "last_token": rows.LAST_TOKEN}
+NO_BOUNDS, NO_ROWS = np.empty((0, 2), np.int64), np.empty(0, np.uint8)
+
+
+class Call:
+    """The arguments of one sweep over the rows of a response."""
+
+    def __init__(self, response: Response, dtype: torch.dtype, lost: np.ndarray | None = None) -> None:
+        mask = response.mask
+        self.mask = mask if mask.dtype in KINDS else mask != 0
+        self.dtype = dtype
+        self.tensors: dict[int, Tensor] = {rows.MASK: self.mask}
+        self.choices = [0] * 10
+        self.numbers = [0.0] * 9
+        self.bounds, self.lost, self.whole = NO_BOUNDS, NO_ROWS if lost is None else lost, True
+        if response.cu_seqlens is None:
+            self.batch, self.width = mask.shape
+            self.choices[rows.LENGTH] = self.width
+            return
+        self.bounds, outside = bounds_of(response.cu_seqlens, len(mask))
+        self.batch = len(self.bounds)
+        self.width = len(mask) // max(self.batch, 1)
+        covered = self.bounds[:, 1].sum() == len(mask)
+        self.whole = bool(covered and not outside.any())
+        if outside.any():
+            self.lost = outside if lost is None else outside | lost
+
+    def read(self, name: int, x: Tensor | None) -> None:
+        if x is not None:
+            self.tensors[name] = x
+
+    def tokens(self, name: int) -> Tensor:
+        """An output of the mask's shape; 0 at packed tokens of no row."""
+        make = torch.empty if self.whole else torch.zeros
+        out = self.tensors[name] = make(self.mask.shape, dtype=self.dtype)
+        return out
+
+    def of_rows(self, name: int, columns: int) -> Tensor:
+        out = self.tensors[name] = torch.empty((self.batch, columns), dtype=self.dtype)
+        return out
+
+    def recurrence(
+        self,
+        values: Tensor | None,
+        bootstrap: Tensor | None,
+        gamma: float,
+        lam: float | Tensor,
+        lam_value: float | Tensor | None,
+        mask_semantics: MaskSemantics,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sets what GAE needs; the outputs advantages, returns and moments."""
+        self.read(rows.VALUES, values)
+        self.read(rows.BOOTSTRAP, bootstrap)
+        self.choices[rows.SKIP] = mask_semantics == "skip"
+        self.numbers[rows.GAMMA] = float32_rounded(gamma)
+        if values is None:
+            lam, lam_value = 1.0, None
+        decays = [(rows.GL, rows.GL_ALL, lam)]
+        if lam_value is not None:
+            self.choices[rows.DECOUPLED] = 1
+            decays.append((rows.GL_VALUE, rows.GL_VALUE_ALL, lam_value))
+        for name, number, x in decays:
+            gl = decay(gamma, x)
+            if isinstance(gl, Tensor):
+                self.tensors[name] = gl
+            else:
+                self.numbers[number] = gl
+        advantages, returns = self.tokens(rows.ADVANTAGES), self.tokens(rows.RETURNS)
+        return advantages, returns, self.of_rows(rows.MOMENTS, 3)
+
+    def run(self) -> None:
+        tensors = self.tensors
+        flat: list[int] = []
+        for name in range(rows.PLACES):
+            flat += place_of(tensors[name]) if name in tensors else NOWHERE
+        places = np.frombuffer(array("q", flat), np.int64).reshape(-1, 4)
+        choices, numbers = np.array(self.choices), np.array(self.numbers)
+        bounds, lost = self.bounds, self.lost
+
+        def compute(low: int, high: int, held: object = tensors) -> None:
+            scratch = np.zeros(WAYS * HELD)
+            rows.sweep(places, bounds, lost, choices, numbers, scratch, low, high)
+
+        over_rows(compute, self.batch, self.width, WAYS)
+
+
+def shape_rewards(
+    score: Tensor,
+    credit: Tensor | CreditName,
+    tokens: TokenInputs,
+    response: Response,
+    config: ShapingConfig,
+) -> ShapedRewards:
+    raw = credit if isinstance(credit, Tensor) else None
+    dtype = compute_dtype(score, raw, *(x for x in tokens if x is not tokens.kl_coef))
+    call = Call(response, dtype)
+    call.read(rows.RAW, raw)
+    return shaped(call, score, credit, tokens, config)
+
+
+def shaped(
+    call: Call,
+    score: Tensor,
+    credit: object,
+    tokens: TokenInputs,
+    config: ShapingConfig,
+) -> ShapedRewards:
+    call.read(rows.SCORE, score)
+    call.read(rows.TERMINAL, tokens.terminal_reward)
+    call.read(rows.TOKEN_REWARDS, tokens.token_rewards)
+    call.read(rows.KL, tokens.kl)
+    call.read(rows.LOGPROBS, tokens.logprobs)
+    call.read(rows.REF_LOGPROBS, tokens.ref_logprobs)
+    choices, numbers = call.choices, call.numbers
+    choices[rows.SHAPED] = 1
+    choices[rows.SOURCE] = SOURCES[credit] if isinstance(credit, str) else rows.WEIGHTS
+    choices[rows.NORMALIZATION] = NORMALIZATIONS[config.normalization]
+    choices[rows.KL_KIND] = ESTIMATORS[config.kl_estimator] if tokens.kl is None else rewards.GIVEN
+    choices[rows.KEEP_MASKED] = not config.zero_masked
+    choices[rows.ZERO_LOST] = config.on_nan == "zero_row"
+    if isinstance(config.score_index, Tensor):
+        choices[rows.SCORE_AT] = rows.INDEXED
+        call.read(rows.SCORE_INDEX, config.score_index)
+    else:
+        choices[rows.SCORE_AT] = SCORE_PLACES[config.score_index]
+    numbers[rows.SHARE] = config.share(credit)
+    numbers[rows.SCORE_LOW], numbers[rows.SCORE_HIGH] = config.score_bounds
+    for name, clip in ((rows.KL_INPUT, config.kl_input_clip), (rows.KL_OUTPUT, config.kl_output_clip)):
+        numbers[name] = float("inf") if clip is None else clip
+    numbers[rows.KL_COEF] = float(tokens.kl_coef)
+    out = call.tokens(rows.REWARDS)
+    credited = call.tensors[rows.CREDIT] if rows.CREDIT in call.tensors else call.tokens(rows.CREDIT)
+    has_kl = tokens.kl is not None or tokens.logprobs is not None
+    kl = call.tokens(rows.KL_OUT) if has_kl else None
+    advantages, returns, moments = call.recurrence(
+        tokens.values, tokens.bootstrap, config.gamma, config.lam, config.lam_value, config.mask_semantics
+    )
+    stats = call.of_rows(rows.STATS, 4)
+    status = call.tensors[rows.STATUS] = torch.empty(call.batch, dtype=torch.int32)
+    call.run()
+    entropy, last_share, share, error = stats.unbind(1)
+    attention = not isinstance(credit, Tensor | str)
+    return ShapedRewards(
+        rewards=out,
+        advantages=advantages,
+        returns=returns,
+        credit=credited,
+        kl=kl,
+        status=status,
+        row_stats=RowStats(entropy, last_share, share if attention else None, error, moments),
+    )
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor | None,
+    response: Response,
+    gamma: float,
+    lam: float | Tensor,
+    lam_value: float | Tensor | None,
+    mask_semantics: MaskSemantics,
+    bootstrap: Tensor | None,
+    return_moments: bool = False,
+    zero_masked: bool = True,
+) -> tuple[Tensor, ...]:
+    call = Call(response, compute_dtype(rewards, values, bootstrap))
+    call.read(rows.TOKEN_REWARDS, rewards)
+    call.choices[rows.KEEP_MASKED] = not zero_masked
+    out = call.recurrence(values, bootstrap, gamma, lam, lam_value, mask_semantics)
+    call.run()
+    return out if return_moments else out[:2]

@@ -1,0 +1,1 @@
+"""Moments of unmasked tokens, and whitening by them."""
