@@ -20,8 +20,9 @@ from torch import Tensor
 
 from attnshape.cpu.jit import inner
 
-ADDRESS, KIND, ROW, TOKEN = 0, 1, 2, 3
-"""Columns of a table of places: where the first element is, its dtype, and strides in elements."""
+ADDRESS, KIND, ROW, TOKEN, HEAD, OTHER = 0, 1, 2, 3, 4, 5
+"""Columns of a table of places: where the first element is, its dtype, and strides in elements. The last two are
+those of queries and keys."""
 
 F32, F64, BF16, F16, I8, I16, I32, I64 = 1, 2, 3, 4, 5, 6, 7, 8
 KINDS: dict[torch.dtype, int] = {
@@ -118,6 +119,29 @@ def bits_of(typingctx: Any, x: Any) -> Any:
         return builder.bitcast(arguments[0], ir.IntType(64))
 
     return types.int64(types.float64), codegen
+
+
+@inner
+def widened(places: Any, name: int, start: int, n: int, padded: int, out: int) -> None:
+    """Elements along ``TOKEN`` to the memory at ``out``, zeros up to ``padded``: float32, of float64 float64."""
+    address, kind, stride = places[name, ADDRESS], places[name, KIND], places[name, TOKEN]
+    if kind == F64:
+        for t in range(n):
+            write_f64(out, t, read_f64(address, start + t * stride))
+        for t in range(n, padded):
+            write_f64(out, t, 0.0)
+        return
+    if kind == F32:
+        for t in range(n):
+            write_f32(out, t, read_f32(address, start + t * stride))
+    elif kind == BF16:
+        for t in range(n):
+            write_f32(out, t, as_f32(np.int32(read_i16(address, start + t * stride)) << 16))
+    else:
+        for t in range(n):
+            write_f32(out, t, half(read_i16(address, start + t * stride)))
+    for t in range(n, padded):
+        write_f32(out, t, np.float32(0.0))
 
 
 # Scratch memory --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 
 
 import numpy as np
@@ -11,12 +12,15 @@ from torch import Tensor
 
 from attnshape.cpu import rewards, rows
 from attnshape.cpu.advantages import WAYS
+from attnshape.cpu.attention import raw_credit
 from attnshape.cpu.layout import HELD, bounds_of
 from attnshape.cpu.memory import KINDS, NOWHERE, place_of
 from attnshape.cpu.threads import over_rows
 from attnshape.types import (
+    AttentionInputs,
     CreditName,
     MaskSemantics,
+    Normalization,
     Response,
     RowStats,
     ShapedRewards,
@@ -37,14 +41,14 @@ NO_BOUNDS, NO_ROWS = np.empty((0, 2), np.int64), np.empty(0, np.uint8)
 class Call:
     """The arguments of one sweep over the rows of a response."""
 
-    def __init__(self, response: Response, dtype: torch.dtype, lost: np.ndarray | None = None) -> None:
-        mask = response.mask
+    def __init__(self, response: Response, dtype: torch.dtype) -> None:
+        mask, self.response = response.mask, response
         self.mask = mask if mask.dtype in KINDS else mask != 0
         self.dtype = dtype
         self.tensors: dict[int, Tensor] = {rows.MASK: self.mask}
         self.choices = [0] * 10
         self.numbers = [0.0] * 9
-        self.bounds, self.lost, self.whole = NO_BOUNDS, NO_ROWS if lost is None else lost, True
+        self.bounds, self.lost, self.whole = NO_BOUNDS, NO_ROWS, True
         if response.cu_seqlens is None:
             self.batch, self.width = mask.shape
             self.choices[rows.LENGTH] = self.width
@@ -55,7 +59,7 @@ class Call:
         covered = self.bounds[:, 1].sum() == len(mask)
         self.whole = bool(covered and not outside.any())
         if outside.any():
-            self.lost = outside if lost is None else outside | lost
+            self.lost = outside
 
     def read(self, name: int, x: Tensor | None) -> None:
         if x is not None:
@@ -100,6 +104,21 @@ class Call:
         advantages, returns = self.tokens(rows.ADVANTAGES), self.tokens(rows.RETURNS)
         return advantages, returns, self.of_rows(rows.MOMENTS, 3)
 
+    def attended(self, inputs: Sequence[AttentionInputs]) -> Tensor:
+        """The output credit, which holds the attention row at the response tokens until it is normalised."""
+        out = self.tokens(rows.CREDIT)
+        self.tensors[rows.RAW] = out
+        lost = raw_credit(inputs, self.response, self.bounds, out)
+        self.lost = lost if self.lost is NO_ROWS else lost | self.lost
+        return out
+
+    def normalized(self, credit: Tensor, normalization: Normalization) -> Tensor:
+        self.choices[rows.SHAPED] = 1
+        self.choices[rows.NORMALIZATION] = NORMALIZATIONS[normalization]
+        self.tensors[rows.SCORE] = torch.zeros(self.batch)
+        self.run()
+        return credit
+
     def run(self) -> None:
         tensors = self.tensors
         flat: list[int] = []
@@ -116,27 +135,40 @@ class Call:
         over_rows(compute, self.batch, self.width, WAYS)
 
 
+def attention_credit(
+    inputs: Sequence[AttentionInputs], response: Response, normalization: Normalization
+) -> Tensor:
+    call = Call(response, compute_dtype(*(x for layer in inputs for x in (layer.query, layer.key))))
+    return call.normalized(call.attended(inputs), normalization)
+
+
+def normalized(raw: Tensor, response: Response, normalization: Normalization) -> Tensor:
+    """Credit from raw weights, which are NaN in rows that are out of range."""
+    call = Call(response, raw.dtype)
+    call.read(rows.RAW, raw)
+    return call.normalized(call.tokens(rows.CREDIT), normalization)
+
+
 def shape_rewards(
     score: Tensor,
-    credit: Tensor | CreditName,
+    credit: Tensor | Sequence[AttentionInputs] | CreditName,
     tokens: TokenInputs,
     response: Response,
     config: ShapingConfig,
 ) -> ShapedRewards:
-    raw = credit if isinstance(credit, Tensor) else None
-    dtype = compute_dtype(score, raw, *(x for x in tokens if x is not tokens.kl_coef))
-    call = Call(response, dtype)
-    call.read(rows.RAW, raw)
-    return shaped(call, score, credit, tokens, config)
-
-
-def shaped(
-    call: Call,
-    score: Tensor,
-    credit: object,
-    tokens: TokenInputs,
-    config: ShapingConfig,
-) -> ShapedRewards:
+    given = [score, *(x for x in tokens if x is not tokens.kl_coef)]
+    attention = not isinstance(credit, Tensor | str)
+    if isinstance(credit, Tensor):
+        given.append(credit)
+    elif not isinstance(credit, str):
+        given += [x for layer in credit for x in (layer.query, layer.key)]
+    call = Call(response, compute_dtype(*given))
+    if isinstance(credit, Tensor):
+        call.read(rows.RAW, credit)
+    if isinstance(credit, Tensor | str):
+        credited = call.tokens(rows.CREDIT)
+    else:
+        credited = call.attended(credit)
     call.read(rows.SCORE, score)
     call.read(rows.TERMINAL, tokens.terminal_reward)
     call.read(rows.TOKEN_REWARDS, tokens.token_rewards)
@@ -161,7 +193,6 @@ def shaped(
         numbers[name] = float("inf") if clip is None else clip
     numbers[rows.KL_COEF] = float(tokens.kl_coef)
     out = call.tokens(rows.REWARDS)
-    credited = call.tensors[rows.CREDIT] if rows.CREDIT in call.tensors else call.tokens(rows.CREDIT)
     has_kl = tokens.kl is not None or tokens.logprobs is not None
     kl = call.tokens(rows.KL_OUT) if has_kl else None
     advantages, returns, moments = call.recurrence(
@@ -171,7 +202,6 @@ def shaped(
     status = call.tensors[rows.STATUS] = torch.empty(call.batch, dtype=torch.int32)
     call.run()
     entropy, last_share, share, error = stats.unbind(1)
-    attention = not isinstance(credit, Tensor | str)
     return ShapedRewards(
         rewards=out,
         advantages=advantages,
