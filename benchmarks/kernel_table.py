@@ -452,7 +452,7 @@ def specialisations_per_key(target: str) -> list[int]:
     """For each key that the launcher gives any of the calls: how many Triton would tell apart."""
     from triton.backends.compiler import GPUTarget
 
-    from csrc_triton.fused import LAUNCHER
+    from csrc_triton.host.attention import LAUNCHER
 
     gpu, found = GPUTarget(*TARGETS[target]), {}
     for launch in captured_launches(itertools.chain(calls(), random_calls())):
