@@ -1,7 +1,7 @@
 """Section 4 of the specification: the recurrence of GAE, backwards over a row.
 
-``W_t = gl W_{t+1} + gl r_t + (gamma - gl) V_t`` and ``A_t = r_t - V_t + W_{t+1}``. What does not need ``W`` is
-computed for a whole block first; the chain itself is one product and one sum a token, and several rows'
+``W_t = gl W_{t+1} + gl r_t + (gamma - gl) V_t`` and ``A_t = r_t - V_t + W_{t+1}``. What does not need ``W``
+is computed for a whole block first; the chain itself is one product and one sum a token, and several rows'
 chains run side by side.
 """
 
@@ -12,8 +12,8 @@ from typing import Any
 from attnshape.cpu.jit import inner
 from attnshape.cpu.layout import (
     ADDEND,
-    ADVANTAGES,
     ADDEND_VALUE,
+    ADVANTAGES,
     BLOCK,
     DELTA,
     FACTOR,
@@ -40,8 +40,10 @@ def delta_of(n: int, s: Any, o: int) -> None:
 
 
 @inner
-def prepare(n: int, gamma: float, gl: float, gl_value: float, chains: int, skip: bool, s: Any, o: int) -> None:
-    """``W_t = factor_t W_{t+1} + addend_t`` of advantages, and of returns where they have a chain of their own.
+def prepare(
+    n: int, gamma: float, gl: float, gl_value: float, chains: int, skip: bool, s: Any, o: int
+) -> None:
+    """``W_t = factor_t W_{t+1} + addend_t`` of advantages, and of returns that have a chain of their own.
 
     The identity past the block, and at masked tokens that are skipped.
     """
@@ -107,7 +109,7 @@ def finish(n: int, s: Any, o: int) -> None:
 
 @inner
 def keep_masked(n: int, skip: bool, later: Any, s: Any, o: int) -> None:
-    """Returns, and at masked tokens what the recurrence carries past them (``zero``: it stands there already).
+    """Returns, and at masked tokens what the recurrence carries past them (``zero``: it stands there).
 
     ``later`` is what the next unmasked token has, of advantages and of returns without their value.
     """

@@ -82,7 +82,7 @@ def log(x: float) -> float:
 
 
 @inner
-def fold(n: int, s: Any, o: int) -> float:
+def fold(n: int, s: Any, o: int) -> Any:
     """Sum of ``s[o : o + n]``, halves onto each other; ``n`` is a power of two. They are 0 afterwards."""
     width = n // 2
     while width > 0:

@@ -7,7 +7,7 @@ depend on its batch or padding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ LAST_VISIBLE, GIVEN, LAST_RESPONSE = range(3)  # AT
 NONE_VISIBLE, LOST = -1, -2
 WORK = 1 << 6
 """Products of a query's and a key's element that take about as long as a token of the loop over rows."""
+Array: TypeAlias = Any
 NO_BOUNDS, NO_SINKS, NO_INDICES = np.empty((0, 2), np.int64), np.empty(0), np.empty(0, np.int64)
 
 
@@ -62,7 +63,7 @@ NO_BOUNDS, NO_SINKS, NO_INDICES = np.empty((0, 2), np.int64), np.empty(0), np.em
 def visible_keys(
     places: Any, layer: Any, b: int, base: int, length: int, last_response: int, s: Any
 ) -> tuple[int, int, int]:  # fmt: skip
-    """Position of the query, first visible key and the one after the last; ``s[t]`` is 1 where ``t`` is visible.
+    """Position of the query, first visible key and the one after the last; ``s[t]`` is 1 where it is visible.
 
     The position is ``LOST`` where an index is out of range, ``NONE_VISIBLE`` where there is nothing to see.
     """
@@ -102,7 +103,8 @@ def visible_keys(
 
 @inner
 def dots_of(
-    places: Any, count: int, width: int, key: int, first: int, end: int, queries: int, row: int, s: Any, o: int, apart: int
+    places: Any, count: int, width: int, key: int, first: int, end: int, queries: int, row: int, s: Any,
+    o: int, apart: int,
 ) -> None:  # fmt: skip
     """``s[o + h * apart + t]``: products of ``count`` queries with the keys that are visible.
 
@@ -153,7 +155,7 @@ def softcapped(cap: float, first: int, end: int, s: Any, o: int) -> None:
 
 
 @inner
-def denominator(sink: float, first: int, end: int, s: Any, seen: int, x: int, sums: int) -> float:
+def denominator(sink: float, first: int, end: int, s: Any, seen: int, x: int, sums: int) -> Any:
     """Replaces scores by ``exp(score - their maximum)``, 0 where not seen; their sum, the sink's too.
 
     Lane ``t % BLOCK`` counted from ``first``; ``sums`` is where the lanes stand.
@@ -189,8 +191,8 @@ def log_add_exp(x: float, y: float) -> float:
 
 @inner
 def attend_row(
-    places: Any, layer: Any, numbers: Any, heads: Any, sinks: Any, b: int, base: int, p: int, first: int, end: int,
-    queries: int, row: int, s: Any, out: Any, o: int, share: float,
+    places: Any, layer: Any, numbers: Any, heads: Any, sinks: Any, b: int, base: int, p: int, first: int,
+    end: int, queries: int, row: int, s: Any, out: Any, o: int, share: float,
 ) -> None:  # fmt: skip
     """Adds ``share`` times the mean over heads of the attention row to ``out[o + t]``."""
     length, width = layer[LENGTH], layer[WIDTH]
@@ -217,7 +219,11 @@ def attend_row(
                 softcapped(numbers[SOFTCAP], first, end, s, x)
             if mask_kind:
                 seen = seen_by_head
-                added = b * places[MASK_ROW, ROW] + h * places[MASK_ROW, HEAD] + (base + first) * places[MASK_ROW, TOKEN]
+                added = (
+                    b * places[MASK_ROW, ROW]
+                    + h * places[MASK_ROW, HEAD]
+                    + (base + first) * places[MASK_ROW, TOKEN]
+                )
                 load(places, MASK_ROW, added, end - first, s, seen + first)
                 for t in range(first, end):
                     hidden = s[seen + t] == -np.inf
@@ -231,7 +237,9 @@ def attend_row(
                 for t in range(first, end):
                     s[x + t] = exp(s[x + t] - lse)
             else:
-                factor = share / denominator(-np.inf if len(sinks) == 0 else sinks[h], first, end, s, seen, x, sums)
+                factor = share / denominator(
+                    -np.inf if len(sinks) == 0 else sinks[h], first, end, s, seen, x, sums
+                )
             for t in range(first, end):
                 out[o + t] += s[x + t] * factor if s[seen + t] != 0.0 else 0.0
         done += count
@@ -239,8 +247,8 @@ def attend_row(
 
 @entry
 def attend(
-    places: Any, bounds: Any, lost: Any, layer: Any, numbers: Any, heads: Any, sinks: Any, last: Any, share: float,
-    scratch: Any, typed: Any, means: Any, low: int, high: int,
+    places: Any, bounds: Any, lost: Any, layer: Any, numbers: Any, heads: Any, sinks: Any, last: Any,
+    share: float, scratch: Any, typed: Any, means: Any, low: int, high: int,
 ) -> None:  # fmt: skip
     """Adds ``share`` times a layer's head mean of rows ``low:high`` to ``means``; notes rows that are lost.
 
@@ -288,7 +296,7 @@ def write_rows(places: Any, bounds: Any, lost: Any, length: int, means: Any, low
 
 
 @inner
-def key_of(places: Any, b: int, base: int, t: int) -> int:
+def key_of(places: Any, b: int, base: int, t: int) -> Any:
     """Key position of a response token."""
     if places[INDEX, ADDRESS] != 0:
         return load_index(places, INDEX, b, base + t)
@@ -297,8 +305,8 @@ def key_of(places: Any, b: int, base: int, t: int) -> int:
 
 @entry
 def write_responses(
-    places: Any, bounds: Any, of_keys: Any, lost: Any, length: int, keys: int, means: Any, scratch: Any, low: int,
-    high: int,
+    places: Any, bounds: Any, of_keys: Any, lost: Any, length: int, keys: int, means: Any, scratch: Any,
+    low: int, high: int,
 ) -> None:  # fmt: skip
     """Weights of response tokens, 0 where masked or without a key; notes rows that point outside their keys.
 
@@ -376,7 +384,7 @@ class Layer:
         query_rows = None if packed and whole else 0
         query_tokens = (0 if packed else 2) if whole else None
         lse_tokens = query_tokens
-        mask_heads = (heads_axis if by_head else None)
+        mask_heads = heads_axis if by_head else None
         mask_tokens = 0 if packed else (2 if by_head else 1)
         self.places = np.array(
             [
@@ -406,16 +414,16 @@ class Layer:
             self.keys = int(self.bounds[:, 1].max(initial=0))
             self.choices[LENGTH] = self.keys
 
-    def attend(self, lost: np.ndarray, last: np.ndarray, share: float, means: np.ndarray, low: int, high: int) -> None:
+    def attend(self, lost: Array, last: Array, share: float, means: Array, low: int, high: int) -> None:
         scratch = np.empty((2 + self.group) * self.keys + BLOCK)
         typed = np.empty(8 * (self.group + 1) * (self.width + lanes.LANES), np.uint8)
         attend(
-            self.places, self.bounds, lost, self.choices, self.numbers, self.heads, self.sinks, last, share, scratch,
-            typed, means, low, high,
+            self.places, self.bounds, lost, self.choices, self.numbers, self.heads, self.sinks, last, share,
+            scratch, typed, means, low, high,
         )  # fmt: skip
 
 
-def _over_rows(layers: Sequence[Layer], last: np.ndarray, finish: Any) -> np.ndarray:
+def _over_rows(layers: Sequence[Layer], last: Array, finish: Any) -> Array:
     """``finish(lost, means, low, high)`` of all rows; the rows that are lost."""
     first = layers[0]
     batch, keys = len(first.lost), first.keys
@@ -438,17 +446,19 @@ def attention_row(inputs: Sequence[AttentionInputs]) -> Tensor:
     layers = [Layer(x) for x in inputs]
     shape = first.key.shape[:1] if first.packed else (first.key.shape[0], first.key.shape[2])
     out = (torch.zeros if first.packed else torch.empty)(shape, dtype=dtype)
-    places = np.array([(0,) * 6] * OUT + [_place(out, None if first.packed else 0, out.ndim - 1, None, None)], np.int64)
+    places = np.array(
+        [(0,) * 6] * OUT + [_place(out, None if first.packed else 0, out.ndim - 1, None, None)], np.int64
+    )
 
-    def finish(lost: np.ndarray, means: np.ndarray, low: int, high: int, held: object = out) -> None:
+    def finish(lost: Array, means: Array, low: int, high: int, held: object = out) -> None:
         write_rows(places, layers[0].bounds, lost, layers[0].keys, means, low, high)
 
     _over_rows(layers, NO_INDICES, finish)
     return out
 
 
-def raw_credit(inputs: Sequence[AttentionInputs], response: Response, bounds: np.ndarray, out: Tensor) -> np.ndarray:
-    """Writes the attention row at the response tokens to ``out``; the rows that are out of range, uint8 ``[B]``."""
+def raw_credit(inputs: Sequence[AttentionInputs], response: Response, bounds: Array, out: Tensor) -> Array:
+    """Writes the attention row at the response tokens to ``out``; rows out of range, uint8 ``[B]``."""
     layers = [Layer(x) for x in inputs]
     mask = response.mask if response.mask.dtype in KINDS else response.mask != 0
     held = (mask, response.index, response.start, out)
@@ -469,7 +479,7 @@ def raw_credit(inputs: Sequence[AttentionInputs], response: Response, bounds: np
         last = np.empty(inputs[0].batch_size, np.int64)
         last_keys(places, bounds, width, np.empty(1), last)
 
-    def finish(lost: np.ndarray, means: np.ndarray, low: int, high: int, held: object = held) -> None:
+    def finish(lost: Array, means: Array, low: int, high: int, held: object = held) -> None:
         scratch = np.empty(2 * BLOCK)
         write_responses(
             places, bounds, layers[0].bounds, lost, width, layers[0].keys, means, scratch, low, high

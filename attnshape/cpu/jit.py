@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+from numba import extending
 from numba.core import caching
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -18,6 +20,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 # No fast-math flag and no contraction into fused multiply-adds: every operation is rounded as it is written,
 # so the bits are those of any machine. Division by zero gives infinity, as in PyTorch.
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": False}
+
+
+def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is given as the code of the compiler."""
+    return extending.intrinsic(function)  # type: ignore[no-any-return]
 
 
 def inner(function: F) -> F:
@@ -96,7 +103,5 @@ class _Cache(caching.FunctionCache):  # type: ignore[misc]
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        try:
+        with contextlib.suppress(OSError):
             super().save_overload(sig, data)
-        except OSError:
-            pass

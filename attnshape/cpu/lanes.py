@@ -7,14 +7,14 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic, models, register_model
+from numba.extending import models, register_model
 
-from attnshape.cpu.jit import inner
+from attnshape.cpu.jit import inner, intrinsic
 
 LANES = 16
 
 
-class _Lanes(types.Type):  # type: ignore[misc]
+class _Lanes(types.Type):
     def __init__(self, element: Any) -> None:
         super().__init__(f"Lanes({element})")
         self.element = element
@@ -69,7 +69,7 @@ def _from_float16(builder: Any, x: Any) -> Any:
 def _reader(lanes: _Lanes, stored: ir.Type, decode: Callable[[Any, Any], Any], size: int) -> Any:
     """``read(address, index)``: sixteen elements from ``index`` on."""
 
-    @intrinsic  # type: ignore[misc, untyped-decorator]
+    @intrinsic
     def read(typingctx: Any, address: Any, index: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             address, index = arguments
@@ -82,7 +82,7 @@ def _reader(lanes: _Lanes, stored: ir.Type, decode: Callable[[Any, Any], Any], s
     return read
 
 
-@intrinsic  # type: ignore[misc, untyped-decorator]
+@intrinsic
 def multiply_add(typingctx: Any, total: Any, x: Any, y: Any) -> Any:
     """``total + x * y``, rounded twice."""
 
@@ -93,7 +93,7 @@ def multiply_add(typingctx: Any, total: Any, x: Any, y: Any) -> Any:
     return total(total, total, total), codegen
 
 
-@intrinsic  # type: ignore[misc, untyped-decorator]
+@intrinsic
 def fold_lanes(typingctx: Any, x: Any) -> Any:
     """Sum of the lanes, halves onto each other, as float64."""
 
@@ -115,7 +115,7 @@ def fold_lanes(typingctx: Any, x: Any) -> Any:
 
 
 def _zero(lanes: _Lanes) -> Any:
-    @intrinsic  # type: ignore[misc, untyped-decorator]
+    @intrinsic
     def zero(typingctx: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return ir.Constant(lanes.vector, [0.0] * LANES)
@@ -133,7 +133,9 @@ def _dots(read_query: Any, read_key: Any, zero: Any) -> tuple[Any, Any]:
     """
 
     @inner
-    def four(queries: int, apart: int, q: int, keys: int, k: int, width: int) -> tuple[float, float, float, float]:
+    def four(
+        queries: int, apart: int, q: int, keys: int, k: int, width: int
+    ) -> tuple[float, float, float, float]:
         a, b, c, d = zero(), zero(), zero(), zero()
         for i in range(0, width, LANES):
             key = read_key(keys, k + i)
@@ -144,7 +146,7 @@ def _dots(read_query: Any, read_key: Any, zero: Any) -> tuple[Any, Any]:
         return fold_lanes(a), fold_lanes(b), fold_lanes(c), fold_lanes(d)
 
     @inner
-    def one(queries: int, q: int, keys: int, k: int, width: int) -> float:
+    def one(queries: int, q: int, keys: int, k: int, width: int) -> Any:
         a = zero()
         for i in range(0, width, LANES):
             a = multiply_add(a, read_query(queries, q + i), read_key(keys, k + i))

@@ -13,11 +13,12 @@ from attnshape.cpu.memory import load_mask, start_of
 BLOCK = 128
 """Tokens that are held at once, as float64, while a row is swept; counted from its first unmasked token."""
 
-# Fields of the scratch memory: token ``t`` of a block is at ``o + FIELD + t``, with ``o`` the row's place in it.
-LIVE, RAW, VALUES, LOGPROBS, REF_LOGPROBS, KL, TOKEN_REWARDS = (i * BLOCK for i in range(7))  # as they are read
-REWARDS, CREDIT, KL_OUT, ADVANTAGES, RETURNS = (i * BLOCK for i in range(7, 12))  # as they are written
-DELTA, FACTOR, ADDEND, FACTOR_VALUE, ADDEND_VALUE = (i * BLOCK for i in range(12, 17))  # of the recurrence
-SUM, SUM_2 = (i * BLOCK for i in range(17, 19))  # over blocks: a lane for each place in a block, folded last
+# Fields of the scratch memory: token ``t`` of a block is at ``o + FIELD + t``, with ``o`` the row's place.
+# As they are read, as they are written, of the recurrence, and sums over blocks: a lane for each place.
+LIVE, RAW, VALUES, LOGPROBS, REF_LOGPROBS, KL, TOKEN_REWARDS = (i * BLOCK for i in range(7))
+REWARDS, CREDIT, KL_OUT, ADVANTAGES, RETURNS = (i * BLOCK for i in range(7, 12))
+DELTA, FACTOR, ADDEND, FACTOR_VALUE, ADDEND_VALUE = (i * BLOCK for i in range(12, 17))
+SUM, SUM_2 = (i * BLOCK for i in range(17, 19))
 HELD = 19 * BLOCK
 """Numbers held of a row."""
 
@@ -37,8 +38,10 @@ def bounds_of(cu_seqlens: Tensor, total: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @inner
-def survey(places: Any, mask: int, row: int, base: int, length: int, at: int, s: Any, o: int) -> tuple[int, int, int, int]:
-    """Of a row's tokens: the first unmasked, the one after the last unmasked, how many are, whether ``at`` is."""
+def survey(
+    places: Any, mask: int, row: int, base: int, length: int, at: int, s: Any, o: int
+) -> tuple[int, int, int, int]:
+    """The row's first unmasked token, the one after the last unmasked, how many are, whether ``at`` is."""
     first, end, count, at_live = -1, 0, 0, 0
     for t in range(0, length, BLOCK):
         n = min(BLOCK, length - t)
@@ -47,7 +50,7 @@ def survey(places: Any, mask: int, row: int, base: int, length: int, at: int, s:
             continue
         count += found
         if t <= at < t + n:
-            at_live = np.int64(s[o + at - t])
+            at_live = 1 if s[o + at - t] != 0.0 else 0
         if first < 0:
             first = t
             while s[o + first - t] == 0.0:

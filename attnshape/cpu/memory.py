@@ -6,23 +6,22 @@ blocks are float64. What is read is upcast, which is exact; what is written is r
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
-
-import operator
 
 import numpy as np
 import torch
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic, models, overload, register_model
+from numba.extending import models, overload, register_model
 from torch import Tensor
 
-from attnshape.cpu.jit import inner
+from attnshape.cpu.jit import inner, intrinsic
 
 ADDRESS, KIND, ROW, TOKEN, HEAD, OTHER = 0, 1, 2, 3, 4, 5
-"""Columns of a table of places: where the first element is, its dtype, and strides in elements. The last two are
-those of queries and keys."""
+"""Columns of a table of places: where the first element is, its dtype, and strides in elements. The last two
+are those of queries and keys."""
 
 F32, F64, BF16, F16, I8, I16, I32, I64 = 1, 2, 3, 4, 5, 6, 7, 8
 KINDS: dict[torch.dtype, int] = {
@@ -64,14 +63,14 @@ def _pointer_access(dtype: Any, element: ir.Type) -> tuple[Callable[..., Any], C
         base = builder.inttoptr(address, ir.PointerType(element))
         return builder.gep(base, [index], inbounds=True)
 
-    @intrinsic  # type: ignore[misc, untyped-decorator]
+    @intrinsic
     def read(typingctx: Any, address: Any, index: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return builder.load(pointer(builder, *arguments))
 
         return dtype(types.int64, types.int64), codegen
 
-    @intrinsic  # type: ignore[misc, untyped-decorator]
+    @intrinsic
     def write(typingctx: Any, address: Any, index: Any, value: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             address, index, value = arguments
@@ -91,7 +90,7 @@ read_i32, write_i32 = _pointer_access(types.int32, ir.IntType(32))
 read_i64, _ = _pointer_access(types.int64, ir.IntType(64))
 
 
-@intrinsic  # type: ignore[misc, untyped-decorator]
+@intrinsic
 def as_f32(typingctx: Any, bits: Any) -> Any:
     """The float32 of these bits."""
 
@@ -101,7 +100,7 @@ def as_f32(typingctx: Any, bits: Any) -> Any:
     return types.float32(types.int32), codegen
 
 
-@intrinsic  # type: ignore[misc, untyped-decorator]
+@intrinsic
 def as_f64(typingctx: Any, bits: Any) -> Any:
     """The float64 of these bits."""
 
@@ -111,7 +110,7 @@ def as_f64(typingctx: Any, bits: Any) -> Any:
     return types.float64(types.int64), codegen
 
 
-@intrinsic  # type: ignore[misc, untyped-decorator]
+@intrinsic
 def bits_of(typingctx: Any, x: Any) -> Any:
     """The bits of a float64."""
 
@@ -123,7 +122,7 @@ def bits_of(typingctx: Any, x: Any) -> Any:
 
 @inner
 def widened(places: Any, name: int, start: int, n: int, padded: int, out: int) -> None:
-    """Elements along ``TOKEN`` to the memory at ``out``, zeros up to ``padded``: float32, of float64 float64."""
+    """Elements along ``TOKEN`` to the memory at ``out``, then zeros: float32, of float64 float64."""
     address, kind, stride = places[name, ADDRESS], places[name, KIND], places[name, TOKEN]
     if kind == F64:
         for t in range(n):
@@ -147,7 +146,7 @@ def widened(places: Any, name: int, start: int, n: int, padded: int, out: int) -
 # Scratch memory --------------------------------------------------------------------------------------
 
 
-class _Scratch(types.Type):  # type: ignore[misc]
+class _Scratch(types.Type):
     def __init__(self) -> None:
         super().__init__("Scratch")
 
@@ -161,7 +160,7 @@ class _ScratchModel(models.PrimitiveModel):  # type: ignore[misc]
         super().__init__(dmm, fe_type, ir.PointerType(ir.DoubleType()))
 
 
-@intrinsic  # type: ignore[misc, untyped-decorator]
+@intrinsic
 def scratch_of(typingctx: Any, array: Any) -> Any:
     """The memory of a float64 array, whose indices are taken as they are: none counts from the end.
 
@@ -174,7 +173,7 @@ def scratch_of(typingctx: Any, array: Any) -> Any:
     return SCRATCH(array), codegen
 
 
-@intrinsic  # type: ignore[misc, untyped-decorator]
+@intrinsic
 def _get(typingctx: Any, scratch: Any, index: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.load(builder.gep(arguments[0], [arguments[1]], inbounds=True))
@@ -182,7 +181,7 @@ def _get(typingctx: Any, scratch: Any, index: Any) -> Any:
     return types.float64(SCRATCH, types.int64), codegen
 
 
-@intrinsic  # type: ignore[misc, untyped-decorator]
+@intrinsic
 def _put(typingctx: Any, scratch: Any, index: Any, value: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         builder.store(arguments[2], builder.gep(arguments[0], [arguments[1]], inbounds=True))
@@ -191,14 +190,14 @@ def _put(typingctx: Any, scratch: Any, index: Any, value: Any) -> Any:
     return types.void(SCRATCH, types.int64, types.float64), codegen
 
 
-@overload(operator.getitem)  # type: ignore[misc, untyped-decorator]
+@overload(operator.getitem)
 def _getitem(scratch, index):  # type: ignore[no-untyped-def]
     if isinstance(scratch, _Scratch):
         return lambda scratch, index: _get(scratch, index)
     return None
 
 
-@overload(operator.setitem)  # type: ignore[misc, untyped-decorator]
+@overload(operator.setitem)
 def _setitem(scratch, index, value):  # type: ignore[no-untyped-def]
     if isinstance(scratch, _Scratch):
         return lambda scratch, index, value: _put(scratch, index, value)
@@ -209,16 +208,15 @@ def _setitem(scratch, index, value):  # type: ignore[no-untyped-def]
 
 
 @inner
-def start_of(places: Any, name: int, row: int, token: int) -> int:
+def start_of(places: Any, name: int, row: int, token: int) -> Any:
     """Index of a token's element: of a row of ``[B, R]``, or of ``[M]``, whose rows have no stride."""
     return row * places[name, ROW] + token * places[name, TOKEN]
 
 
 @inner
-def half(bits: int) -> float:
+def half(bits: Any) -> Any:
     """The number that these bits of a float16 stand for."""
-    bits = np.int32(bits)
-    sign, size = (bits & 0x8000) << 16, bits & 0x7FFF
+    sign, size = (np.int32(bits) & 0x8000) << 16, np.int32(bits) & 0x7FFF
     normal = as_f32(sign | ((size << 13) + (112 << 23)))
     small = np.float32(size) * np.float32(2.0**-24)
     special = as_f32(sign | (size << 13) | 0x7F800000)
@@ -291,7 +289,7 @@ def load_mask(places: Any, name: int, start: int, n: int, s: Any, o: int) -> int
 
 
 @inner
-def load_index(places: Any, name: int, row: int, token: int) -> int:
+def load_index(places: Any, name: int, row: int, token: int) -> Any:
     """Element of a tensor of int32 or int64, ``[B]`` or ``[B, R]``."""
     at = start_of(places, name, row, token)
     if places[name, KIND] == I64:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from attnshape.cpu.arithmetic import expm1, fold, log
 from attnshape.cpu.jit import inner
 from attnshape.cpu.layout import (
@@ -37,7 +39,7 @@ def clamp(x: float, low: float, high: float) -> float:
 def mass_of(
     places: Any, mask: int, raw: int, row: int, base: int, first: int, end: int, s: Any, o: int
 ) -> tuple[float, float, float]:
-    """Sums of a row's raw weights ``x`` and of ``x log x``, and the last of them."""
+    """Sums of a row's raw weights ``x``, a negative one as ``-inf``, and of ``x log x``; the last of them."""
     last = 0.0
     for t in range(first, end, BLOCK):
         n = min(BLOCK, end - t)
@@ -46,7 +48,7 @@ def mass_of(
         last = s[o + RAW + n - 1]
         for j in range(n):
             x = s[o + RAW + j] if s[o + LIVE + j] != 0.0 else 0.0
-            s[o + SUM + j] += x
+            s[o + SUM + j] += -np.inf if x < 0.0 else x
             s[o + SUM_2 + j] += x * log(x) if x != 0.0 else 0.0
     return fold(BLOCK, s, o + SUM), fold(BLOCK, s, o + SUM_2), last
 

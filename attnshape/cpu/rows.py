@@ -54,7 +54,7 @@ LAST_UNMASKED, LAST_TOKEN, INDEXED = 0, 1, 2  # SCORE_AT
 BASE, WIDTH, ANCHOR, BEGIN, END, COUNT, LAST, AT, ON_SCORE, TOP, BLOCKS, FLAGS, FINITE, KEEP = range(14)
 SCALE, HOT, SCORE_SHARE, SCORE_TOKEN, AFTER, NEAR = range(6)
 
-FALLBACK, EMPTY, SCORE_MASKED, OUT_OF_RANGE, NONFINITE = [int(flag) for flag in Status]
+FALLBACK, EMPTY, SCORE_MASKED, OUT_OF_RANGE, NONFINITE, NEGATIVE = [int(flag) for flag in Status]
 
 
 ROW_INTEGERS, ROW_NUMBERS = 14, 6
@@ -70,7 +70,9 @@ def fill_row(places: Any, b: int, token: int, n: int, x: float) -> None:
 
 
 @inner
-def open_row(places: Any, choices: Any, b: int, base: int, length: int, lost: bool, row: Any, i: int, s: Any) -> None:
+def open_row(
+    places: Any, choices: Any, b: int, base: int, length: int, lost: bool, row: Any, i: int, s: Any
+) -> None:
     """Finds the row's tokens and cuts them into blocks; outputs are 0 outside."""
     at = length - 1 if choices[SCORE_AT] == LAST_TOKEN else -1
     if choices[SCORE_AT] == INDEXED:
@@ -79,7 +81,13 @@ def open_row(places: Any, choices: Any, b: int, base: int, length: int, lost: bo
     if choices[SCORE_AT] == LAST_UNMASKED:
         at, on_score = end - 1, 1
     lost = lost or (count > 0 and not 0 <= at < length)
-    row[i, BASE], row[i, WIDTH], row[i, ANCHOR], row[i, COUNT], row[i, LAST] = base, length, first, count, end - 1
+    row[i, BASE], row[i, WIDTH], row[i, ANCHOR], row[i, COUNT], row[i, LAST] = (
+        base,
+        length,
+        first,
+        count,
+        end - 1,
+    )
     row[i, AT], row[i, ON_SCORE], row[i, FINITE], row[i, BLOCKS] = at, on_score, 1, 0
     row[i, FLAGS] = OUT_OF_RANGE if lost else (EMPTY if count == 0 else (0 if on_score else SCORE_MASKED))
     row[i, KEEP] = choices[KEEP_MASKED] if not lost else 0
@@ -104,7 +112,9 @@ def weigh_row(
         mass, xlogx, last = mass_of(
             places, MASK, RAW, b, row[i, BASE], row[i, ANCHOR], row[i, LAST] + 1, s, i * HELD
         )  # fmt: skip
-        if choices[NORMALIZATION] != AS_IS and mass < MIN_MASS:
+        if mass == -np.inf:
+            row[i, FLAGS] |= NEGATIVE
+        if mass == -np.inf or (choices[NORMALIZATION] != AS_IS and mass < MIN_MASS):
             row[i, FLAGS] |= FALLBACK
             source = SPARSE
         else:
@@ -210,7 +220,9 @@ def open_block(
 
 
 @inner
-def close_block(places: Any, choices: Any, b: int, t: int, n: int, row: Any, of: Any, later: Any, i: int, s: Any) -> None:
+def close_block(
+    places: Any, choices: Any, b: int, t: int, n: int, row: Any, of: Any, later: Any, i: int, s: Any
+) -> None:
     """Advantages and returns of a block, once the chains have run over it."""
     o, last = i * HELD, row[i, LAST] - t
     advantages_of(n, choices[DECOUPLED], s, o)
@@ -239,7 +251,12 @@ def sweep(
     """
     s = scratch_of(scratch)
     row, of = np.zeros((WAYS, ROW_INTEGERS), np.int64), np.zeros((WAYS, ROW_NUMBERS))
-    given, stats, later, w = np.zeros((WAYS, PLACES)), np.zeros((WAYS, 4)), np.zeros((WAYS, 2)), np.zeros((2, WAYS))
+    given, stats, later, w = (
+        np.zeros((WAYS, PLACES)),
+        np.zeros((WAYS, 4)),
+        np.zeros((WAYS, 2)),
+        np.zeros((2, WAYS)),
+    )
     chains = 0 if places[ADVANTAGES, ADDRESS] == 0 else 1 + choices[DECOUPLED]
     skip = choices[SKIP] != 0
     for b in range(low, high, WAYS):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from attnshape.config import GroupConfig, Normalization, ShapingConfig
 from attnshape.cpu import rewards, rows
 from attnshape.cpu.advantages import WAYS
 from attnshape.cpu.attention import raw_credit
@@ -17,19 +17,20 @@ from attnshape.cpu.layout import HELD, bounds_of
 from attnshape.cpu.memory import KINDS, NOWHERE, place_of
 from attnshape.cpu.threads import over_rows
 from attnshape.types import (
+    KL,
+    Advantages,
     AttentionInputs,
     CreditName,
-    MaskSemantics,
-    Normalization,
+    GroupAdvantages,
     Response,
     RowStats,
     ShapedRewards,
-    ShapingConfig,
     TokenInputs,
     compute_dtype,
     decay,
     float32_rounded,
 )
+from attnshape.vectorized import groups
 
 NORMALIZATIONS = {"sum_to_one": rows.TO_ONE, "sum_to_length": rows.TO_LENGTH, "none": rows.AS_IS}
 ESTIMATORS = {"k1": rewards.K1, "abs": rewards.ABS, "k2": rewards.K2, "k3": rewards.K3}
@@ -76,27 +77,21 @@ class Call:
         return out
 
     def recurrence(
-        self,
-        values: Tensor | None,
-        bootstrap: Tensor | None,
-        gamma: float,
-        lam: float | Tensor,
-        lam_value: float | Tensor | None,
-        mask_semantics: MaskSemantics,
+        self, values: Tensor | None, bootstrap: Tensor | None, config: ShapingConfig
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sets what GAE needs; the outputs advantages, returns and moments."""
         self.read(rows.VALUES, values)
         self.read(rows.BOOTSTRAP, bootstrap)
-        self.choices[rows.SKIP] = mask_semantics == "skip"
-        self.numbers[rows.GAMMA] = float32_rounded(gamma)
-        if values is None:
-            lam, lam_value = 1.0, None
-        decays = [(rows.GL, rows.GL_ALL, lam)]
-        if lam_value is not None:
+        self.choices[rows.SKIP] = config.mask_semantics == "skip"
+        self.choices[rows.KEEP_MASKED] = config.carry_masked
+        self.numbers[rows.GAMMA] = float32_rounded(config.gamma)
+        lams: list[float | Tensor] = [1.0] if values is None else [config.lam]
+        if values is not None and config.lam_value is not None:
             self.choices[rows.DECOUPLED] = 1
-            decays.append((rows.GL_VALUE, rows.GL_VALUE_ALL, lam_value))
-        for name, number, x in decays:
-            gl = decay(gamma, x)
+            lams.append(config.lam_value)
+        places = ((rows.GL, rows.GL_ALL), (rows.GL_VALUE, rows.GL_VALUE_ALL))
+        for lam, (name, number) in zip(lams, places, strict=False):
+            gl = decay(config.gamma, lam)
             if isinstance(gl, Tensor):
                 self.tensors[name] = gl
             else:
@@ -142,13 +137,6 @@ def attention_credit(
     return call.normalized(call.attended(inputs), normalization)
 
 
-def normalized(raw: Tensor, response: Response, normalization: Normalization) -> Tensor:
-    """Credit from raw weights, which are NaN in rows that are out of range."""
-    call = Call(response, raw.dtype)
-    call.read(rows.RAW, raw)
-    return call.normalized(call.tokens(rows.CREDIT), normalization)
-
-
 def shape_rewards(
     score: Tensor,
     credit: Tensor | Sequence[AttentionInputs] | CreditName,
@@ -156,7 +144,8 @@ def shape_rewards(
     response: Response,
     config: ShapingConfig,
 ) -> ShapedRewards:
-    given = [score, *(x for x in tokens if x is not tokens.kl_coef)]
+    given = [score, *tokens.floating]
+    kl = tokens.kl or KL(None, None, 0.0)
     attention = not isinstance(credit, Tensor | str)
     if isinstance(credit, Tensor):
         given.append(credit)
@@ -172,15 +161,14 @@ def shape_rewards(
     call.read(rows.SCORE, score)
     call.read(rows.TERMINAL, tokens.terminal_reward)
     call.read(rows.TOKEN_REWARDS, tokens.token_rewards)
-    call.read(rows.KL, tokens.kl)
-    call.read(rows.LOGPROBS, tokens.logprobs)
-    call.read(rows.REF_LOGPROBS, tokens.ref_logprobs)
+    call.read(rows.KL, kl.estimate)
+    call.read(rows.LOGPROBS, kl.logprobs)
+    call.read(rows.REF_LOGPROBS, kl.ref_logprobs)
     choices, numbers = call.choices, call.numbers
     choices[rows.SHAPED] = 1
     choices[rows.SOURCE] = SOURCES[credit] if isinstance(credit, str) else rows.WEIGHTS
     choices[rows.NORMALIZATION] = NORMALIZATIONS[config.normalization]
-    choices[rows.KL_KIND] = ESTIMATORS[config.kl_estimator] if tokens.kl is None else rewards.GIVEN
-    choices[rows.KEEP_MASKED] = not config.zero_masked
+    choices[rows.KL_KIND] = ESTIMATORS[config.kl_estimator] if kl.estimate is None else rewards.GIVEN
     choices[rows.ZERO_LOST] = config.on_nan == "zero_row"
     if isinstance(config.score_index, Tensor):
         choices[rows.SCORE_AT] = rows.INDEXED
@@ -191,13 +179,10 @@ def shape_rewards(
     numbers[rows.SCORE_LOW], numbers[rows.SCORE_HIGH] = config.score_bounds
     for name, clip in ((rows.KL_INPUT, config.kl_input_clip), (rows.KL_OUTPUT, config.kl_output_clip)):
         numbers[name] = float("inf") if clip is None else clip
-    numbers[rows.KL_COEF] = float(tokens.kl_coef)
+    numbers[rows.KL_COEF] = float(kl.coef)
     out = call.tokens(rows.REWARDS)
-    has_kl = tokens.kl is not None or tokens.logprobs is not None
-    kl = call.tokens(rows.KL_OUT) if has_kl else None
-    advantages, returns, moments = call.recurrence(
-        tokens.values, tokens.bootstrap, config.gamma, config.lam, config.lam_value, config.mask_semantics
-    )
+    penalty = None if tokens.kl is None else call.tokens(rows.KL_OUT)
+    advantages, returns, moments = call.recurrence(tokens.values, tokens.bootstrap, config)
     stats = call.of_rows(rows.STATS, 4)
     status = call.tensors[rows.STATUS] = torch.empty(call.batch, dtype=torch.int32)
     call.run()
@@ -207,9 +192,10 @@ def shape_rewards(
         advantages=advantages,
         returns=returns,
         credit=credited,
-        kl=kl,
+        kl=penalty,
         status=status,
-        row_stats=RowStats(entropy, last_share, share if attention else None, error, moments),
+        moments=moments,
+        row_stats=RowStats(entropy, last_share, share if attention else None, error),
     )
 
 
@@ -217,17 +203,21 @@ def gae(
     rewards: Tensor,
     values: Tensor | None,
     response: Response,
-    gamma: float,
-    lam: float | Tensor,
-    lam_value: float | Tensor | None,
-    mask_semantics: MaskSemantics,
+    config: ShapingConfig,
     bootstrap: Tensor | None,
-    return_moments: bool = False,
-    zero_masked: bool = True,
-) -> tuple[Tensor, ...]:
+) -> Advantages:
     call = Call(response, compute_dtype(rewards, values, bootstrap))
     call.read(rows.TOKEN_REWARDS, rewards)
-    call.choices[rows.KEEP_MASKED] = not zero_masked
-    out = call.recurrence(values, bootstrap, gamma, lam, lam_value, mask_semantics)
+    out = Advantages(*call.recurrence(values, bootstrap, config))
     call.run()
-    return out if return_moments else out[:2]
+    return out
+
+
+def spread(
+    parts: Tensor, credits: Sequence[groups.Weights], response: Response, config: GroupConfig
+) -> GroupAdvantages:
+    raws = [
+        attention_credit(x, response, "none") if x is not None and not isinstance(x, Tensor) else x
+        for x in credits
+    ]
+    return groups.spread(parts, raws, response, config)

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attnshape.config import Whitening
 from attnshape.cpu.advantages import add_moments
 from attnshape.cpu.arithmetic import fold
 from attnshape.cpu.jit import entry, inner
 from attnshape.cpu.layout import ADVANTAGES, BLOCK, HELD, LIVE, SUM, SUM_2
 from attnshape.cpu.memory import KINDS, load, load_mask, scratch_of, start_of, store, table_of
 from attnshape.cpu.threads import over_rows
-from attnshape.types import EpsMode, compute_dtype
+from attnshape.types import compute_dtype
 
 MASK, X, OUT = range(3)
 CHUNK = 1 << 14
@@ -108,13 +109,9 @@ def apply(
 def whiten(
     x: Tensor,
     mask: Tensor,
+    config: Whitening,
     moments: Tensor | None,
     gather: Callable[[Tensor], Tensor] | None,
-    bessel: bool,
-    eps: float,
-    eps_mode: EpsMode,
-    shift_mean: bool,
-    zero_masked: bool,
 ) -> Tensor:
     shape = (1, x.numel()) if x.ndim < 2 or not x.numel() else (-1, x.shape[-1])
     mask = mask if mask.dtype in KINDS else mask != 0
@@ -138,10 +135,12 @@ def whiten(
     if gather is not None:
         merge(gather(torch.from_numpy(folded)).numpy(), folded)
 
+    mode = EPS_MODES[config.eps_mode]
+
     def applied(low: int, high: int, held: object = tensors) -> None:
-        scratch = np.zeros(HELD)
         apply(
-            places, width, folded, bessel, eps, EPS_MODES[eps_mode], shift_mean, zero_masked, scratch, low, high
+            places, width, folded, config.bessel, config.eps, mode, config.shift_mean,
+            not config.whiten_masked, np.zeros(HELD), low, high,
         )  # fmt: skip
 
     over_rows(applied, units, work)
