@@ -292,8 +292,14 @@ class Attended:
 
     def with_flow(self, inputs: AttentionInputs, moved: Norms | Pulls) -> AttentionInputs | SignedLayer:
         """``inputs`` with what the layer moved."""
+        if moved.strange:
+            raise ValueError(
+                f"source: {type(self.module).__name__} is part of a layer that adds something else to its "
+                "residual stream than a multiple of what the attention gives; want source='attention' or a "
+                "gradient source"
+            )
         packed = inputs.packed
-        first, second = (x[0] if packed else x for x in moved)
+        first, second = (x[0] if packed else x for x in moved[:2])
         if isinstance(moved, Pulls):
             if packed:
                 first, second = first.transpose(0, 1), second.transpose(0, 1)

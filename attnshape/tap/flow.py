@@ -19,6 +19,8 @@ class Norms(NamedTuple):
     """``|W_O,h v[h, t]|``, ``[B, Hq, S]``."""
     residual: Tensor
     """``|x[s]|``, ``[B, S]``, divided by the factor that the layer puts on what its attention adds."""
+    strange: Tensor
+    """Whether the layer adds something else to the residual stream than such a multiple."""
 
 
 class Pulls(NamedTuple):
@@ -28,6 +30,8 @@ class Pulls(NamedTuple):
     """``[B, Hkv, S, Dv]``, the layer's own, by reference."""
     pull: Tensor
     """``W_O,h^T y[s] / |y[s]|^2``, ``[B, Hq, S, Dv]``."""
+    strange: Tensor
+    """As in ``Norms``."""
 
 
 class Flow:
@@ -36,7 +40,9 @@ class Flow:
     The output projection is the child of the attention module that is called with the attention function's
     output itself and whose output the module returns. What other children of the layer make of that before it
     is added (a norm in Gemma 2 and OLMo 2, dropout) is followed in the same way, and counts as one factor per
-    position; Granite's constant factor is the layer's ``residual_multiplier``.
+    position. The stream after the attention, ``x + c * added``, is what a later child is called with, or what
+    the layer returns once another child's output is taken off (attention and MLP side by side): that gives
+    ``c``, which is 1 but in Granite and the like, and shows layers that do otherwise.
 
     Args:
         attention: the attention module.
@@ -62,6 +68,8 @@ class Flow:
         self._projected: Tensor | None = None
         self._out: Tensor | None = None
         self._added: Tensor | None = None
+        self._later: list[Tensor] = []  # what other children are called with, and return
+        self._beside: list[Tensor] = []
 
     def open(self) -> None:
         """Hook the modules; ``close`` undoes it."""
@@ -77,7 +85,7 @@ class Flow:
             self._handles.append(child.register_forward_pre_hook(self._guarded(self._on_projection)))
             self._handles.append(child.register_forward_hook(self._guarded(self._on_projected)))
         self._handles += [
-            m.register_forward_hook(self._guarded(self._on_addition))
+            m.register_forward_hook(self._guarded(self._on_child))
             for m in layer.children()
             if m is not attention
         ]
@@ -126,17 +134,24 @@ class Flow:
         if self._heads is not None:
             self._out = self._added = (output[0] if isinstance(output, tuple) else output).detach()
 
-    def _on_addition(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if args and _same(args[0], self._added) and isinstance(output, Tensor):
+    def _on_child(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        given = args[0] if args else None
+        output = output[0] if isinstance(output, tuple) else output
+        if _same(given, self._added) and isinstance(output, Tensor):
             self._added = output.detach()
+            return
+        if isinstance(given, Tensor) and self._added is not None:
+            self._later.append(given.detach())
+        if isinstance(output, Tensor):
+            self._beside.append(output.detach())
 
     def _on_leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._heads is not None:
-            self.moved = self._measure()
+            self.moved = self._measure((output[0] if isinstance(output, tuple) else output).detach())
             self._forget()
 
     @torch.no_grad()
-    def _measure(self) -> Norms | Pulls:
+    def _measure(self, left: Tensor) -> Norms | Pulls:
         stream, value, heads, out, added = self._stream, self._value, self._heads, self._out, self._added
         columns = self._columns
         if (
@@ -156,18 +171,48 @@ class Flow:
         with torch.autocast(value.device.type, enabled=False):
             dtype = compute_dtype(value)
             weight, stream, out, added = (x.to(dtype) for x in (columns, stream, out, added))
-            constant = getattr(self._layer, "residual_multiplier", 1.0)
+            constant, strange = self._constant(stream, added, left.to(dtype), heads.dtype)
             before, after = out.norm(dim=-1), added.norm(dim=-1)
             factor = constant * torch.where(before > 0, after / before, 1.0)
             if self._signed:
                 y = stream + constant * added
                 square = y.square().sum(-1).clamp(min=torch.finfo(dtype).tiny)
                 pull = (y @ weight.mT) * (factor / square)[..., None]
-                return Pulls(value, pull.view(*pull.shape[:-1], hq, width).transpose(1, 2))
+                return Pulls(value, pull.view(*pull.shape[:-1], hq, width).transpose(1, 2), strange)
             by_head = weight.view(hq, width, -1)
             gram = by_head @ by_head.mT  # |W_O v|^2 = v^T (W_O^T W_O) v
             v = value.to(dtype).repeat_interleave(hq // value.shape[1], 1)
-            return Norms(((v @ gram) * v).sum(-1).clamp(min=0).sqrt(), stream.norm(dim=-1) / factor)
+            size = ((v @ gram) * v).sum(-1).clamp(min=0).sqrt()
+            return Norms(size, stream.norm(dim=-1) / factor, strange)
+
+    def _constant(
+        self, stream: Tensor, added: Tensor, left: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """``c`` of the stream after the attention, ``stream + c * added``, and whether there is none."""
+        # OPT flattens its tokens on the way.
+        later, beside_it = (
+            [x.to(stream.dtype).view_as(stream) for x in xs if x.numel() == stream.numel()]
+            for xs in (self._later, self._beside)
+        )
+        seen: list[tuple[Tensor, Tensor | None]] = [(x, None) for x in later]
+        seen += [(left, x) for x in beside_it]
+        fits = []
+        for after, beside in seen:
+            basis = torch.stack([x.flatten() for x in (added, beside) if x is not None], 1)
+            gap = (after - stream).flatten()
+            # Normal equations: the tensors are long and there are two of them at most.
+            gram, ahead = (basis.T @ basis).double(), (basis.T @ gap).double()
+            factors = torch.linalg.lstsq(gram, ahead[:, None]).solution[:, 0]
+            missed = (gap - basis @ factors.to(gap.dtype)).norm()
+            rounding = 4 * torch.finfo(dtype).eps * after.norm()
+            constant = torch.where((factors[0] - 1).abs() * added.norm() <= rounding, 1.0, factors[0])
+            none = (constant * added).norm() <= rounding  # the stream as it was before the attention
+            fits.append(torch.stack([(none | (missed > rounding + 1e-3 * gap.norm())).double(), constant]))
+        if not fits:
+            return torch.ones_like(stream[0, 0, 0]), torch.ones((), dtype=torch.bool, device=stream.device)
+        found = torch.stack(fits)
+        strange, constant = found[found[:, 0].argmin()]
+        return constant.to(stream.dtype), strange > 0
 
 
 def _same(given: object, x: Tensor | None) -> bool:

@@ -36,7 +36,7 @@ from attnshape.tap.find import (
     is_inside,
     layer_around,
 )
-from attnshape.tap.flow import Flow
+from attnshape.tap.flow import Flow, Norms, Pulls
 from attnshape.tap.hooks import Entry, in_trial, unwatch, watch
 from attnshape.tap.trial import SCORED, Scored, mixes_elsewhere, scored_tokens
 from attnshape.types import AttentionInputs, SignedLayer
@@ -238,19 +238,14 @@ class AttentionTap:
         always = self._check == "always"
         taken: list[Taken] = []
         for layer, found, flow in zip(self._layers, attended, moved, strict=True):
-            trouble = found if isinstance(found, Exception) else flow
-            if isinstance(trouble, ValueError):
-                raise trouble
-            if isinstance(trouble, Exception):
-                raise ValueError(
-                    f"layer: {layer.name!r} could not be read ({type(trouble).__name__}: {trouble}); "
-                    "want source='gradient_embedding', which reads no attention"
-                ) from trouble
+            for trouble in (found, flow):
+                if isinstance(trouble, Exception):
+                    raise _told(layer.name, trouble)
             if isinstance(found, Tensor):
                 taken.append(found)
             elif isinstance(found, Attended) and not self._flows:
                 taken.append(found.take(layer.name, always=always))
-            elif isinstance(found, Attended) and flow is not None:
+            elif isinstance(found, Attended) and isinstance(flow, Norms | Pulls):
                 taken.append(found.with_flow(found.take(layer.name, always=always), flow))
             else:
                 raise ValueError(f"layer: what {layer.name!r} moves was not seen; want source='attention'")
@@ -420,6 +415,18 @@ class AttentionTap:
 def _kept(error: Exception) -> Exception:
     """An error that waits for ``take``; its traceback would hold on to the forward's tensors."""
     return error if torch.compiler.is_compiling() else error.with_traceback(None)
+
+
+def _told(name: str, error: Exception) -> ValueError:
+    """An error that happened inside a forward, as ``take`` raises it."""
+    if isinstance(error, ValueError):
+        return error
+    told = ValueError(
+        f"layer: {name!r} could not be read ({type(error).__name__}: {error}); want "
+        "source='gradient_embedding', which reads no attention"
+    )
+    told.__cause__ = error
+    return told
 
 
 @dataclass
