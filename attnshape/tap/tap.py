@@ -171,7 +171,7 @@ class AttentionTap:
                 raise ValueError(
                     f"query_position: got {value.dtype} {list(value.shape)}, want int32 or int64 [B]"
                 )
-        elif value not in _POSITIONS:
+        elif value not in _POSITIONS or (value == "mean" and self._source in _ROLLOUTS):
             raise ValueError(f"query_position: got {value!r}, want one of {_POSITIONS} or an int tensor [B]")
         self._query_position = value
 
@@ -264,12 +264,12 @@ class AttentionTap:
         """Find out what has to be tried, with the weights at hand; what is known is not tried again."""
         if self._source in _NO_OTHER_MIXING:
             self._mixes = mixes_elsewhere(self._models[-1].module, self._attention)
-        elif self._reads_pooled() and self._head is not None and not self._head[1]:
+        if self._reads_pooled() and self._head is not None and not self._head[1]:
             self._scored = scored_tokens(self._head[0], self._last)
 
     def _reads_pooled(self) -> bool:
         return (
-            self._source != "gradient_embedding"
+            self._source not in ("gradient_value", "gradient_embedding")
             and isinstance(self._query_position, str)
             and self._query_position == "pooled"
         )
@@ -362,6 +362,11 @@ class AttentionTap:
                 f"query_position='pooled': which token {type(head).__name__} scores is not known"
                 f"{f': {scored}' if scored else ''}; want 'last_visible', 'last_response', 'mean', 'all' or "
                 "the positions as an int tensor [B]"
+            )
+        if scored == "mean" and self._source in _ROLLOUTS:
+            raise ValueError(
+                f"query_position='pooled': {type(head).__name__} averages its tokens, and a rollout starts from "
+                "one; want a position, or source='gradient_embedding'"
             )
         return scored, None  # type: ignore[return-value]
 

@@ -46,7 +46,14 @@ SIZES: list[tuple[str, int]] = [
 ]
 """What one field of a config becomes; fields that are not set, or no whole numbers, stay."""
 
-EXTRA: dict[str, dict[str, Any]] = {}
+EXTRA: dict[str, dict[str, Any]] = {
+    "t5": {"decoder_start_token_id": PAD},
+    "mt5": {"decoder_start_token_id": PAD},
+    "umt5": {"decoder_start_token_id": PAD},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
+    "zaya": {"num_experts_per_tok": 1},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+}
 """What single kinds of model need besides, by model type."""
 
 
@@ -76,9 +83,31 @@ def shrunk(config: PreTrainedConfig, model_type: str) -> PreTrainedConfig:
             given[name] = shrunk(value, value.model_type)
         elif type(value) is int and size_of(name) is not None:
             given[name] = size_of(name)
+    if "qk_rope_head_dim" in given and "head_dim" in given:
+        given["head_dim"] = given["qk_rope_head_dim"]  # what the rotary embedding is made for
+    if "kv_lora_rank" in given and "num_key_value_heads" in given:
+        given["num_key_value_heads"] = HEADS
+    given |= _fewer_layers(config)
     given |= {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
     given |= EXTRA.get(config.model_type, {})
     return type(config)(**given)
+
+
+def _fewer_layers(config: PreTrainedConfig) -> dict[str, Any]:
+    """The first layer of each kind, where a config lists its layers, and as many as ``LAYERS`` at least."""
+    count = getattr(config, "num_hidden_layers", None)
+    lists = {
+        name: value
+        for name, value in vars(config).items()
+        if isinstance(value, list) and len(value) == count and not name.startswith("_")
+    }
+    kinds = next((lists[name] for name in ("layer_types", "layers_block_type") if name in lists), None)
+    if kinds is None or not isinstance(count, int):
+        return {}
+    chosen = sorted({kind: index for index, kind in reversed(list(enumerate(kinds)))}.values())
+    chosen += [i for i in range(count) if i not in chosen][: max(0, LAYERS - len(chosen))]
+    fewer: dict[str, Any] = {name: [value[i] for i in sorted(chosen)] for name, value in lists.items()}
+    return fewer | {"num_hidden_layers": len(chosen)}
 
 
 def build(name: str, **options: Any) -> PreTrainedModel:
