@@ -145,9 +145,14 @@ class Attended:
         rows = (cu_seqlens[:-1] + self.position).clamp(0, len(tokens) - 1)
         added = self.sight.rows(rows[None], len(tokens))
         if added is not None:
-            own = torch.arange(len(rows), device=rows.device)[:, None] == sequence
             if self.sight.square is not None:
-                self.crosses = ((added[0] != -math.inf) & ~own).any()
+                own = torch.arange(len(rows), device=rows.device)[:, None] == sequence
+                starts = cu_seqlens[1:-1]
+                first = self.sight.rows(starts[None], len(tokens))
+                assert first is not None
+                # What is read, and what the first token of a sequence sees: by it the rest would be reached.
+                across = ((added[0] != -math.inf) & ~own).any()
+                self.crosses = across | ((first[0] != -math.inf) & (tokens < starts[:, None])).any()
             self.mask_row = added[0].transpose(0, 1)[sequence.clamp(max=len(rows) - 1), :, tokens]
             if self.mask_row.shape[1] == 1:
                 self.mask_row = self.mask_row[:, 0]
@@ -328,12 +333,10 @@ def embedded_again(first: Tensor, ids: Tensor, again: Tensor, other_ids: Tensor)
     """
     if ids.shape == other_ids.shape:
         if torch.equal(ids, other_ids) and torch.equal(first, again):
-            return first
+            return first.clone()
         if torch.equal(ids[:, :-1], other_ids[:, 1:]) and torch.equal(first[:, :-1], again[:, 1:]):
             return torch.cat([again[:, :1], first[:, :-1]], 1)
-    raise ValueError(
-        "input_ids: the model embeds other tokens than these as well, so the gradient is not of one tensor"
-    )
+    raise ValueError("input_ids: the model embeds other tokens as well, so no one tensor has the gradient")
 
 
 def last_non_pad(head: PreTrainedModel, input_ids: Tensor | None, query: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ Mask: TypeAlias = Tensor | BlockMask | None
 EAGER = "eager_attention_forward"
 _METHOD, _METHOD_CLASSES = "_attn", ("GPTJAttention",)
 """Attention that is a method of its module, and goes through no interface."""
+_CROSS = ("encoder_attn", "cross")
+"""Names of attention to an encoder, which a decoder on its own has and does not call."""
 _SHARDS_KEYS = ("ring_flash_attn", "deepspeed")
 
 
@@ -61,7 +63,7 @@ def embeddings(models: Sequence[PreTrainedModel]) -> list[nn.Module]:
             embedding: Any = model.get_input_embeddings()
         except NotImplementedError:
             continue
-        if embedding is not None:
+        if isinstance(embedding, nn.Module):
             same = (m for m in models[0].modules() if isinstance(m, nn.Embedding) and m is not embedding)
             return [embedding, *(m for m in same if m.weight is getattr(embedding, "weight", None))]
     return []
@@ -89,6 +91,7 @@ def attention_layers(model: nn.Module, models: Mapping[str, PreTrainedModel]) ->
     if text:
         reads_text = {name: any(m is text[0] for m in inner.modules()) for name, inner in models.items()}
         found = [n for n in found if reads_text[max((p for p in models if is_inside(n, p)), key=len)]]
+    found = [n for n in found if not any(cross in n.rpartition(".")[2] for cross in _CROSS)]
     names = [n for n in found if getattr(modules[n], "is_causal", True)] or found
     if not names:
         raise ValueError(
@@ -98,13 +101,14 @@ def attention_layers(model: nn.Module, models: Mapping[str, PreTrainedModel]) ->
     return names
 
 
-def layer_around(model: nn.Module, name: str) -> nn.Module:
-    """The layer that an attention module is part of: what stands in the list of layers."""
-    parts = name.split(".")
-    for depth in range(len(parts), 0, -1):
-        if isinstance(model.get_submodule(".".join(parts[: depth - 1])), nn.ModuleList):
-            return model.get_submodule(".".join(parts[:depth]))
-    raise ValueError(f"model: {name} is in no list of layers")
+def top_layer(model: nn.Module, attention: nn.Module) -> nn.Module:
+    """The last of the list of layers that an attention module stands in."""
+    parts = next(name for name, module in model.named_modules() if module is attention).split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        layers = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(layers, nn.ModuleList):
+            return layers[-1]
+    raise ValueError(f"{type(attention).__name__} is in no list of layers")
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -191,28 +191,39 @@ class Flow:
         """``c`` of the stream after the attention, ``stream + c * added``, and whether there is none."""
         # OPT flattens its tokens on the way.
         later, beside_it = (
-            [x.to(stream.dtype).view_as(stream) for x in xs if x.numel() == stream.numel()]
+            [x.to(stream.dtype).reshape(stream.shape) for x in xs if x.numel() == stream.numel()]
             for xs in (self._later, self._beside)
         )
         seen: list[tuple[Tensor, Tensor | None]] = [(x, None) for x in later]
         seen += [(left, x) for x in beside_it]
         fits = []
         for after, beside in seen:
-            basis = torch.stack([x.flatten() for x in (added, beside) if x is not None], 1)
-            gap = (after - stream).flatten()
-            # Normal equations: the tensors are long and there are two of them at most.
-            gram, ahead = (basis.T @ basis).double(), (basis.T @ gap).double()
-            factors = torch.linalg.lstsq(gram, ahead[:, None]).solution[:, 0]
-            missed = (gap - basis @ factors.to(gap.dtype)).norm()
+            gap, other = after - stream, torch.zeros_like(stream) if beside is None else beside
+            # What stands in padding reaches nothing.
+            sound = (gap + added + other).isfinite().all(-1, keepdim=True)
+            gap, other, after = (torch.where(sound, x, 0.0) for x in (gap, other, after))
+            added = torch.where(sound, added, 0.0)
+            # Least squares with one more tensor at most: what is left of ``added`` without that.
+            own = added - _share(added, other) * other
+            constant = _share(gap, own)
+            missed = (gap - constant * added - _share(gap - constant * added, other) * other).norm()
             rounding = 4 * torch.finfo(dtype).eps * after.norm()
-            constant = torch.where((factors[0] - 1).abs() * added.norm() <= rounding, 1.0, factors[0])
+            constant = torch.where((constant - 1).abs() * added.norm() <= rounding, 1.0, constant)
             none = (constant * added).norm() <= rounding  # the stream as it was before the attention
-            fits.append(torch.stack([(none | (missed > rounding + 1e-3 * gap.norm())).double(), constant]))
+            fits.append(
+                torch.stack([(none | (missed > rounding + 1e-3 * gap.norm())).to(constant), constant])
+            )
         if not fits:
             return torch.ones_like(stream[0, 0, 0]), torch.ones((), dtype=torch.bool, device=stream.device)
         found = torch.stack(fits)
         strange, constant = found[found[:, 0].argmin()]
         return constant.to(stream.dtype), strange > 0
+
+
+def _share(x: Tensor, of: Tensor) -> Tensor:
+    """The factor on ``of`` that comes nearest to ``x``; 0 for no ``of``."""
+    square = (of * of).sum()
+    return torch.where(square > 0, (x * of).sum() / square.clamp(min=torch.finfo(square.dtype).tiny), 0.0)
 
 
 def _same(given: object, x: Tensor | None) -> bool:

@@ -34,7 +34,6 @@ from attnshape.tap.find import (
     has_method,
     is_compiled,
     is_inside,
-    layer_around,
 )
 from attnshape.tap.flow import Flow, Norms, Pulls
 from attnshape.tap.hooks import Entry, in_trial, unwatch, watch
@@ -118,7 +117,7 @@ class AttentionTap:
         else:
             names = attention_layers(model, models)
             self._attention = [modules[name] for name in names]
-            self._last = layer_around(model, names[-1])
+            self._last = modules[names[-1]]
             chosen = _layer_of(source, layer, len(names))
             self._single = isinstance(chosen, int)
             read = choose(names, chosen)
@@ -365,8 +364,8 @@ class AttentionTap:
             )
         if scored == "mean" and self._source in _ROLLOUTS:
             raise ValueError(
-                f"query_position='pooled': {type(head).__name__} averages its tokens, and a rollout starts from "
-                "one; want a position, or source='gradient_embedding'"
+                f"query_position='pooled': {type(head).__name__} averages its tokens, and a rollout starts "
+                "from one; want a position, or source='gradient_embedding'"
             )
         return scored, None  # type: ignore[return-value]
 
@@ -398,7 +397,9 @@ class AttentionTap:
             layer.forwards += 1
             call.embedded = args[0]
             try:
-                layer.attended = output = differentiable(output)
+                layer.attended = embedded = differentiable(output)
+                # Some models add positions in place, which must not reach what is handed out.
+                output = embedded.clone()
             except Exception as error:
                 layer.attended = _kept(error)
         elif isinstance(layer.attended, Tensor):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from attnshape.tap.capture import Pooling
+from attnshape.tap.find import top_layer
 from attnshape.tap.hooks import trial
 
 Scored: TypeAlias = Pooling | Literal["last_non_pad"]
@@ -57,13 +58,15 @@ def mixes_elsewhere(model: PreTrainedModel, attention: Sequence[nn.Module]) -> b
     return mixes
 
 
-def scored_tokens(head: PreTrainedModel, layer: nn.Module) -> Scored | str | None:
-    """Which tokens of what ``layer``, the model's last, gives a head scores; None for none of ``Scored``.
+def scored_tokens(head: PreTrainedModel, attention: nn.Module) -> Scored | str | None:
+    """Which tokens of what the last layer gives a head scores; None for none of ``Scored``.
 
     In the place of the layer's output every token is the same but one, and that one shows in the score if it
     is read. A sentence where the model cannot be tried.
     """
-    scored: Scored | str | None = _once(_scored, head, lambda: _scored_tokens(head, layer))
+    scored: Scored | str | None = _once(
+        _scored, head, lambda: _scored_tokens(head, top_layer(head, attention))
+    )
     return scored
 
 

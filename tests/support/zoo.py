@@ -1,4 +1,4 @@
-"""A tiny random model of any class of transformers: its default config, made small by the names of its fields."""
+"""A tiny random model of any class of transformers: its config, made small by the names of its fields."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
@@ -27,7 +26,10 @@ SIZES: list[tuple[str, int]] = [
     (r"vocab_size|n_vocab|vocab_size_per_layer_input", VOCABULARY),
     (r"n_positions|n_ctx|max_position_embeddings|max_seq_len|max_position|max_source_positions", 64),
     (r"max_target_positions|seq_length|original_max_position_embeddings", 64),
-    (r"(num_)?(hidden_layers|layers)|n_layers?|num_(encoder|decoder)_layers|(encoder|decoder)_layers", LAYERS),
+    (
+        r"(num_)?(hidden_layers|layers)|n_layers?|num_(encoder|decoder)_layers|(encoder|decoder)_layers",
+        LAYERS,
+    ),
     (r"num_(experts|local_experts)_per_tok\w*|moe_topk|top_k_experts|num_selected_experts|moe_k|top_k", 2),
     (r"\w*num_(experts|local_experts|routed_experts)|n_routed_experts|moe_num_experts|num_expert", 4),
     (r"n_group|num_expert_group|topk_group|num_expert_groups|n_expert_groups|topk_groups", 1),
@@ -40,11 +42,17 @@ SIZES: list[tuple[str, int]] = [
     (r"qk_rope_head_dim|rotary_dim", 4),
     (r"qk_nope_head_dim|v_head_dim|\w*head_dim|d_kv|attention_head_size", WIDTH),
     (r"\w*(intermediate_size|ffn_dim|d_ff|ffn_hidden_size|n_inner|mlp_dim|feed_forward_proj_dim)", 48),
-    (r"hidden_size|d_model|n_embd|dim|embed_dim|emb_dim|embedding_size|word_embed_proj_dim|lru_width", HIDDEN),
+    (
+        r"hidden_size|d_model|n_embd|dim|embed_dim|emb_dim|embedding_size|word_embed_proj_dim|lru_width",
+        HIDDEN,
+    ),
     (r"\w*(sliding_window|attention_window|local_attention|window_size)", 6),
     (r"attention_chunk_size", 6),
 ]
 """What one field of a config becomes; fields that are not set, or no whole numbers, stay."""
+
+ALWAYS = ("head_dim", "num_key_value_heads")
+"""Fields that get their value where they are not set as well."""
 
 EXTRA: dict[str, dict[str, Any]] = {
     "t5": {"decoder_start_token_id": PAD},
@@ -52,6 +60,12 @@ EXTRA: dict[str, dict[str, Any]] = {
     "umt5": {"decoder_start_token_id": PAD},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
     "zaya": {"num_experts_per_tok": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "bamba": {"attn_layer_indices": [1]},
+    "zamba": {"layer_types": ["mamba", "hybrid", "hybrid"], "num_hidden_layers": 3},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "reformer": {"is_decoder": True},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
 }
 """What single kinds of model need besides, by model type."""
@@ -81,7 +95,7 @@ def shrunk(config: PreTrainedConfig, model_type: str) -> PreTrainedConfig:
             continue
         if isinstance(value, PreTrainedConfig):
             given[name] = shrunk(value, value.model_type)
-        elif type(value) is int and size_of(name) is not None:
+        elif size_of(name) is not None and (type(value) is int or (value is None and name in ALWAYS)):
             given[name] = size_of(name)
     if "qk_rope_head_dim" in given and "head_dim" in given:
         given["head_dim"] = given["qk_rope_head_dim"]  # what the rotary embedding is made for
@@ -118,6 +132,8 @@ def build(name: str, **options: Any) -> PreTrainedModel:
         setattr(config, key, value)
     if kind == "classifier":
         config.num_labels = 1
+    elif hasattr(config, "is_decoder"):
+        config.is_decoder = True
     torch.manual_seed(0)
     model = getattr(transformers, name)(config)
     return model.eval()
