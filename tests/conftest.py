@@ -10,6 +10,9 @@ if not torch.cuda.is_available():
 
 import pytest
 from hypothesis import HealthCheck, is_hypothesis_test, settings
+from support import fast_interpreter
+
+INTERPRETER = fast_interpreter.install() if os.environ.get("TRITON_INTERPRET") == "1" else "none: compiled"
 
 settings.register_profile(
     "attnshape", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -21,6 +24,10 @@ COMPILED_EXAMPLES = 12
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shard", default="0/1", help="i/n: every n-th test, from the i-th on")
+
+
+def pytest_report_header() -> str:
+    return f"kernels: {INTERPRETER}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -279,8 +279,8 @@ def check_gradient(model: Any, inputs: dict[str, Tensor], source: str) -> None:
         return
     with torch.enable_grad(), AttentionTap(model, source=source) as tap:  # type: ignore[arg-type]
         score = scores(model, inputs)
-    start = torch.zeros(3, dtype=torch.int32)
-    got = gradient_weights(score, tap.take(), inputs["attention_mask"], response_start=start)
+    response = attnshape.Response(inputs["attention_mask"], start=torch.zeros(3, dtype=torch.int32))
+    got = gradient_weights(score, tap.take(), response)
     ids = inputs["input_ids"]
 
     def scaled(factors: Tensor) -> Tensor:

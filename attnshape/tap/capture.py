@@ -15,12 +15,12 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from attnshape import torch_backend
 from attnshape.tap import check
 from attnshape.tap.find import EAGER, AttentionFunction, Mask
 from attnshape.tap.flow import Norms, Pulls
 from attnshape.tap.sight import Extent, Sight, sight_of
-from attnshape.types import AttentionInputs, SignedLayer
+from attnshape.types import AttentionInputs, SignedInputs
+from attnshape.vectorized.attention import attend, padded_layer, query_chunk
 
 QueryPosition: TypeAlias = Literal["pooled", "last_visible", "last_response", "mean", "all"] | Tensor
 Pooling: TypeAlias = Literal["first", "first_visible", "last", "last_visible", "mean"]
@@ -252,8 +252,8 @@ class Attended:
         assert self.value is not None
         assert self.output is not None
         with torch.autocast(self.key.device.type, enabled=False):
-            layer = torch_backend._layer(_without_position(inputs))
-            weights = torch_backend._attention(layer, self._checked_positions().clamp(min=0))
+            layer = padded_layer(_without_position(inputs))
+            weights = attend(layer, self._checked_positions().clamp(min=0))
             values = self.value
             if layer.packing is not None:
                 values = layer.packing.pad(values[0].transpose(0, 1)).transpose(1, 2)
@@ -270,12 +270,12 @@ class Attended:
     @torch.no_grad()
     def _mean(self, inputs: AttentionInputs) -> AttentionInputs:
         """The mean row over the queries that are visible: in the place of scores, as its logarithm."""
-        layer = torch_backend._layer(_without_position(inputs))
+        layer = padded_layer(_without_position(inputs))
         batch, length = layer.attended.shape
         place = torch.arange(length, device=inputs.key.device)
         total = torch.zeros((), dtype=layer.dtype, device=inputs.key.device)
-        for queries in torch.split(place, torch_backend._query_chunk(layer)):
-            rows = torch_backend._attention(layer, queries.expand(batch, -1))
+        for queries in torch.split(place, query_chunk(layer)):
+            rows = attend(layer, queries.expand(batch, -1))
             total = total + rows.masked_fill(~layer.attended[:, None, queries, None], 0.0).sum(2)
         row = (total / layer.attended.sum(1).clamp(min=1)[:, None, None]).log()
         heads, width = inputs.query.shape[1], inputs.query.shape[-1]
@@ -295,7 +295,7 @@ class Attended:
             lse=row.new_zeros(batch, heads),
         )
 
-    def with_flow(self, inputs: AttentionInputs, moved: Norms | Pulls) -> AttentionInputs | SignedLayer:
+    def with_flow(self, inputs: AttentionInputs, moved: Norms | Pulls) -> AttentionInputs | SignedInputs:
         """``inputs`` with what the layer moved."""
         if moved.strange:
             raise ValueError(
@@ -308,7 +308,7 @@ class Attended:
         if isinstance(moved, Pulls):
             if packed:
                 first, second = first.transpose(0, 1), second.transpose(0, 1)
-            return SignedLayer(inputs, first, second)
+            return SignedInputs(inputs, first, second)
         return dataclasses.replace(inputs, value_norm=first.T if packed else first, residual_norm=second)
 
 

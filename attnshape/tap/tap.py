@@ -38,11 +38,11 @@ from attnshape.tap.find import (
 from attnshape.tap.flow import Flow, Norms, Pulls
 from attnshape.tap.hooks import Entry, in_trial, unwatch, watch
 from attnshape.tap.trial import SCORED, Scored, mixes_elsewhere, scored_tokens
-from attnshape.types import AttentionInputs, SignedLayer
+from attnshape.types import AttentionInputs, SignedInputs
 
 Source: TypeAlias = Literal["attention", "rollout", "signed_rollout", "gradient_value", "gradient_embedding"]
 Check: TypeAlias = Literal["first", "always", "never"]
-Taken: TypeAlias = AttentionInputs | SignedLayer | Tensor
+Taken: TypeAlias = AttentionInputs | SignedInputs | Tensor
 
 _SOURCES = ("attention", "rollout", "signed_rollout", "gradient_value", "gradient_embedding")
 _ROLLOUTS = ("rollout", "signed_rollout")
@@ -214,7 +214,7 @@ class AttentionTap:
             ``key`` as ``[N, Hkv, D]`` with ``cu_seqlens``.
 
             Rollouts give a tuple of every layer, the lowest first: ``AttentionInputs`` with norms, or
-            ``SignedLayer``. A gradient source gives the tensor that the score is to be differentiated by, in
+            ``SignedInputs``. A gradient source gives the tensor that the score is to be differentiated by, in
             its graph: values ``[B, Hkv, S, D]`` or embeddings ``[B, S, hidden]``.
 
         Raises:
