@@ -1,7 +1,7 @@
 """Triton's real launcher over a CUDA driver that launches nothing: ``python -m support.driver LOG``.
 
-Prints a line for every launch of the calls below: the kernel, whether it was compiled for this launch, and what
-of its grid, its threads and its parameters' bytes is not what the call passed.
+Prints a line for every launch of the calls below: the kernel, whether it was compiled for this launch, and
+what of its grid, its threads and its parameters' bytes is not what the call passed.
 """
 
 from __future__ import annotations
@@ -184,9 +184,6 @@ def mixed_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def main(log: Path) -> None:
-    from csrc_triton import host
-
-    assert host is not None
     for name, call in calls():
         for launch in recorded(log, call):
             print(json.dumps({"call": name, **launch}))
