@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -205,7 +205,7 @@ def create_app(config: ServeConfig, reader: Reader, pool: Pool) -> FastAPI:
             pool.metrics.requests.labels(str(status)).inc()
             pool.metrics.request_seconds.observe(time.monotonic() - started)
 
-    @app.get("/health")
+    @app.get("/health", responses={503: {"description": "No worker is ready."}})
     async def health() -> Response:
         """Whether requests can be answered: 200, or 503 while the model is loaded."""
         ready = pool.count(State.READY) > 0
@@ -222,7 +222,7 @@ def create_app(config: ServeConfig, reader: Reader, pool: Pool) -> FastAPI:
         body = {"status": "ready" if ready else "not ready", "model": config.model, "workers": workers}
         return JSONResponse(body, 200 if ready else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(pool.metrics.text(), media_type=CONTENT_TYPE_LATEST)
