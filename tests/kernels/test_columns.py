@@ -1,109 +1,34 @@
-"""Column sums of attention and rollout in Triton against the float64 reference."""
+"""Column sums of attention in Triton against the float64 reference, and what rollouts share with them."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.problems import Problem, assert_within, make_problem, mapped, pack, rows_of, to_float64
+from support.columns import (
+    DEVICE,
+    assert_same_pattern,
+    check,
+    check_columns,
+    check_rollout,
+    columns,
+    layouts,
+    norms_of,
+    rollout,
+)
+from support.problems import Problem, make_problem, pack, to_float64
 from torch import Tensor
 
 from attnshape import AttentionInputs, Status, reference
-from attnshape.tolerance import credit_bound
-from csrc_triton import column
-from csrc_triton.column import column_credit_raw, rollout_raw
+from attnshape.types import Response
+from csrc_triton import column_credit_raw, rollout_raw
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAN = float("nan")
 HUGE = 2**31 - 1
 SMALL = {"keys": 30, "width": 20, "heads": 1, "kv_heads": 1}
-PLACE = ("response_mask", "response_start", "response_index", "response_cu_seqlens")
 CHOICES = [(variant, shift) for variant in ("mean", "last") for shift in (0, 1)]
-
-
-def place(problem: Problem) -> dict[str, Any]:
-    return {name: problem.kwargs[name] for name in PLACE if name in problem.kwargs}
-
-
-def columns(problem: Problem, variant: str = "mean", shift: int = 0) -> tuple[Tensor, Tensor]:
-    """Raw credit and status of each row."""
-    there, kwargs = mapped([problem.inputs, place(problem)], lambda x: x.to(DEVICE))
-    raw, status = column_credit_raw(there, variant=variant, shift=shift, **kwargs)
-    return raw.cpu(), status.cpu()
-
-
-def rollout(layers: list[AttentionInputs], problem: Problem, **norms: Any) -> tuple[Tensor, Tensor]:
-    layers, kwargs = mapped([layers, place(problem) | norms], lambda x: x.to(DEVICE))
-    raw, status = rollout_raw(layers, **kwargs)
-    return raw.cpu(), status.cpu()
-
-
-def check(problem: Problem, got: Tensor, want: Tensor, factor: int = 1) -> None:
-    kwargs = place(problem)
-    for got_row, row in zip(rows_of(got, kwargs), rows_of(want, kwargs), strict=True):
-        assert_within("raw", got_row, row, factor * credit_bound(row, problem.max_score))
-
-
-def check_columns(problem: Problem, variant: str = "mean", shift: int = 0) -> Tensor:
-    raw, status = columns(problem, variant, shift)
-    options = {"variant": variant, "shift": shift, "normalization": "none"}
-    want = reference.attention_column_credit(to_float64(problem.inputs), **place(problem), **options)
-    check(problem, raw, want)
-    lost = torch.tensor([bool(row.isnan().any()) for row in rows_of(want, place(problem))])
-    assert (status[lost] == Status.OUT_OF_RANGE).all()
-    return raw
-
-
-def norms_of(problem: Problem, count: int) -> dict[str, list[Tensor]]:
-    generator = torch.Generator().manual_seed(count)
-    key, heads = problem.inputs.key, problem.inputs.query.shape[1]
-    tokens = key.shape[:1] if problem.inputs.packed else (key.shape[0], key.shape[2])
-    shape = (*tokens[:1], heads, *tokens[1:])
-    return {
-        "value_norms": [torch.rand(shape, generator=generator) for _ in range(count)],
-        "residual_norms": [torch.rand(tokens, generator=generator) + 0.5 for _ in range(count)],
-    }
-
-
-def check_rollout(layers: list[AttentionInputs], problem: Problem, norms: dict[str, Any]) -> Tensor:
-    raw, _ = rollout(layers, problem, **norms)
-    if norms:
-        pairs = zip(layers, norms["value_norms"], norms["residual_norms"], strict=True)
-        layers = [replace(x, value_norm=v, residual_norm=r) for x, v, r in pairs]
-    want = reference.attention_rollout(to_float64(layers), **place(problem), normalization="none")
-    check(problem, raw, want, len(layers))
-    return raw
-
-
-@st.composite
-def layouts(draw: st.DrawFn, **fixed: Any) -> Problem:
-    """Layers with every query, around the sizes of a tile."""
-    pick = lambda *choices: draw(st.sampled_from(choices))  # noqa: E731
-    kv_heads, group = pick((1, 1), (2, 2), (1, 5))
-    keys = pick(1, 40, 129, 160)
-    dtype = pick(torch.float32, torch.float16, torch.bfloat16)
-    arguments = {
-        "batch": pick(1, 2),
-        "keys": keys,
-        "width": pick(keys, (keys + 1) // 2),
-        "heads": kv_heads * group,
-        "kv_heads": kv_heads,
-        "head_dim": pick(8, 24, 80, 192),
-        "left_padding": draw(st.booleans()),
-        "holes": draw(st.booleans()),
-        "attention_mask": draw(st.booleans()),
-        "softcap": pick(None, 5.0),
-        "sliding_window": pick(None, 1, 30, 150),
-        "sinks": draw(st.booleans()),
-        "lse": draw(st.booleans()),
-        "head_mask": draw(st.booleans()),
-        "dtype": dtype,
-    }
-    problem = make_problem(draw(st.integers(0, 2**16)), whole_query=True, **(arguments | fixed))
-    return pack(problem) if draw(st.booleans()) else problem
 
 
 @settings(max_examples=16)
@@ -112,40 +37,15 @@ def test_columns_are_the_reference(problem: Problem, choice: tuple[str, int]) ->
     check_columns(problem, *choice)
 
 
-@settings(max_examples=8)
-@given(layouts(), st.booleans(), st.integers(1, 3))
-def test_rollout_is_the_reference(problem: Problem, weighted: bool, count: int) -> None:
-    layers = [replace(problem.inputs, scaling=0.3 / (i + 1)) for i in range(count)]
-    check_rollout(layers, problem, norms_of(problem, count) if weighted else {})
-
-
-def test_layers_of_a_rollout_may_differ() -> None:
-    sizes = {"batch": 2, "keys": 140, "width": 70, "heads": 2, "kv_heads": 1}
-    problem = make_problem(3, **sizes, whole_query=True, left_padding=True)
-    assert problem.inputs.attention_mask is not None
-    sparser = problem.inputs.attention_mask * (torch.arange(140) % 3 != 1)
-    layers = [
-        replace(problem.inputs, sliding_window=50),
-        replace(problem.inputs, attention_mask=sparser, softcap=3.0),
-        replace(problem.inputs, key_start=torch.tensor([90, 2]), attention_mask=None),
-        replace(problem.inputs, query_position="last_response"),
-    ]
-    layers = [replace(x, key=problem.inputs.key.nan_to_num(0.5)) for x in layers]
-    for norms in ({}, norms_of(problem, 4)):
-        check_rollout(layers, problem, norms)
-
-
 @pytest.mark.parametrize("choice", CHOICES)
 def test_positions_in_any_order(choice: tuple[str, int]) -> None:
     sizes = {"batch": 2, "keys": 150, "width": 140, "heads": 2, "kv_heads": 1}
     problem = make_problem(5, **sizes, whole_query=True)
     generator = torch.Generator().manual_seed(0)
     index = torch.randint(0, 75, (2, 140), generator=generator)
-    del problem.kwargs["response_start"]
-    problem.kwargs["response_index"] = index
-    problem.kwargs["response_mask"] = (torch.rand(2, 140, generator=generator) > 0.3).int()
-    problem.inputs = replace(problem.inputs, key=problem.inputs.key.nan_to_num(0.5), attention_mask=None)
-    problem.inputs = replace(problem.inputs, query_position=None)
+    problem.response = Response((torch.rand(2, 140, generator=generator) > 0.3).int(), index=index)
+    problem.credit = replace(problem.inputs, key=problem.inputs.key.nan_to_num(0.5), attention_mask=None)
+    problem.credit = replace(problem.inputs, query_position=None)
     check_columns(problem, *choice)
 
 
@@ -153,11 +53,11 @@ def raw_alone(length: int, dtype: torch.dtype) -> tuple[Problem, Tensor, Tensor]
     """One sequence, its columns and its rollout."""
     sizes = {"batch": 1, "keys": length, "width": length // 2, "heads": 2, "kv_heads": 1}
     problem = make_problem(length, **sizes, holes=False, dtype=dtype, whole_query=True)
-    problem.inputs = replace(problem.inputs, key=problem.inputs.key.nan_to_num(0.5), attention_mask=None)
-    problem.inputs = replace(problem.inputs, query_position=None)
-    problem.kwargs["response_mask"][:] = 1
-    problem.kwargs["response_mask"][:, 3] = 0
-    problem.kwargs["response_start"][:] = length // 3
+    problem.credit = replace(problem.inputs, key=problem.inputs.key.nan_to_num(0.5), attention_mask=None)
+    problem.credit = replace(problem.inputs, query_position=None)
+    problem.response.mask[:] = 1
+    problem.response.mask[:, 3] = 0
+    problem.response.start[:] = length // 3
     return problem, columns(problem)[0], rollout([problem.inputs] * 2, problem)[0]
 
 
@@ -165,7 +65,7 @@ def raw_alone(length: int, dtype: torch.dtype) -> tuple[Problem, Tensor, Tensor]
 def test_bits_do_not_depend_on_padding_neighbours_or_memory(dtype: torch.dtype) -> None:
     alone, expected, carried = raw_alone(150, dtype)
     query, key = alone.inputs.query, alone.inputs.key
-    mask, start = alone.kwargs["response_mask"], alone.kwargs["response_start"]
+    mask, start = alone.response.mask, alone.response.start
     for left in (77,):
         wide = {"query": query, "key": key}
         for name, x in wide.items():
@@ -177,15 +77,15 @@ def test_bits_do_not_depend_on_padding_neighbours_or_memory(dtype: torch.dtype) 
         begin, end = torch.tensor([9, left]), torch.tensor([11, left + 149])
         attended = torch.zeros(2, 155 + left)
         attended[1, left : left + 150] = 1
-        kwargs = {
-            "response_mask": torch.cat([torch.zeros(1, 80), torch.nn.functional.pad(mask, (0, 5))]),
-            "response_start": torch.tensor([3, left + int(start)]),
-        }
+        response = Response(
+            torch.cat([torch.zeros(1, 80), torch.nn.functional.pad(mask, (0, 5))]),
+            start=torch.tensor([3, left + int(start)]),
+        )
         for inputs in (
             AttentionInputs(wide["query"], wide["key"], 0.3, key_start=begin, query_position=end),
             AttentionInputs(wide["query"], moved, 0.3, attention_mask=attended),
         ):
-            padded = Problem(alone.score, inputs, kwargs)
+            padded = Problem(alone.score, inputs, response)
             assert columns(padded)[0][1, :75].equal(expected[0])
             assert rollout([inputs] * 2, padded)[0][1, :75].equal(carried[0])
     one = pack(alone)
@@ -196,12 +96,12 @@ def test_bits_do_not_depend_on_padding_neighbours_or_memory(dtype: torch.dtype) 
         0.3,
         cu_seqlens=torch.tensor([0, 11, 161], dtype=torch.int32),
     )
-    kwargs = {
-        "response_mask": torch.cat([torch.ones(2, dtype=torch.int32), one.kwargs["response_mask"]]),
-        "response_start": torch.tensor([4, int(start)]),
-        "response_cu_seqlens": torch.tensor([0, 2, 77], dtype=torch.int32),
-    }
-    packed = Problem(alone.score, inputs, kwargs)
+    response = Response(
+        torch.cat([torch.ones(2, dtype=torch.int32), one.response.mask]),
+        start=torch.tensor([4, int(start)]),
+        cu_seqlens=torch.tensor([0, 2, 77], dtype=torch.int32),
+    )
+    packed = Problem(alone.score, inputs, response)
     assert columns(packed)[0][2:].equal(expected[0])
     assert rollout([inputs] * 2, packed)[0][2:].equal(carried[0])
 
@@ -211,42 +111,35 @@ def test_bits_do_not_depend_on_padding_neighbours_or_memory(dtype: torch.dtype) 
 def test_what_is_not_finite_stays_in_its_row(where: str, bad: float) -> None:
     sizes = {"batch": 2, "keys": 150, "width": 70, "heads": 1, "kv_heads": 1}
     problem = make_problem(1, **sizes, whole_query=True)
-    problem.kwargs["response_mask"][:, :60] = 1
+    problem.response.mask[:, :60] = 1
     clean, _ = columns(problem)
     clean_rollout, _ = rollout([problem.inputs] * 2, problem)
-    at = int(problem.kwargs["response_start"][0]) + 5
+    at = int(problem.response.start[0]) + 5
     x = getattr(problem.inputs, where).clone()
     x[0, 0, at] = bad
-    problem.inputs = replace(problem.inputs, **{where: x})
+    problem.credit = replace(problem.inputs, **{where: x})
     raw, _ = columns(problem)
     assert_same_pattern(problem, raw)
     assert raw[1].equal(clean[1])
     carried, _ = rollout([problem.inputs] * 2, problem)
     want = reference.attention_rollout(
-        to_float64([problem.inputs] * 2), **place(problem), normalization="none"
+        to_float64([problem.inputs] * 2), problem.response, normalization="none"
     )
     assert carried.isnan().equal(want.isnan())
     assert carried[1].equal(clean_rollout[1])
 
 
-def assert_same_pattern(problem: Problem, raw: Tensor) -> None:
-    want = reference.attention_column_credit(
-        to_float64(problem.inputs), **place(problem), normalization="none"
-    )
-    assert raw.isnan().equal(want.isnan())
-
-
 def test_a_query_that_carries_nothing_adds_nothing() -> None:
     sizes = {"batch": 1, "keys": 160, "width": 140, "heads": 2, "kv_heads": 1}
     problem = make_problem(2, **sizes, holes=False, whole_query=True)
-    problem.inputs = replace(problem.inputs, key=problem.inputs.key.nan_to_num(0.5), attention_mask=None)
-    problem.inputs = replace(problem.inputs, query_position=torch.tensor([100]))
-    problem.kwargs["response_mask"][:] = 1
-    problem.kwargs["response_mask"][:, 60:80] = 0
-    problem.kwargs["response_start"][:] = 10
+    problem.credit = replace(problem.inputs, key=problem.inputs.key.nan_to_num(0.5), attention_mask=None)
+    problem.credit = replace(problem.inputs, query_position=torch.tensor([100]))
+    problem.response.mask[:] = 1
+    problem.response.mask[:, 60:80] = 0
+    problem.response.start[:] = 10
     query = problem.inputs.query.clone()
     query[:, :, :10] = query[:, :, 70:90] = query[:, :, 150:] = NAN
-    problem.inputs = replace(problem.inputs, query=query)
+    problem.credit = replace(problem.inputs, query=query)
     assert check_columns(problem).isfinite().all()
     query[:, :, :100] = query[:, :, 101:] = NAN
     assert check_rollout([problem.inputs], problem, {}).isfinite().all()
@@ -255,10 +148,10 @@ def test_a_query_that_carries_nothing_adds_nothing() -> None:
 def test_keys_outside_the_window_are_not_read() -> None:
     sizes = {"batch": 1, "keys": 300, "width": 40, "heads": 2, "kv_heads": 1}
     problem = make_problem(2, **sizes, holes=False, whole_query=True, sliding_window=20)
-    problem.inputs = replace(problem.inputs, attention_mask=None, query_position=None)
-    problem.kwargs["response_mask"][:] = 1
-    problem.kwargs["response_start"][:] = 255
-    problem.inputs = replace(problem.inputs, key=torch.randn(problem.inputs.key.shape))
+    problem.credit = replace(problem.inputs, attention_mask=None, query_position=None)
+    problem.response.mask[:] = 1
+    problem.response.start[:] = 255
+    problem.credit = replace(problem.inputs, key=torch.randn(problem.inputs.key.shape))
     raw = check_columns(problem)
     problem.inputs.key[:, :, :192] = NAN
     assert columns(problem)[0].equal(raw)
@@ -268,14 +161,14 @@ def test_keys_outside_the_window_are_not_read() -> None:
 def test_empty_shapes(batch: int, keys: int, width: int) -> None:
     x = torch.randn(batch, 2, keys, 16, device=DEVICE)
     inputs = AttentionInputs(x, x, 0.3)
-    mask = torch.zeros(batch, width, device=DEVICE)
     start = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
+    response = Response(torch.zeros(batch, width, device=DEVICE), start=start)
     for variant, shift in CHOICES:
-        raw, status = column_credit_raw(inputs, mask, variant=variant, shift=shift, response_start=start)
+        raw, status = column_credit_raw(inputs, response, variant=variant, shift=shift)
         assert raw.shape == (batch, width)
         assert (raw == 0).all()
         assert status.tolist() == [0] * batch
-    raw, status = rollout_raw([inputs] * 2, mask, response_start=start)
+    raw, status = rollout_raw([inputs] * 2, response)
     assert (raw == 0).all()
     assert status.tolist() == [0] * batch
 
@@ -317,15 +210,15 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("value", [-1, 30, HUGE])
-@pytest.mark.parametrize("where", ["response_start", "response_index", "query_position", "key_start"])
+@pytest.mark.parametrize("where", ["start", "index", "query_position", "key_start"])
 def test_indices_out_of_range(where: str, value: int, guarded: Callable[[], None]) -> None:
     problem = make_problem(7, **SMALL, holes=False, whole_query=True, attention_mask=False)
-    problem.kwargs["response_mask"][:, :2] = 1
-    if where == "response_index":
-        index = problem.kwargs.pop("response_start")[:, None] + torch.arange(20)
-        index[problem.kwargs["response_mask"] == 0] = HUGE
-        problem.kwargs[where] = index
-    x = problem.kwargs[where] if where in problem.kwargs else getattr(problem.inputs, where)
+    problem.response.mask[:, :2] = 1
+    if where == "index":
+        index = problem.response.start[:, None] + torch.arange(20)
+        index[problem.response.mask == 0] = HUGE
+        problem.response = Response(problem.response.mask, index=index)
+    x = getattr(problem.response if where in ("start", "index") else problem.inputs, where)
     x[1] = value
     raw, status = columns(problem)
     assert status.tolist() == [0, int(Status.OUT_OF_RANGE) if where != "key_start" or value != 30 else 0, 0]
@@ -334,44 +227,24 @@ def test_indices_out_of_range(where: str, value: int, guarded: Callable[[], None
         assert columns(problem, "last")[0].isnan().equal(raw.isnan())
     carried, _ = rollout([problem.inputs] * 2, problem)
     want = reference.attention_rollout(
-        to_float64([problem.inputs] * 2), **place(problem), normalization="none"
+        to_float64([problem.inputs] * 2), problem.response, normalization="none"
     )
     check(problem, carried, want)
     guarded()
 
 
-@pytest.mark.parametrize("where", ["cu_seqlens", "response_cu_seqlens"])
+@pytest.mark.parametrize("where", ["keys", "response"])
 @pytest.mark.parametrize("bad", [(1, -5), (1, HUGE), (2, -HUGE), (3, 91), (3, 61), (0, HUGE)])
 def test_bounds_of_packed_rows_out_of_range(
     where: str, bad: tuple[int, int], guarded: Callable[[], None]
 ) -> None:
     problem = make_problem(7, **SMALL, holes=False, whole_query=True, attention_mask=False)
-    problem.kwargs["response_mask"][:, :2] = 1
+    problem.response.mask[:, :2] = 1
     problem = pack(problem)
-    bounds = problem.kwargs.get(where, problem.inputs.cu_seqlens)
+    bounds = (problem.response if where == "response" else problem.inputs).cu_seqlens
     bounds[bad[0]] = bad[1]
     for variant in ("mean", "last"):
         check_columns(problem, variant)
     layers = [replace(problem.inputs, query_position=None)] * 2
     check_rollout(layers, problem, norms_of(problem, 2))
     guarded()
-
-
-def test_tiles_without_a_query_that_counts_are_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 3 tiles of queries only the one that holds the position is asked in a rollout's highest layer."""
-    sizes = {"batch": 1, "keys": 300, "width": 20, "heads": 1, "kv_heads": 1}
-    problem = make_problem(2, **sizes, holes=False, whole_query=True)
-    problem.inputs = replace(problem.inputs, key=problem.inputs.key.nan_to_num(0.5), attention_mask=None)
-    problem.inputs = replace(problem.inputs, query_position=torch.tensor([290]), query=problem.inputs.query)
-    filled = []
-    normalizer = column._normalizer
-
-    def spied(*args: Any, **kwargs: Any) -> Any:
-        out = normalizer(*args, **kwargs)
-        filled.append(out[0][0].isfinite().cpu())
-        return out
-
-    monkeypatch.setattr(column, "_normalizer", spied)
-    rollout([problem.inputs], problem)
-    # What no program wrote is NaN.
-    assert filled[0].nonzero().flatten().tolist() == [290]

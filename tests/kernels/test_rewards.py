@@ -1,117 +1,32 @@
+"""From credit to rewards and advantages in Triton against the float64 reference."""
+
 import math
-import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import fast_interpreter
+from support.shaping import (
+    DEVICE,
+    EVERYTHING,
+    TOKENS,
+    assert_close,
+    assert_same_pattern,
+    expected,
+    gae,
+    problem,
+    shape,
+)
 from torch import Tensor
 
-from attnshape import reference
-from attnshape.tolerance import CREDIT_SUM, credit_bound, error_fraction, gae_bound, kl_bound, reward_bound
-from attnshape.types import MIN_MASS, ShapedRewards, ShapingConfig, Status, float32_rounded
-from csrc_triton.fused import Swept, sweep
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-EVERYTHING = ("rewards", "advantages", "returns", "credit", "kl", "status", "stats")
-TOKENS = EVERYTHING[:5]
-
-
-def decay(gamma: float, lam: float | Tensor) -> float | Tensor:
-    if isinstance(lam, Tensor):
-        return (gamma * lam.double()).float()
-    return float32_rounded(gamma * lam)
-
-
-def shape(score, credit, mask, config=None, outputs=EVERYTHING, cu=None, **inputs) -> Swept:
-    """``sweep`` as ``shape_rewards`` is called."""
-    config = config or ShapingConfig()
-    lam_value = config.lam_value
-    return sweep(
-        mask,
-        outputs,
-        response_cu_seqlens=cu,
-        score=score,
-        credit=credit,
-        normalization=config.normalization,
-        score_index=config.score_index,
-        beta=config.beta,
-        score_bounds=config.score_bounds,
-        kl_estimator=config.kl_estimator,
-        kl_input_clip=config.kl_input_clip,
-        kl_output_clip=config.kl_output_clip if "kl" not in inputs else None,
-        gamma=float32_rounded(config.gamma),
-        gl=decay(config.gamma, config.lam),
-        gl_value=None if lam_value is None else decay(config.gamma, lam_value),
-        skip_masked=config.mask_semantics == "skip",
-        zero_nonfinite=config.on_nan == "zero_row",
-        min_mass=MIN_MASS,
-        **inputs,
-    )
-
-
-def expected(score, credit, mask, config=None, cu=None, **inputs) -> ShapedRewards:
-    def exact(x):
-        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-
-    return reference.shape_rewards(
-        exact(score),
-        exact(credit),
-        response_mask=mask,
-        response_cu_seqlens=cu,
-        config=config,
-        **{name: exact(x) for name, x in inputs.items()},
-    )
-
-
-def padded(x: Tensor, cu: Tensor | None) -> Tensor:
-    """Rows of a packed tensor, as the bounds want them."""
-    if cu is None:
-        return x
-    return torch.nn.utils.rnn.pad_sequence(x.split(cu.diff().tolist()), batch_first=True)
-
-
-def assert_close(actual: Swept, truth: ShapedRewards, config: ShapingConfig, inputs: dict, cu=None) -> None:
-    def check(name: str, bound: Tensor) -> None:
-        x, y = padded(getattr(actual, name), cu), padded(getattr(truth, name), cu)
-        fraction = error_fraction(x, y, bound)
-        assert fraction.numel() == 0 or fraction.max() <= 1, name
-
-    def at(x: Tensor) -> Tensor:
-        return padded(x.double().nan_to_num(0, 0, 0), cu)
-
-    credit, kl = at(truth.credit), None
-    if truth.kl is not None:
-        kl = at(truth.kl)
-        ratio = kl
-        if "logprobs" in inputs:
-            ratio = at(inputs["logprobs"].double() - inputs["ref_logprobs"].double())
-        check("kl", kl_bound(kl, ratio))
-    check("credit", credit_bound(credit))
-    terms = [credit * 10, *(at(x) for n, x in inputs.items() if n == "token_rewards")]
-    terms += [] if kl is None else [kl]
-    check("rewards", reward_bound(at(truth.rewards), *terms))
-    for name, lam in (("advantages", config.lam), ("returns", config.lam_value)):
-        gap = config.lam if lam is None else lam
-        if "values" not in inputs:
-            gap = 1.0
-        rows = at(getattr(truth, name))
-        # What cancels in a reward is no smaller in its sums.
-        noise = sum(error.abs().sum(-1, keepdim=True) for error in terms) * 1e-6
-        check(name, gae_bound(rows, config.gamma, gap) + noise)
-    assert actual.status.tolist() == truth.status.tolist()
-    sound = truth.status & int(Status.NONFINITE) == 0
-    entropy, last_share, _, error = actual.stats.double()[sound].T
-    stats = truth.row_stats
-    torch.testing.assert_close(entropy, stats.entropy.double()[sound], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(last_share, stats.last_share.double()[sound], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(error, stats.score_error.double()[sound], atol=1e-5, rtol=1e-5)
+from attnshape.config import ShapingConfig
+from attnshape.types import MIN_MASS, Status
+from csrc_triton.host import attention
 
 
 @pytest.fixture
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["csrc_triton.fused"], "CHUNK", 16)
+    monkeypatch.setattr(attention, "CHUNK", 16)
 
 
 @st.composite
@@ -138,7 +53,7 @@ def problems(draw: st.DrawFn) -> tuple:
     if score_index == "rows":
         score_index = torch.randint(-1, width + 1, (batch,), generator=generator).to(DEVICE)
     config = ShapingConfig(
-        beta=draw(st.sampled_from([0.0, 0.8, 1.0])),
+        dense_share=draw(st.sampled_from([0.0, 0.8, 1.0])),
         gamma=draw(st.sampled_from([1.0, 0.99, 0.5])),
         lam=lam.to(DEVICE) if isinstance(lam, Tensor) else lam,
         lam_value=lam_value.to(DEVICE) if isinstance(lam_value, Tensor) else lam_value,
@@ -189,17 +104,6 @@ def test_sweep_is_the_reference(problem: tuple) -> None:
     assert_close(actual, expected(score, credit, mask, config, cu=cu, **inputs), config, inputs, cu)
 
 
-def problem(width: int, batch: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, dict]:
-    generator = torch.Generator().manual_seed(seed)
-    names = ("values", "logprobs", "ref_logprobs", "token_rewards")
-    inputs = {name: torch.randn(batch, width, generator=generator).to(DEVICE) for name in names}
-    inputs["kl_coef"] = 0.1
-    score = torch.randn(batch, generator=generator).to(DEVICE)
-    credit = torch.rand(batch, width, generator=generator).to(DEVICE) ** 4
-    mask = (torch.rand(batch, width, generator=generator) < 0.8).to(DEVICE)
-    return score, credit, mask, inputs
-
-
 @pytest.mark.parametrize("width", [511, 512, 513])
 @pytest.mark.parametrize("lam", [1.0, 0.95])
 def test_lengths_around_a_chunk(width: int, lam: float) -> None:
@@ -210,47 +114,10 @@ def test_lengths_around_a_chunk(width: int, lam: float) -> None:
 
 
 @pytest.mark.usefixtures("short_chunks")
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="kernels are compiled")
-def test_scans_in_the_order_of_tritons_interpreter() -> None:
-    """One element after another; the other tests scan by doubling."""
-    score, credit, mask, inputs = problem(40, batch=2)
-    config = ShapingConfig(lam=0.95, lam_value=0.9)
-    truth = expected(score, credit, mask, config, **inputs)
-    with fast_interpreter.original_scan():
-        assert_close(shape(score, credit, mask, config, **inputs), truth, config, inputs)
-
-
-@pytest.mark.parametrize("mask_semantics", ["skip", "zero"])
-def test_long_rows_at_gamma_and_lam_one(mask_semantics: str) -> None:
-    width = 131072
-    score, credit, mask, inputs = problem(width)
-    config = ShapingConfig(lam=1.0, mask_semantics=mask_semantics)
-    truth = expected(score, credit, mask, config, **inputs)
-    actual = shape(score, credit, mask, config, **inputs)
-    for name in ("advantages", "returns"):
-        x, y = getattr(actual, name), getattr(truth, name)
-        assert error_fraction(x, y, gae_bound(y, 1.0, 1.0)).max() <= 1
-    assert abs(actual.credit.double().sum() - 1) <= CREDIT_SUM
-    assert error_fraction(actual.credit, truth.credit, credit_bound(truth.credit)).max() <= 1
-
-
-def test_the_general_scan_has_the_bits_of_the_unit_one_or_its_accuracy() -> None:
-    score, credit, mask, inputs = problem(1100)
-    rows = ShapingConfig(lam=torch.ones(1, device=DEVICE))
-    number = ShapingConfig(lam=1.0)
-    general, unit = (shape(score, credit, mask, config, **inputs) for config in (rows, number))
-    truth = expected(score, credit, mask, number, **inputs)
-    for name in ("advantages", "returns"):
-        y = getattr(truth, name)
-        for x in (getattr(general, name), getattr(unit, name)):
-            assert error_fraction(x, y, gae_bound(y, 1.0, 1.0)).max() <= 1
-
-
-@pytest.mark.usefixtures("short_chunks")
 def test_bits_do_not_depend_on_padding_neighbours_or_memory() -> None:
     width = 37
     score, credit, mask, inputs = problem(width)
-    config = ShapingConfig(gamma=0.99, kl_estimator="k3")
+    config = ShapingConfig(gamma=0.99, lam=0.95, kl_estimator="k3")
     alone = shape(score, credit, mask, config, **inputs)
 
     def wider(x: Tensor, fill: float) -> Tensor:
@@ -297,43 +164,12 @@ def test_non_finite_inputs_have_the_references_pattern(
         assert getattr(actual, output)[1].equal(getattr(fine, output)[1])
 
 
-def assert_same_pattern(actual: Tensor, truth: Tensor) -> None:
-    same = (actual == truth) | (actual.isnan() & truth.isnan())
-    assert (same | (actual.isfinite() & truth.isfinite())).all()
-
-
-def gae(rewards: Tensor, values: Tensor | None, mask: Tensor, gamma: float, lam: float) -> Swept:
-    return sweep(
-        mask,
-        ("advantages", "returns"),
-        token_rewards=rewards,
-        values=values,
-        gamma=gamma,
-        gl=decay(gamma, lam),
-        min_mass=MIN_MASS,
-    )
-
-
-@pytest.mark.usefixtures("short_chunks")
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize(("lam", "left"), [(2.0**-10, math.inf), (0.0, math.nan)])
-def test_infinity_reaches_the_left_end_where_powers_underflow(lam: float, left: float) -> None:
-    rewards = torch.zeros(1, 200, device=DEVICE)
-    rewards[0, 190] = math.inf
-    mask = torch.ones(1, 200, device=DEVICE)
-    actual = gae(rewards, torch.zeros_like(rewards), mask, 1.0, lam)
-    truth, _ = reference.gae(
-        rewards.double(), torch.zeros(1, 200), mask, gamma=1.0, lam=lam, mask_semantics="skip"
-    )
-    assert truth[0, 0] == left or truth[0, 0].isnan()
-    assert_same_pattern(actual.advantages, truth)
-
-
 @pytest.mark.usefixtures("short_chunks")
 def test_outputs_that_are_not_wanted_change_nothing() -> None:
     score, credit, mask, inputs = problem(40, batch=2)
-    whole = shape(score, credit, mask, **inputs)
-    redistributed = shape(score, credit, mask, outputs=("rewards",), **inputs)
+    config = ShapingConfig(lam=0.95)
+    whole = shape(score, credit, mask, config, **inputs)
+    redistributed = shape(score, credit, mask, config, outputs=("rewards",), **inputs)
     assert redistributed.rewards.equal(whole.rewards)
     assert [name for name in EVERYTHING if getattr(redistributed, name) is not None] == ["rewards"]
     shaped = gae(whole.rewards, inputs["values"], mask, 1.0, 0.95)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from attnshape import reference
 from attnshape.tolerance import credit_bound, error_fraction
-from attnshape.types import MIN_MASS, AttentionInputs, Status
-from csrc_triton.fused import Attention, attention_row, sweep
+from attnshape.types import MIN_MASS, AttentionInputs, Response, Status
+from csrc_triton import attention_row, sweep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -23,12 +23,10 @@ def row(inputs: AttentionInputs) -> Tensor:
 
 def raw(inputs: AttentionInputs, mask: Tensor, start=None, index=None, cu=None) -> tuple[Tensor, Tensor]:
     """The attention at the response tokens, and the status of each row."""
-    credit = Attention([inputs], start, index)
+    response = Response(mask, start=start, index=index, cu_seqlens=cu)
     outputs = ("credit", "status")
-    swept = sweep(
-        mask, outputs, response_cu_seqlens=cu, credit=credit, normalization="none", min_mass=MIN_MASS
-    )
-    return swept.credit, swept.status & OUT_OF_RANGE
+    shaped = sweep(response, outputs, credit=[inputs], normalization="none", min_mass=MIN_MASS)
+    return shaped.credit, shaped.status & OUT_OF_RANGE
 
 
 def exact(inputs: AttentionInputs) -> AttentionInputs:

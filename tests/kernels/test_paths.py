@@ -10,14 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.problems import Problem, check_shaped, make_problem, mapped, pack, problems
+from support.problems import Problem, check_shaped, make_problem, mapped, pack, problems, to_float64
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
 import attnshape
-from attnshape import AttentionInputs, ShapedRewards, ShapingConfig
-from csrc_triton import device, fused
-from csrc_triton.launch import COUNTERS, Counters
+from attnshape import AttentionInputs, Response, ShapedRewards, ShapingConfig
+from csrc_triton.device import layout
+from csrc_triton.host import attention, rewards
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INTERPRETED = pytest.mark.skipif(DEVICE.type == "cuda", reason="looks into Triton's interpreter")
@@ -27,7 +27,7 @@ INTERPRETED = pytest.mark.skipif(DEVICE.type == "cuda", reason="looks into Trito
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The modes of the launches of a test; counters are zero after each."""
     modes = []
-    launch = fused._launch
+    launch = attention.launch
 
     def recorded(arguments: dict[str, Any]) -> None:
         launch(arguments)
@@ -35,8 +35,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if arguments.get("p_counters") is not None:
             assert (arguments["p_counters"] == 0).all()
 
-    monkeypatch.setattr(fused, "_launch", recorded)
-    monkeypatch.setattr(fused, "CHUNK", 16)
+    monkeypatch.setattr(attention, "launch", recorded)
+    monkeypatch.setattr(attention, "CHUNK", 16)
     return modes
 
 
@@ -45,19 +45,17 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes the launchers take a path."""
 
     def chosen(one_launch: bool = True, in_chunks: bool = False, split: int | None = None) -> None:
-        monkeypatch.setattr(fused, "ONE_LAUNCH", 1 << 30 if one_launch else -1)
-        monkeypatch.setattr(fused, "in_chunks", lambda *_: in_chunks)
+        monkeypatch.setattr(attention, "ONE_LAUNCH", 1 << 30 if one_launch else -1)
+        monkeypatch.setattr(rewards, "in_chunks", lambda *_: in_chunks)
         if split is not None:
-            monkeypatch.setattr(fused, "chunks_per_program", lambda *_: split)
+            monkeypatch.setattr(attention, "chunks_per_program", lambda *_: split)
 
     return chosen
 
 
 def shaped(problem: Problem) -> ShapedRewards:
     there = mapped(problem, lambda x: x.to(DEVICE))
-    return attnshape.shape_rewards(
-        there.score, there.inputs, config=there.config, backend="triton", **there.kwargs
-    )
+    return there.shaped(attnshape.shape_rewards, backend="triton")
 
 
 def assert_same_bits(a: Any, b: Any, name: str = "") -> None:
@@ -102,7 +100,7 @@ def test_every_path_has_the_same_bits(
     options: dict[str, Any], packed: bool, choose: Callable[..., None], launches: list[str]
 ) -> None:
     problem = long_problem(len(str(options)), **options)
-    problem.kwargs["response_mask"][0, 20:40] = 0
+    problem.response.mask[0, 20:40] = 0
     if packed:
         problem = pack(problem)
     if problem.config.on_nan == "zero_row":
@@ -122,8 +120,8 @@ def test_every_path_has_the_same_bits(
 @given(problems(), st.booleans())
 def test_long_paths_are_the_reference(problem: Problem, in_chunks: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "ONE_LAUNCH", -1)
-        patch.setattr(fused, "in_chunks", lambda *_: in_chunks)
+        patch.setattr(attention, "ONE_LAUNCH", -1)
+        patch.setattr(rewards, "in_chunks", lambda *_: in_chunks)
         check_shaped(problem, "triton", DEVICE)
 
 
@@ -140,26 +138,9 @@ def test_several_layers_and_chosen_heads(path: dict, packed: bool, choose: Calla
         dataclasses.replace(problem.inputs, scaling=0.2, head_mask=torch.zeros(6)),
     ]
     choose(**path)
-    many = Problem(problem.score, layers, problem.kwargs, problem.config)  # type: ignore[arg-type]
-    many.kwargs["response_mask"] = problem.kwargs["response_mask"]
+    many = dataclasses.replace(problem, credit=layers)
     got = shaped(many)
-    want = attnshape.reference.shape_rewards(
-        problem.score.double(),
-        [
-            dataclasses.replace(
-                x,
-                query=x.query.double(),
-                key=x.key.double(),
-                sinks=None if x.sinks is None else x.sinks.double(),
-            )
-            for x in layers
-        ],
-        config=problem.config,
-        **{
-            k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-            for k, x in problem.kwargs.items()
-        },
-    )
+    want = to_float64(many).shaped(attnshape.reference.shape_rewards)
     torch.testing.assert_close(got.credit.cpu().double(), want.credit, rtol=1e-4, atol=1e-6)
     assert got.status.cpu().equal(want.status)
     row = attnshape.attention_row(mapped(layers, lambda x: x.to(DEVICE)), backend="triton").cpu()
@@ -176,16 +157,16 @@ def test_credit_and_row_alone_have_the_bits_of_the_fused_result(
     choose()
     want = shaped(problem)
     choose(**path)
-    where = {"response_start": problem.kwargs["response_start"], "backend": "triton"}
-    mask = problem.kwargs["response_mask"]
-    assert_same_bits(attnshape.attention_credit(problem.inputs, mask, **where), want.credit, "credit")
-    raw = attnshape.attention_credit(problem.inputs, mask, normalization="none", **where)
-    row = attnshape.attention_row(problem.inputs, backend="triton")
-    at = problem.kwargs["response_start"][:, None] + torch.arange(mask.shape[1], device=DEVICE)
-    assert_same_bits(raw, torch.where(mask != 0, row.gather(1, at.long()), 0.0), "row")
-    two_steps = attnshape.shape_rewards(
-        problem.score, raw, config=problem.config, backend="triton", **problem.kwargs
+    mask = problem.response.mask
+    assert_same_bits(
+        attnshape.attention_credit(problem.inputs, problem.response, backend="triton"), want.credit, "credit"
     )
+    options = {"normalization": "none", "backend": "triton"}
+    raw = attnshape.attention_credit(problem.inputs, problem.response, **options)
+    row = attnshape.attention_row(problem.inputs, backend="triton")
+    at = problem.response.start[:, None] + torch.arange(mask.shape[1], device=DEVICE)
+    assert_same_bits(raw, torch.where(mask != 0, row.gather(1, at.long()), 0.0), "row")
+    two_steps = shaped(dataclasses.replace(problem, credit=raw))
     for name in ("rewards", "advantages", "returns", "credit"):
         assert_same_bits(getattr(two_steps, name), getattr(want, name), name)
 
@@ -197,7 +178,7 @@ def test_a_row_keeps_its_bits_in_any_batch(width: int, lam: float, choose: Calla
     g = torch.Generator().manual_seed(width)
     x = {name: torch.randn(3, width, generator=g).to(DEVICE) for name in ("rewards", "values")}
     mask = (torch.rand(3, width, generator=g) < 0.9).to(DEVICE)
-    settings = {"gamma": 1.0, "lam": lam, "mask_semantics": "skip", "backend": "triton"}
+    settings = {"config": ShapingConfig(lam=lam), "backend": "triton"}
     choose()
     alone = attnshape.gae(x["rewards"][1:2], x["values"][1:2], mask[1:2], **settings)
     cu = (torch.arange(4) * width).int().to(DEVICE)
@@ -205,10 +186,10 @@ def test_a_row_keeps_its_bits_in_any_batch(width: int, lam: float, choose: Calla
     wider_mask = torch.nn.functional.pad(mask, (0, 23))
     for in_chunks in (False, True):
         choose(in_chunks=in_chunks)
-        together = attnshape.gae(**x, response_mask=mask, **settings)
-        padded = attnshape.gae(**wider, response_mask=wider_mask, **settings)
+        together = attnshape.gae(**x, response=mask, **settings)
+        padded = attnshape.gae(**wider, response=wider_mask, **settings)
         flat = {name: y.flatten() for name, y in x.items()}
-        packed = attnshape.gae(**flat, response_mask=mask.flatten(), response_cu_seqlens=cu, **settings)
+        packed = attnshape.gae(**flat, response=Response(mask.flatten(), cu_seqlens=cu), **settings)
         for i in range(2):
             assert_same_bits(together[i][1:2], alone[i])
             if lam == 1.0:
@@ -220,18 +201,12 @@ def test_packed_bounds_that_are_not_sound(choose: Callable[..., None]) -> None:
     g = torch.Generator().manual_seed(0)
     x, values = torch.randn(2, 130, generator=g).to(DEVICE)
     mask = torch.ones(130, device=DEVICE)
-    settings = {
-        "gamma": 1.0,
-        "lam": 0.9,
-        "mask_semantics": "zero",
-        "backend": "triton",
-        "return_moments": True,
-    }
+    settings = {"config": ShapingConfig(lam=0.9, mask_semantics="zero"), "backend": "triton"}
     results = []
     for in_chunks in (False, True):
         choose(in_chunks=in_chunks)
         bounds = torch.tensor([5, 40, 40, 100, 70, 120], dtype=torch.int32, device=DEVICE)
-        results.append(attnshape.gae(x, values, mask, response_cu_seqlens=bounds, **settings))
+        results.append(attnshape.gae(x, values, Response(mask, cu_seqlens=bounds), **settings))
     for a, b in zip(*results, strict=True):
         assert_same_bits(a, b)
     advantages = results[0][0]
@@ -301,18 +276,16 @@ def test_heads_that_are_not_chosen_are_not_read() -> None:
 
 def test_moments_are_those_of_the_advantages(choose: Callable[..., None]) -> None:
     problem = long_problem(7)
-    want = attnshape.shape_rewards(
-        problem.score, problem.inputs, config=problem.config, backend="torch", **problem.kwargs
-    ).row_stats.advantage_moments
+    want = problem.shaped(attnshape.shape_rewards, backend="torch").moments
     for path in EVERY_PATH[1:]:
         choose(**path)
-        got = shaped(problem).row_stats.advantage_moments.cpu()
+        got = shaped(problem).moments.cpu()
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_status_bits_are_the_public_ones() -> None:
     for flag in attnshape.Status:
-        assert getattr(device, str(flag.name)).value == flag
+        assert getattr(layout, str(flag.name)).value == flag
 
 
 @pytest.mark.parametrize(
@@ -328,34 +301,9 @@ def test_status_bits_are_the_public_ones() -> None:
 def test_rows_are_cut_where_they_are_long_and_few(
     batch: int, longest: int, n_chunks: int, chunked: bool
 ) -> None:
-    assert fused.in_chunks(batch, longest, n_chunks, 132) == chunked
-    assert fused.in_chunks(batch, longest, n_chunks, 132, averaging=True) == chunked
+    assert rewards.in_chunks(batch, longest, n_chunks, 132) == chunked
+    assert rewards.in_chunks(batch, longest, n_chunks, 132, averaging=True) == chunked
 
 
 def test_programs_read_more_keys_the_more_there_are() -> None:
-    assert [fused.chunks_per_program(n, 132) for n in (1, 4096, 1 << 20)] == [1, 2, 8]
-
-
-def test_counters_of_a_graph_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    counters, cuda = Counters(), torch.device("cuda", 0)
-    zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda n, dtype, device: zeros(n, dtype=dtype))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: type("S", (), {"cuda_stream": 7}))
-    capturing = [False]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    eager = counters.take(cuda, 10)
-    assert counters.take(cuda, 100).data_ptr() == eager.data_ptr()
-    assert len(counters.take(cuda, 10_000)) >= 10_000
-    capturing[0] = True
-    first, second = counters.take(cuda, 10), counters.take(cuda, 10)
-    assert not {x.data_ptr() for x in (first, second)} & {eager.data_ptr()}
-    assert first.data_ptr() != second.data_ptr()
-    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
-    assert len(counters.take(cuda, 2 * Counters.SPARE)) == 2 * Counters.SPARE
-
-
-def test_counters_grow_and_are_discarded() -> None:
-    small = COUNTERS.take(DEVICE, 1)
-    assert COUNTERS.take(DEVICE, 1).data_ptr() == small.data_ptr()
-    COUNTERS.discard(DEVICE)
-    assert COUNTERS.take(DEVICE, 1).data_ptr() != small.data_ptr() or len(small) == 0
+    assert [attention.chunks_per_program(n, 132) for n in (1, 4096, 1 << 20)] == [1, 2, 8]
