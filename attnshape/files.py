@@ -1,12 +1,13 @@
-"""Output files that appear whole or not at all."""
+"""Output files that appear whole or not at all, and JSON that a reader and a diff can follow."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 
 @contextmanager
@@ -19,3 +20,24 @@ def whole_file(path: Path) -> Iterator[TextIO]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def json_rows(value: Any, levels: int = 1) -> str:
+    """JSON with a line for each row: what holds a number, a text or null beside whatever else.
+
+    The outermost ``levels`` of objects and lists have a line for each of their items in any case.
+    """
+    return _rows(value, levels, "\n") + "\n"
+
+
+def _rows(value: Any, levels: int, end: str) -> str:
+    names = list(value) if isinstance(value, dict) else None
+    items = list(value.values()) if names else list(value) if isinstance(value, list | tuple) else []
+    if not items or (levels < 1 and not all(isinstance(item, dict | list | tuple) for item in items)):
+        return json.dumps(value)
+    inside = end + " "
+    lines = [_rows(item, levels - 1, inside) for item in items]
+    if names is None:
+        return "[" + inside + ("," + inside).join(lines) + end + "]"
+    named = [f"{json.dumps(name)}: {line}" for name, line in zip(names, lines, strict=True)]
+    return "{" + inside + ("," + inside).join(named) + end + "}"

@@ -55,20 +55,15 @@ def attention_row(inputs: Sequence[AttentionInputs]) -> Tensor:
     return csrc_triton.attention_row(inputs)
 
 
-def _attention(inputs: Sequence[AttentionInputs], response: Response) -> csrc_triton.Attention:
-    return csrc_triton.Attention(inputs, response.start, response.index)
-
-
 def _normalized(
-    credit: Tensor | csrc_triton.Attention,
+    credit: Tensor | Sequence[AttentionInputs],
     response: Response,
     normalization: Normalization,
     status: Tensor | None = None,
 ) -> Tensor:
     out = csrc_triton.sweep(
-        response.mask,
+        response,
         ("credit",),
-        response_cu_seqlens=response.cu_seqlens,
         credit=credit,
         row_status=status,
         normalization=normalization,
@@ -81,16 +76,7 @@ def _normalized(
 def attention_credit(
     inputs: Sequence[AttentionInputs], response: Response, normalization: Normalization
 ) -> Tensor:
-    return _normalized(_attention(inputs, response), response, normalization)
-
-
-def _place(response: Response) -> dict[str, Tensor | None]:
-    """Where the tokens lie, as the launchers are told it."""
-    return {
-        "response_start": response.start,
-        "response_index": response.index,
-        "response_cu_seqlens": response.cu_seqlens,
-    }
+    return _normalized(inputs, response, normalization)
 
 
 def attention_column_credit(
@@ -100,9 +86,7 @@ def attention_column_credit(
     shift: Literal[0, 1],
     normalization: Normalization,
 ) -> Tensor:
-    raw, status = csrc_triton.column_credit_raw(
-        inputs, response.mask, variant=variant, shift=shift, **_place(response)
-    )
+    raw, status = csrc_triton.column_credit_raw(inputs, response, variant=variant, shift=shift)
     return _normalized(raw, response, normalization, status)
 
 
@@ -114,11 +98,7 @@ def attention_rollout(
     normalization: Normalization,
 ) -> Tensor:
     raw, status = csrc_triton.rollout_raw(
-        layers,
-        response.mask,
-        value_norms=value_norms,
-        residual_norms=residual_norms,
-        **_place(response),
+        layers, response, value_norms=value_norms, residual_norms=residual_norms
     )
     return _normalized(raw, response, normalization, status)
 
@@ -144,11 +124,10 @@ def shape_rewards(
 ) -> ShapedRewards:
     attention = not isinstance(credit, Tensor | str)
     swept: Any = csrc_triton.sweep(
-        response.mask,
+        response,
         OUTPUTS,
-        response_cu_seqlens=response.cu_seqlens,
         score=score,
-        credit=credit if isinstance(credit, Tensor | str) else _attention(credit, response),
+        credit=credit,
         normalization=config.normalization,
         score_index=config.score_index,
         beta=config.share(credit),
@@ -179,9 +158,8 @@ def gae(
     return_moments: bool,
 ) -> tuple[Tensor, ...]:
     swept: Any = csrc_triton.sweep(
-        response.mask,
+        response,
         ("advantages", "returns", "moments") if return_moments else ("advantages", "returns"),
-        response_cu_seqlens=response.cu_seqlens,
         token_rewards=rewards,
         values=values,
         bootstrap=bootstrap,

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from attnshape.bench.cases import Case
 from benchmarks.cases import budget_cases
-from csrc_triton.fused import CHUNK, ONE_LAUNCH, in_chunks
+from csrc_triton.host.attention import CHUNK, ONE_LAUNCH
+from csrc_triton.host.rewards import in_chunks
 from csrc_triton.launch import ceil_div
 
 

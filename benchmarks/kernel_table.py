@@ -398,7 +398,7 @@ def specialisations(target: str = "sm_90") -> list[dict[str, Any]]:
 
 def specialisations_per_key(target: str) -> list[int]:
     """For each key that the launcher gives any of the calls: how many Triton would tell apart."""
-    from csrc_triton.fused import LAUNCHER
+    from csrc_triton.host.attention import LAUNCHER
 
     gpu, found = gpu_of(target), {}
     for launch in captured_launches(itertools.chain(calls(), random_calls())):

@@ -1,17 +1,10 @@
-"""Triton kernels and their launchers; arguments are checked by the caller."""
+"""Triton kernels and what launches them; arguments are checked by the caller."""
 
-from csrc_triton.column import column_credit_raw, rollout_raw
-from csrc_triton.fused import Attention, Swept, attention_row, sweep
+from csrc_triton.host.attention import attention_row
+from csrc_triton.host.columns import column_credit_raw
+from csrc_triton.host.rewards import Shaped, sweep
+from csrc_triton.host.rollout import rollout_raw
+from csrc_triton.host.whiten import whiten
 from csrc_triton.launch import interpreted
-from csrc_triton.whiten import whiten
 
-__all__ = [
-    "Attention",
-    "Swept",
-    "attention_row",
-    "column_credit_raw",
-    "interpreted",
-    "rollout_raw",
-    "sweep",
-    "whiten",
-]
+__all__ = ["Shaped", "attention_row", "column_credit_raw", "interpreted", "rollout_raw", "sweep", "whiten"]

@@ -49,7 +49,7 @@ class Launcher:
     """
 
     def __init__(self, kernel: Any, defaults: dict[str, Any], aligned: Sequence[str]) -> None:
-        self.kernel, self.defaults = kernel, defaults
+        self.kernel, self.defaults = kernel, {name: defaults[name] for name in _parameters(kernel.fn)}
         self.compiled: dict[tuple[Any, ...], Any] = {}
         constant = _parameters(kernel.fn)
         numbers = [name for name in constant if not constant[name] and not name.startswith("p_")]
@@ -66,8 +66,15 @@ class Launcher:
         self.aligned = chosen(aligned)
 
     def __call__(self, programs: int, arguments: dict[str, Any], options: dict[str, Any]) -> None:
-        """``arguments`` by name; what is left out has its default."""
+        """``arguments`` by name; what is left out has its default.
+
+        Raises:
+            TypeError: a name is no parameter's.
+        """
         arguments = self.defaults | arguments
+        if len(arguments) > len(self.defaults):
+            unknown = ", ".join(sorted(arguments.keys() - self.defaults.keys()))
+            raise TypeError(f"{self.kernel.fn.__name__}: got {unknown}, want names of its parameters")
         key = self.key(arguments, options)
         compiled = self.compiled.get(key)
         if compiled is None:
@@ -109,6 +116,11 @@ def tokens(x: Tensor | None) -> Tensor | None:
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
     return x.view(torch.uint8) if x.dtype == torch.bool else x
+
+
+def contiguous(x: object) -> Tensor | None:
+    """``x``, if it is a tensor, with its elements side by side."""
+    return x.contiguous() if isinstance(x, Tensor) else None
 
 
 def row_stride(x: Tensor | None) -> int:

@@ -3,26 +3,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from csrc_triton.launch import COMPILER, ceil_div, kernel, processors, row_stride
-
-BLOCK = 2048
-"""Tokens a program takes at once."""
-PARTS = 1024
-"""Parts that tokens are divided into, and parts whose moments are folded at once."""
-MAX_PARTS = 4096
-"""Parts that every program of the last launch folds for itself; more are folded to fewer before."""
-
-PROGRAMS = 8
-"""Of the last launch, per multiprocessor: each folds the moments once."""
+from csrc_triton.launch import kernel
 
 
 class Moments(NamedTuple):
@@ -164,82 +150,3 @@ def whiten_kernel(
         x = tl.load(p_x + at_x, mask=i < n, other=0.0).to(tl.float64)
         out = tl.where(live | (zero_masked == 0), (x - folded.mean) * scale + kept, 0.0)
         tl.store(p_out + i, out.to(tl.float32), mask=i < n)
-
-
-def whiten(
-    x: Tensor,
-    mask: Tensor,
-    moments: Tensor | None = None,
-    gather: Callable[[Tensor], Tensor] | None = None,
-    bessel: bool = True,
-    eps: float = 1e-8,
-    eps_mode: Literal["add", "clamp", "add_to_std"] = "add",
-    shift_mean: bool = True,
-    zero_masked: bool = True,
-) -> Tensor:
-    """``(x - mean) * rsqrt(variance + eps)`` over the unmasked tokens of all of ``x``.
-
-    One launch with ``moments`` of up to ``MAX_PARTS`` parts; one more for more parts, and without.
-
-    Args:
-        x: any shape and strides; float32, bfloat16 or float16.
-        mask: of its shape, any dtype.
-        moments: count, mean and sum of squared deviations, ``[..., 3]``, of parts that together hold the
-            unmasked tokens.
-        gather: from the moments of all parts, float64 ``[3]``, to those of every process, ``[..., 3]``.
-
-    Returns:
-        float32, of the shape of ``x``.
-    """
-    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    flat = x.is_contiguous() and mask.is_contiguous()
-    x, mask = _rows(x, flat), _rows(mask, flat)
-    unit = 1 if x.numel() % 16 else 16  # what a bound must be a multiple of for wide loads up to it
-    block = (x, row_stride(x), mask, row_stride(mask), max(x.shape[1], 1), x.numel() // unit)
-    n_blocks = ceil_div(x.numel(), BLOCK)
-    options: dict[str, Any] = {"UNIT": unit, "FLAT": flat, "BLOCK": BLOCK, **COMPILER}
-    if moments is None:
-        blocks = max(ceil_div(n_blocks, PARTS), 1)
-        moments = torch.empty(ceil_div(n_blocks, blocks), 3, dtype=torch.float64, device=x.device)
-        if n_blocks:
-            moments_kernel[(len(moments),)](moments, *block, blocks, **options)
-    moments = moments.reshape(-1, 3).contiguous()
-    if len(moments) > MAX_PARTS:
-        moments = _folded(moments, PARTS)
-    if gather is not None:
-        moments = gather(_folded(moments, max(len(moments), 1))[0]).contiguous()
-    if n_blocks:
-        blocks = ceil_div(n_blocks, PROGRAMS * processors(x.device))
-        whiten_kernel[(ceil_div(n_blocks, blocks),)](
-            out,
-            *block,
-            blocks,
-            moments,
-            moments.numel() // 3,
-            int(bessel),
-            eps if eps_mode == "add" else 0.0,
-            eps if eps_mode == "clamp" else -math.inf,
-            eps if eps_mode == "add_to_std" else 0.0,
-            int(shift_mean),
-            int(zero_masked),
-            PARTS=PARTS,
-            **options,
-        )
-    return out
-
-
-def _folded(moments: Tensor, parts: int) -> Tensor:
-    """Moments of every ``parts`` parts, float64 ``[n, 3]``; of nothing, one."""
-    out = torch.empty(max(ceil_div(len(moments), parts), 1), 3, dtype=torch.float64, device=moments.device)
-    fold_kernel[(len(out),)](out, moments, len(moments), parts, PARTS=PARTS, **COMPILER)
-    return out
-
-
-def _rows(x: Tensor, flat: bool) -> Tensor:
-    """``[rows, width]``; one row where nothing lies between rows, copied where neighbours lie apart."""
-    if x.dtype == torch.bool:
-        x = x.view(torch.uint8)
-    if flat:
-        return x.view(1, -1)
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return x.reshape(-1, x.shape[-1])

@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from attnshape.demo.curves import smooth
 from attnshape.demo.ppo import Completion, Method
-from attnshape.demo.results import smooth
 
 PANELS = {"true_reward": "true reward", "score": "reward model's reward", "kl": "KL to the initial policy"}
 CHARACTERS_PER_LINE, LINES = 46, 15

@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from attnshape.bench.machine import run_facts
+from attnshape.demo.config import DemoConfig
+from attnshape.demo.curves import rounded, steps_to
 from attnshape.demo.models import TrainingMetrics
+from attnshape.demo.plots import learning_curves
 from attnshape.demo.ppo import Completion, Method, Record
+from attnshape.files import json_rows
+from attnshape.text.html import CreditItem, credit_page
 
-if TYPE_CHECKING:
-    from attnshape.demo.run import DemoConfig
-
-SMOOTHING = 5
-"""Steps over which curves are averaged before they are drawn or compared with the threshold."""
 END_SHARE = 0.1
 """Figures "at the end" are means over this share of the steps."""
 SHOWN_COMPLETIONS = 8
-
-
-def smooth(curve: Sequence[float]) -> list[float]:
-    """Mean over the last ``SMOOTHING`` steps, or as many as there are."""
-    windows = [curve[max(0, i + 1 - SMOOTHING) : i + 1] for i in range(len(curve))]
-    return [statistics.fmean(window) for window in windows]
-
-
-def steps_to(curve: Sequence[float], mark: float) -> int | None:
-    """First step, from 1, at which the smoothed curve reaches the mark; None if it never does."""
-    return next((i for i, x in enumerate(smooth(curve), start=1) if x >= mark), None)
 
 
 @dataclass(frozen=True)
@@ -170,8 +158,9 @@ class Results:
         console.print(f"Wall time {self.seconds:.0f} s. Files in {self.config.out}", highlight=False)
 
     def to_json(self) -> dict[str, Any]:
+        config = asdict(self.config)
         return {
-            "config": asdict(self.config),
+            "config": {name: str(x) if isinstance(x, Path) else x for name, x in config.items()},
             "training": asdict(self.training) if self.training else None,
             "initial_score": self.initial_score,
             "initial_true_reward": self.initial_true_reward,
@@ -180,13 +169,13 @@ class Results:
                 {
                     "method": run.method,
                     "seed": run.seed,
-                    "seconds": run.seconds,
+                    "seconds": round(run.seconds, 1),
                     "steps_to_threshold": run.steps_to(self.config.threshold),
-                    "curves": {name: run.curve(name) for name in run.records[0]},
+                    "curves": {name: rounded(run.curve(name)) for name in run.records[0]},
                 }
                 for run in self.runs
             ],
-            "seconds": self.seconds,
+            "seconds": round(self.seconds, 1),
             **run_facts(),
         }
 
@@ -204,9 +193,6 @@ def _cell(value: float | None) -> str:
 
 def write_results(results: Results, folder: Path) -> None:
     """``results.json``, ``learning_curves.png`` and ``credit.html``; each replaces an older one at once."""
-    from attnshape.demo.plots import learning_curves
-    from attnshape.text.html import CreditItem, credit_page
-
     curves = {
         method: [{name: run.curve(name) for name in run.records[0]} for run in results.of(method)]
         for method in results.config.methods
@@ -225,7 +211,7 @@ def write_results(results: Results, folder: Path) -> None:
         learning_curves(curves, last, new / "learning_curves.png", title=title)
         page = credit_page("Completions after PPO, coloured by credit", items)
         (new / "credit.html").write_text(page, encoding="utf-8")
-        (new / "results.json").write_text(json.dumps(results.to_json(), indent=1, default=str) + "\n")
+        (new / "results.json").write_text(json_rows(results.to_json(), levels=2))
         for file in new.iterdir():
             file.replace(folder / file.name)
 

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from attnshape.demo.models import Stage, default_cache_dir
+from attnshape.demo.bars import bars_on
+from attnshape.demo.models import default_cache_dir
 from attnshape.demo.ppo import Record
-from attnshape.demo.run import Setup, read_prompts
 from attnshape.files import whole_file
-from attnshape.text.score_fn import parse_score_fn
 from benchmarks.paper import figures
 from benchmarks.paper.cells import (
     BETA,
@@ -41,16 +29,17 @@ from benchmarks.paper.cells import (
     Method,
     chosen,
 )
-from benchmarks.paper.depth import STUDY, RewardName, study
+from benchmarks.paper.depth import MODELS, STUDY, RewardName, study
+from benchmarks.paper.options import RESULTS, Cache, Options, Out, console, with_options
 from benchmarks.paper.page import fill, in_short, tables
 from benchmarks.paper.runs import Results
+from benchmarks.paper.store import collect
 from benchmarks.paper.summary import summarise, to_json
-from benchmarks.paper.sweep import RUNS, start_worker, sweep, todo, write_training
-from benchmarks.paper.testbed import DEPTH, Models, own_models
+from benchmarks.paper.sweep import RUNS, start_worker, sweep, write_training
+from benchmarks.paper.testbed import DEPTH, Models
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-RESULTS = HERE.parent / "results" / "paper-cpu"
 
 app = typer.Typer(
     help="The paper's experiments at a size that runs on a CPU, or on models of your own.",
@@ -58,72 +47,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(highlight=False, soft_wrap=True)
-
-Policy = Annotated[str | None, typer.Option(help="Folder or hub name of a causal model.")]
-RewardModel = Annotated[str | None, typer.Option(help="Folder or hub name of a sequence classifier.")]
-Prompts = Annotated[
-    Path | None, typer.Option(help="Prompts: .jsonl with a prompt per line, or one per line.")
-]
-ScoreFn = Annotated[str, typer.Option(help="The score, such as 'logit[1] - logit[0]'.")]
-Dpo = Annotated[str | None, typer.Option(help="Folder or hub name of a DPO-trained policy, for RTO.")]
-Device = Annotated[str | None, typer.Option(help="Of your own models; a GPU if there is one.")]
-Cache = Annotated[Path | None, typer.Option(help="Where the testbed's own models are kept.")]
-Out = Annotated[Path, typer.Option(help="Folder of results.")]
-
-
-def _testbed(
-    policy: str | None,
-    reward_model: str | None,
-    prompts: Path | None,
-    score_fn: str,
-    dpo_policy: str | None,
-    device: str | None,
-    cache_dir: Path | None,
-    out: Path,
-    needed: Collection[str],
-) -> Models:
-    given = {"--policy": policy, "--reward-model": reward_model, "--prompts": prompts}
-    if not any(given.values()):
-        start_worker()  # what models learn depends on the number of threads
-        with _bars() as bars:
-            tasks: dict[Stage, int] = {}
-
-            def on_step(stage: Stage, done: int, loss: float) -> None:
-                if stage not in tasks:
-                    tasks[stage] = int(bars.add_task(f"training the {stage}", total=None))
-                bars.update(tasks[stage], completed=done)  # type: ignore[arg-type]
-
-            return own_models(needed, cache_dir, on_step)
-    if policy is None or reward_model is None or prompts is None:
-        missing = ", ".join(name for name, value in given.items() if not value)
-        raise typer.BadParameter(f"--policy, --reward-model and --prompts go together, got no {missing}")
-    if out == RESULTS:
-        raise typer.BadParameter("models of your own need a folder of their own: --out")
-    parse_score_fn(score_fn)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    setup = Setup(policy, reward_model, read_prompts(prompts), score_fn, device, None)
-    return Models({"testbed": setup}, None if dpo_policy is None else partial(str, dpo_policy))
 
 
 @contextmanager
-def _bars() -> Iterator[Progress]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bars:
-        yield bars
+def _refusing() -> Iterator[None]:
+    """What is wrong with the options or with stored results, as a sentence."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _run(cells: list[Cell], testbed: Models, out: Path, workers: int) -> None:
-    left = todo(cells, out)
+    with _refusing():
+        left = RUNS.missing(cells, out)
     if left:
         write_training(testbed, out)
-    with _bars() as bars:
+    with bars_on(console) as bars:
         total = bars.add_task("cells", total=len(cells), completed=len(cells) - len(left))
         current = bars.add_task("steps", total=left[0].steps if left else 1, visible=workers == 1)
 
@@ -133,12 +73,13 @@ def _run(cells: list[Cell], testbed: Models, out: Path, workers: int) -> None:
         def on_done(cell: Cell) -> None:
             bars.advance(total)
             bars.reset(current)
-            bars.update(total, description=f"cells (last {cell.name.removesuffix('.json')})")
+            bars.update(total, description=f"cells (last {cell.name})")
 
         sweep(cells, testbed, out, workers=workers, on_step=on_step, on_done=on_done)
 
 
 @app.command()
+@with_options
 def cell(
     method: Annotated[Method, typer.Argument(help="Where the credit comes from.")],
     *,
@@ -153,16 +94,9 @@ def cell(
     ] = "testbed",
     critic: Annotated[Critic, typer.Option(help="Where values come from.")] = "shared",
     steps: Annotated[int, typer.Option(min=1, help="PPO steps.")] = STEPS,
-    policy: Policy = None,
-    reward_model: RewardModel = None,
-    prompts: Prompts = None,
-    score_fn: ScoreFn = "logit",
-    dpo_policy: Dpo = None,
-    device: Device = None,
-    cache_dir: Cache = None,
-    out: Out = RESULTS,
+    options: Options,
 ) -> None:
-    """Run one cell, unless its file is there."""
+    """Run one cell, unless it has been run."""
     one = Cell(
         method=method,
         length=length,
@@ -175,42 +109,31 @@ def cell(
         critic=critic,
         steps=steps,
     )
-    testbed = _testbed(
-        policy, reward_model, prompts, score_fn, dpo_policy, device, cache_dir, out, [one.models]
-    )
-    _run([one], testbed, out, 1)
-    console.print(out / RUNS / one.name)
+    _run([one], options.testbed([one.models]), options.out, 1)
+    new = RUNS.new(options.out, one.name)
+    console.print(new if new.is_file() else f"{one.name} is in {RUNS.path(options.out)}")
 
 
 @app.command("all")
+@with_options
 def run_all(
     *,
     only: Annotated[
         list[str] | None, typer.Option(help=f"Experiments: {', '.join(EXPERIMENTS)}; all by default.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the cells.")] = 1,
-    policy: Policy = None,
-    reward_model: RewardModel = None,
-    prompts: Prompts = None,
-    score_fn: ScoreFn = "logit",
-    dpo_policy: Dpo = None,
-    device: Device = None,
-    cache_dir: Cache = None,
-    out: Out = RESULTS,
+    options: Options,
 ) -> None:
-    """Run every cell that has no file yet; stopped at any time, it goes on where it was."""
-    try:
+    """Run every cell that has not been run; stopped at any time, it goes on where it was."""
+    with _refusing():
         cells = chosen(only)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    left = todo(cells, out)
+        left = RUNS.missing(cells, options.out)
     if not left:
-        console.print(f"all {len(cells)} cells have their files in {out / RUNS}")
+        console.print(f"all {len(cells)} cells have been run: `summary` shows them")
         return
-    needed = {c.models for c in left}
-    testbed = _testbed(policy, reward_model, prompts, score_fn, dpo_policy, device, cache_dir, out, needed)
+    testbed = options.testbed({c.models for c in left})
     waiting = {c for c in left if c.models not in testbed.setups}
-    _run([c for c in cells if c not in waiting], testbed, out, workers)
+    _run([c for c in cells if c not in waiting], testbed, options.out, workers)
     if waiting:
         console.print(f"{len(waiting)} cells wait for the reward models of `depth`")
 
@@ -243,17 +166,21 @@ def depth(
     ]
     if not models:
         raise typer.BadParameter("the study has no such reward model")
+    with _refusing():
+        left = MODELS.missing(models, out)
     start_worker()
-    with _bars() as bars:
-        for model in bars.track(models, description="reward models"):
+    with bars_on(console) as bars:
+        for model in bars.track(left, description="reward models"):
             study(model, (cache_dir or default_cache_dir()) / DEPTH, out)
 
 
 @app.command()
 def summary(*, out: Out = RESULTS) -> None:
-    """Summarise the runs: summary.json, the figures, and the tables of the READMEs."""
+    """Fold new runs into the tables; write summary.json, the figures, and the tables of the READMEs."""
     paper = json.loads((HERE / "paper_figures.json").read_text())
-    results = Results(out)
+    with _refusing():
+        collect(out, (RUNS, MODELS))
+        results = Results(out)
     if not results.runs:
         raise typer.BadParameter(f"{out} has no runs")
     found = summarise(results)

@@ -136,7 +136,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Path of the cell's file below the folder of runs: length, then what is not default, then seed."""
+        """Length and method, then what is not default, then the seed."""
         changed = [
             f"{f.name}={getattr(self, f.name):g}"
             if f.type == "float"
@@ -144,8 +144,12 @@ class Cell:
             for f in fields(self)
             if f.name not in ("method", "length", "seed") and getattr(self, f.name) != f.default
         ]
-        words = " ".join([self.method, *changed, f"seed={self.seed}"])
-        return f"{self.length}/{words.replace(',', '').replace(' ', '_')}.json"
+        return " ".join([self.length, self.method, *changed, f"seed={self.seed}"])
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Orders cells by length, method and the other settings; seeds of a setting are neighbours."""
+        return (*bounds(self.length), *self.setting.values(), self.seed)
 
     def ppo(self) -> PPOConfig:
         low, high = bounds(self.length)

@@ -12,7 +12,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -24,10 +24,10 @@ from attnshape import credit, shape_rewards
 from attnshape.demo.agreement import precision_at_k
 from attnshape.demo.corpus import BOS, build_tokenizer, leave_one_out, true_reward, vocabulary, write_review
 from attnshape.demo.models import ModelConfig, train_language_model, train_reward_model
-from attnshape.files import whole_file
 from benchmarks.paper.cells import DEPTHS, MODEL_SEEDS, QUALITIES, QUALITY_LAYERS
 from benchmarks.paper.contextual import contextual_leave_one_out, contextual_reward
 from benchmarks.paper.sources import SOURCES
+from benchmarks.paper.store import Table
 from benchmarks.paper.testbed import provenance, whole_folder
 
 RewardName: TypeAlias = Literal["lexical", "contextual"]
@@ -52,7 +52,6 @@ CONFIG = ModelConfig(
     rm_batch_size=48,
 )
 """Smaller than the testbed's training, and no layer frozen; a depth's language model starts all its seeds."""
-MODELS = "models"
 LENGTHS = (12, 50)
 DOCUMENTS = 200
 PROMPT_WORDS = 4
@@ -78,8 +77,9 @@ class DeepModel:
         return f"{self.layers} layers, seed {self.seed}{context}{quality}"
 
     @property
-    def file(self) -> str:
-        return self.name.replace(",", "").replace(" ", "_") + ".json"
+    def key(self) -> str:
+        """Orders models by their names."""
+        return self.name
 
 
 STUDY = [
@@ -88,6 +88,13 @@ STUDY = [
     *(DeepModel(layers, seed, "contextual") for seed in MODEL_SEEDS for layers in DEPTHS),
 ]
 """Every reward model of the study."""
+
+
+def _key(record: dict[str, Any]) -> str:
+    return DeepModel(*(record[f.name] for f in fields(DeepModel))).key
+
+
+MODELS = Table("models", _key)
 
 
 def train_deep(model: DeepModel, cache: Path, config: ModelConfig = CONFIG) -> Path:
@@ -211,26 +218,16 @@ def _ranks(x: Tensor) -> Tensor:
     return below + 0.5 * (x[None] == x[:, None]).double().sum(1)
 
 
-def study(model: DeepModel, cache: Path, out: Path) -> Path:
-    """Trains the model if need be, measures every source at every length, and writes its file."""
-    path = out / MODELS / model.file
-    if path.is_file():
-        return path
+def study(model: DeepModel, cache: Path, out: Path) -> None:
+    """Trains the model if need be, and measures every source at every length."""
     folder = train_deep(model, cache)
     accuracy, true_accuracy = json.loads((folder / "accuracy.json").read_text())
     network = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    result = {
-        "layers": model.layers,
-        "seed": model.seed,
-        "reward": model.reward,
-        "steps": model.steps,
+    record = {
+        **asdict(model),
         "accuracy": accuracy,
         "true_accuracy": true_accuracy,
-        "lengths": {str(n): measure(network, model.reward, n) for n in LENGTHS},
         **provenance(),
+        "lengths": {str(n): measure(network, model.reward, n) for n in LENGTHS},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        json.dump(result, file, indent=1)
-        file.write("\n")
-    return path
+    MODELS.add(record, out, model.name)

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from attnshape.demo import plots
-from attnshape.demo.results import smooth
+from attnshape.demo.curves import smooth
 from benchmarks.paper.cells import (
     DEEP,
     DEEP_SOURCES,

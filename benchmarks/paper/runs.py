@@ -1,4 +1,4 @@
-"""Runs from their files, and what is read off them: means and their spread, steps to a mark, differences."""
+"""Runs from their lines, and what is read off them: means and their spread, steps to a mark, differences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from attnshape.demo.results import smooth, steps_to
+from attnshape.demo.curves import smooth, steps_to
 from benchmarks.paper.cells import (
     COLLAPSE,
     FEW,
@@ -33,7 +33,7 @@ KL_COEF = 0.1
 
 @dataclass(frozen=True)
 class Run:
-    """One cell's file."""
+    """One cell's record."""
 
     cell: Cell
     initial: dict[str, float]
@@ -156,15 +156,14 @@ class Results:
     """All runs of a folder, by cell, and the reward models of the depth study."""
 
     def __init__(self, folder: Path) -> None:
-        self.runs: dict[Cell, Run] = {}
-        for path in sorted((folder / RUNS).rglob("*.json")):
-            if not path.name.startswith("."):
-                loaded = json.loads(path.read_text())
-                cell = Cell(**loaded["cell"])
-                self.runs[cell] = Run(cell, loaded["initial"], loaded["curves"])
+        runs = (
+            Run(Cell(**found["cell"]), found["initial"], found["curves"])
+            for found in RUNS.read(folder).values()
+        )
+        self.runs = {run.cell: run for run in runs}
         training = folder / TRAINING
         self.training: dict[str, Any] = json.loads(training.read_text()) if training.is_file() else {}
-        self.models = [json.loads(path.read_text()) for path in sorted((folder / MODELS).glob("*.json"))]
+        self.models = list(MODELS.read(folder).values())
 
     def of(self, method: Method, length: Length, **settings: Any) -> list[Run]:
         """Runs of one setting, by seed; those that learning rates were chosen on are left out."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import Any, get_args
 
 import torch
 
+from attnshape.files import json_rows
 from benchmarks.paper.cells import (
     BETAS,
     CONTROLS,
@@ -247,4 +247,4 @@ def to_json(summary: dict[str, Any]) -> str:
             return None if math.isnan(x) else round(x, 4)
         return x
 
-    return json.dumps(rounded(summary), indent=1) + "\n"
+    return json_rows(rounded(summary))

@@ -1,4 +1,4 @@
-"""Runs many cells, each into a file of its own; what has a file is not run again."""
+"""Runs many cells; what has been run is not run again."""
 
 from __future__ import annotations
 
@@ -17,28 +17,17 @@ from attnshape.demo.ppo import Record
 from attnshape.demo.run import end_with_parent
 from attnshape.files import whole_file
 from benchmarks.paper.cells import Cell
+from benchmarks.paper.store import Table
 from benchmarks.paper.testbed import Models, run_cell
 
-RUNS, TRAINING = "runs", "testbed.json"
+TRAINING = "testbed.json"
 
 
-def todo(cells: Sequence[Cell], folder: Path) -> list[Cell]:
-    """Cells that have no file yet, in order."""
-    return [cell for cell in cells if not (folder / RUNS / cell.name).is_file()]
+def _key(record: dict[str, Any]) -> tuple[Any, ...]:
+    return Cell(**record["cell"]).key
 
 
-def write_run(result: dict[str, Any], cell: Cell, folder: Path) -> Path:
-    """The cell's file, whole or not at all: compact, a curve per line."""
-    path = folder / RUNS / cell.name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    head = {name: value for name, value in result.items() if name != "curves"}
-    curves = ",\n".join(
-        f"{json.dumps(name)}: {json.dumps(curve, separators=(',', ':'))}"
-        for name, curve in result["curves"].items()
-    )
-    with whole_file(path) as file:
-        file.write(json.dumps(head, indent=1)[:-2] + ',\n "curves": {\n' + curves + "\n}}\n")
-    return path
+RUNS = Table("runs", _key)
 
 
 def write_training(testbed: Models, folder: Path) -> None:
@@ -61,17 +50,17 @@ def sweep(
     on_step: Callable[[Record], None] | None = None,
     on_done: Callable[[Cell], None] | None = None,
 ) -> None:
-    """Runs the cells that have no file, in ``workers`` processes; interrupted, it leaves only whole files.
+    """Runs the cells that have not been run, in ``workers`` processes; cut off, it leaves only whole runs.
 
     ``on_step`` is called after each PPO step of a single worker, ``on_done`` after each cell.
     """
     if workers < 1:
         raise ValueError(f"workers: got {workers}, want at least 1")
-    left = todo(cells, folder)
+    left = RUNS.missing(cells, folder)
     if workers == 1:
         start_worker()
         for cell in left:
-            write_run(run_cell(cell, testbed, on_step), cell, folder)
+            _work(cell, testbed, folder, on_step)
             if on_done:
                 on_done(cell)
         return
@@ -99,5 +88,6 @@ def _start_child() -> None:
     start_worker()
 
 
-def _work(cell: Cell, testbed: Models, folder: Path) -> None:
-    write_run(run_cell(cell, testbed), cell, folder)
+def _work(cell: Cell, testbed: Models, folder: Path, on_step: Callable[[Record], None] | None = None) -> None:
+    if RUNS.missing([cell], folder):  # not run by another process meanwhile
+        RUNS.add(run_cell(cell, testbed, on_step), folder, cell.name)

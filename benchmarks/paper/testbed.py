@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from attnshape.bench.machine import run_facts
 from attnshape.demo.corpus import build_tokenizer
+from attnshape.demo.curves import rounded
 from attnshape.demo.models import (
     POLICY,
     REWARD_MODEL,
@@ -54,8 +55,7 @@ CURVES = (
     "credit_entropy",
     "precision_at_k",
 )
-"""What a run's file keeps of every step."""
-DIGITS = 4
+"""What is kept of every step of a run."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class SeparateCritic(ActorCritic):
 
 
 def run_cell(cell: Cell, testbed: Models, on_step: Callable[[Record], None] | None = None) -> dict[str, Any]:
-    """One PPO run; returns what its file holds.
+    """One PPO run; returns its record.
 
     Scores are standardised on the initial policy's completions of the same length; recorded ones leave
     ``shift`` out.
@@ -215,9 +215,9 @@ def run_cell(cell: Cell, testbed: Models, on_step: Callable[[Record], None] | No
     return {
         "cell": asdict(cell),
         "initial": reference._asdict(),
-        "curves": {name: [float(f"{x:.{DIGITS}g}") for x in curve] for name, curve in curves.items()},
         "cpu_seconds": round(time.process_time() - start, 1),
         **provenance(),
+        "curves": {name: rounded(curve) for name, curve in curves.items()},
     }
 
 

@@ -1,15 +1,17 @@
 import io
 import json
+import math
 from pathlib import Path
 from typing import get_args
 
 import pytest
 from rich.console import Console
 
+from attnshape.demo.config import DemoConfig
+from attnshape.demo.curves import rounded, smooth
 from attnshape.demo.plots import COLORS, learning_curves
 from attnshape.demo.ppo import Completion, Method
-from attnshape.demo.results import Results, Run, smooth, write_results
-from attnshape.demo.run import DemoConfig
+from attnshape.demo.results import Results, Run, write_results
 
 STEPS = 20
 
@@ -43,6 +45,11 @@ def printed(results: Results) -> str:
 
 def test_smooth_averages_the_last_five() -> None:
     assert smooth([1, 2, 3, 4, 5, 6, 7]) == [1, 1.5, 2, 2.5, 3, 4, 5]
+
+
+def test_curves_in_a_file_have_four_digits() -> None:
+    assert rounded([0.123456, -98765.4, 2.0, 1.00005e-9]) == [0.1235, -98770.0, 2.0, 1.0e-9]
+    assert math.isnan(rounded([math.nan])[0])
 
 
 def test_summaries_of_a_run() -> None:
@@ -104,7 +111,9 @@ def test_files(tmp_path: Path) -> None:
         "learning_curves.png",
         "results.json",
     ]
-    saved = json.loads((tmp_path / "out" / "results.json").read_text())
+    text = (tmp_path / "out" / "results.json").read_text()
+    saved = json.loads(text)
+    assert sum(line.startswith('  {"method": ') for line in text.splitlines()) == 4  # a line a seed
     assert [(run["method"], run["seed"]) for run in saved["runs"]] == [
         ("sparse", 0),
         ("sparse", 1),
@@ -126,7 +135,7 @@ def test_failure_while_writing_leaves_the_old_files(tmp_path: Path, monkeypatch:
     def interrupted(*_: object) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("attnshape.text.html.credit_page", interrupted)
+    monkeypatch.setattr("attnshape.demo.results.credit_page", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_results(make_results([3.0], [4.0], out=tmp_path), tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

@@ -1,138 +1,41 @@
-"""Column sums of attention and rollout in Triton against the float64 reference."""
+"""Column sums of attention in Triton against the float64 reference, and what rollouts share with them."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.problems import Problem, assert_within, make_problem, mapped, pack, rows_of, to_float64
+from support.columns import (
+    DEVICE,
+    assert_same_pattern,
+    check,
+    check_columns,
+    check_rollout,
+    columns,
+    layouts,
+    norms_of,
+    place,
+    rollout,
+)
+from support.problems import Problem, make_problem, pack, to_float64
 from torch import Tensor
 
 from attnshape import AttentionInputs, Status, reference
-from attnshape.tolerance import credit_bound
-from csrc_triton import column
-from csrc_triton.column import column_credit_raw, rollout_raw
+from attnshape.types import Response
+from csrc_triton import column_credit_raw, rollout_raw
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAN = float("nan")
 HUGE = 2**31 - 1
 SMALL = {"keys": 30, "width": 20, "heads": 1, "kv_heads": 1}
-PLACE = ("response_mask", "response_start", "response_index", "response_cu_seqlens")
 CHOICES = [(variant, shift) for variant in ("mean", "last") for shift in (0, 1)]
-
-
-def place(problem: Problem) -> dict[str, Any]:
-    return {name: problem.kwargs[name] for name in PLACE if name in problem.kwargs}
-
-
-def columns(problem: Problem, variant: str = "mean", shift: int = 0) -> tuple[Tensor, Tensor]:
-    """Raw credit and status of each row."""
-    there, kwargs = mapped([problem.inputs, place(problem)], lambda x: x.to(DEVICE))
-    raw, status = column_credit_raw(there, variant=variant, shift=shift, **kwargs)
-    return raw.cpu(), status.cpu()
-
-
-def rollout(layers: list[AttentionInputs], problem: Problem, **norms: Any) -> tuple[Tensor, Tensor]:
-    layers, kwargs = mapped([layers, place(problem) | norms], lambda x: x.to(DEVICE))
-    raw, status = rollout_raw(layers, **kwargs)
-    return raw.cpu(), status.cpu()
-
-
-def check(problem: Problem, got: Tensor, want: Tensor, factor: int = 1) -> None:
-    kwargs = place(problem)
-    for got_row, row in zip(rows_of(got, kwargs), rows_of(want, kwargs), strict=True):
-        assert_within("raw", got_row, row, factor * credit_bound(row, problem.max_score))
-
-
-def check_columns(problem: Problem, variant: str = "mean", shift: int = 0) -> Tensor:
-    raw, status = columns(problem, variant, shift)
-    options = {"variant": variant, "shift": shift, "normalization": "none"}
-    want = reference.attention_column_credit(to_float64(problem.inputs), **place(problem), **options)
-    check(problem, raw, want)
-    lost = torch.tensor([bool(row.isnan().any()) for row in rows_of(want, place(problem))])
-    assert (status[lost] == Status.OUT_OF_RANGE).all()
-    return raw
-
-
-def norms_of(problem: Problem, count: int) -> dict[str, list[Tensor]]:
-    generator = torch.Generator().manual_seed(count)
-    key, heads = problem.inputs.key, problem.inputs.query.shape[1]
-    tokens = key.shape[:1] if problem.inputs.packed else (key.shape[0], key.shape[2])
-    shape = (*tokens[:1], heads, *tokens[1:])
-    return {
-        "value_norms": [torch.rand(shape, generator=generator) for _ in range(count)],
-        "residual_norms": [torch.rand(tokens, generator=generator) + 0.5 for _ in range(count)],
-    }
-
-
-def check_rollout(layers: list[AttentionInputs], problem: Problem, norms: dict[str, Any]) -> Tensor:
-    raw, _ = rollout(layers, problem, **norms)
-    if norms:
-        pairs = zip(layers, norms["value_norms"], norms["residual_norms"], strict=True)
-        layers = [replace(x, value_norm=v, residual_norm=r) for x, v, r in pairs]
-    want = reference.attention_rollout(to_float64(layers), **place(problem), normalization="none")
-    check(problem, raw, want, len(layers))
-    return raw
-
-
-@st.composite
-def layouts(draw: st.DrawFn, **fixed: Any) -> Problem:
-    """Layers with every query, around the sizes of a tile."""
-    pick = lambda *choices: draw(st.sampled_from(choices))  # noqa: E731
-    kv_heads, group = pick((1, 1), (2, 2), (1, 5))
-    keys = pick(1, 40, 129, 160)
-    dtype = pick(torch.float32, torch.float16, torch.bfloat16)
-    arguments = {
-        "batch": pick(1, 2),
-        "keys": keys,
-        "width": pick(keys, (keys + 1) // 2),
-        "heads": kv_heads * group,
-        "kv_heads": kv_heads,
-        "head_dim": pick(8, 24, 80, 192),
-        "left_padding": draw(st.booleans()),
-        "holes": draw(st.booleans()),
-        "attention_mask": draw(st.booleans()),
-        "softcap": pick(None, 5.0),
-        "sliding_window": pick(None, 1, 30, 150),
-        "sinks": draw(st.booleans()),
-        "lse": draw(st.booleans()),
-        "head_mask": draw(st.booleans()),
-        "dtype": dtype,
-    }
-    problem = make_problem(draw(st.integers(0, 2**16)), whole_query=True, **(arguments | fixed))
-    return pack(problem) if draw(st.booleans()) else problem
 
 
 @settings(max_examples=16)
 @given(layouts(), st.sampled_from(CHOICES))
 def test_columns_are_the_reference(problem: Problem, choice: tuple[str, int]) -> None:
     check_columns(problem, *choice)
-
-
-@settings(max_examples=8)
-@given(layouts(), st.booleans(), st.integers(1, 3))
-def test_rollout_is_the_reference(problem: Problem, weighted: bool, count: int) -> None:
-    layers = [replace(problem.inputs, scaling=0.3 / (i + 1)) for i in range(count)]
-    check_rollout(layers, problem, norms_of(problem, count) if weighted else {})
-
-
-def test_layers_of_a_rollout_may_differ() -> None:
-    sizes = {"batch": 2, "keys": 140, "width": 70, "heads": 2, "kv_heads": 1}
-    problem = make_problem(3, **sizes, whole_query=True, left_padding=True)
-    assert problem.inputs.attention_mask is not None
-    sparser = problem.inputs.attention_mask * (torch.arange(140) % 3 != 1)
-    layers = [
-        replace(problem.inputs, sliding_window=50),
-        replace(problem.inputs, attention_mask=sparser, softcap=3.0),
-        replace(problem.inputs, key_start=torch.tensor([90, 2]), attention_mask=None),
-        replace(problem.inputs, query_position="last_response"),
-    ]
-    layers = [replace(x, key=problem.inputs.key.nan_to_num(0.5)) for x in layers]
-    for norms in ({}, norms_of(problem, 4)):
-        check_rollout(layers, problem, norms)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -229,13 +132,6 @@ def test_what_is_not_finite_stays_in_its_row(where: str, bad: float) -> None:
     assert carried[1].equal(clean_rollout[1])
 
 
-def assert_same_pattern(problem: Problem, raw: Tensor) -> None:
-    want = reference.attention_column_credit(
-        to_float64(problem.inputs), **place(problem), normalization="none"
-    )
-    assert raw.isnan().equal(want.isnan())
-
-
 def test_a_query_that_carries_nothing_adds_nothing() -> None:
     sizes = {"batch": 1, "keys": 160, "width": 140, "heads": 2, "kv_heads": 1}
     problem = make_problem(2, **sizes, holes=False, whole_query=True)
@@ -268,14 +164,14 @@ def test_keys_outside_the_window_are_not_read() -> None:
 def test_empty_shapes(batch: int, keys: int, width: int) -> None:
     x = torch.randn(batch, 2, keys, 16, device=DEVICE)
     inputs = AttentionInputs(x, x, 0.3)
-    mask = torch.zeros(batch, width, device=DEVICE)
     start = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
+    response = Response(torch.zeros(batch, width, device=DEVICE), start=start)
     for variant, shift in CHOICES:
-        raw, status = column_credit_raw(inputs, mask, variant=variant, shift=shift, response_start=start)
+        raw, status = column_credit_raw(inputs, response, variant=variant, shift=shift)
         assert raw.shape == (batch, width)
         assert (raw == 0).all()
         assert status.tolist() == [0] * batch
-    raw, status = rollout_raw([inputs] * 2, mask, response_start=start)
+    raw, status = rollout_raw([inputs] * 2, response)
     assert (raw == 0).all()
     assert status.tolist() == [0] * batch
 
@@ -355,23 +251,3 @@ def test_bounds_of_packed_rows_out_of_range(
     layers = [replace(problem.inputs, query_position=None)] * 2
     check_rollout(layers, problem, norms_of(problem, 2))
     guarded()
-
-
-def test_tiles_without_a_query_that_counts_are_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 3 tiles of queries only the one that holds the position is asked in a rollout's highest layer."""
-    sizes = {"batch": 1, "keys": 300, "width": 20, "heads": 1, "kv_heads": 1}
-    problem = make_problem(2, **sizes, holes=False, whole_query=True)
-    problem.inputs = replace(problem.inputs, key=problem.inputs.key.nan_to_num(0.5), attention_mask=None)
-    problem.inputs = replace(problem.inputs, query_position=torch.tensor([290]), query=problem.inputs.query)
-    filled = []
-    normalizer = column._normalizer
-
-    def spied(*args: Any, **kwargs: Any) -> Any:
-        out = normalizer(*args, **kwargs)
-        filled.append(out[0][0].isfinite().cpu())
-        return out
-
-    monkeypatch.setattr(column, "_normalizer", spied)
-    rollout([problem.inputs], problem)
-    # What no program wrote is NaN.
-    assert filled[0].nonzero().flatten().tolist() == [290]

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton import device
+from csrc_triton.device import math as device_math
+from csrc_triton.rewards import kl_estimate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -20,7 +21,7 @@ def apply_kernel(p_x, p_out, n, FUNCTION: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def k3(x):
-    return device.kl_estimate(x, float("inf"), float("inf"), "k3")
+    return kl_estimate(x, float("inf"), float("inf"), "k3")
 
 
 def apply(function, x: Tensor) -> Tensor:
@@ -39,8 +40,8 @@ ARGUMENTS = torch.tensor(
 @pytest.mark.parametrize(
     ("function", "truth"),
     [
-        (device.expm1_residual, lambda x: torch.expm1(x) - x),
-        (device.tanh, torch.tanh),
+        (device_math.expm1_residual, lambda x: torch.expm1(x) - x),
+        (device_math.tanh, torch.tanh),
         (k3, lambda x: torch.expm1(-x) + x),
     ],
 )
@@ -61,5 +62,5 @@ def test_relative_accuracy(function, truth) -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_non_finite_arguments() -> None:
     x = torch.tensor([math.nan, math.inf, -math.inf], device=DEVICE)
-    for function, truth in ((device.tanh, torch.tanh), (k3, lambda x: torch.expm1(-x) + x)):
+    for function, truth in ((device_math.tanh, torch.tanh), (k3, lambda x: torch.expm1(-x) + x)):
         torch.testing.assert_close(apply(function, x), truth(x), equal_nan=True)

@@ -1,4 +1,4 @@
-"""The launcher that starts a kernel with what was compiled before."""
+"""The launcher that starts a kernel with what was compiled before, and the counters of a launch."""
 
 from typing import Any
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 import triton.language as tl
 
-from csrc_triton.launch import Launcher
+from csrc_triton.launch import COUNTERS, Counters, Launcher
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DEFAULTS = {"p_out": None, "p_in": None, "window": None, "n": 0, "scale": 0.0, "BLOCK": 128}
 
 
@@ -88,3 +89,34 @@ def test_wide_integers_are_left_to_triton(launcher: Launcher) -> None:
     for n in (2**31, 2**63):
         launcher(4, base() | {"n": n}, {"num_warps": 4})
     assert len(launcher.kernel.compiled) == 2
+
+
+def test_a_name_that_is_no_parameters_is_refused(launcher: Launcher) -> None:
+    with pytest.raises(TypeError, match="parameters: got p_inn, widnow, want names of its parameters"):
+        launcher(4, base() | {"p_inn": torch.empty(9), "widnow": 3}, {"num_warps": 4})
+    assert not launcher.kernel.compiled
+
+
+def test_counters_of_a_graph_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    counters, cuda = Counters(), torch.device("cuda", 0)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda n, dtype, device: zeros(n, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: type("S", (), {"cuda_stream": 7}))
+    capturing = [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    eager = counters.take(cuda, 10)
+    assert counters.take(cuda, 100).data_ptr() == eager.data_ptr()
+    assert len(counters.take(cuda, 10_000)) >= 10_000
+    capturing[0] = True
+    first, second = counters.take(cuda, 10), counters.take(cuda, 10)
+    assert not {x.data_ptr() for x in (first, second)} & {eager.data_ptr()}
+    assert first.data_ptr() != second.data_ptr()
+    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    assert len(counters.take(cuda, 2 * Counters.SPARE)) == 2 * Counters.SPARE
+
+
+def test_counters_grow_and_are_discarded() -> None:
+    small = COUNTERS.take(DEVICE, 1)
+    assert COUNTERS.take(DEVICE, 1).data_ptr() == small.data_ptr()
+    COUNTERS.discard(DEVICE)
+    assert COUNTERS.take(DEVICE, 1).data_ptr() != small.data_ptr() or len(small) == 0

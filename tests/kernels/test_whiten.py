@@ -13,10 +13,10 @@ from torch import Tensor
 import attnshape
 from attnshape import reference
 from csrc_triton import whiten as launcher
-from csrc_triton.whiten import BLOCK, MAX_PARTS, PARTS
+from csrc_triton.host.whiten import BLOCK, MAX_PARTS, PARTS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-MODULE = sys.modules["csrc_triton.whiten"]
+MODULE = sys.modules["csrc_triton.host.whiten"]
 OPTIONS = st.fixed_dictionaries(
     {
         "bessel": st.booleans(),

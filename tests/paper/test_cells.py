@@ -1,3 +1,5 @@
+import itertools
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -14,13 +16,26 @@ from benchmarks.paper.cells import (
     bounds,
     chosen,
 )
+from benchmarks.paper.sweep import RUNS
 
 
 def test_names_are_unique_and_tell_settings_apart() -> None:
     cells = chosen()
     assert len({cell.name for cell in cells}) == len(cells) == len(set(cells))
-    assert Cell(method="ABC, random weights", length="8-16", seed=3, lam=1.0).name == (
-        "8-16/ABC_random_weights_lam=1_seed=3.json"
+    one = Cell(method="ABC, random weights", length="8-16", seed=3, lam=1.0)
+    assert one.name == "8-16 ABC, random weights lam=1 seed=3"
+    assert len({RUNS.new(Path(), cell.name) for cell in cells}) == len(cells)
+
+
+def test_cells_are_sorted_by_length_then_setting_then_seed() -> None:
+    cells = sorted(chosen(), key=lambda cell: cell.key)
+    assert len({cell.key for cell in cells}) == len(cells)
+    lengths = [bounds(cell.length) for cell in cells]
+    assert lengths == sorted(lengths)
+    for before, after in itertools.pairwise(cells):  # seeds of a setting stand together, in order
+        assert before.setting != after.setting or before.seed < after.seed
+    assert len(list(itertools.groupby(cells, lambda cell: cell.setting))) == len(
+        {str(cell.setting) for cell in cells}
     )
 
 

@@ -1,4 +1,4 @@
-import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from benchmarks.paper.depth import (
     BATCH,
     CONFIG,
     GRADIENT,
+    MODELS,
     PROMPT_WORDS,
     STUDY,
     DeepModel,
@@ -28,6 +29,7 @@ from benchmarks.paper.depth import (
     train_deep,
 )
 from benchmarks.paper.sources import SOURCES
+from benchmarks.paper.store import collect
 
 TINY = replace(CONFIG, hidden_size=16, heads=2, reviews=200, lm_steps=2, held_out_pairs=48)
 MODEL = DeepModel(3, 1, steps=2)
@@ -69,15 +71,18 @@ def test_documents_carry_leave_one_out_effects(reward: str, value: object) -> No
 def test_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(depth, "train_deep", lambda model, cache: train_deep(model, cache, TINY))
     monkeypatch.setattr(depth, "LENGTHS", (8,))
-    path = study(MODEL, tmp_path / "cache", tmp_path)
-    found = json.loads(path.read_text())
+    assert MODELS.missing([MODEL], tmp_path) == [MODEL]
+    study(MODEL, tmp_path / "cache", tmp_path)
+    assert MODELS.missing([MODEL], tmp_path) == []
+    collect(tmp_path, [MODELS])
+    found = MODELS.read(tmp_path)[MODEL.key]
+    assert MODELS.missing([MODEL], tmp_path) == []
+    assert found["machine"]["cpus"] == os.cpu_count()
     assert (found["layers"], found["seed"], found["reward"]) == (3, 1, "lexical")
     assert set(found["lengths"]["8"]["sources"]) == set(SOURCES)
     for measures in found["lengths"]["8"]["sources"].values():
         assert 0 <= measures["precision_at_k"] <= 1
         assert measures["cost"] > 0.5
-    written = path.stat().st_mtime_ns
-    assert study(MODEL, tmp_path / "cache", tmp_path).stat().st_mtime_ns == written
     folder = tmp_path / "cache" / MODEL.name
     trained = (folder / "model.safetensors").read_bytes()
     assert train_deep(MODEL, tmp_path / "cache", TINY) == folder  # found, not trained again
@@ -101,7 +106,7 @@ def test_gradient_x_value_overlaps_with_itself() -> None:
 def test_the_study_has_every_model_once_and_the_command_chooses_among_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert len({m.name for m in STUDY}) == len({m.file for m in STUDY}) == len(STUDY)
+    assert len({m.key for m in STUDY}) == len({MODELS.new(tmp_path, m.name) for m in STUDY}) == len(STUDY)
     done: list[DeepModel] = []
     monkeypatch.setattr(main, "study", lambda model, cache, out: done.append(model))
 
@@ -114,6 +119,10 @@ def test_the_study_has_every_model_once_and_the_command_chooses_among_them(
     assert call("--layers", "4", "--seed", "1", "--steps", "400", "--steps", "100") == 0
     assert done == [DeepModel(4, 1), DeepModel(4, 1, steps=100), DeepModel(4, 1, "contextual")]
     assert call("--layers", "5") == 2
+    MODELS.new(tmp_path, STUDY[1].name).parent.mkdir(parents=True)
+    MODELS.new(tmp_path, STUDY[1].name).touch()
+    assert call() == 0
+    assert done == [STUDY[0], *STUDY[2:]]  # what has been measured is not measured again
 
 
 def test_training_is_the_models_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

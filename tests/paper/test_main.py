@@ -1,15 +1,19 @@
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from support.paper_models import save_models
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from benchmarks.paper import __main__ as main
 from benchmarks.paper.__main__ import app
 from benchmarks.paper.cells import DEEP, Cell
+from benchmarks.paper.options import Options
+from benchmarks.paper.store import collect
+from benchmarks.paper.sweep import RUNS
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +60,8 @@ def test_a_cell_on_local_folders(folder: Path, tmp_path: Path, method: str) -> N
     status, printed = call(*arguments)
     assert status == 0, printed
     cell = Cell(method=method, length="8-16", seed=0, steps=2)  # type: ignore[arg-type]
-    path = tmp_path / "runs" / cell.name
+    path = RUNS.new(tmp_path, cell.name)
+    assert str(path) in printed
     loaded = json.loads(path.read_text())
     assert Cell(**loaded["cell"]) == cell
     assert "true_reward" not in loaded["curves"]  # nobody knows it of a user's models
@@ -64,6 +69,11 @@ def test_a_cell_on_local_folders(folder: Path, tmp_path: Path, method: str) -> N
     written = path.stat().st_mtime_ns
     assert call(*arguments)[0] == 0
     assert path.stat().st_mtime_ns == written  # it was not run again
+    collect(tmp_path, [RUNS])
+    status, printed = call(*arguments)
+    assert status == 0
+    assert f"{cell.name} is in {tmp_path}/runs.jsonl" in printed
+    assert not path.exists()  # nor was it when it had become a line
 
 
 @pytest.mark.parametrize("family", ["GPT-J", "Llama"])
@@ -82,18 +92,18 @@ def test_the_papers_other_architectures(tmp_path: Path, family: str) -> None:
 def test_cells_wait_for_models_that_are_not_there(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only those that have no file."""
+    """Only those that have not been run."""
     cells = [Cell(method="sparse", length="8-16", seed=s, steps=1, models=DEEP) for s in (0, 1)]
     monkeypatch.setattr(main, "chosen", lambda names: [*cells, replace(cells[0], models="testbed")])
-    done = tmp_path / "runs" / cells[0].name
+    done = RUNS.new(tmp_path, cells[0].name)
     done.parent.mkdir(parents=True)
     done.write_text("{}")
     status, printed = call("all", *own(folder, tmp_path))
     assert status == 0, printed
     assert "1 cells wait for the reward models" in printed
     assert len(list(done.parent.iterdir())) == 2
-    done.with_name(Path(cells[1].name).name).write_text("{}")
-    assert "all 3 cells have their files" in call("all", *own(folder, tmp_path))[1]
+    RUNS.new(tmp_path, cells[1].name).write_text("{}")
+    assert "all 3 cells have been run" in call("all", *own(folder, tmp_path))[1]
 
 
 def test_rto_takes_a_dpo_policy(folder: Path, tmp_path: Path) -> None:
@@ -112,10 +122,12 @@ def test_summary_of_a_users_runs(folder: Path, tmp_path: Path) -> None:
         for seed in (0, 1):
             options = ["--length", "8-16", "--seed", seed, "--steps", 11]
             assert call("cell", method, *options, *own(folder, tmp_path))[0] == 0
-    for path in (tmp_path / "runs").rglob("*.json"):  # as if they had been run in full
-        path.write_text(path.read_text().replace('"steps": 11', '"steps": 100'))
+    for path in RUNS.new(tmp_path, "any").parent.iterdir():  # as if they had been run in full
+        path.write_text(path.read_text().replace('"steps":11', '"steps":100'))
     status, printed = call("summary", "--out", tmp_path)
     assert status == 0, printed
+    assert len(RUNS.read(tmp_path)) == 4
+    assert not list(tmp_path.rglob("*seed=*"))
     found = json.loads((tmp_path / "summary.json").read_text())
     assert found["methods 8-16"]["ABC"]["lead"][3] == 2
     for name in ("learning_curves", "lengths", "beta_and_kl", "credit", "credit_and_speed"):
@@ -135,3 +147,25 @@ def test_wrong_use_is_named(folder: Path, tmp_path: Path) -> None:
     status, printed = call("summary", "--out", tmp_path)
     assert status == 2
     assert "no runs" in printed
+
+
+@pytest.mark.parametrize("command", ["summary", "all", "cell ABC --length 8-16 --steps 1"])
+def test_a_broken_line_is_named_in_a_sentence(folder: Path, tmp_path: Path, command: str) -> None:
+    RUNS.path(tmp_path).write_text('{"cell":{"method":"AB')
+    models = ["--out", tmp_path] if command == "summary" else own(folder, tmp_path)
+    status, printed = call(*command.split(), *models)
+    assert status == 2
+    assert "runs.jsonl, line 1: got" in printed
+
+
+def test_commands_share_one_set_of_options() -> None:
+    shared = {field.name for field in fields(Options)}
+    by_name = {
+        command.name: {p.name: p for p in command.params} for command in get_command(app).commands.values()
+    }
+    for name in ("cell", "all"):
+        assert shared < set(by_name[name])
+    for name in shared:
+        cell, every = by_name["cell"][name], by_name["all"][name]
+        assert (cell.opts, cell.default, cell.help) == (every.opts, every.default, every.help)
+        assert cell.help

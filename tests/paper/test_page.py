@@ -2,8 +2,10 @@ import json
 
 import pytest
 
-from benchmarks.paper.__main__ import HERE, RESULTS, ROOT
+from benchmarks.paper.__main__ import HERE, ROOT
 from benchmarks.paper.cells import RTO_BEST, SPARSE_BEST, chosen
+from benchmarks.paper.depth import MODELS
+from benchmarks.paper.options import RESULTS
 from benchmarks.paper.page import claims, fill, groups, in_short, tables
 from benchmarks.paper.runs import Results, best_of
 from benchmarks.paper.summary import summarise, to_json
@@ -43,14 +45,15 @@ def test_chosen_settings_are_those_that_the_runs_chose() -> None:
     assert best_of(results.selection("RTO", "beta")) == (RTO_BEST,)
 
 
-def test_every_run_names_machine_versions_and_commit() -> None:
-    paths = list((RESULTS / RUNS).rglob("*.json"))
-    assert paths
-    for path in paths:
-        run = json.loads(path.read_text())
-        assert run["machine"]["processor"]
-        assert run["versions"]["torch"]
-        assert run["commit"]
+def test_every_line_names_machine_versions_and_commit_and_stands_in_its_place() -> None:
+    for table in (RUNS, MODELS):
+        records = table.read(RESULTS)
+        assert records
+        assert list(records) == sorted(records)
+        for record in records.values():
+            assert record["machine"]["processor"]
+            assert record["versions"]["torch"]
+            assert record["commit"]
     assert sum(path.stat().st_size for path in RESULTS.rglob("*") if path.is_file()) < 8e6
 
 

@@ -9,6 +9,7 @@ from benchmarks.paper.cells import LAM, LR_SEEDS, LRS, Cell, Method
 from benchmarks.paper.claims import claims
 from benchmarks.paper.depth import CONFIG
 from benchmarks.paper.runs import Lead, Results, Run, best_of, estimate, group, median_steps, paired
+from benchmarks.paper.store import collect
 from benchmarks.paper.summary import (
     credit_by_depth,
     credit_by_quality,
@@ -16,7 +17,7 @@ from benchmarks.paper.summary import (
     to_json,
     without_the_truth,
 )
-from benchmarks.paper.sweep import write_run
+from benchmarks.paper.sweep import RUNS
 
 INITIAL = {"mean": 0.0, "std": 1.0, "true_mean": 1.0, "true_std": 2.0}
 
@@ -124,8 +125,11 @@ def test_group() -> None:
 
 
 def store(folder: Path, runs: list[Run]) -> None:
+    where = {"commit": "abc1234", "versions": {"torch": "2.13"}, "machine": {"cpus": 2}}
     for one in runs:
-        write_run({"cell": vars(one.cell), "initial": one.initial, "curves": one.curves}, one.cell, folder)
+        record = {"cell": vars(one.cell), "initial": one.initial, **where, "curves": one.curves}
+        RUNS.add(record, folder, one.cell.name)
+    collect(folder, [RUNS])
 
 
 def test_from_files_to_summary(tmp_path: Path) -> None:
@@ -163,6 +167,8 @@ def test_from_files_to_summary(tmp_path: Path) -> None:
     text = to_json(found)
     assert "NaN" not in text
     assert json.loads(text)["methods 40-60"]["sparse"]["n"] == 3
+    rows = [line for line in text.splitlines() if line.startswith('  "ABC": {"n": 3, "mean": [')]
+    assert len(rows) == 2  # a line each, among the methods at 40-60 tokens and in the table of KL
 
 
 def test_no_best_setting_before_one_has_all_its_seeds(tmp_path: Path) -> None:

@@ -1,21 +1,22 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from support.paper_models import save_models, tiny_models
+from support.processes import start
 
 from attnshape.demo.models import TrainingMetrics
 from attnshape.demo.ppo import Rollout, source_of
+from benchmarks.paper import sweep as sweep_module
 from benchmarks.paper import testbed as testbed_module
 from benchmarks.paper.cells import Cell
-from benchmarks.paper.sweep import RUNS, TRAINING, sweep, todo, write_training
+from benchmarks.paper.store import collect
+from benchmarks.paper.sweep import RUNS, TRAINING, sweep, write_training
 from benchmarks.paper.testbed import CURVES, Models, run_cell
 
 CELLS = [Cell(method=m, length="8-16", seed=s, steps=3) for s in (0, 1) for m in ("sparse", "ABC")]
@@ -49,16 +50,22 @@ def outcome(result: dict) -> dict:
     return {name: value for name, value in result.items() if name != "cpu_seconds"}
 
 
-def test_a_file_says_what_was_run_where_and_on_what(testbed: Models, tmp_path: Path) -> None:
+def outcomes(folder: Path) -> list[dict]:
+    """Of every run, after the new ones became lines."""
+    collect(folder, [RUNS])
+    return [outcome(found) for found in RUNS.read(folder).values()]
+
+
+def test_a_line_says_what_was_run_where_and_on_what(testbed: Models, tmp_path: Path) -> None:
     sweep(CELLS[:1], testbed, tmp_path)
-    loaded = json.loads((tmp_path / RUNS / CELLS[0].name).read_text())
+    [loaded] = outcomes(tmp_path)
     assert Cell(**loaded["cell"]) == CELLS[0]
     assert set(loaded["curves"]) == set(CURVES)
     assert all(len(curve) == 3 for curve in loaded["curves"].values())
     assert loaded["versions"]["torch"] == torch.__version__
     assert loaded["machine"]["cpus"] == os.cpu_count()
     assert len(loaded["commit"]) >= 7
-    assert outcome(loaded) == outcome(run_cell(CELLS[0], testbed))
+    assert loaded == outcome(run_cell(CELLS[0], testbed))
 
 
 def test_training_is_added_to_what_is_known(testbed: Models, tmp_path: Path) -> None:
@@ -80,7 +87,7 @@ def test_a_cells_critic_is_the_one_it_names(testbed: Models) -> None:
 KILLED = """
 import sys
 from support.paper_models import tiny_models
-from test_paper_sweep import CELLS
+from test_sweep import CELLS
 from benchmarks.paper.sweep import sweep
 from pathlib import Path
 sweep(CELLS, tiny_models(Path(sys.argv[1])), Path(sys.argv[2]), workers=2)
@@ -90,29 +97,48 @@ sweep(CELLS, tiny_models(Path(sys.argv[1])), Path(sys.argv[2]), workers=2)
 def test_a_killed_sweep_goes_on_where_it_stopped(folder: Path, testbed: Models, tmp_path: Path) -> None:
     """Killed, it goes on to the results of a sweep that nobody killed; all in fresh processes."""
     out = tmp_path / "out"
-    here = Path(__file__).parent
-    program = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(folder), str(out)],
-        env={**os.environ, "PYTHONPATH": f"{here.parents[1]}:{here.parent}:{here}"},
-        start_new_session=True,
-    )
+    program = start(KILLED, folder, out, modules=Path(__file__).parent)
     deadline = time.monotonic() + 400
     while not list(out.rglob("*seed=*.json")) and time.monotonic() < deadline:
         assert program.poll() is None
         time.sleep(0.01)
     os.killpg(program.pid, signal.SIGKILL)
     program.wait()
-    kept = {path: path.read_bytes() for path in out.rglob("*.json") if not path.name.startswith(".")}
-    left = todo(CELLS, out)
+    left = RUNS.missing(CELLS, out)
+    kept = outcomes(out)
     assert 1 <= len(kept) == len(CELLS) - len(left)
+    before = RUNS.path(out).read_text().splitlines()
     done: list[Cell] = []
     sweep(CELLS, testbed, out, workers=2, on_done=done.append)
     assert sorted(cell.name for cell in done) == sorted(cell.name for cell in left)
-    assert all(path.read_bytes() == content for path, content in kept.items())
     sweep(CELLS, testbed, tmp_path / "whole", workers=2)
-    for cell in CELLS:
-        mended, whole = (json.loads((of / RUNS / cell.name).read_text()) for of in (out, tmp_path / "whole"))
-        assert outcome(mended) == outcome(whole)
+    assert outcomes(out) == outcomes(tmp_path / "whole")
+    assert set(before) <= set(RUNS.path(out).read_text().splitlines())
+
+
+def test_what_another_process_ran_meanwhile_is_not_run_again(
+    testbed: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file is there, or already a line, when this sweep comes to the cell."""
+    ran: list[Cell] = []
+
+    def run(cell: Cell, *_: object) -> dict:
+        ran.append(cell)
+        if cell == CELLS[0]:
+            for other in CELLS[1:3]:
+                RUNS.add({**result, "cell": asdict(other)}, tmp_path, other.name)
+                if other == CELLS[1]:
+                    collect(tmp_path, [RUNS])
+        return {**result, "cell": asdict(cell)}
+
+    result = run_cell(replace(CELLS[0], steps=1), testbed)
+    monkeypatch.setattr(sweep_module, "run_cell", run)
+    sweep(CELLS, testbed, tmp_path)
+    assert ran == [CELLS[0], CELLS[3]]
+    collect(tmp_path, [RUNS])
+    assert sorted(Cell(**found["cell"]).name for found in RUNS.read(tmp_path).values()) == sorted(
+        cell.name for cell in CELLS
+    )
 
 
 def test_workers_must_be_at_least_one(testbed: Models, tmp_path: Path) -> None:

@@ -1,0 +1,118 @@
+"""Device functions from rewards and values to advantages, returns and their moments."""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from csrc_triton.device.handoff import publish
+from csrc_triton.device.layout import token_input
+from csrc_triton.device.scan import (
+    GROUP,
+    advance,
+    affine_before,
+    affine_scan,
+    compose_affine,
+    look_back,
+)
+
+# What the programs of a row leave on its board, per chunk: float64
+MASS = tl.constexpr(0)
+AGGREGATE = tl.constexpr(1)  # a, b, then its group's a, b; then the same of the second recurrence
+ENTROPY = tl.constexpr(9)
+SHARE = tl.constexpr(10)
+SPREAD = tl.constexpr(11)
+FIRST_MOMENT = tl.constexpr(12)
+SECOND_MOMENT = tl.constexpr(13)
+DOUBLES = 14
+# int32
+COUNT = tl.constexpr(0)
+LAST = tl.constexpr(1)
+OUTSIDE = tl.constexpr(2)
+NONFINITE_TOKENS = tl.constexpr(3)
+INTS = 4
+FLAGS = tl.constexpr(4)
+"""Per recurrence: chunks, and groups, whose aggregates are there."""
+
+
+class Board(NamedTuple):
+    """What the programs of a row tell each other, at the row's first slot."""
+
+    p_doubles: Any  # float64 [DOUBLES, slots]
+    p_ints: Any  # int32 [INTS, slots]
+    slots: Any
+    p_flags: Any  # int32 [FLAGS, slots], 0 between launches
+    p_made: Any  # int32, chunks whose facts are there, 0 between launches
+    p_done: Any  # int32, chunks that are done, 0 between launches
+
+
+@triton.jit
+def ahead(tokens, numbers, facts, reward, live, j):
+    """What the recurrence needs besides rewards: values, and the bootstrap on the last unmasked token."""
+    if numbers.bootstrap is not None:
+        reward = tl.where(j == facts.last, reward + numbers.gamma * numbers.bootstrap, reward)
+    value = tl.zeros(j.shape, tl.float32)
+    if tokens.p_values is not None:
+        value = token_input(tokens.p_values, j, live)
+    return value, reward
+
+
+@triton.jit
+def chunk_advantages(
+    reward, value, live, inside, gl, gamma, state, board, k, n_chunks, SECOND: tl.constexpr, rules
+):
+    """Advantages of the ``k``-th chunk from the right, and the carry into the next.
+
+    The carry into this one is in ``state``, or on the ``board`` where other programs shape the other chunks.
+    """
+    if rules.SKIP:
+        decays = live
+    else:
+        decays = inside
+    added = gl * reward
+    if rules.VALUES:
+        added += (gamma - gl) * value
+    decay = tl.where(decays, gl, 1.0)
+    a, b, last_a, last_b = affine_scan(decay, tl.where(live, added, 0.0), rules.UNIT)
+    if board is None:
+        carry = state.carry
+        state = advance(state, last_a, last_b, k)
+    else:
+        carry = carry_into(board, last_a, last_b, k, n_chunks, SECOND)
+    return tl.where(live, reward - value + affine_before(a, b, carry, rules.UNIT), 0.0), state
+
+
+@triton.jit
+def chunk_moments(advantage, live):
+    """Sum of the unmasked advantages and of their squares (by way of their mean), float64."""
+    count = tl.maximum(tl.sum(live.to(tl.int32)), 1).to(tl.float32)
+    mean = tl.sum(advantage) / count
+    away = tl.where(live, advantage - mean, 0.0)
+    mean = mean.to(tl.float64)
+    count = count.to(tl.float64)
+    return mean * count, tl.sum(away * away).to(tl.float64) + mean * mean * count
+
+
+@triton.jit
+def carry_into(board, a, b, k, n_chunks, SECOND: tl.constexpr):
+    """The carry into this chunk, whose aggregate is published, and its group's if it is the last of one."""
+    right = n_chunks - 1
+    p_a = board.p_doubles + (AGGREGATE + 4 * SECOND) * board.slots + right
+    p_b = p_a + board.slots
+    p_group_a = p_b + board.slots
+    p_group_b = p_group_a + board.slots
+    p_flags = board.p_flags + 2 * SECOND * board.slots + right
+    p_group_flags = p_flags + board.slots
+    tl.store(p_a - k, a)
+    tl.store(p_b - k, b)
+    publish(p_flags - k)
+    state = look_back(p_a, p_b, p_flags, p_group_a, p_group_b, p_group_flags, k)
+    if k % GROUP == GROUP - 1:
+        group_a, group_b = compose_affine(state.a, state.b, a, b)
+        tl.store(p_group_a - k, group_a)
+        tl.store(p_group_b - k, group_b)
+        publish(p_group_flags - k)
+    return state.carry

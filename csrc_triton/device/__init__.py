@@ -1,0 +1,1 @@
+"""Device functions that the kernels compose: each formula stands here once."""

@@ -1,0 +1,447 @@
+"""One attention row per sequence, from queries and keys to the mean over heads."""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from csrc_triton.device.layout import (
+    OUT_OF_RANGE,
+    bounds_of_row,
+    is_outside,
+    is_visible,
+    slot_base,
+    token_positions,
+)
+from csrc_triton.device.math import INF, LOG2E, tanh
+
+
+class Slots(NamedTuple):
+    """Where what the programs of a row leave to each other lies."""
+
+    at_mask: Any  # offset of the row's first visible key in the attention mask
+    first: Any  # of the row's first chunk
+    term: Any  # of its first kept chunk
+    kept: Any  # the first chunk whose terms are kept
+    n_kept: Any  # how many may be
+
+
+class Terms(NamedTuple):
+    p_terms: Any  # [term slots, Hq, CHUNK]
+    p_factor: Any  # [slots, Hq]
+    p_mask: Any  # the attention mask, or None
+    stride_mask: Any
+    slots: Any
+
+
+@triton.jit
+def slots_of_row(
+    stride_mb,
+    stride_mt,
+    p_cu,
+    slots_per_row,
+    p_term_cu,
+    term_slots_per_row,
+    keys,
+    p_response_start,
+    p_response_cu,
+    n_rows,
+    width,
+    i_b,
+    TERM_SPARE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    at_mask = (keys.bos + keys.first) * stride_mt
+    if p_cu is None:
+        at_mask += i_b.to(tl.int64) * stride_mb
+    first = slot_base(p_cu, i_b, slots_per_row, 1, CHUNK)
+    term = slot_base(p_term_cu, i_b, term_slots_per_row, TERM_SPARE, CHUNK)
+    n_kept = slot_base(p_term_cu, i_b + 1, term_slots_per_row, TERM_SPARE, CHUNK) - term
+    kept = keys.first * 0
+    if p_response_cu is not None:
+        # A row that does not own its tokens does not own slots either.
+        n_kept = tl.where(bounds_of_row(p_response_cu, n_rows, width, i_b).whole, n_kept, 0)
+    if p_response_start is not None:
+        start = tl.load(p_response_start + i_b).to(tl.int64)
+        kept = tl.maximum(start - keys.first, 0) // CHUNK
+    return Slots(at_mask, first, term, kept, n_kept)
+
+
+@triton.jit
+def chunk_scores(
+    p_query,  # of this row and key head
+    stride_qh,
+    p_key,  # of this row and key head, at the chunk's first key
+    stride_kt,
+    inside,  # [N] which keys may be read
+    scale,
+    softcap,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROLL: tl.constexpr,
+    STRIDE_QD: tl.constexpr,
+    STRIDE_KD: tl.constexpr,
+    FAR: tl.constexpr,
+    UPCAST: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Scores of G query heads against a chunk of keys, in units of ``log(2)``: [M, N].
+
+    ``FAR``: keys of a chunk lie so far apart that 32 bits do not count it.
+
+    ``ROLL``: one part of the width after the other, so that the operands fit registers.
+    """
+    o_g = tl.arange(0, M)
+    o_n = tl.arange(0, inside.shape[0])
+    if FAR:
+        o_n = o_n.to(tl.int64)
+    p_q = p_query + o_g[:, None] * stride_qh
+    p_k = p_key + o_n[:, None] * stride_kt
+    m_q = (o_g < G)[:, None]
+    m_k = inside[:, None]
+    scores = tl.zeros([M, inside.shape[0]], dtype=tl.float32)
+    if ROLL:
+        for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+            scores = add_product(scores, p_q, p_k, m_q, m_k, start, D, BLOCK_D, STRIDE_QD, STRIDE_KD, UPCAST)
+    else:
+        for start in tl.static_range(0, D, BLOCK_D):
+            scores = add_product(scores, p_q, p_k, m_q, m_k, start, D, BLOCK_D, STRIDE_QD, STRIDE_KD, UPCAST)
+    return scaled_scores(scores, scale, softcap)
+
+
+@triton.jit
+def scaled_scores(products, scale, softcap):
+    """Scores in units of ``log(2)`` of products of queries and keys."""
+    if softcap is None:
+        scores = products * (scale * LOG2E)
+    else:
+        scores = tanh(products * (scale / softcap)) * (softcap * LOG2E)
+    return scores
+
+
+@triton.jit
+def add_product(
+    scores,  # [M, N]
+    p_q,  # [M, 1]
+    p_k,  # [N, 1]
+    m_q,  # [M, 1]
+    m_k,  # [N, 1]
+    start,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STRIDE_QD: tl.constexpr,
+    STRIDE_KD: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Adds the product over one part of the width."""
+    o_d = start + tl.arange(0, BLOCK_D)
+    m_d = (o_d < D)[None, :]
+    q = tl.load(p_q + o_d[None, :] * STRIDE_QD, mask=m_q & m_d, other=0.0)  # [M, BLOCK_D]
+    k = tl.load(
+        p_k + o_d[None, :] * STRIDE_KD, mask=m_k & m_d, other=0.0, eviction_policy="evict_first"
+    )  # [N, BLOCK_D]
+    if UPCAST or q.dtype != k.dtype:
+        q = q.to(tl.float32)
+        k = k.to(tl.float32)
+    return tl.dot(q, tl.trans(k), scores, input_precision="ieee")
+
+
+@triton.jit
+def softmax_partial(scores, visible):
+    """Per head, the largest visible score [M], the sum of ``exp2(score - largest)`` [M], its terms [M, N]."""
+    largest = tl.max(tl.where(visible[None, :], scores, -INF), axis=1)
+    terms = tl.where(visible[None, :], tl.exp2(scores - finite_reference(largest)[:, None]), 0.0)
+    return largest, tl.sum(terms, axis=1), terms
+
+
+@triton.jit
+def finite_reference(largest):
+    """What scores are compared to: -inf - -inf is no number."""
+    return tl.where(largest == -INF, 0.0, largest)
+
+
+@triton.jit
+def attend(
+    p_query,  # of this row and key head
+    stride_qh,
+    p_key,  # of this row and key head, at its first visible key
+    stride_kt,
+    p_largest,  # [slots, Hq]
+    p_sum,  # [slots, Hq]
+    keys,
+    terms,
+    begin,  # first chunk
+    stop,
+    o_h,  # [M]
+    m_h,  # [M]
+    heads,
+    scaling,
+    softcap,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROLL: tl.constexpr,
+    STRIDE_QD: tl.constexpr,
+    STRIDE_KD: tl.constexpr,
+    FAR: tl.constexpr,
+    UPCAST: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Softmax partials of some chunks of one key head, and the terms of those that are kept."""
+    slots = terms.slots
+    o_n = tl.arange(0, CHUNK)
+    for i_c in tl.range(begin, stop, num_stages=STAGES):
+        i = i_c * CHUNK + o_n  # counted from the first visible key
+        visible = is_visible(terms.p_mask, slots.at_mask, terms.stride_mask, i, 0, keys.end - keys.first)
+        slot = slots.first + i_c  # int64
+        scores = chunk_scores(
+            p_query,
+            stride_qh,
+            p_key + (slot - slots.first) * CHUNK * stride_kt,
+            stride_kt,
+            i < keys.end - keys.first,
+            scaling,
+            softcap,
+            G,
+            M,
+            D,
+            BLOCK_D,
+            ROLL,
+            STRIDE_QD,
+            STRIDE_KD,
+            FAR,
+            UPCAST,
+            STAGES,
+        )
+        largest, sums, found = softmax_partial(scores, visible)
+        tl.store(p_largest + slot * heads + o_h, largest, mask=m_h)
+        tl.store(p_sum + slot * heads + o_h, sums, mask=m_h)
+        kept = (i_c >= slots.kept) & (i_c - slots.kept < slots.n_kept)
+        p_kept = terms.p_terms + (slots.term + i_c - slots.kept) * heads * CHUNK
+        tl.store(p_kept + (o_h[:, None] * CHUNK + o_n[None, :]), found, mask=m_h[:, None] & kept)
+
+
+@triton.jit
+def fold_chunks(
+    p_largest,  # [slots, heads]
+    p_sum,  # [slots, heads]
+    p_factor,  # [slots, heads] out
+    slot,  # of the first chunk
+    n_chunks,
+    heads,
+    o_h,  # [M]
+    m_h,  # [M]
+    sink,  # [M], in units of log(2); -inf for none
+    lse,  # [M], in units of log(2), or None
+    weight,  # [M], of each head in the mean
+    FOLD: tl.constexpr,
+):
+    """Stores, per chunk and head, what makes of a term its share in the mean over heads."""
+    largest = sink
+    if lse is None:
+        highest = tl.full([o_h.shape[0], FOLD], -INF, tl.float32)
+        for start in range(0, n_chunks, FOLD):
+            at, inside = partials_of(slot, start, n_chunks, heads, o_h, m_h, FOLD)
+            chunk = tl.load(p_largest + at, mask=inside, other=-INF, cache_modifier=".cg")
+            highest = tl.maximum(highest, chunk)
+        largest = tl.maximum(sink, tl.max(highest, axis=1))
+    else:
+        largest = tl.maximum(largest, lse)
+    reference = finite_reference(largest)
+    total = tl.exp2(sink - reference)
+    if lse is None:
+        terms = tl.zeros([o_h.shape[0], FOLD], tl.float32)
+        for start in range(0, n_chunks, FOLD):
+            at, inside = partials_of(slot, start, n_chunks, heads, o_h, m_h, FOLD)
+            chunk = tl.load(p_largest + at, mask=inside, other=-INF, cache_modifier=".cg")
+            sums = tl.load(p_sum + at, mask=inside, other=0.0, cache_modifier=".cg")
+            terms += sums * tl.exp2(finite_reference(chunk) - reference[:, None])
+        total += tl.sum(terms, axis=1)
+    else:
+        total += tl.exp2(lse - reference)
+    share = tl.where(weight > 0.0, weight / total, 0.0)
+    for start in range(0, n_chunks, FOLD):
+        at, inside = partials_of(slot, start, n_chunks, heads, o_h, m_h, FOLD)
+        chunk = tl.load(p_largest + at, mask=inside, other=-INF, cache_modifier=".cg")
+        factor = tl.exp2(finite_reference(chunk) - reference[:, None]) * share[:, None]
+        tl.store(p_factor + at, tl.where((weight > 0.0)[:, None], factor, 0.0), mask=inside)
+
+
+@triton.jit
+def partials_of(slot, start, n_chunks, heads, o_h, m_h, FOLD: tl.constexpr):
+    """Where the partials of FOLD chunks from ``start`` on lie, [M, FOLD], and which of them are there."""
+    o_c = start + tl.arange(0, FOLD)
+    return (slot + o_c)[None, :] * heads + o_h[:, None], (o_c < n_chunks)[None, :] & m_h[:, None]
+
+
+@triton.jit
+def group_mean(
+    p_terms,  # of this row and group: [term slots, heads, CHUNK]
+    p_factor,  # of this row and group: [slots, heads]
+    kept,  # the first chunk that has a term slot
+    i,  # [N] int32, keys
+    seen,  # [N]
+    heads,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """What the G heads of one key head add to the mean over heads at some keys, [N]; 0 where not ``seen``."""
+    mean = tl.zeros(i.shape, dtype=tl.float32)
+    chunk = i // CHUNK
+    at_term = (chunk - kept) * heads * CHUNK + i % CHUNK
+    for start in range(0, G, H):
+        o_g = start + tl.arange(0, H)
+        read = (o_g < G)[:, None] & seen[None, :]
+        terms = tl.load(
+            p_terms + (at_term[None, :] + o_g[:, None] * CHUNK), mask=read, other=0.0, cache_modifier=".cg"
+        )  # [H, N]
+        factor = tl.load(
+            p_factor + (chunk[None, :] * heads + o_g[:, None]), mask=read, other=0.0, cache_modifier=".cg"
+        )
+        # A head that is not chosen must not spread a NaN.
+        mean += tl.sum(tl.where(factor == 0.0, 0.0, terms * factor), axis=0)
+    return mean
+
+
+@triton.jit
+def mean_of_group(terms, keys, live, t, i_h, heads, G: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr):
+    """What key head ``i_h`` adds to the mean over heads at positions ``t``, [N]."""
+    slots = terms.slots
+    seen = live & (t >= keys.first) & (t < keys.end)
+    i = tl.where(seen, t - keys.first, 0).to(tl.int32)
+    kept = slots.kept.to(tl.int32)
+    seen = seen & is_visible(terms.p_mask, slots.at_mask, terms.stride_mask, i, 0, keys.end - keys.first)
+    seen = seen & (i // CHUNK - kept < slots.n_kept)
+    head = i_h * G
+    p_terms = terms.p_terms + (slots.term * heads + head) * CHUNK
+    return group_mean(p_terms, terms.p_factor + slots.first * heads + head, kept, i, seen, heads, G, H, CHUNK)
+
+
+@triton.jit
+def mean_of_terms(terms, keys, live, t, kv_heads, G: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr):
+    """Mean over heads at positions ``t``, [N]."""
+    mean = tl.zeros(t.shape, dtype=tl.float32)
+    for i_h in range(kv_heads):
+        mean += mean_of_group(terms, keys, live, t, i_h, kv_heads * G, G, H, CHUNK)
+    return mean
+
+
+@triton.jit
+def mean_of_groups(p_groups, total, kv_heads, j, live):
+    """The same from what the programs of each key head left, ``total`` apart, at the row's tokens ``j``."""
+    mean = tl.zeros(j.shape, dtype=tl.float32)
+    for start in range(0, kv_heads, 4):
+        for i in tl.static_range(4):
+            there = live & (start + i < kv_heads)
+            mean += tl.load(p_groups + (start + i) * total + j, mask=there, other=0.0, cache_modifier=".cg")
+    return mean
+
+
+@triton.jit
+def head_weights(p_head_mask, o_h, m_h, heads, n_layers):
+    """Weight of heads ``o_h`` in the mean over chosen heads and layers."""
+    weight = tl.where(m_h, 1.0, 0.0)
+    n_chosen = heads
+    if p_head_mask is not None:
+        weight = tl.where(tl.load(p_head_mask + o_h, mask=m_h, other=0) != 0, 1.0, 0.0)
+        n_chosen = 0
+        for start in range(0, heads, 64):
+            o_a = start + tl.arange(0, 64)
+            chosen = tl.load(p_head_mask + o_a, mask=o_a < heads, other=0) != 0
+            n_chosen += tl.sum(chosen.to(tl.int32))
+        n_chosen = tl.maximum(n_chosen, 1)
+    return weight / (n_chosen * n_layers).to(tl.float32)
+
+
+@triton.jit
+def group_means(
+    p_groups,  # [Hkv, total]
+    total,
+    keys,
+    terms,
+    place,
+    i_h,
+    heads,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Leaves what key head ``i_h`` adds to the mean over heads at the row's response tokens."""
+    p_out = p_groups + i_h.to(tl.int64) * total + place.lo
+    for start in range(0, place.length, TOKENS):
+        j = start + tl.arange(0, TOKENS)
+        live, t = token_positions(place, j)
+        mean = mean_of_group(terms, keys, live, t, i_h, heads, G, H, CHUNK)
+        tl.store(p_out + j, mean, mask=j < place.length)
+
+
+class Attended(NamedTuple):
+    """The attention that credit is made of, of a row whose keys were read."""
+
+    keys: Any
+    terms: Any
+    place: Any  # of the response tokens
+    p_groups: Any
+    total: Any
+    kv_heads: Any
+
+
+@triton.jit
+def attention_at(
+    attended,
+    p_before,
+    j,
+    SOURCE: tl.constexpr,
+    ADD: tl.constexpr,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Mean over heads of the attention at tokens ``j``, on top of other layers' where ``ADD``.
+
+    Also which tokens count, and whether one of them lies outside its row's keys.
+    """
+    keys = attended.keys
+    live, t = token_positions(attended.place, j)
+    outside = is_outside(attended.place, keys, live, t) | (keys.sound == 0)
+    if SOURCE == "groups":
+        p_groups = attended.p_groups + attended.place.lo
+        mean = mean_of_groups(p_groups, attended.total, attended.kv_heads, j, live)
+    else:
+        mean = mean_of_terms(attended.terms, keys, live, t, attended.kv_heads, G, H, KEYS)
+    if ADD:
+        mean = tl.load(p_before + j, mask=live, other=0.0) + mean
+    mean = tl.where(live, tl.where(keys.sound, mean, float("nan")), 0.0)
+    return live, mean, tl.max(outside.to(tl.int32))
+
+
+@triton.jit
+def store_means(
+    p_out,
+    p_status,
+    attended,
+    begin,
+    stop,
+    SOURCE: tl.constexpr,
+    ADD: tl.constexpr,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    KEYS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """``attention_at`` some chunks of a row's tokens, and whether the row is out of range."""
+    for i_c in range(begin, stop):
+        j = i_c * CHUNK + tl.arange(0, CHUNK)
+        _, mean, outside = attention_at(attended, p_out, j, SOURCE, ADD, G, H, KEYS)
+        tl.store(p_out + j, mean, mask=j < attended.place.length)
+        if p_status is not None:
+            tl.store(p_status, OUT_OF_RANGE, mask=outside != 0)

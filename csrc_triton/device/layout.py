@@ -1,0 +1,203 @@
+"""Where a row's tokens lie: padded or packed, masked, and cut into chunks."""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+# Bits of a row's status
+FALLBACK = tl.constexpr(1)
+EMPTY = tl.constexpr(2)
+SCORE_MASKED = tl.constexpr(4)
+OUT_OF_RANGE = tl.constexpr(8)
+NONFINITE = tl.constexpr(16)
+
+
+class Bounds(NamedTuple):
+    """Where a row's tokens lie on their axis."""
+
+    lo: Any  # packed: of the first among those of all rows; padded: 0
+    length: Any
+    whole: Any  # whether the bounds are sound and no other row's lie inside
+
+
+class Keys(NamedTuple):
+    """The keys that the query of a row sees: ``[first, end)`` of ``length``, counted from ``bos``."""
+
+    bos: Any
+    length: Any
+    first: Any
+    end: Any
+    position: Any  # of the query
+    n_chunks: Any
+    whole: Any  # as of the bounds
+    sound: Any  # and its indices inside them
+
+
+class Place(NamedTuple):
+    """Where the response tokens of a row are."""
+
+    p_mask: Any  # at the row's first token; None: every token counts
+    p_index: Any  # there: position of each token among the row's keys, or None
+    start: Any  # or of the first
+    lo: Any  # the row's first token among those of all rows
+    length: Any
+    whole: Any
+
+
+@triton.jit
+def bounds_of_row(p_cu, n_rows, width, i_b):
+    """Of row ``i_b`` of ``width`` tokens, or packed among ``width`` of all rows."""
+    lo = i_b.to(tl.int64) * 0
+    length = lo + width
+    whole = lo == 0
+    if p_cu is not None:
+        begin = tl.load(p_cu + i_b).to(tl.int64)
+        end = tl.load(p_cu + i_b + 1).to(tl.int64)
+        wrong = ((begin < 0) | (begin > end) | (end > width)).to(tl.int32)
+        for start in range(0, n_rows + 1, 256):
+            o_b = start + tl.arange(0, 256)
+            inside = o_b <= n_rows
+            bound = tl.load(p_cu + o_b, mask=inside, other=0).to(tl.int64)
+            crossing = ((o_b <= i_b) & (bound > begin)) | ((o_b > i_b) & (bound < end))
+            wrong += tl.sum((inside & crossing).to(tl.int32))
+        whole = wrong == 0
+        # Of a row that is not whole, the tokens that are there: they become NaN.
+        lo = tl.minimum(tl.maximum(tl.minimum(begin, end), 0), width)
+        length = tl.minimum(tl.maximum(tl.maximum(begin, end), 0), width) - lo
+    return Bounds(lo, length, whole)
+
+
+# Partial results of a row lie in slots, one per chunk of tokens. Row b owns the slots from slot_base(b)
+# to slot_base(b + 1). When packed, these follow from cu_seqlens[b] alone, with `spare` slots to round up.
+
+
+@triton.jit
+def slot_base(p_cu, i_b, slots_per_row, spare, chunk):
+    if p_cu is None:
+        base = i_b.to(tl.int64) * slots_per_row
+    else:
+        base = tl.load(p_cu + i_b).to(tl.int64) // chunk + spare * i_b
+    return base
+
+
+@triton.jit
+def row_of_slot(i_slot, p_cu, n_rows, slots_per_row, chunk):
+    """The row that owns a slot, and the slot's place in it; outside the row's chunks if nobody owns it."""
+    if p_cu is None:
+        row = i_slot // slots_per_row
+    else:
+        row = i_slot * 0
+        above = row + n_rows
+        while above - row > 1:
+            middle = (row + above) // 2
+            owned = slot_base(p_cu, middle, slots_per_row, 1, chunk) <= i_slot
+            row = tl.where(owned, middle, row)
+            above = tl.where(owned, above, middle)
+    return row, i_slot - slot_base(p_cu, row, slots_per_row, 1, chunk)
+
+
+@triton.jit
+def keys_of_row(p_cu, n_rows, width, p_start, p_position, window, i_b, CHUNK: tl.constexpr):
+    row = i_b.to(tl.int64)
+    bounds = bounds_of_row(p_cu, n_rows, width, i_b)
+    length = tl.where(bounds.whole, bounds.length, 0)
+    start = row * 0
+    if p_start is not None:
+        start = tl.load(p_start + row).to(tl.int64)
+    position = length - 1
+    if p_position is not None:
+        position = tl.load(p_position + row).to(tl.int64)
+    sound = bounds.whole & (start >= 0) & (start <= length)
+    sound = sound & ((length == 0) | ((position >= 0) & (position < length)))
+    position = tl.where(sound, position, -1)
+    end = tl.minimum(position + 1, length)
+    first = tl.where(sound, start, 0)
+    if window is not None:
+        first = tl.maximum(first, end - window)
+    n_chunks = (tl.maximum(end - first, 0) + CHUNK - 1) // CHUNK
+    return Keys(bounds.lo, length, first, end, position, n_chunks.to(tl.int32), bounds.whole, sound)
+
+
+@triton.jit
+def is_visible(p_mask, mask_offset, stride_mask, t, first, end):
+    """Whether the query sees keys ``t`` ([N])."""
+    visible = (t >= first) & (t < end)
+    if p_mask is not None:
+        attended = tl.load(p_mask + mask_offset + t.to(tl.int64) * stride_mask, mask=visible, other=0)
+        visible = visible & (attended != 0)
+    return visible
+
+
+@triton.jit
+def attended_range(p_mask, mask_offset, stride_mask, start, length, SCAN: tl.constexpr):
+    """First and last position from ``start`` on that a mask attends to; ``length`` and -1 without one."""
+    lowest = length
+    last = length * 0 - 1
+    for t0 in range(start // SCAN * SCAN, length, SCAN):
+        t = t0 + tl.arange(0, SCAN)
+        attended = is_visible(p_mask, mask_offset, stride_mask, t, start, length)
+        lowest = tl.minimum(lowest, tl.min(tl.where(attended, t, length)))
+        last = tl.maximum(last, tl.max(tl.where(attended, t, -1)))
+    return lowest, last
+
+
+@triton.jit
+def place_of_row(p_mask, stride_mask, p_start, p_index, stride_index, p_cu, n_rows, width, i_b):
+    row = i_b.to(tl.int64)
+    bounds = bounds_of_row(p_cu, n_rows, width, i_b)
+    lo = bounds.lo
+    at_mask = lo
+    at_index = lo
+    if p_cu is None:
+        lo = row * width
+        at_mask = row * stride_mask
+        at_index = row * stride_index
+    start = row * 0
+    if p_start is not None:
+        start = tl.load(p_start + row).to(tl.int64)
+    return Place(
+        None if p_mask is None else p_mask + at_mask,
+        None if p_index is None else p_index + at_index,
+        start,
+        lo,
+        bounds.length.to(tl.int32),
+        bounds.whole,
+    )
+
+
+@triton.jit
+def token_positions(place, j):
+    """Of response tokens ``j``: whether each counts, and its position among the row's keys; -1 for none."""
+    live = j < place.length
+    if place.p_mask is not None:
+        live = live & (tl.load(place.p_mask + j, mask=live, other=0) != 0)
+    if place.p_index is None:
+        t = place.start + j
+    else:
+        t = tl.load(place.p_index + j, mask=live, other=-1).to(tl.int64)
+    return live, t
+
+
+@triton.jit
+def is_outside(place, keys, live, t):
+    """Which tokens have a position outside the row's keys."""
+    outside = (t < 0) | (t >= keys.length)
+    if place.p_index is not None:
+        outside = outside & (t != -1)
+    return live & outside
+
+
+@triton.jit
+def token_input(p_x, j, live):
+    """One input at tokens ``j``, float32, 0 where not ``live``."""
+    return tl.load(p_x + j, mask=live, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tokens(p_x, j, x, inside):
+    if p_x is not None:
+        tl.store(p_x + j, x, mask=inside)

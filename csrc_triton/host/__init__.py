@@ -1,0 +1,1 @@
+"""What the host does for the kernels: outputs, workspace, the choice of a path, and the launch."""

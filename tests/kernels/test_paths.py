@@ -1,0 +1,336 @@
+"""The paths a call may take: the same bits whichever is chosen, and in whatever order programs run."""
+
+import dataclasses
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.problems import Problem, check_shaped, make_problem, mapped, pack, problems
+from torch import Tensor
+from triton.runtime.errors import InterpreterError
+
+import attnshape
+from attnshape import AttentionInputs, ShapedRewards, ShapingConfig
+from csrc_triton.device import layout
+from csrc_triton.host import attention, rewards
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+INTERPRETED = pytest.mark.skipif(DEVICE.type == "cuda", reason="looks into Triton's interpreter")
+
+
+@pytest.fixture(autouse=True)
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The modes of the launches of a test; counters are zero after each."""
+    modes = []
+    launch = attention.launch
+
+    def recorded(arguments: dict[str, Any]) -> None:
+        launch(arguments)
+        modes.append(f"{arguments['MODE']} {arguments['FINISH']}")
+        if arguments.get("p_counters") is not None:
+            assert (arguments["p_counters"] == 0).all()
+
+    monkeypatch.setattr(attention, "launch", recorded)
+    monkeypatch.setattr(attention, "CHUNK", 16)
+    return modes
+
+
+@pytest.fixture
+def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes the launchers take a path."""
+
+    def chosen(one_launch: bool = True, in_chunks: bool = False, split: int | None = None) -> None:
+        monkeypatch.setattr(attention, "ONE_LAUNCH", 1 << 30 if one_launch else -1)
+        monkeypatch.setattr(rewards, "in_chunks", lambda *_: in_chunks)
+        if split is not None:
+            monkeypatch.setattr(attention, "chunks_per_program", lambda *_: split)
+
+    return chosen
+
+
+def shaped(problem: Problem) -> ShapedRewards:
+    there = mapped(problem, lambda x: x.to(DEVICE))
+    return attnshape.shape_rewards(
+        there.score, there.inputs, config=there.config, backend="triton", **there.kwargs
+    )
+
+
+def assert_same_bits(a: Any, b: Any, name: str = "") -> None:
+    if isinstance(a, Tensor):
+        # NaN by its bits: every one of them is the same.
+        bits = torch.int32 if a.dtype == torch.float32 else a.dtype
+        a, b = (torch.where(x.isnan(), torch.nan, x) if x.is_floating_point() else x for x in (a, b))
+        assert a.view(bits).equal(b.view(bits)), name
+    elif dataclasses.is_dataclass(a):
+        for field in dataclasses.fields(a):
+            assert_same_bits(getattr(a, field.name), getattr(b, field.name), field.name)
+
+
+EVERY_PATH = [
+    {"one_launch": one_launch, "in_chunks": in_chunks, "split": split}
+    for one_launch, in_chunks, split in [
+        (True, False, 1),
+        (True, False, 3),
+        (False, False, 1),
+        (False, True, 3),
+    ]
+]
+
+
+def long_problem(seed: int, **options: Any) -> Problem:
+    arguments = {"batch": 2, "keys": 140, "width": 60, "heads": 6, "kv_heads": 2, "head_dim": 16}
+    return make_problem(seed, **arguments | options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_index": True, "holes": True},
+        {"lse": True, "sinks": True, "attention_mask": False},
+        {"config": ShapingConfig(lam=1.0, lam_value=0.9, gamma=0.99, on_nan="zero_row")},
+        {"config": ShapingConfig(lam=1.0, mask_semantics="zero", kl_estimator="k3")},
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_path_has_the_same_bits(
+    options: dict[str, Any], packed: bool, choose: Callable[..., None], launches: list[str]
+) -> None:
+    problem = long_problem(len(str(options)), **options)
+    problem.kwargs["response_mask"][0, 20:40] = 0
+    if packed:
+        problem = pack(problem)
+    if problem.config.on_nan == "zero_row":
+        problem.score[1] = float("nan")
+    results = []
+    for path in EVERY_PATH:
+        choose(**path)
+        results.append(shaped(problem))
+    for result in results[1:]:
+        assert_same_bits(results[0], result)
+    check_shaped(problem, "triton", DEVICE)
+    one, rows, chunks = ["attend shape"], ["attend terms", "rows shape"], ["attend terms", "chunks shape"]
+    assert launches == [*one * 2, *rows, *chunks, *chunks]
+
+
+@settings(max_examples=15)
+@given(problems(), st.booleans())
+def test_long_paths_are_the_reference(problem: Problem, in_chunks: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "ONE_LAUNCH", -1)
+        patch.setattr(rewards, "in_chunks", lambda *_: in_chunks)
+        check_shaped(problem, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("path", EVERY_PATH[1:])
+@pytest.mark.parametrize("packed", [False, True])
+def test_several_layers_and_chosen_heads(path: dict, packed: bool, choose: Callable[..., None]) -> None:
+    problem = long_problem(3, width=20)
+    if packed:
+        problem = pack(problem)
+    heads = torch.tensor([True, False, False, True, False, False])
+    layers = [
+        problem.inputs,
+        dataclasses.replace(problem.inputs, scaling=0.1, head_mask=heads),
+        dataclasses.replace(problem.inputs, scaling=0.2, head_mask=torch.zeros(6)),
+    ]
+    choose(**path)
+    many = Problem(problem.score, layers, problem.kwargs, problem.config)  # type: ignore[arg-type]
+    many.kwargs["response_mask"] = problem.kwargs["response_mask"]
+    got = shaped(many)
+    want = attnshape.reference.shape_rewards(
+        problem.score.double(),
+        [
+            dataclasses.replace(
+                x,
+                query=x.query.double(),
+                key=x.key.double(),
+                sinks=None if x.sinks is None else x.sinks.double(),
+            )
+            for x in layers
+        ],
+        config=problem.config,
+        **{
+            k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+            for k, x in problem.kwargs.items()
+        },
+    )
+    torch.testing.assert_close(got.credit.cpu().double(), want.credit, rtol=1e-4, atol=1e-6)
+    assert got.status.cpu().equal(want.status)
+    row = attnshape.attention_row(mapped(layers, lambda x: x.to(DEVICE)), backend="triton").cpu()
+    torch.testing.assert_close(
+        row.double(), attnshape.reference.attention_row(layers).double(), rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("path", EVERY_PATH[1:])
+def test_credit_and_row_alone_have_the_bits_of_the_fused_result(
+    path: dict, choose: Callable[..., None]
+) -> None:
+    problem = mapped(long_problem(4), lambda x: x.to(DEVICE))
+    choose()
+    want = shaped(problem)
+    choose(**path)
+    where = {"response_start": problem.kwargs["response_start"], "backend": "triton"}
+    mask = problem.kwargs["response_mask"]
+    assert_same_bits(attnshape.attention_credit(problem.inputs, mask, **where), want.credit, "credit")
+    raw = attnshape.attention_credit(problem.inputs, mask, normalization="none", **where)
+    row = attnshape.attention_row(problem.inputs, backend="triton")
+    at = problem.kwargs["response_start"][:, None] + torch.arange(mask.shape[1], device=DEVICE)
+    assert_same_bits(raw, torch.where(mask != 0, row.gather(1, at.long()), 0.0), "row")
+    two_steps = attnshape.shape_rewards(
+        problem.score, raw, config=problem.config, backend="triton", **problem.kwargs
+    )
+    for name in ("rewards", "advantages", "returns", "credit"):
+        assert_same_bits(getattr(two_steps, name), getattr(want, name), name)
+
+
+@pytest.mark.parametrize("width", [15, 16, 17, 256, 257, 600])
+@pytest.mark.parametrize("lam", [1.0, 0.9])
+def test_a_row_keeps_its_bits_in_any_batch(width: int, lam: float, choose: Callable[..., None]) -> None:
+    """600 tokens are 38 chunks: three groups of the recurrence."""
+    g = torch.Generator().manual_seed(width)
+    x = {name: torch.randn(3, width, generator=g).to(DEVICE) for name in ("rewards", "values")}
+    mask = (torch.rand(3, width, generator=g) < 0.9).to(DEVICE)
+    settings = {"gamma": 1.0, "lam": lam, "mask_semantics": "skip", "backend": "triton"}
+    choose()
+    alone = attnshape.gae(x["rewards"][1:2], x["values"][1:2], mask[1:2], **settings)
+    cu = (torch.arange(4) * width).int().to(DEVICE)
+    wider = {name: torch.nn.functional.pad(y, (0, 23), value=float("nan")) for name, y in x.items()}
+    wider_mask = torch.nn.functional.pad(mask, (0, 23))
+    for in_chunks in (False, True):
+        choose(in_chunks=in_chunks)
+        together = attnshape.gae(**x, response_mask=mask, **settings)
+        padded = attnshape.gae(**wider, response_mask=wider_mask, **settings)
+        flat = {name: y.flatten() for name, y in x.items()}
+        packed = attnshape.gae(**flat, response_mask=mask.flatten(), response_cu_seqlens=cu, **settings)
+        for i in range(2):
+            assert_same_bits(together[i][1:2], alone[i])
+            if lam == 1.0:
+                assert_same_bits(padded[i][1:2, :width], alone[i])
+            assert_same_bits(packed[i][width : 2 * width], alone[i][0])
+
+
+def test_packed_bounds_that_are_not_sound(choose: Callable[..., None]) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, values = torch.randn(2, 130, generator=g).to(DEVICE)
+    mask = torch.ones(130, device=DEVICE)
+    settings = {
+        "gamma": 1.0,
+        "lam": 0.9,
+        "mask_semantics": "zero",
+        "backend": "triton",
+        "return_moments": True,
+    }
+    results = []
+    for in_chunks in (False, True):
+        choose(in_chunks=in_chunks)
+        bounds = torch.tensor([5, 40, 40, 100, 70, 120], dtype=torch.int32, device=DEVICE)
+        results.append(attnshape.gae(x, values, mask, response_cu_seqlens=bounds, **settings))
+    for a, b in zip(*results, strict=True):
+        assert_same_bits(a, b)
+    advantages = results[0][0]
+    assert (advantages[:5] == 0).all()
+    assert (advantages[120:] == 0).all()
+    assert advantages[5:40].isfinite().all()
+    assert advantages[40:120].isnan().all()
+
+
+@INTERPRETED
+@pytest.mark.parametrize("path", EVERY_PATH)
+@pytest.mark.parametrize("packed", [False, True])
+def test_programs_may_run_in_any_order(
+    path: dict, packed: bool, choose: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = long_problem(5)
+    if packed:
+        problem = pack(problem)
+    choose(**path)
+    want = shaped(problem)
+    builder = sys.modules["triton.runtime.interpreter"].InterpreterBuilder
+    set_grid_dim, set_grid_idx = builder.set_grid_dim, builder.set_grid_idx
+    order: list[int] = []
+
+    def shuffled(self, x: int, *rest: int) -> None:
+        order[:] = [*random.Random(x).sample(range(1, x), x - 1), 0]
+        set_grid_dim(self, x, *rest)
+
+    monkeypatch.setattr(builder, "set_grid_dim", shuffled)
+    monkeypatch.setattr(builder, "set_grid_idx", lambda self, x, *rest: set_grid_idx(self, order[x], *rest))
+    assert_same_bits(shaped(problem), want)
+    assert order != sorted(order)
+
+
+@INTERPRETED
+def test_a_launch_that_breaks_off_does_not_poison_the_next(
+    choose: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = long_problem(6)
+    choose(one_launch=False, in_chunks=True)
+    want = shaped(problem)
+    builder = sys.modules["triton.runtime.interpreter"].InterpreterBuilder
+    set_grid_idx = builder.set_grid_idx
+
+    def stop(self, x: int, *rest: int) -> None:
+        if x == 9:
+            raise RuntimeError
+        set_grid_idx(self, x, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "set_grid_idx", stop)
+        with pytest.raises(InterpreterError):
+            shaped(problem)
+    assert_same_bits(shaped(problem), want)
+
+
+def test_heads_that_are_not_chosen_are_not_read() -> None:
+    g = torch.Generator().manual_seed(0)
+    query, key = torch.randn(1, 4, 16, generator=g), torch.randn(1, 2, 50, 16, generator=g)
+    chosen = torch.tensor([[0, 0, 1, 0]]).expand(2, 4).T[:, 0]  # not contiguous
+    inputs = AttentionInputs(query, key, 0.3, head_mask=chosen)
+    want = attnshape.attention_row(inputs, backend="torch")
+    key[:, 0] = float("nan")
+    there = mapped(inputs, lambda x: x.to(DEVICE))
+    torch.testing.assert_close(attnshape.attention_row(there, backend="triton").cpu(), want)
+
+
+def test_moments_are_those_of_the_advantages(choose: Callable[..., None]) -> None:
+    problem = long_problem(7)
+    want = attnshape.shape_rewards(
+        problem.score, problem.inputs, config=problem.config, backend="torch", **problem.kwargs
+    ).row_stats.advantage_moments
+    for path in EVERY_PATH[1:]:
+        choose(**path)
+        got = shaped(problem).row_stats.advantage_moments.cpu()
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_status_bits_are_the_public_ones() -> None:
+    for flag in attnshape.Status:
+        assert getattr(layout, str(flag.name)).value == flag
+
+
+@pytest.mark.parametrize(
+    ("batch", "longest", "n_chunks", "chunked"),
+    [
+        (4096, 1, 4096, False),
+        (8192, 8, 65536, False),
+        (1, 256, 256, True),
+        (8, 64, 512, True),
+        (64, 64, 4096, True),
+    ],
+)
+def test_rows_are_cut_where_they_are_long_and_few(
+    batch: int, longest: int, n_chunks: int, chunked: bool
+) -> None:
+    assert rewards.in_chunks(batch, longest, n_chunks, 132) == chunked
+    assert rewards.in_chunks(batch, longest, n_chunks, 132, averaging=True) == chunked
+
+
+def test_programs_read_more_keys_the_more_there_are() -> None:
+    assert [attention.chunks_per_program(n, 132) for n in (1, 4096, 1 << 20)] == [1, 2, 8]
