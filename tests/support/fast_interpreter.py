@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import math
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-KNOWN = {"b39d09e7dcc9ec75"}
+KNOWN = {"1df8b5e1ca8ada57"}
 """Digests of the code that is replaced, and of what calls it: triton 3.7.1."""
 
 
@@ -34,7 +34,7 @@ def install() -> str:
     from triton.language import core
     from triton.runtime import interpreter
 
-    found, by = digest(interpreter), f"interpreted by triton {triton.__version__}"
+    found, by = digest(), f"interpreted by triton {triton.__version__}"
     if found not in KNOWN:
         return f"{by} as it is, slowly: its interpreter ({found}) is not known"
     builder = interpreter.interpreter_builder
@@ -49,28 +49,13 @@ def install() -> str:
     return f"{by}, made faster by tests/support/fast_interpreter.py"
 
 
-def digest(interpreter: Any) -> str:
-    """Of the source of everything that ``install`` replaces, and of what calls it."""
-    code = (
-        interpreter._get_np_dtype,
-        interpreter._patch_attr,
-        interpreter._patch_builtin,
-        interpreter._patch_lang_tensor,
-        interpreter._patch_reduce_scan,
-        interpreter._patch_lang_core,
-        interpreter._patch_lang,
-        interpreter._LangPatchScope,
-        interpreter.InterpreterOptions,
-        interpreter.ReduceScanOpInterface,
-        interpreter.ScanOps,
-        interpreter.GridExecutor,
-        interpreter.InterpretedFunction,
-        interpreter.TritonSemantic.binary_op_sanitize_overflow_impl,
-        interpreter.TritonSemantic.device_assert,
-        interpreter.tl.core.block_type,
-        interpreter.tl.core.tensor.__init__,
-    )
-    return hashlib.sha256("".join(map(inspect.getsource, code)).encode()).hexdigest()[:16]
+def digest() -> str:
+    """Of the files of everything that ``install`` replaces, and of what calls it."""
+    from triton.language import core, semantic
+    from triton.runtime import interpreter
+
+    files = (Path(module.__file__).read_bytes() for module in (interpreter, core, semantic))
+    return hashlib.sha256(b"".join(files)).hexdigest()[:16]
 
 
 class PatchedOnce:
@@ -105,7 +90,7 @@ def looked_up_once(np_dtype: Any) -> Any:
 def remembered(with_element_ty: Any) -> Any:
     """``block_type.with_element_ty``, which makes a type once; not pointers, whose names do not tell all."""
 
-    def made_once(block: Any, element: Any) -> Any:
+    def known_or_made(block: Any, element: Any) -> Any:
         if element.is_ptr():
             return with_element_ty(block, element)
         known = vars(block).setdefault("_with_element", {})
@@ -113,7 +98,7 @@ def remembered(with_element_ty: Any) -> Any:
             known[element.name] = with_element_ty(block, element)
         return known[element.name]
 
-    return made_once
+    return known_or_made
 
 
 def tensor_of_type(tensor: Any, handle: Any, type: Any) -> None:
