@@ -2,18 +2,30 @@
 
 from typing import TYPE_CHECKING
 
+from attnshape import credit, reference
+from attnshape.config import GroupConfig, ShapingConfig, Whitening
 from attnshape.ops import (
     attention_column_credit,
     attention_credit,
     attention_rollout,
     attention_row,
     gae,
+    group_advantages,
     redistribute,
     shape_rewards,
     whiten,
 )
 from attnshape.text.align import Alignment, align, align_texts, decoded_spans
-from attnshape.types import AttentionInputs, ShapedRewards, ShapingConfig, Status
+from attnshape.types import (
+    KL,
+    Advantages,
+    AttentionInputs,
+    GroupAdvantages,
+    Response,
+    ShapedRewards,
+    SignedInputs,
+    Status,
+)
 
 if TYPE_CHECKING:
     from attnshape.tap import AttentionTap
@@ -21,21 +33,31 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "KL",
+    "Advantages",
     "Alignment",
     "AttentionInputs",
     "AttentionTap",
+    "GroupAdvantages",
+    "GroupConfig",
+    "Response",
     "ShapedRewards",
     "ShapingConfig",
+    "SignedInputs",
     "Status",
+    "Whitening",
     "align",
     "align_texts",
     "attention_column_credit",
     "attention_credit",
     "attention_rollout",
     "attention_row",
+    "credit",
     "decoded_spans",
     "gae",
+    "group_advantages",
     "redistribute",
+    "reference",
     "shape_rewards",
     "whiten",
 ]

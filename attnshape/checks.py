@@ -10,19 +10,22 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from attnshape.config import GroupConfig, MaskLayout, Normalization, ShapingConfig, Whitening
+from attnshape.config import check_choice as _check_choice
 from attnshape.types import (
-    Attention,
+    KL,
     AttentionInputs,
+    AttentionLayers,
+    Backend,
     CreditName,
-    MaskLayout,
     Response,
-    ShapingConfig,
-    SignedLayer,
+    SignedInputs,
     TokenInputs,
 )
 
@@ -30,21 +33,15 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 
 CHOICES = {
-    "backend": ("auto", "triton", "torch"),
-    "normalization": ("sum_to_one", "sum_to_length", "none"),
-    "mask_semantics": ("skip", "zero"),
-    "kl_estimator": ("k1", "abs", "k2", "k3"),
-    "on_nan": ("propagate", "zero_row"),
+    "backend": get_args(Backend),
+    "normalization": get_args(Normalization),
     "variant": ("mean", "last"),
     "shift": (0, 1),
-    "eps_mode": ("add", "clamp", "add_to_std"),
-    "mask_layout": ("any", "response", "prefix", "rolled"),
 }
 
 
 def check_choice(name: str, got: object) -> None:
-    if got not in CHOICES[name]:
-        raise ValueError(f"{name}: got {got!r}, want one of {', '.join(map(repr, CHOICES[name]))}")
+    _check_choice(name, got, CHOICES[name])
 
 
 def _is_tensor(name: str, x: object) -> Tensor:
@@ -90,7 +87,7 @@ _floats = functools.partial(_fits, FLOATS)
 _ints = functools.partial(_fits, INTEGERS)
 
 
-def layers_of(inputs: Attention) -> Sequence[AttentionInputs]:
+def layers_of(inputs: AttentionLayers) -> Sequence[AttentionInputs]:
     """One layer or several as a sequence, checked to be that."""
     layers = [inputs] if isinstance(inputs, AttentionInputs) else inputs
     if not isinstance(layers, list | tuple) or not layers:
@@ -192,37 +189,37 @@ def _check_layer(x: AttentionInputs) -> None:
 
 def check_response(response: Response, batch: int | None, keys: Tensor | None) -> int:
     """Checks the response's layout, and its place among ``keys`` where they are given; returns the batch."""
-    mask = _is_tensor("response_mask", response.mask)
+    mask = _is_tensor("response.mask", response.mask)
     if response.cu_seqlens is None:
         if mask.ndim != 2:
             raise ValueError(
-                f"response_mask: got shape {tuple(mask.shape)}, want [B, R], or [M] with response_cu_seqlens"
+                f"response.mask: got shape {tuple(mask.shape)}, want [B, R], or [M] with response.cu_seqlens"
             )
         rows = mask.shape[0]
     else:
-        cu_seqlens = _is_tensor("response_cu_seqlens", response.cu_seqlens)
-        _has_dtype("response_cu_seqlens", cu_seqlens, (torch.int32,))
-        _is_on("response_cu_seqlens", cu_seqlens, mask.device, "response_mask")
+        cu_seqlens = _is_tensor("response.cu_seqlens", response.cu_seqlens)
+        _has_dtype("response.cu_seqlens", cu_seqlens, (torch.int32,))
+        _is_on("response.cu_seqlens", cu_seqlens, mask.device, "response.mask")
         if cu_seqlens.ndim != 1 or len(cu_seqlens) < 1:
-            raise ValueError(f"response_cu_seqlens: got shape {tuple(cu_seqlens.shape)}, want [B + 1]")
+            raise ValueError(f"response.cu_seqlens: got shape {tuple(cu_seqlens.shape)}, want [B + 1]")
         if mask.ndim != 1:
             raise ValueError(
-                f"response_mask: got shape {tuple(mask.shape)}, want [M] with response_cu_seqlens"
+                f"response.mask: got shape {tuple(mask.shape)}, want [M] with response.cu_seqlens"
             )
         rows = cu_seqlens.shape[0] - 1
     if batch is not None and rows != batch:
-        raise ValueError(f"response_mask: got {rows} rows, want {batch}, as many as the attention inputs")
+        raise ValueError(f"response.mask: got {rows} rows, want {batch}, as many as the attention inputs")
     if keys is None:
         return rows
-    _is_on("response_mask", mask, keys.device, "key")
+    _is_on("response.mask", mask, keys.device, "key")
     if (response.start is None) == (response.index is None):
         given = "neither" if response.start is None else "both"
-        raise ValueError(f"response_start, response_index: got {given}, want one of them")
+        raise ValueError(f"response.start, response.index: got {given}, want one of them")
     if response.start is not None:
-        _ints("response_start", response.start, (rows,), "[B]", mask, "response_mask")
+        _ints("response.start", response.start, (rows,), "[B]", mask, "response.mask")
     if response.index is not None:
-        of = "that of response_mask"
-        _ints("response_index", response.index, mask.shape, of, mask, "response_mask")
+        of = "that of response.mask"
+        _ints("response.index", response.index, mask.shape, of, mask, "response.mask")
     return rows
 
 
@@ -231,92 +228,104 @@ def check_credit(credit: Tensor | CreditName, mask: Tensor) -> None:
         if credit not in ("uniform", "sparse"):
             raise ValueError(f'credit: got {credit!r}, want "uniform", "sparse", a tensor or AttentionInputs')
         return
-    _floats("credit", credit, mask.shape, "that of response_mask", mask, "response_mask")
+    _floats("credit", credit, mask.shape, "that of response.mask", mask, "response.mask")
 
 
 def check_score(score: object, batch: int, mask: Tensor) -> None:
-    _floats("score", score, (batch,), "[B], one score for each row of response_mask", mask, "response_mask")
+    _floats("score", score, (batch,), "[B], one score for each row of response.mask", mask, "response.mask")
 
 
 def check_tokens(tokens: TokenInputs, batch: int, mask: Tensor) -> None:
-    of = "that of response_mask"
-    for name in ("values", "logprobs", "ref_logprobs", "kl", "token_rewards"):
+    for name in ("values", "token_rewards"):
         x = getattr(tokens, name)
         if x is not None:
-            _floats(name, x, mask.shape, of, mask, "response_mask")
+            check_like_mask(name, x, mask)
     for name in ("terminal_reward", "bootstrap"):
         x = getattr(tokens, name)
         if x is not None:
-            _floats(name, x, (batch,), "[B]", mask, "response_mask")
-    if (tokens.logprobs is None) != (tokens.ref_logprobs is None):
-        missing = "logprobs" if tokens.logprobs is None else "ref_logprobs"
-        raise ValueError(f"{missing}: got None, want log-probabilities beside the other model's")
-    if tokens.kl is not None and tokens.logprobs is not None:
-        raise ValueError("kl: got a tensor beside logprobs and ref_logprobs, want one or the other")
-    if isinstance(tokens.kl_coef, Tensor):
-        _floats("kl_coef", tokens.kl_coef, (), "a 0-d tensor", mask, "response_mask")
-    given = isinstance(tokens.kl_coef, Tensor) or tokens.kl_coef != 0
-    if given and tokens.kl is None and tokens.logprobs is None:
-        raise ValueError(f"kl_coef: got {tokens.kl_coef} without a KL, want kl, or logprobs and ref_logprobs")
+            check_per_row(name, x, batch, mask)
+    if tokens.kl is not None:
+        _check_kl(tokens.kl, mask)
 
 
-def _check_unit(name: str, x: float | Tensor, batch: int, mask: Tensor) -> None:
-    if isinstance(x, Tensor):
-        _floats(name, x, (batch,), "[B]", mask, "response_mask")
-    elif not 0 <= x <= 1:
-        raise ValueError(f"{name}: got {x}, want a number from 0 to 1")
-
-
-def check_gae(
-    gamma: float,
-    lam: float | Tensor,
-    lam_value: float | Tensor | None,
-    mask_semantics: str,
-    batch: int,
-    mask: Tensor,
-) -> None:
-    check_choice("mask_semantics", mask_semantics)
-    if not isinstance(gamma, int | float):
+def _check_kl(kl: object, mask: Tensor) -> None:
+    if not isinstance(kl, KL):
         raise TypeError(
-            f"gamma: got {type(gamma).__name__}, want a float; lam may differ by row, gamma may not"
+            f"kl: got {type(kl).__name__}, want KL(logprobs, ref_logprobs, coef) or KL.given(kl, coef)"
         )
-    _check_unit("gamma", gamma, batch, mask)
-    _check_unit("lam", lam, batch, mask)
-    if lam_value is not None:
-        _check_unit("lam_value", lam_value, batch, mask)
+    if kl.estimate is None:
+        check_like_mask("kl.logprobs", kl.logprobs, mask)
+        check_like_mask("kl.ref_logprobs", kl.ref_logprobs, mask)
+    elif kl.logprobs is not None or kl.ref_logprobs is not None:
+        raise ValueError("kl: got an estimate beside logprobs, want one or the other")
+    else:
+        check_like_mask("kl.estimate", kl.estimate, mask)
+    if isinstance(kl.coef, Tensor):
+        _floats("kl.coef", kl.coef, (), "a 0-d tensor", mask, "response.mask")
+    else:
+        check_number("kl.coef", kl.coef)
 
 
-def check_zero_masked(zero_masked: bool, response: Response) -> None:
-    if not zero_masked and response.cu_seqlens is not None:
-        raise ValueError(
-            "zero_masked: got False with packed tokens, want padded ones, [B, R], as verl, TRL, OpenRLHF, "
-            "NeMo-RL and AReaL lay them out, whose presets set it"
-        )
-
-
-def check_config(config: ShapingConfig, batch: int, response: Response) -> None:
+def check_config(config: object, batch: int, response: Response) -> None:
+    """What depends on the batch; values were checked when the config was made."""
     if not isinstance(config, ShapingConfig):
         raise TypeError(f"config: got {type(config).__name__}, want ShapingConfig")
-    mask = response.mask
-    check_gae(config.gamma, config.lam, config.lam_value, config.mask_semantics, batch, mask)
-    check_zero_masked(config.zero_masked, response)
-    for name in ("normalization", "kl_estimator", "on_nan", "mask_layout"):
-        check_choice(name, getattr(config, name))
-    if not math.isfinite(config.beta):
-        raise ValueError(f"beta: got {config.beta}, want a finite number")
-    for name in ("kl_input_clip", "kl_output_clip"):
-        clip = getattr(config, name)
-        if clip is not None and not clip > 0:
-            raise ValueError(f"{name}: got {clip}, want a positive number or None")
-    low, high = config.score_bounds
-    if not low <= high:
-        raise ValueError(f"score_clip: got {config.score_clip}, want a positive number or (low, high)")
-    if isinstance(config.score_index, Tensor):
-        _ints("score_index", config.score_index, (batch,), "[B]", mask, "response_mask")
-    elif config.score_index not in ("last_unmasked", "last_token"):
+    for name in ("lam", "lam_value"):
+        x = getattr(config, name)
+        if isinstance(x, Tensor):
+            check_per_row(name, x, batch, response.mask)
+    if config.carry_masked and response.cu_seqlens is not None:
         raise ValueError(
-            f'score_index: got {config.score_index!r}, want "last_unmasked", "last_token" or int [B]'
+            "carry_masked: got True with packed tokens, want padded ones, [B, R], as verl, TRL, OpenRLHF, "
+            "NeMo-RL and AReaL lay them out, whose presets set it"
         )
+    if isinstance(config.score_index, Tensor):
+        _ints("score_index", config.score_index, (batch,), "[B]", response.mask, "response.mask")
+
+
+def check_groups(
+    score: object, credit: object, group: object, weights: object, config: object, response: Response
+) -> list[Any]:
+    """Checks what ``group_advantages`` is given; returns one source of credit for each reward."""
+    mask, batch = response.mask, response.batch_size
+    if not isinstance(config, GroupConfig):
+        raise TypeError(f"config: got {type(config).__name__}, want GroupConfig")
+    score = _is_tensor("score", score)
+    if score.ndim == 2:
+        rewards = score.shape[1]
+        if not isinstance(credit, list | tuple) or len(credit) != rewards:
+            got = len(credit) if isinstance(credit, list | tuple) else type(credit).__name__
+            raise ValueError(f"credit: got {got}, want a list of {rewards}, one for each column of score")
+        _floats("score", score, (batch, rewards), "[B, K]", mask, "response.mask")
+        sources = list(credit)
+    else:
+        check_score(score, batch, mask)
+        sources = [credit]
+    for k, source in enumerate(sources):
+        name = f"credit[{k}]" if score.ndim == 2 else "credit"
+        if isinstance(source, Tensor):
+            check_like_mask(name, source, mask)
+        elif source is None or (isinstance(source, str) and source == "uniform"):
+            sources[k] = None
+        elif isinstance(source, str):
+            raise ValueError(
+                f'{name}: got {source!r}, want "uniform", a tensor or AttentionInputs; the advantage '
+                "of a whole completion has no token of its own"
+            )
+        else:
+            sources[k] = layers_of(source)
+            check_response(response, sources[k][0].batch_size, sources[k][0].key)
+    if weights is not None:
+        if score.ndim != 2:
+            raise ValueError("weights: got some for one score per completion, want a score of [B, K]")
+        _floats("weights", weights, (score.shape[1],), "[K], as score has columns", mask, "response.mask")
+    if isinstance(group, Tensor):
+        _ints("group", group, (batch,), "[B]", mask, "response.mask")
+    elif not isinstance(group, int) or isinstance(group, bool):
+        raise TypeError(f"group: got {type(group).__name__}, want completions per prompt, or int ids [B]")
+    elif group < 1:
+        raise ValueError(f"group: got {group}, want at least one completion per prompt")
+    return sources
 
 
 def check_process_group(process_group: object) -> None:
@@ -326,11 +335,15 @@ def check_process_group(process_group: object) -> None:
         )
 
 
-def check_whiten(x: object, mask: object, moments: object) -> None:
-    x, mask = _is_tensor("x", x), _is_tensor("mask", mask)
+def check_whiten(x: object, mask: object, config: object, moments: object) -> None:
+    x, mask = _is_tensor("x", x), _is_tensor("response.mask", mask)
     _has_dtype("x", x, FLOATS)
-    _has_shape("mask", mask, x.shape, "that of x")
-    _is_on("mask", mask, x.device, "x")
+    _has_shape("response.mask", mask, x.shape, "that of x")
+    _is_on("response.mask", mask, x.device, "x")
+    if not isinstance(config, Whitening):
+        raise TypeError(
+            f"config: got {type(config).__name__}, want Whitening, such as ShapingConfig().whitening"
+        )
     if moments is not None:
         moments = _is_tensor("moments", moments)
         _has_dtype("moments", moments, FLOATS)
@@ -366,11 +379,11 @@ def check_rollout_norms(layers: Sequence[AttentionInputs]) -> tuple[list[Tensor]
 
 
 def check_like_mask(name: str, x: object, mask: Tensor) -> None:
-    _floats(name, x, _is_tensor("response_mask", mask).shape, "that of response_mask", mask, "response_mask")
+    _floats(name, x, _is_tensor("response.mask", mask).shape, "that of response.mask", mask, "response.mask")
 
 
 def check_per_row(name: str, x: object, rows: int, mask: Tensor) -> None:
-    _floats(name, x, (rows,), "[B]", mask, "response_mask")
+    _floats(name, x, (rows,), "[B]", mask, "response.mask")
 
 
 def check_number(name: str, x: object) -> None:
@@ -393,8 +406,8 @@ def check_differentiable(name: str, x: object) -> None:
 
 
 def check_signed_layers(layers: object) -> None:
-    if not isinstance(layers, list | tuple) or not all(isinstance(x, SignedLayer) for x in layers):
-        raise TypeError(f"layers: got {type(layers).__name__}, want a list or tuple of SignedLayer")
+    if not isinstance(layers, list | tuple) or not all(isinstance(x, SignedInputs) for x in layers):
+        raise TypeError(f"layers: got {type(layers).__name__}, want a list or tuple of SignedInputs")
     if not layers:
         raise ValueError("layers: got none, want one or more")
     for i, (inputs, value, pull) in enumerate(layers):
@@ -448,7 +461,7 @@ def validate_response(response: Response, lengths: Sequence[int] | None, score_i
     index = None if response.index is None else response.index.cpu()
     rows: Sequence[int | slice] = range(len(mask))
     if response.cu_seqlens is not None:
-        _cu_seqlens_in_range("response_cu_seqlens", response.cu_seqlens, len(mask))
+        _cu_seqlens_in_range("response.cu_seqlens", response.cu_seqlens, len(mask))
         rows = [slice(lo, hi) for lo, hi in itertools.pairwise(response.cu_seqlens.tolist())]
     for b, row in enumerate(rows):
         live = mask[row] != 0
@@ -464,15 +477,26 @@ def validate_response(response: Response, lengths: Sequence[int] | None, score_i
             low, high = int(index[row][live].min()), int(index[row][live].max())
             if low < -1 or high >= lengths[b]:
                 raise ValueError(
-                    f"response_index: row {b} spans {low} to {high}, want -1 <= response_index < {lengths[b]}"
+                    f"response.index: row {b} spans {low} to {high}, want -1 <= response.index < {lengths[b]}"
                 )
         elif response.start is not None:
             start, last = int(response.start[b]), int(live.nonzero().max())
             if start < 0 or start + last >= lengths[b]:
                 raise ValueError(
-                    f"response_start: row {b} starts at {start} and its last unmasked token lies at "
+                    f"response.start: row {b} starts at {start} and its last unmasked token lies at "
                     f"{start + last}, want positions within 0:{lengths[b]}"
                 )
+
+
+def validate_credit(credit: Tensor, response: Response) -> None:
+    """Raises where a weight of an unmasked token is negative."""
+    negative = (credit < 0) & (response.mask != 0)
+    if negative.any():
+        at = tuple(negative.nonzero()[0].tolist())
+        raise ValueError(
+            f"credit: got {credit[at].item():.4g} at {list(at)}, want weights of 0 or more; signed ones are "
+            "token_rewards, best made by attnshape.credit.centered"
+        )
 
 
 LAYOUTS = {
@@ -507,7 +531,7 @@ def validate_layout(response: Response, layout: MaskLayout) -> None:
             holes = (~live).nonzero().flatten().tolist()
             wrong = [t for t in holes[:1] if (t == 0 if layout == "response" else live[t:].any())]
         if wrong:
-            raise ValueError(f"response_mask: token {wrong[0]} of row {b} {got}, want {want}")
+            raise ValueError(f"response.mask: token {wrong[0]} of row {b} {got}, want {want}")
 
 
 def _rows_of(response: Response) -> Iterator[Tensor]:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnshape import reference
+from attnshape.config import KLEstimator, MaskSemantics, ShapingConfig
 from attnshape.ops import shape_rewards
+from attnshape.problems import Problem, finite, make_problem, mapped, to_float64
 from attnshape.tolerance import CREDIT_SUM, credit_bound, error_fraction, gae_bound, kl_bound, reward_bound
-from attnshape.types import AttentionInputs, Backend, KLEstimator, MaskSemantics, ShapingConfig, Status
+from attnshape.types import Backend, ShapedRewards, Status
 
-KL_COEF = 0.1
+STATISTIC = 1e-4
+"""Bound on a row statistic's error, relative and absolute."""
 
 
 class Shape(NamedTuple):
@@ -49,6 +51,32 @@ class Case(NamedTuple):
     dtype: torch.dtype
     setting: Setting
 
+    def problem(self) -> Problem:
+        """The same for every backend, on the CPU."""
+        (B, S, R, Hq, Hkv, D), setting = self.shape, self.setting
+        return make_problem(
+            0,
+            batch=B,
+            keys=S,
+            width=R,
+            heads=Hq,
+            kv_heads=Hkv,
+            head_dim=D,
+            dtype=self.dtype,
+            left_padding=setting.left_padding,
+            holes=setting.holes,
+            extras=False,
+            softcap=setting.softcap,
+            sliding_window=setting.sliding_window,
+            sinks=setting.sinks,
+            config=ShapingConfig(
+                gamma=setting.gamma,
+                lam=setting.lam,
+                mask_semantics=setting.mask_semantics,
+                kl_estimator=setting.kl_estimator,
+            ),
+        )
+
 
 @dataclass(frozen=True)
 class Worst:
@@ -62,6 +90,15 @@ class Worst:
     @property
     def ok(self) -> bool:
         return self.fraction <= 1
+
+    @classmethod
+    def of(cls, actual: Tensor, expected: Tensor, bound: Tensor) -> Worst:
+        fraction = error_fraction(actual, expected, bound.expand_as(expected)).flatten()
+        if not fraction.numel():
+            return cls(0.0, 0.0, 0.0)
+        at = int(fraction.argmax())
+        error = (actual.cpu().double() - expected.cpu().double()).abs().flatten()[at]
+        return cls(error.item(), bound.expand_as(expected).flatten()[at].item(), fraction[at].item())
 
 
 SMALL = (Shape(1, 1, 1, 1, 1, 16), Shape(3, 40, 17, 4, 4, 24), Shape(2, 128, 64, 8, 2, 64))
@@ -82,121 +119,62 @@ def grid(quick: bool) -> Iterator[Case]:
 
 
 def compare(case: Case, backend: Backend, device: str) -> dict[str, Worst]:
-    """Each output of ``shape_rewards`` against the reference on the same inputs, upcast to float64.
+    """Each output of ``shape_rewards`` against the reference on the same inputs, upcast to float64."""
+    problem = case.problem()
+    got = mapped(problem, lambda x: x.to(device)).shaped(shape_rewards, backend=backend)
+    return errors(problem, got, to_float64(problem).shaped(reference.shape_rewards))
 
-    ``status`` is compared exactly: its bound is 0.
+
+def errors(problem: Problem, got: ShapedRewards, want: ShapedRewards) -> dict[str, Worst]:
+    """The worst element of each output, ``got`` against the float64 reference.
+
+    ``status`` is compared exactly: its bound is 0. An advantage may be off by what its rewards are.
     """
-    arguments = _draw(case)
-    got = shape_rewards(**mapped(arguments, lambda x: x.to(device)), backend=backend)
-    arguments = mapped(arguments, lambda x: x.double() if x.is_floating_point() else x)
-    want = reference.shape_rewards(**arguments)
-    assert want.kl is not None
-    assert got.kl is not None
+    config, largest = problem.config, problem.max_score
+    live = problem.response.mask != 0
+    log_ratio = torch.zeros(live.shape, dtype=torch.float64)
+    kl = problem.given.get("kl")
+    if kl is not None and kl.logprobs is not None:
+        log_ratio = (kl.logprobs.double() - kl.ref_logprobs.double()).masked_fill(~live, 0.0)
+    found: dict[str, list[Worst]] = {}
 
-    mask = arguments["response_mask"] != 0
-    log_ratio = torch.where(mask, arguments["logprobs"] - arguments["ref_logprobs"], 0.0)
-    score = arguments["score"][:, None]
-    max_logit = _max_logit(arguments["credit"])
-    terms = [score * want.credit, KL_COEF * log_ratio, KL_COEF * want.kl]
-    setting = case.setting
-    summed = (want.status & int(Status.EMPTY)) == 0
-    outputs = {
-        "credit": (got.credit, want.credit, credit_bound(want.credit, max_logit)),
-        "credit sum": (got.credit.double().sum(1), summed.double(), torch.full(summed.shape, CREDIT_SUM)),
-        "rewards": (got.rewards, want.rewards, reward_bound(want.rewards, *terms, max_logit=max_logit)),
-        "advantages": (
-            got.advantages,
-            want.advantages,
-            gae_bound(want.advantages, setting.gamma, setting.lam),
-        ),
-        "returns": (got.returns, want.returns, gae_bound(want.returns, setting.gamma, setting.lam)),
-        "kl": (got.kl, want.kl, kl_bound(want.kl, log_ratio)),
-        "status": (got.status, want.status, torch.zeros(want.status.shape)),
+    def add(name: str, actual: Tensor, expected: Tensor, bound: Tensor) -> None:
+        found.setdefault(name, []).append(Worst.of(actual, expected, bound))
+
+    rows = {
+        name: (problem.rows(getattr(got, name)), problem.rows(getattr(want, name)))
+        for name in ("credit", "kl", "rewards", "advantages", "returns")
+        if getattr(want, name) is not None
     }
-    return {name: _worst(*tensors) for name, tensors in outputs.items()}
-
-
-def _worst(actual: Tensor, expected: Tensor, bound: Tensor) -> Worst:
-    fraction = error_fraction(actual, expected, bound).flatten()
-    at = int(fraction.argmax())
-    error = (actual.cpu().double() - expected.cpu().double()).abs().flatten()[at]
-    return Worst(error.item(), bound.flatten()[at].item(), fraction[at].item())
-
-
-def _max_logit(inputs: AttentionInputs) -> Tensor:
-    """``max |s|`` of each row over its visible keys, before a softcap."""
-    assert inputs.attention_mask is not None
-    key = inputs.key.repeat_interleave(inputs.query.shape[1] // inputs.key.shape[1], 1)
-    s = torch.einsum("bhd,bhsd->bhs", inputs.query, key).abs() * inputs.scaling
-    return torch.where(inputs.attention_mask[:, None] != 0, s, 0.0).amax((1, 2))
-
-
-def _draw(case: Case) -> dict[str, Any]:
-    """Arguments of ``shape_rewards`` on the CPU, the same for every backend; NaN stands in all padding."""
-    (B, S, R, Hq, Hkv, D), dtype, setting = case
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    length = torch.randint((R + 1) // 2, R + 1, (B,), generator=generator)
-    if setting.holes and B > 1:
-        length[0] = 0
-    pad = (
-        torch.randint(0, S - R + 1, (B,), generator=generator)
-        if setting.left_padding
-        else torch.zeros(B).long()
-    )
-    start = pad if R == S else pad + (S - R - pad) // 2
-    end = torch.maximum(start + length, pad + 1)
-    keys, tokens = torch.arange(S), torch.arange(R)
-    attended = (keys >= pad[:, None]) & (keys < end[:, None])
-    mask = tokens < length[:, None]
-    if setting.holes:
-        mask &= torch.rand(B, R, generator=generator) > 0.2
-
-    def token(x: Tensor) -> Tensor:
-        return torch.where(mask, x, torch.nan)
-
-    inputs = AttentionInputs(
-        (2 * normal(B, Hq, D)).to(dtype),
-        torch.where(attended[:, None, :, None], normal(B, Hkv, S, D), torch.nan).to(dtype),
-        D**-0.5,
-        query_position=end - 1,
-        attention_mask=attended,
-        softcap=setting.softcap,
-        sliding_window=setting.sliding_window,
-        sinks=normal(Hq) if setting.sinks else None,
-    )
-    logprobs = normal(B, R) - 2
-    return {
-        "score": normal(B),
-        "credit": inputs,
-        "values": token(normal(B, R)),
-        "logprobs": token(logprobs),
-        "ref_logprobs": token(logprobs + normal(B, R) / 4),
-        "kl_coef": KL_COEF,
-        "response_mask": mask,
-        "response_start": start,
-        "config": ShapingConfig(
-            gamma=setting.gamma,
-            lam=setting.lam,
-            mask_semantics=setting.mask_semantics,
-            kl_estimator=setting.kl_estimator,
-        ),
-    }
-
-
-def mapped(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """An argument, or what holds arguments, with its tensors changed."""
-    if isinstance(x, Tensor):
-        return change(x)
-    if dataclasses.is_dataclass(x) and not isinstance(x, type):
-        return dataclasses.replace(
-            x, **{f.name: mapped(getattr(x, f.name), change) for f in dataclasses.fields(x)}
-        )
-    if isinstance(x, dict):
-        return {name: mapped(value, change) for name, value in x.items()}
-    if isinstance(x, list):
-        return [mapped(value, change) for value in x]
-    return x
+    ratios = problem.rows(log_ratio)
+    sums_to_one = want.status & int(Status.EMPTY | Status.OUT_OF_RANGE | Status.NONFINITE) == 0
+    sums_to_one &= want.status & int(Status.SCORE_MASKED) == 0
+    for b, score in enumerate(problem.score):
+        if not ratios[b].numel():
+            continue
+        actual, credit = rows["credit"][0][b], rows["credit"][1][b]
+        of_weights = credit_bound(credit, largest)
+        add("credit", actual, credit, of_weights)
+        if config.normalization == "sum_to_one" and sums_to_one[b]:
+            one = torch.ones((), dtype=torch.float64)
+            add("credit sum", actual.double().sum(), one, CREDIT_SUM * one)
+        bound = finite(score).abs() * of_weights + reward_bound(rows["rewards"][1][b], score)
+        if kl is not None:
+            estimate = rows["kl"][1][b]
+            of_kl = kl_bound(estimate, ratios[b])
+            add("kl", rows["kl"][0][b], estimate, of_kl)
+            bound = bound + float(kl.coef) * of_kl + 1e-6 * finite(estimate).abs()
+        add("rewards", rows["rewards"][0][b], rows["rewards"][1][b], bound)
+        for name, lam in (("advantages", config.lam), ("returns", config.lam_value)):
+            lam = config.lam if lam is None else lam
+            lam = lam[b].item() if isinstance(lam, Tensor) else lam
+            expected = rows[name][1][b]
+            add(name, rows[name][0][b], expected, gae_bound(expected, config.gamma, lam) + bound.sum())
+    usable = want.status & int(Status.NONFINITE) == 0
+    for name, statistic in vars(want.row_stats).items():
+        if statistic is not None:
+            expected = statistic[usable]
+            actual = getattr(got.row_stats, name).cpu()[usable]
+            add(name, actual, expected, STATISTIC * (1 + expected.abs()))
+    add("status", got.status, want.status, torch.zeros(want.status.shape))
+    return {name: max(of_rows, key=lambda worst: worst.fraction) for name, of_rows in found.items()}

@@ -16,11 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from attnshape.config import GroupConfig, ShapingConfig, Whitening
 from attnshape.types import (
+    KL,
+    Advantages,
     AttentionInputs,
+    GroupAdvantages,
+    Response,
     RowStats,
     ShapedRewards,
-    ShapingConfig,
     TokenInputs,
     compute_dtype,
 )
@@ -31,7 +35,7 @@ T = TypeVar("T")
 SCHEMA = "(Tensor[] tensors, float[] floats, SymInt[] ints, str structure) -> Tensor[]"
 FIELDS: dict[type, tuple[str, ...]] = {
     cls: tuple(field.name for field in dataclasses.fields(cls))
-    for cls in (AttentionInputs, ShapingConfig, ShapedRewards, RowStats)
+    for cls in (AttentionInputs, Response, KL, ShapingConfig, GroupConfig, Whitening, ShapedRewards, RowStats)
 }
 CLASSES = {cls.__name__: cls for cls in FIELDS}
 TENSOR, FLOAT, INT = 0, 1, 2
@@ -104,8 +108,8 @@ def replaced(x: Any, output: Callable[[Output], Any]) -> Any:
     """The structure ``x`` with something else in place of each ``Output``."""
     if isinstance(x, Output):
         return output(x)
-    if isinstance(x, tuple):
-        return tuple([replaced(item, output) for item in x])
+    if isinstance(x, Advantages | GroupAdvantages):
+        return type(x)(*[replaced(item, output) for item in x])
     if x is None:
         return None
     items = [replaced(getattr(x, name), output) for name in FIELDS[type(x)]]
@@ -217,41 +221,51 @@ def credit_of(argument: str) -> Callable[[dict[str, Any]], Output]:
     """Credit of each response token from the layers given as ``argument``."""
 
     def credit(given: dict[str, Any]) -> Output:
-        return Output(given["response_mask"].shape, compute_dtype(*_operands(given[argument])))
+        mask = Response.of(given["response"]).mask
+        return Output(mask.shape, compute_dtype(*_operands(given[argument])))
 
     return credit
 
 
-def _batch(given: dict[str, Any]) -> int:
-    cu_seqlens = given["response_cu_seqlens"]
-    # Not `len`, which makes a size a constant.
-    rows: int = given["response_mask"].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return rows
-
-
 def shape_rewards(given: dict[str, Any]) -> ShapedRewards:
-    floats = [given[name] for name in ("score", "credit", *TokenInputs._fields) if name != "kl_coef"]
-    dtype = compute_dtype(*floats, *_operands(given["credit"]))
-    batch, token = _batch(given), Output(given["response_mask"].shape, dtype)
-    has_kl = given["kl"] is not None or given["logprobs"] is not None
+    tokens = TokenInputs(*[given[name] for name in TokenInputs._fields])
+    dtype = compute_dtype(given["score"], given["credit"], *tokens.floating, *_operands(given["credit"]))
+    response = Response.of(given["response"])
+    batch, token = response.batch_size, Output(response.mask.shape, dtype)
     row, moments, status = Output((batch,), dtype), Output((batch, 3), dtype), Output((batch,), torch.int32)
-    stats: list[Any] = [row, row, row if _layers(given["credit"]) else None, row, moments]
-    shaped: list[Any] = [token, token, token, token, token if has_kl else None, status, RowStats(*stats)]
+    stats: list[Any] = [row, row, row if _layers(given["credit"]) else None, row]
+    kl = None if tokens.kl is None else token
+    shaped: list[Any] = [token, token, token, token, kl, status, moments, RowStats(*stats)]
     return ShapedRewards(*shaped)
 
 
 def kl_coef_as_tensor(given: dict[str, Any]) -> None:
     """Its value changes from step to step, and compilers specialise on numbers that enter an operator."""
-    x, score = given["kl_coef"], given["score"]
-    if isinstance(x, int | float) and x != 0:
+    kl, score = given["kl"], given["score"]
+    if isinstance(kl, KL) and isinstance(kl.coef, int | float):
         # A sum, and not `torch.full`, is what they take a changing number in.
-        given["kl_coef"] = torch.zeros((), dtype=compute_dtype(score), device=score.device) + x
+        coef = torch.zeros((), dtype=compute_dtype(score), device=score.device) + kl.coef
+        given["kl"] = KL(kl.logprobs, kl.ref_logprobs, coef, kl.estimate)
 
 
-def gae(given: dict[str, Any]) -> tuple[Output, ...]:
+def gae(given: dict[str, Any]) -> Advantages:
     dtype = compute_dtype(given["rewards"], given["values"], given["bootstrap"])
-    token = Output(given["response_mask"].shape, dtype)
-    return (token, token, Output((_batch(given), 3), dtype)) if given["return_moments"] else (token, token)
+    response = Response.of(given["response"])
+    token: Any = Output(response.mask.shape, dtype)
+    moments: Any = Output((response.batch_size, 3), dtype)
+    return Advantages(token, token, moments)
+
+
+def group_advantages(given: dict[str, Any]) -> GroupAdvantages:
+    credits = given["credit"] if given["score"].ndim == 2 else [given["credit"]]
+    floats = [given["score"], *credits, *[x for credit in credits for x in _operands(credit)]]
+    dtype = compute_dtype(*floats)
+    response = Response.of(given["response"])
+    token: Any = Output(response.mask.shape, dtype)
+    row: Any = Output((response.batch_size,), dtype)
+    status: Any = Output((response.batch_size,), torch.int32)
+    moments: Any = Output((response.batch_size, 3), dtype)
+    return GroupAdvantages(token, row, token, status, moments)
 
 
 def whiten(given: dict[str, Any]) -> Output:

@@ -1,11 +1,62 @@
-"""``ShapingConfig`` as the PPO frameworks have it: each preset a dictionary of settings with its sources."""
+"""How rewards are shaped: ``ShapingConfig``, and the same as the PPO frameworks have it.
+
+Each preset is a dictionary of settings with its sources.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self, TypeAlias, get_args
+
+from torch import Tensor
+
+Baseline: TypeAlias = Literal["mean", "leave_one_out", "batch", "none"]
+EpsMode: TypeAlias = Literal["add", "clamp", "add_to_std"]
+KLEstimator: TypeAlias = Literal["k1", "abs", "k2", "k3"]
+MaskLayout: TypeAlias = Literal["any", "response", "prefix", "rolled"]
+MaskSemantics: TypeAlias = Literal["skip", "zero"]
+Normalization: TypeAlias = Literal["sum_to_one", "sum_to_length", "none"]
+OnNaN: TypeAlias = Literal["propagate", "zero_row"]
+Scale: TypeAlias = Literal["group", "batch", "none"]
+ScoreIndex: TypeAlias = Literal["last_unmasked", "last_token"]
 
 KL: Mapping[str, str] = {"k1": "k1", "k2": "k2", "k3": "k3"}
+
+
+def check_choice(name: str, x: object, choices: Collection[object]) -> None:
+    if x not in choices:
+        raise ValueError(f"{name}: got {x!r}, want one of {', '.join(repr(choice) for choice in choices)}")
+
+
+def _check_unit(name: str, x: object) -> None:
+    if not isinstance(x, int | float):
+        raise TypeError(f"{name}: got {type(x).__name__}, want a number from 0 to 1")
+    if not 0 <= x <= 1:
+        raise ValueError(f"{name}: got {x}, want a number from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whitening:
+    """``(x - mean) * rsqrt(var + eps)`` over the unmasked tokens of a batch.
+
+    Args:
+        bessel: divide the variance by ``n - 1``.
+        eps, eps_mode: added to the variance (``"add"``), its lower bound (``"clamp"``), or added to the
+            standard deviation (``"add_to_std"``).
+        shift_mean: False keeps the mean.
+        whiten_masked: True whitens masked positions too, by the statistics of the others; else they are 0.
+    """
+
+    bessel: bool = True
+    eps: float = 1e-8
+    eps_mode: EpsMode = "add"
+    shift_mean: bool = True
+    whiten_masked: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("eps_mode", self.eps_mode, get_args(EpsMode))
 
 
 def _kl(framework: str, got: str, names: Mapping[str, str]) -> str:
@@ -20,11 +71,11 @@ def _kl(framework: str, got: str, names: Mapping[str, str]) -> str:
     return names[got]
 
 
-class Presets:
+class _Presets:
     """Class methods of ``ShapingConfig``: a framework's defaults, with ``overrides`` of any field.
 
     With ``credit="sparse"``, the framework's own masks and KL coefficient they give its rewards, advantages
-    and returns, and ``whiten(advantages, mask, **config.whitening)`` its whitening; with any other credit
+    and returns, and ``whiten(advantages, mask, config.whitening)`` its whitening; with any other credit
     the same estimator on dense rewards. ``rewards`` are 0 at masked tokens in all of them. Names of
     ``kl_estimator`` are the framework's.
     """
@@ -51,10 +102,10 @@ class Presets:
             "gamma": 1.0,
             "lam": 1.0,
             "mask_semantics": "skip",
-            "zero_masked": False,
+            "carry_masked": True,
             "mask_layout": "response",
             "kl_estimator": estimator,
-            "whitening": {"zero_masked": False},
+            "whitening": Whitening(whiten_masked=True),
             **clips,
         }
         return cls(**{**defaults, **overrides})
@@ -73,10 +124,10 @@ class Presets:
         ``~padding_mask_p1``, ``whiten`` takes ``~padding_mask``, and log-probabilities of padding are equal
         (TRL sets them to 1); ``kl_coef`` is 0.05.
 
-        ``whiten_rewards=True`` is ``r = whiten(out.rewards, mask, shift_mean=False, **config.whitening)``
-        and then ``gae(r, values, mask, ...)``. 0.11 does not mask rewards again after that, and makes masked
-        tokens steps with what whitening left there: reproduced by ``gae(r, values * mask,
-        torch.ones_like(mask), ...)``.
+        ``whiten_rewards=True`` is ``r = whiten(out.rewards, mask, whitening)`` with ``shift_mean=False`` in
+        ``config.whitening``, and then ``gae(r, values, mask, config)``. 0.11 does not mask rewards again
+        after that, and makes masked tokens steps with what whitening left there: ``gae(r, values * mask,
+        torch.ones_like(mask), config)``.
 
         Args:
             kl_estimator: ``kl`` (default), ``abs`` or ``mse``; 1.12: ``k1`` (default) or ``k3``. ``full``
@@ -90,10 +141,10 @@ class Presets:
             "gamma": 1.0,
             "lam": 0.95,
             "mask_semantics": "zero",
-            "zero_masked": not classic,
+            "carry_masked": classic,
             "mask_layout": "any" if classic else "prefix",
             "kl_estimator": _kl(f"TRL {version}", kl_estimator or next(iter(names)), names),
-            "whitening": {"zero_masked": not classic},
+            "whitening": Whitening(whiten_masked=classic),
         }
         return cls(**{**defaults, **overrides})
 
@@ -111,11 +162,11 @@ class Presets:
             "gamma": 1.0,
             "lam": 1.0,
             "mask_semantics": "zero",
-            "zero_masked": False,
+            "carry_masked": True,
             "score_clip": 10.0,
             "kl_estimator": _kl("OpenRLHF", kl_estimator, KL),
             "kl_output_clip": 10.0,
-            "whitening": {"bessel": False, "eps_mode": "clamp", "zero_masked": False},
+            "whitening": Whitening(bessel=False, eps_mode="clamp", whiten_masked=True),
         }
         return cls(**{**defaults, **overrides})
 
@@ -138,7 +189,7 @@ class Presets:
             "mask_semantics": "zero",
             "mask_layout": "prefix",
             "kl_estimator": _kl("slime", kl_estimator, {**KL, "low_var_kl": "k3"}),
-            "whitening": {"zero_masked": False},
+            "whitening": Whitening(whiten_masked=True),
             **clip,
         }
         return cls(**{**defaults, **overrides})
@@ -158,11 +209,11 @@ class Presets:
             "gamma": 1.0,
             "lam": 0.95,
             "mask_semantics": "skip",
-            "zero_masked": False,
+            "carry_masked": True,
             "kl_estimator": _kl("NeMo-RL", kl_estimator, KL),
             "kl_input_clip": 20.0,
             "kl_output_clip": 10.0,
-            "whitening": {},
+            "whitening": Whitening(),
         }
         return cls(**{**defaults, **overrides})
 
@@ -185,11 +236,200 @@ class Presets:
             "gamma": 1.0,
             "lam": 1.0,
             "mask_semantics": "skip",
-            "zero_masked": False,
+            "carry_masked": True,
             "mask_layout": "rolled",
             "score_clip": 20.0,
             "kl_estimator": _kl("AReaL", kl_estimator, KL),
             "kl_output_clip": 10.0,
-            "whitening": {"eps": 1e-5, "eps_mode": "add_to_std"},
+            "whitening": Whitening(eps=1e-5, eps_mode="add_to_std"),
         }
         return cls(**{**defaults, **overrides})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ShapingConfig(_Presets):
+    """How a score becomes token rewards, and rewards become advantages.
+
+    ``dense_share`` is that of "Dense Reward for Free in RLHF" (arXiv 2402.00782), ``lam`` that of verl,
+    OpenRLHF and slime. ``ShapingConfig.verl()``, ``.trl()``, ``.openrlhf()``, ``.slime()``, ``.nemo_rl()``
+    and ``.areal()`` are the frameworks' own.
+
+    Args:
+        dense_share: share of the score that is redistributed by the credit, 0 to 1 (the paper's beta); the
+            rest stays on the score's token.
+        gamma: discount per token.
+        lam: GAE's lambda, a float or one per row, ``[B]``.
+        lam_value: lambda of the returns where it differs from ``lam`` (decoupled GAE).
+        mask_semantics: what a masked token inside a response is to GAE. ``"skip"``: nothing, values and
+            advantages pass through (verl, NeMo-RL, AReaL). ``"zero"``: a step with reward and value 0 (TRL,
+            OpenRLHF, slime).
+        carry_masked: True leaves at masked tokens what frameworks leave there: advantages that the recurrence
+            carries past them, and returns that are their sum with the value (``"zero"``: 0). Padded tokens
+            only. Else masked tokens are 0.
+        mask_layout: what ``validate=True`` holds the response mask to. ``"response"``: a row's first token is
+            unmasked. ``"prefix"``: no masked token stands before an unmasked one. ``"rolled"``: the last
+            token is masked.
+        normalization: of the credit: ``"sum_to_one"``, ``"sum_to_length"`` or ``"none"``.
+        score_index: the score's token: ``"last_unmasked"``, ``"last_token"`` (masked or not), or int ``[B]``.
+        score_clip: the score is clamped to ``[-score_clip, score_clip]``, or to this pair, before use.
+        kl_estimator: ``"k1"``, ``"abs"``, ``"k2"`` or ``"k3"`` (http://joschu.net/blog/kl-approx.html).
+        kl_input_clip: ``logprobs - ref_logprobs`` is clamped to ``[-c, c]``.
+        kl_output_clip: the estimate is clamped to ``[-c, c]``.
+        on_nan: a row with a non-finite output keeps it, or becomes 0; flagged in ``status`` either way.
+        whitening: for the caller: ``whiten(out.advantages, response, config.whitening)``.
+
+    Raises:
+        ValueError, TypeError: a value out of its range, or none of its choices.
+
+    Example:
+        >>> ShapingConfig(dense_share=1.5)
+        Traceback (most recent call last):
+        ValueError: dense_share: got 1.5, want a number from 0 to 1
+    """
+
+    dense_share: float = 0.8
+    gamma: float = 1.0
+    lam: float | Tensor = 1.0
+    lam_value: float | Tensor | None = None
+    mask_semantics: MaskSemantics = "skip"
+    carry_masked: bool = False
+    mask_layout: MaskLayout = "any"
+    normalization: Normalization = "sum_to_one"
+    score_index: ScoreIndex | Tensor = "last_unmasked"
+    score_clip: float | tuple[float, float] | None = None
+    kl_estimator: KLEstimator = "k1"
+    kl_input_clip: float | None = None
+    kl_output_clip: float | None = None
+    on_nan: OnNaN = "propagate"
+    whitening: Whitening = Whitening()
+
+    def __post_init__(self) -> None:
+        _check_unit("dense_share", self.dense_share)
+        _check_unit("gamma", self.gamma)
+        for name in ("lam", "lam_value"):
+            x = getattr(self, name)
+            if x is not None and not isinstance(x, Tensor):
+                _check_unit(name, x)
+        for name, choices in CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+        if not isinstance(self.score_index, Tensor) and self.score_index not in get_args(ScoreIndex):
+            raise ValueError(
+                f'score_index: got {self.score_index!r}, want "last_unmasked", "last_token" or int [B]'
+            )
+        for name in ("kl_input_clip", "kl_output_clip"):
+            clip = getattr(self, name)
+            if clip is not None and not clip > 0:
+                raise ValueError(f"{name}: got {clip}, want a positive number or None")
+        low, high = self.score_bounds
+        if not low <= high:
+            raise ValueError(f"score_clip: got {self.score_clip}, want a positive number or (low, high)")
+        if not isinstance(self.whitening, Whitening):
+            raise TypeError(f"whitening: got {type(self.whitening).__name__}, want Whitening")
+
+    @property
+    def score_bounds(self) -> tuple[float, float]:
+        """``score_clip`` as ``(low, high)``; infinite where the score is not clamped."""
+        if self.score_clip is None:
+            return -math.inf, math.inf
+        if isinstance(self.score_clip, tuple):
+            return self.score_clip
+        return -self.score_clip, self.score_clip
+
+    def share(self, credit: object) -> float:
+        """``dense_share``; 1 where all credit is on the score's token, whose reward is then exact."""
+        sparse = isinstance(credit, str) and credit == "sparse" and self.normalization != "sum_to_length"
+        return 1.0 if sparse else self.dense_share
+
+
+CHOICES = {
+    "mask_semantics": get_args(MaskSemantics),
+    "mask_layout": get_args(MaskLayout),
+    "normalization": get_args(Normalization),
+    "kl_estimator": get_args(KLEstimator),
+    "on_nan": get_args(OnNaN),
+}
+
+
+class _GroupPresets:
+    """Class methods of ``GroupConfig``: an estimator as a framework has it, with ``overrides``."""
+
+    @classmethod
+    def grpo(cls, *, framework: Literal["trl", "verl", "openrlhf"] = "trl", **overrides: Any) -> Self:
+        """GRPO (arXiv 2402.03300): ``(s - mean of the group) / (std of the group + eps)``.
+
+        TRL 1.16.0 ``GRPOTrainer``: eps 1e-4. verl 0.9.1 ``compute_grpo_outcome_advantage``: 1e-6, and a group
+        of one keeps its score. OpenRLHF 0.11.2 ``group_norm``: 1e-9.
+        """
+        eps = {"trl": 1e-4, "verl": 1e-6, "openrlhf": 1e-9}
+        check_choice("framework", framework, tuple(eps))
+        lone: Any = "score" if framework == "verl" else "zero"
+        defaults = {"baseline": "mean", "scale": "group", "eps": eps[framework], "lone": lone}
+        return cls(**{**defaults, **overrides})
+
+    @classmethod
+    def dr_grpo(cls, **overrides: Any) -> Self:
+        """Dr. GRPO (arXiv 2503.20783): ``s - mean of the group``."""
+        return cls(**{"baseline": "mean", "scale": "none", **overrides})
+
+    @classmethod
+    def rloo(cls, **overrides: Any) -> Self:
+        """RLOO (arXiv 2402.14740): ``s - mean of the group's others``; a group of one keeps its score."""
+        return cls(**{"baseline": "leave_one_out", "scale": "none", "lone": "score", **overrides})
+
+    @classmethod
+    def reinforce_plus_plus(cls, *, baseline: bool = False, **overrides: Any) -> Self:
+        """REINFORCE++ (arXiv 2501.03262): ``s``, or ``s - mean of the group``; then ``config.whitening``.
+
+        The whitening is over the batch's tokens, by the caller: ``whiten(out.advantages, response,
+        config.whitening)``. With a KL penalty in the rewards use ``shape_rewards`` without values.
+        """
+        return cls(**{"baseline": "mean" if baseline else "none", "scale": "none", **overrides})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupConfig(_GroupPresets):
+    """How scores become advantages without a critic, and an advantage is spread over its tokens.
+
+    ``A[i, t] = A[i] * (dense_share * n_i * credit[i, t] + 1 - dense_share)``: the mean over a row's ``n_i``
+    unmasked tokens is ``A[i]``, and ``dense_share=0`` is the framework's own run.
+
+    Args:
+        baseline: what is subtracted from a score: the mean of its ``"group"``'s (``"mean"``), of the group's
+            others (``"leave_one_out"``), of the batch (``"batch"``), or nothing (``"none"``).
+        scale: what it is divided by: the standard deviation of the group's scores (``"group"``), of the
+            batch's (``"batch"``), or nothing (``"none"``).
+        eps: added to the standard deviation.
+        bessel: divide the variance by ``n - 1``.
+        lone: what a group of one gives: its ``"score"``, as if its mean were 0 and its deviation 1, or
+            ``"zero"``.
+        dense_share: share of the advantage that the credit spreads, 0 to 1.
+        signed: the weights have signs: they enter centred, ``A[i] + dense_share * A[i] * n_i * (w - mean w)``
+            with ``sum |w| = 1``.
+        whitening: for the caller, after it.
+
+    Raises:
+        ValueError, TypeError: a value out of its range, or none of its choices.
+
+    Example:
+        >>> GroupConfig.grpo().scale
+        'group'
+    """
+
+    baseline: Baseline = "mean"
+    scale: Scale = "group"
+    eps: float = 1e-4
+    bessel: bool = True
+    lone: Literal["score", "zero"] = "zero"
+    dense_share: float = 0.8
+    signed: bool = False
+    whitening: Whitening = Whitening()
+
+    def __post_init__(self) -> None:
+        _check_unit("dense_share", self.dense_share)
+        check_choice("baseline", self.baseline, get_args(Baseline))
+        check_choice("scale", self.scale, get_args(Scale))
+        check_choice("lone", self.lone, ("score", "zero"))
+        if not (isinstance(self.eps, int | float) and 0 <= self.eps < math.inf):
+            raise ValueError(f"eps: got {self.eps}, want a finite number of 0 or more")
+        if not isinstance(self.whitening, Whitening):
+            raise TypeError(f"whitening: got {type(self.whitening).__name__}, want Whitening")

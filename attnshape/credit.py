@@ -5,8 +5,8 @@ go to ``shape_rewards(..., token_rewards=...)``, which adds them as they are. ``
 says which is which, what each costs, and which leave the return of a completion, and so the optimal policy,
 alone.
 
-Token tensors are ``[B, R]``, or packed ``[M]`` with ``response_cu_seqlens`` int32 ``[B + 1]``. Outputs have
-the mask's shape, are float32 (float64 where every floating input is), detached, and 0 where masked; what
+``response`` is a ``Response``, or a plain mask ``[B, R]``; token tensors have the mask's shape. Outputs have
+it too, are float32 (float64 where every floating input is), detached, and 0 where masked; what
 stands at masked positions reaches nothing, so that a row's tokens are its unmasked ones, whatever lies
 between them.
 """
@@ -19,9 +19,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnshape import checks, torch_backend
+from attnshape import checks, vectorized
 from attnshape.ops import attention_column_credit, attention_credit, attention_rollout
-from attnshape.types import Response, SignedLayer, compute_dtype
+from attnshape.types import Response, SignedInputs, compute_dtype
+from attnshape.vectorized.attention import at_response
+from attnshape.vectorized.layout import Mask, Rows
 
 __all__ = [
     "attention_column_credit",
@@ -40,55 +42,63 @@ __all__ = [
 ]
 
 
-def _rows(response_mask: Tensor, response_cu_seqlens: Tensor | None) -> torch_backend._Rows:
+def _rows(response: Response) -> Rows:
     """The response tokens in padded form."""
-    response = Response(response_mask, cu_seqlens=response_cu_seqlens)
     checks.check_response(response, None, None)
-    return torch_backend._Rows.of(response)
+    return Rows.of(response)
 
 
-def _pad(rows: torch_backend._Rows, x: Tensor) -> Tensor:
+def _pad(rows: Rows, x: Tensor) -> Tensor:
     return x if rows.packing is None else rows.packing.pad(x)
 
 
-def _places(rows: torch_backend._Rows) -> Tensor:
+def _places(rows: Rows) -> Tensor:
     return torch.arange(rows.live.shape[1], device=rows.live.device)
 
 
-def _is_last(rows: torch_backend._Rows) -> Tensor:
+def _is_last(rows: Rows) -> Tensor:
     """bool ``[B, R]``: the last unmasked token of each row."""
-    return rows.live & (_places(rows) == torch_backend._Mask(rows.live).last[:, None])
+    return rows.live & (_places(rows) == Mask(rows.live).last[:, None])
 
 
 # Without a model -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def uniform(response_mask: Tensor, *, response_cu_seqlens: Tensor | None = None) -> Tensor:
+def uniform(response: Response | Tensor) -> Tensor:
     """``1 / n`` on each of a row's ``n`` unmasked tokens; ``shape_rewards`` also takes it as ``"uniform"``.
 
     Args:
-        response_mask: non-zero where a token is the policy's own.
-        response_cu_seqlens: bounds of the rows where tokens are packed.
+        response: a mask, non-zero where a token is the policy's own; a ``Response`` where tokens are packed.
 
     Returns:
         float32 credit of the mask's shape.
 
     Raises:
         ValueError, TypeError: as for every function here, an argument that does not fit, by name.
+
+    Example:
+        >>> uniform(torch.tensor([[1, 0, 1]]))
+        tensor([[0.5000, 0.0000, 0.5000]])
     """
-    rows = _rows(response_mask, response_cu_seqlens)
+    response = Response.of(response)
+    rows = _rows(response)
     each = rows.live / rows.live.sum(1, keepdim=True).clamp(min=1)
     return rows.restore(each)
 
 
 @torch.no_grad()
-def sparse(response_mask: Tensor, *, response_cu_seqlens: Tensor | None = None) -> Tensor:
+def sparse(response: Response | Tensor) -> Tensor:
     """All credit on a row's last unmasked token; ``shape_rewards`` also takes it as ``"sparse"``.
 
     Arguments and returns as for ``uniform``.
+
+    Example:
+        >>> sparse(torch.tensor([[1, 1, 0]]))
+        tensor([[0., 1., 0.]])
     """
-    rows = _rows(response_mask, response_cu_seqlens)
+    response = Response.of(response)
+    rows = _rows(response)
     return rows.restore(_is_last(rows).float())
 
 
@@ -99,9 +109,7 @@ def sparse(response_mask: Tensor, *, response_cu_seqlens: Tensor | None = None) 
 def incremental_rewards(
     token_scores: Tensor,
     prompt_score: Tensor,
-    response_mask: Tensor,
-    *,
-    response_cu_seqlens: Tensor | None = None,
+    response: Response | Tensor,
 ) -> Tensor:
     """``R(x, y<=t) - R(x, y<t)``: what each token adds to a reward head that is read at every position.
 
@@ -113,14 +121,19 @@ def incremental_rewards(
     Args:
         token_scores: the head's score after each response token.
         prompt_score: ``[B]``, its score after the prompt, before the first of them.
-        response_mask, response_cu_seqlens: as for ``uniform``.
+        response: as for ``uniform``.
 
     Returns:
         Signed token rewards.
+
+    Example:
+        >>> incremental_rewards(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([0.5]), torch.ones(1, 3))
+        tensor([[ 0.5000,  2.0000, -1.0000]])
     """
-    rows = _rows(response_mask, response_cu_seqlens)
-    checks.check_like_mask("token_scores", token_scores, response_mask)
-    checks.check_per_row("prompt_score", prompt_score, len(rows.live), response_mask)
+    response = Response.of(response)
+    rows = _rows(response)
+    checks.check_like_mask("token_scores", token_scores, response.mask)
+    checks.check_per_row("prompt_score", prompt_score, len(rows.live), response.mask)
     dtype = compute_dtype(token_scores, prompt_score)
     # With the prompt's score in front, the score before a token is at one more than the last token's place.
     scores = torch.cat([prompt_score.to(dtype)[:, None], _pad(rows, token_scores).to(dtype)], 1)
@@ -131,7 +144,7 @@ def incremental_rewards(
 
 @torch.no_grad()
 def log_ratio_rewards(
-    logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, *, scale: float
+    logprobs: Tensor, ref_logprobs: Tensor, response: Response | Tensor, *, scale: float
 ) -> Tensor:
     """``scale * (log pi_dpo - log pi_ref)`` of each token: the reward a DPO-trained model implies.
 
@@ -141,35 +154,46 @@ def log_ratio_rewards(
     Args:
         logprobs: of the response tokens under the DPO-trained model; padded or packed.
         ref_logprobs: under the model that its training started from.
-        response_mask: non-zero where a token is the policy's own.
+        response: as for ``uniform``.
         scale: a finite number.
 
     Returns:
         Signed token rewards.
+
+    Example:
+        >>> logprobs, ref_logprobs = torch.tensor([[-1.0, -3.0]]), torch.tensor([[-2.0, -2.0]])
+        >>> log_ratio_rewards(logprobs, ref_logprobs, torch.ones(1, 2), scale=0.5)
+        tensor([[ 0.5000, -0.5000]])
     """
+    response = Response.of(response)
     for name, x in (("logprobs", logprobs), ("ref_logprobs", ref_logprobs)):
-        checks.check_like_mask(name, x, response_mask)
+        checks.check_like_mask(name, x, response.mask)
     checks.check_number("scale", scale)
     dtype = compute_dtype(logprobs, ref_logprobs)
-    return torch.where(response_mask != 0, scale * (logprobs.to(dtype) - ref_logprobs.to(dtype)), 0.0)
+    return torch.where(response.mask != 0, scale * (logprobs.to(dtype) - ref_logprobs.to(dtype)), 0.0)
 
 
 @torch.no_grad()
-def discriminator_rewards(good: Tensor, response_mask: Tensor, *, validate: bool = False) -> Tensor:
+def discriminator_rewards(good: Tensor, response: Response | Tensor, *, validate: bool = False) -> Tensor:
     """``2 * P(good) - 1`` of each token, from a token discriminator.
 
     Source: TLCR (arXiv 2407.16574).
 
     Args:
         good: probability that a token is good, from 0 to 1; padded or packed.
-        response_mask: non-zero where a token is the policy's own.
+        response: as for ``uniform``.
         validate: check the probabilities too, which synchronises with the device.
 
     Returns:
         Signed token rewards, from -1 to 1.
+
+    Example:
+        >>> discriminator_rewards(torch.tensor([[0.75, 0.25]]), torch.ones(1, 2))
+        tensor([[ 0.5000, -0.5000]])
     """
-    checks.check_like_mask("good", good, response_mask)
-    live, good = response_mask != 0, good.to(compute_dtype(good))
+    response = Response.of(response)
+    checks.check_like_mask("good", good, response.mask)
+    live, good = response.mask != 0, good.to(compute_dtype(good))
     if validate and (live & ~((good >= 0) & (good <= 1))).any():
         raise ValueError("good: got a value outside 0 to 1 at an unmasked token, want probabilities")
     return torch.where(live, 2 * good - 1, 0.0)
@@ -179,12 +203,11 @@ def discriminator_rewards(good: Tensor, response_mask: Tensor, *, validate: bool
 def segment_rewards(
     token_scores: Tensor,
     entropy: Tensor,
-    response_mask: Tensor,
+    response: Response | Tensor,
     *,
     cutoff: float,
     mean: tuple[float, float] = (0.0, 0.0),
     std: tuple[float, float] = (0.0, 1.0),
-    response_cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """``(r_seg - mu(p)) / sigma(p) / len``: a segment's normalised reward, in equal shares on its tokens.
 
@@ -196,16 +219,22 @@ def segment_rewards(
     Args:
         token_scores: a segment reward model's score after each token; read where segments end.
         entropy: in nats, of the distribution that each token was drawn from, under the model that segments.
-        response_mask, response_cu_seqlens: as for ``uniform``; masked tokens belong to no segment.
+        response: as for ``uniform``; masked tokens belong to no segment.
         cutoff: in nats; infinity makes the row one segment.
         mean, std: ``(w, b)`` of ``mu`` and ``sigma``.
 
     Returns:
         Signed token rewards, which replace the score.
+
+    Example:
+        >>> scores, entropy = torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([[0.0, 2.0, 0.0]])
+        >>> segment_rewards(scores, entropy, torch.ones(1, 3), cutoff=1.0)  # two tokens, then one
+        tensor([[1., 1., 6.]])
     """
-    rows = _rows(response_mask, response_cu_seqlens)
+    response = Response.of(response)
+    rows = _rows(response)
     for name, x in (("token_scores", token_scores), ("entropy", entropy)):
-        checks.check_like_mask(name, x, response_mask)
+        checks.check_like_mask(name, x, response.mask)
     for name, line in (("mean", mean), ("std", std)):
         if not isinstance(line, tuple) or len(line) != 2:
             raise ValueError(f"{name}: got {line!r}, want (w, b)")
@@ -227,23 +256,28 @@ def segment_rewards(
 
 
 @torch.no_grad()
-def centered(weights: Tensor, response_mask: Tensor, *, response_cu_seqlens: Tensor | None = None) -> Tensor:
+def centered(weights: Tensor, response: Response | Tensor) -> Tensor:
     """``weights - mean of the row's weights``: signed token rewards that sum to zero in each row.
 
     Beside a score they move reward between the tokens of a completion and leave its sum alone, so that with
-    ``shape_rewards(score, "uniform", token_rewards=centered(weights, mask), config=ShapingConfig(beta=1.0))``
-    token ``j`` gets ``score / n + weights[j] - mean``. Weights keep their unit: those of ``gradient_weights``
-    are in units of the score, multiply others by what they should weigh.
+    ``shape_rewards(score, "uniform", mask, token_rewards=centered(weights, mask), config=config)`` and
+    ``dense_share`` 1 token ``j`` gets ``score / n + weights[j] - mean``. Weights keep their unit: those of
+    ``gradient_weights`` are in units of the score, multiply others by what they should weigh.
 
     Args:
         weights: signed, padded or packed.
-        response_mask, response_cu_seqlens: as for ``uniform``.
+        response: as for ``uniform``.
 
     Returns:
         Signed token rewards.
+
+    Example:
+        >>> centered(torch.tensor([[3.0, 1.0, -9.0]]), torch.tensor([[1, 1, 0]]))
+        tensor([[ 1., -1.,  0.]])
     """
-    rows = _rows(response_mask, response_cu_seqlens)
-    checks.check_like_mask("weights", weights, response_mask)
+    response = Response.of(response)
+    rows = _rows(response)
+    checks.check_like_mask("weights", weights, response.mask)
     padded = _pad(rows, weights).double().masked_fill(~rows.live, 0.0)
     mean = padded.sum(1, keepdim=True) / rows.live.sum(1, keepdim=True).clamp(min=1)
     return rows.restore((padded - mean).masked_fill(~rows.live, 0.0).to(compute_dtype(weights)))
@@ -253,10 +287,9 @@ def centered(weights: Tensor, response_mask: Tensor, *, response_cu_seqlens: Ten
 def top_overlap(
     first: Tensor,
     second: Tensor,
-    response_mask: Tensor,
+    response: Response | Tensor,
     *,
     share: float = 0.1,
-    response_cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """How far two sources agree on which tokens matter, which needs no truth.
 
@@ -269,14 +302,20 @@ def top_overlap(
     Args:
         first, second: weights of either sign, padded or packed.
         share: of the tokens to compare, above 0, at most 1.
-        response_mask, response_cu_seqlens: as for ``uniform``.
+        response: as for ``uniform``.
 
     Returns:
         float32 ``[B]``, 0 to 1; NaN in rows that are empty or hold a NaN.
+
+    Example:
+        >>> first, second = torch.tensor([[5.0, 4.0, 1.0, 0.0]]), torch.tensor([[0.0, -4.0, 1.0, 3.0]])
+        >>> top_overlap(first, second, torch.ones(1, 4), share=0.5)  # the first two, the second and the last
+        tensor([0.5000])
     """
-    rows = _rows(response_mask, response_cu_seqlens)
-    checks.check_like_mask("first", first, response_mask)
-    checks.check_like_mask("second", second, response_mask)
+    response = Response.of(response)
+    rows = _rows(response)
+    checks.check_like_mask("first", first, response.mask)
+    checks.check_like_mask("second", second, response.mask)
     checks.check_number("share", share)
     if not 0 < share <= 1:
         raise ValueError(f"share: got {share}, want a number above 0, at most 1")
@@ -304,19 +343,16 @@ def picked(sizes: Tensor, live: Tensor, k: Tensor) -> Tensor:
 
 def _at_response(column: Tensor, response: Response, invalid: Tensor) -> Tensor:
     """Weights over key positions ``[B, S]`` read at the response tokens; NaN in rows out of range."""
-    rows = torch_backend._Rows.of(response)
+    rows = Rows.of(response)
     lengths = torch.full((len(column),), column.shape[1], device=column.device)
-    return rows.restore(torch_backend._at_response(column, rows, rows.key_positions(), invalid, lengths)[0])
+    return rows.restore(at_response(column, rows, rows.key_positions(), invalid, lengths)[0])
 
 
 def gradient_weights(
     score: Tensor,
     inputs: Tensor,
-    response_mask: Tensor,
+    response: Response | Tensor,
     *,
-    response_start: Tensor | None = None,
-    response_index: Tensor | None = None,
-    response_cu_seqlens: Tensor | None = None,
     validate: bool = False,
 ) -> Tensor:
     """``sum of (d score / d input) * input`` of each response token: how far its input moves the score.
@@ -332,17 +368,22 @@ def gradient_weights(
     Args:
         score: ``[B]``, from a forward with gradients enabled.
         inputs: what ``take()`` returned: values ``[B, Hkv, S, D]`` or embeddings ``[B, S, hidden]``.
-        response_mask, response_start, response_index, response_cu_seqlens, validate: as for
-            ``attention_credit``.
+        response, validate: as for ``attention_credit``.
 
     Returns:
         Signed weights in units of the score: their ``abs()`` is credit for ``shape_rewards``, ``centered``
         makes them token rewards. NaN in a row whose positions are out of range.
+
+    Example:
+        >>> embeddings = torch.tensor([[[1.0], [2.0], [3.0]]], requires_grad=True)  # [B, S, hidden]
+        >>> score = embeddings.square().sum([1, 2])
+        >>> gradient_weights(score, embeddings, Response(torch.ones(1, 2), start=torch.tensor([1])))
+        tensor([[ 8., 18.]])
     """
-    response = Response(response_mask, response_start, response_index, response_cu_seqlens)
+    response = Response.of(response)
     checks.check_differentiable("inputs", inputs)
     batch = checks.check_response(response, len(inputs), inputs)
-    checks.check_per_row("score", score, batch, response_mask)
+    checks.check_per_row("score", score, batch, response.mask)
     length = inputs.shape[-2]
     if validate:
         checks.validate_response(response, [length] * batch)
@@ -362,12 +403,9 @@ def gradient_weights(
 
 @torch.no_grad()
 def signed_rollout(
-    layers: Sequence[SignedLayer],
-    response_mask: Tensor,
+    layers: Sequence[SignedInputs],
+    response: Response | Tensor,
     *,
-    response_start: Tensor | None = None,
-    response_index: Tensor | None = None,
-    response_cu_seqlens: Tensor | None = None,
     validate: bool = False,
 ) -> Tensor:
     """``attention_rollout`` with signs: a value counts by its share of the stream that it is added to.
@@ -381,47 +419,26 @@ def signed_rollout(
     Args:
         layers: every layer from the lowest to the highest, from ``AttentionTap(model,
             source="signed_rollout")``.
-        response_mask, response_start, response_index, response_cu_seqlens, validate: as for
-            ``attention_credit``.
+        response, validate: as for ``attention_credit``.
 
     Returns:
         Signed shares, not normalised: their ``abs()`` is credit for ``shape_rewards``; ``score[:, None]``
         times them, ``centered``, are token rewards.
+
+    Example:
+        >>> from attnshape import AttentionInputs
+        >>> inputs = AttentionInputs(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), scaling=0.5)
+        >>> value, pull = torch.tensor([2.0, -1.0]).view(1, 1, 2, 1), torch.full((1, 1, 2, 1), 0.5)
+        >>> response = Response(torch.ones(1, 2), start=torch.tensor([0]))
+        >>> signed_rollout([SignedInputs(inputs, value, pull)], response)
+        tensor([[0.5000, 0.5000]])
     """
     checks.check_signed_layers(layers)
     checked = checks.layers_of([layer.inputs for layer in layers])
-    response = Response(response_mask, response_start, response_index, response_cu_seqlens)
+    if any(layer.mask_row is not None for layer in checked):
+        raise ValueError("layers: got a mask_row, which is of one query, want layers without")
+    response = Response.of(response)
     checks.check_response(response, checked[0].batch_size, checked[0].key)
     if validate:
         checks.validate_response(response, checks.validate_attention(checked))
-    rows = torch_backend._Rows.of(response)
-    positions = rows.key_positions()
-    padded = [torch_backend._layer(x, torch_backend._last_response(rows, positions)) for x in checked]
-    top = padded[-1]
-    batch, length = top.attended.shape
-    place = torch.arange(length, device=top.attended.device)
-    r = (place == top.position[:, None]).to(top.dtype)
-    for layer, given in zip(reversed(padded), reversed(layers), strict=True):
-        value, pull = given.value, given.pull
-        if layer.packing is not None:
-            value, pull = (layer.packing.pad(x).transpose(1, 2) for x in (value, pull))
-        group = pull.shape[1] // value.shape[1]
-        value = value.to(layer.dtype).masked_fill(~layer.attended[:, None, :, None], 0.0)
-        value = torch_backend._chosen(layer.inputs, value.repeat_interleave(group, 1))
-        pull = torch_backend._chosen(layer.inputs, pull.to(layer.dtype))
-        below = torch.zeros_like(r)
-        step = torch_backend._query_chunk(layer)
-        for lo in range(0, length, step):
-            part = slice(lo, lo + step)
-            above = r[:, part]
-            attention = torch_backend._chosen(
-                layer.inputs, torch_backend._attention(layer, place[part].expand(batch, -1))
-            )
-            share = (attention * (pull[:, :, part] @ value.mT)).sum(1)
-            share = share.masked_fill((above == 0)[..., None], 0.0)  # NaN of queries that carry nothing
-            below += torch.einsum("bs,bst->bt", above, share)
-            below[:, part] += above * (1 - share.sum(-1))
-        r = below
-    invalid = torch.stack([layer.invalid for layer in padded]).any(0)
-    raw, _ = torch_backend._at_response(r, rows, positions, invalid, top.lengths)
-    return rows.restore(raw)
+    return vectorized.signed_rollout(layers, response)

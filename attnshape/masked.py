@@ -7,7 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from attnshape.types import MaskSemantics, ShapedRewards, ShapingConfig, Status, decay, float32_rounded
+from attnshape.config import ShapingConfig
+from attnshape.types import ShapedRewards, Status, decay, float32_rounded
 
 
 def filled(
@@ -17,9 +18,7 @@ def filled(
     unsound = int(Status.OUT_OF_RANGE | (Status.NONFINITE if config.on_nan == "zero_row" else 0))
     sound = (shaped.status & unsound == 0)[:, None]
     computed = (shaped.advantages, shaped.returns)
-    carry = carried(
-        *computed, values, response_mask, config.gamma, config.lam, config.lam_value, config.mask_semantics
-    )
+    carry = carried(*computed, values, response_mask, config)
     advantages, returns = (torch.where(sound, a, b) for a, b in zip(carry, computed, strict=True))
     return dataclasses.replace(shaped, advantages=advantages, returns=returns)
 
@@ -29,10 +28,7 @@ def carried(
     returns: Tensor,
     values: Tensor | None,
     response_mask: Tensor,
-    gamma: float,
-    lam: float | Tensor,
-    lam_value: float | Tensor | None,
-    mask_semantics: MaskSemantics,
+    config: ShapingConfig,
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns ``[B, R]`` with what the recurrence carries past masked tokens.
 
@@ -50,16 +46,16 @@ def carried(
 
     def fill(x: Tensor, lam: float | Tensor) -> Tensor:
         """``x`` (advantages, [B, R] float64) with masked tokens filled."""
-        if mask_semantics == "skip":
+        if config.mask_semantics == "skip":
             return at_following(x)
-        gl = decay(gamma, lam if values is not None else 1.0)
+        gl = decay(config.gamma, lam if values is not None else 1.0)
         gl = gl.double()[:, None] if isinstance(gl, Tensor) else torch.full_like(x[:, :1], gl)
-        entering = float32_rounded(gamma) * at_following(v_live) + gl * at_following(x)
+        entering = float32_rounded(config.gamma) * at_following(v_live) + gl * at_following(x)
         return torch.where(live, x, gl ** (following - t - 1).clamp(min=0) * entering)
 
-    filled = fill(advantages.double(), lam)
-    sums = fill(returns.double() - v_live, lam if lam_value is None else lam_value)
-    sums = sums + (v if mask_semantics == "skip" else v_live)
+    filled = fill(advantages.double(), config.lam)
+    sums = fill(returns.double() - v_live, config.lam if config.lam_value is None else config.lam_value)
+    sums = sums + (v if config.mask_semantics == "skip" else v_live)
     return (
         torch.where(live, advantages, filled.to(advantages.dtype)),
         torch.where(live, returns, sums.to(returns.dtype)),

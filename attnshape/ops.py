@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from attnshape import checks, masked, torch_backend
+from attnshape import checks, masked, vectorized
 from attnshape import compile as compiling
+from attnshape.config import GroupConfig, Normalization, ShapingConfig, Whitening
 from attnshape.types import (
-    Attention,
+    KL,
+    Advantages,
     AttentionInputs,
+    AttentionLayers,
     Backend,
     CreditName,
-    EpsMode,
-    MaskSemantics,
-    Normalization,
+    GroupAdvantages,
     Response,
-    ScoreIndex,
     ShapedRewards,
-    ShapingConfig,
+    Status,
     TokenInputs,
+    compute_dtype,
 )
 
 DEFAULT_CONFIG = ShapingConfig()
+DEFAULT_GROUP = GroupConfig()
 
 
 def _function(
@@ -40,14 +42,14 @@ def _function(
     """The function that computes: Triton's for what it can do on a GPU, PyTorch's for the rest."""
     checks.check_choice("backend", backend)
     if backend == "torch" or (backend == "auto" and device.type != "cuda"):
-        return getattr(torch_backend, name)  # type: ignore[no-any-return]
+        return getattr(vectorized, name)  # type: ignore[no-any-return]
     from attnshape import triton_backend  # triton is there on Linux only, and PyTorch alone serves a CPU
 
     reason = triton_backend.unsupported(layers, *tensors)
     if reason and backend == "triton":
         raise ValueError(f'backend: got "triton", but {reason}')
     if reason:
-        return getattr(torch_backend, name)  # type: ignore[no-any-return]
+        return getattr(vectorized, name)  # type: ignore[no-any-return]
     function: Callable[..., Any] = getattr(triton_backend, name)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return functools.partial(_on_device, device, function)
@@ -62,7 +64,7 @@ def _on_device(device: torch.device, function: Callable[..., Any], *arguments: o
 
 @compiling.operator(compiling.attention_row)
 def attention_row(
-    inputs: Attention,
+    inputs: AttentionLayers,
     *,
     process_group: dist.ProcessGroup | None = None,
     backend: Backend = "auto",
@@ -86,6 +88,11 @@ def attention_row(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit together.
+
+    Example:
+        >>> import torch
+        >>> attention_row(AttentionInputs(torch.zeros(1, 2, 8), torch.zeros(1, 1, 4, 8), scaling=0.35))
+        tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
     """
     layers = checks.layers_of(inputs)
     if any(isinstance(x.query_position, str) for x in layers):
@@ -121,12 +128,9 @@ def _mean_over_ranks(
 
 @compiling.operator(compiling.credit_of("inputs"))
 def attention_credit(
-    inputs: Attention,
-    response_mask: Tensor,
+    inputs: AttentionLayers,
+    response: Response | Tensor,
     *,
-    response_start: Tensor | None = None,
-    response_index: Tensor | None = None,
-    response_cu_seqlens: Tensor | None = None,
     normalization: Normalization = "sum_to_one",
     process_group: dist.ProcessGroup | None = None,
     backend: Backend = "auto",
@@ -139,10 +143,7 @@ def attention_credit(
 
     Args:
         inputs: queries and keys, as ``AttentionTap.take()`` returns them; a list averages layers.
-        response_mask: ``[B, R]``, non-zero where a token is the policy's own; ``[M]`` when packed.
-        response_start: key position of each row's first response token, int ``[B]``.
-        response_index: or the key position of every response token, int ``[B, R]``, -1 for none.
-        response_cu_seqlens: int32 ``[B + 1]``, where response tensors are packed.
+        response: where the response's tokens are; needs ``start`` or ``index``.
         normalization: ``"sum_to_one"``, ``"sum_to_length"``, or ``"none"`` for the attention itself.
         process_group: as for ``attention_row``; normalised after the all-reduce, in a launch of its own.
         backend, validate: as for ``attention_row``.
@@ -150,15 +151,24 @@ def attention_credit(
     Returns:
         float32 of the mask's shape (float64 where query and key are), 0 where masked; NaN in a row whose
         indices point outside its keys. Detached.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit the others, named with what it got and what it wants.
+
+    Example:
+        >>> import torch
+        >>> inputs = AttentionInputs(torch.zeros(1, 2, 8), torch.zeros(1, 1, 4, 8), scaling=0.35)
+        >>> attention_credit(inputs, Response(torch.ones(1, 2), start=torch.tensor([2])))
+        tensor([[0.5000, 0.5000]])
     """
     layers = checks.layers_of(inputs)
     checks.check_choice("normalization", normalization)
-    response = Response(response_mask, response_start, response_index, response_cu_seqlens)
+    response = Response.of(response)
     checks.check_response(response, layers[0].batch_size, layers[0].key)
     if validate:
         checks.validate_response(response, checks.validate_attention(layers))
     checks.check_process_group(process_group)
-    compute = _function("attention_credit", backend, response_mask.device, layers)
+    compute = _function("attention_credit", backend, response.mask.device, layers)
     if process_group is not None:
         raw = _mean_over_ranks(process_group, layers, lambda layer: compute(layer, response, "none"))
         return _normalized(raw, response, normalization, backend)
@@ -169,15 +179,9 @@ def attention_credit(
 def _normalized(raw: Tensor, response: Response, normalization: Normalization, backend: Backend) -> Tensor:
     if normalization == "none":
         return raw
-    batch = checks.check_response(response, None, None)
-    return shape_rewards(
-        raw.new_zeros(batch),
-        raw,
-        response_mask=response.mask,
-        response_cu_seqlens=response.cu_seqlens,
-        config=ShapingConfig(normalization=normalization),
-        backend=backend,
-    ).credit
+    score = raw.new_zeros(response.batch_size)
+    config = ShapingConfig(normalization=normalization)
+    return shape_rewards(score, raw, response, config=config, backend=backend).credit
 
 
 def _all_queries(name: str, layers: Sequence[AttentionInputs]) -> None:
@@ -193,11 +197,8 @@ def _all_queries(name: str, layers: Sequence[AttentionInputs]) -> None:
 @compiling.operator(compiling.credit_of("inputs"))
 def attention_column_credit(
     inputs: AttentionInputs,
-    response_mask: Tensor,
+    response: Response | Tensor,
     *,
-    response_start: Tensor | None = None,
-    response_index: Tensor | None = None,
-    response_cu_seqlens: Tensor | None = None,
     variant: Literal["mean", "last"] = "mean",
     shift: Literal[0, 1] = 0,
     normalization: Normalization = "sum_to_one",
@@ -211,6 +212,12 @@ def attention_column_credit(
     written at ``j + 1``, and the last token asks nothing. Holds no ``[T, T]`` matrix. arXiv 2402.00782.
 
     Other arguments, returns and errors as for ``attention_credit``; ``inputs.query`` must hold every query.
+
+    Example:
+        >>> import torch
+        >>> inputs = AttentionInputs(torch.zeros(1, 2, 3, 8), torch.zeros(1, 1, 3, 8), scaling=0.35)
+        >>> attention_column_credit(inputs, Response(torch.ones(1, 2), start=torch.tensor([1])))
+        tensor([[0.5556, 0.4444]])
     """
     layers = checks.layers_of(inputs)
     if len(layers) != 1:
@@ -218,11 +225,11 @@ def attention_column_credit(
     _all_queries("inputs.query", layers)
     for name, choice in (("variant", variant), ("shift", shift), ("normalization", normalization)):
         checks.check_choice(name, choice)
-    response = Response(response_mask, response_start, response_index, response_cu_seqlens)
+    response = Response.of(response)
     checks.check_response(response, layers[0].batch_size, layers[0].key)
     if validate:
         checks.validate_response(response, checks.validate_attention(layers))
-    compute = _function("attention_column_credit", backend, response_mask.device, layers)
+    compute = _function("attention_column_credit", backend, response.mask.device, layers)
     out: Tensor = compute(layers[0], response, variant, shift, normalization)
     return out
 
@@ -230,11 +237,8 @@ def attention_column_credit(
 @compiling.operator(compiling.credit_of("layers"))
 def attention_rollout(
     layers: Sequence[AttentionInputs],
-    response_mask: Tensor,
+    response: Response | Tensor,
     *,
-    response_start: Tensor | None = None,
-    response_index: Tensor | None = None,
-    response_cu_seqlens: Tensor | None = None,
     normalization: Normalization = "sum_to_one",
     backend: Backend = "auto",
     validate: bool = False,
@@ -250,18 +254,24 @@ def attention_rollout(
             layer's ``query_position``. ``AttentionTap(model, source="rollout").take()`` returns them.
 
     Other arguments, returns and errors as for ``attention_credit``.
+
+    Example:
+        >>> import torch
+        >>> layer = AttentionInputs(torch.zeros(1, 2, 2, 8), torch.zeros(1, 1, 2, 8), scaling=0.35)
+        >>> attention_rollout([layer, layer], Response(torch.ones(1, 2), start=torch.tensor([0])))
+        tensor([[0.4375, 0.5625]])
     """
     checked = checks.layers_of(layers)
     _all_queries("layers", checked)
     checks.check_choice("normalization", normalization)
     norms = checks.check_rollout_norms(checked)
-    response = Response(response_mask, response_start, response_index, response_cu_seqlens)
+    response = Response.of(response)
     checks.check_response(response, checked[0].batch_size, checked[0].key)
     if validate:
         checks.validate_response(response, checks.validate_attention(checked))
     value_norms, residual_norms = norms or (None, None)
     given = [*(value_norms or ()), *(residual_norms or ())]
-    compute = _function("attention_rollout", backend, response_mask.device, checked, *given)
+    compute = _function("attention_rollout", backend, response.mask.device, checked, *given)
     out: Tensor = compute(checked, response, value_norms, residual_norms, normalization)
     return out
 
@@ -269,28 +279,22 @@ def attention_rollout(
 @compiling.operator(compiling.shape_rewards, compiling.kl_coef_as_tensor)
 def shape_rewards(
     score: Tensor,
-    credit: Tensor | Attention | CreditName,
+    credit: Tensor | AttentionLayers | CreditName,
+    response: Response | Tensor,
     *,
     values: Tensor | None = None,
-    logprobs: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    kl: Tensor | None = None,
-    kl_coef: float | Tensor = 0.0,
+    kl: KL | None = None,
     token_rewards: Tensor | None = None,
     terminal_reward: Tensor | None = None,
     bootstrap: Tensor | None = None,
-    response_mask: Tensor,
-    response_start: Tensor | None = None,
-    response_index: Tensor | None = None,
-    response_cu_seqlens: Tensor | None = None,
     config: ShapingConfig = DEFAULT_CONFIG,
     backend: Backend = "auto",
     validate: bool = False,
 ) -> ShapedRewards:
     """From one score per completion to token rewards, advantages and returns.
 
-    ``reward[j] = beta * score * credit[j] + (1 - beta) * score * [j == score_index] + token_reward[j]
-    - kl_coef * kl[j]``, then GAE. Sources: arXiv 2402.00782, arXiv 1506.02438.
+    ``reward[j] = dense_share * score * credit[j] + (1 - dense_share) * score * [j == score_index]
+    + token_reward[j] - kl.coef * kl[j]``, then GAE. Sources: arXiv 2402.00782, arXiv 1506.02438.
 
     Shaping is not differentiated: inputs may require grad, outputs are detached. Whitening is not part of it,
     since statistics of one micro-batch are wrong: call ``whiten`` on the whole batch.
@@ -299,182 +303,232 @@ def shape_rewards(
         score: ``[B]``, normalised by the caller; at least centred, since credit pays an offset that no
             preference depends on to every token that it names.
         credit: ``AttentionInputs`` (or a list of them: layers are averaged), non-negative weights of the
-            mask's shape, ``"uniform"``, or ``"sparse"`` (the whole score on its token).
+            mask's shape, ``"uniform"``, or ``"sparse"`` (the whole score on its token). A row with a negative
+            weight is shaped as ``"sparse"`` and flagged: signed weights are ``token_rewards``.
+        response: where the response's tokens are; token tensors have its mask's shape. ``start`` or ``index``
+            are needed with ``AttentionInputs`` only.
         values: critic values; without them advantages are discounted rewards-to-go.
-        logprobs, ref_logprobs: log-probabilities of the sampled tokens under policy and reference.
-        kl: a ready-made KL per token, in their place.
-        kl_coef: weight of the KL penalty, a float or a 0-d tensor on the device.
+        kl: the KL penalty, ``KL(logprobs, ref_logprobs, coef)`` or ``KL.given(kl, coef)``.
         token_rewards: dense rewards, added as they are.
-        terminal_reward: ``[B]``, added at the score's token, untouched by ``beta``.
+        terminal_reward: ``[B]``, added at the score's token, untouched by ``dense_share``.
         bootstrap: ``[B]``, value of the state after a truncated completion.
-        response_mask: ``[B, R]``, non-zero where a token is the policy's own. Token tensors have its shape;
-            with ``response_cu_seqlens`` it is ``[M]``.
-        response_start, response_index: key positions of the response, needed with ``AttentionInputs`` only.
         config: how to shape, see ``ShapingConfig``.
-        backend, validate: as for ``attention_row``.
+        backend: as for ``attention_row``.
+        validate: check index values and the credit's signs too, which synchronises with the device.
 
     Returns:
         ``ShapedRewards``; float32, or float64 where every floating input is; 0 where masked (but see
-        ``ShapingConfig.zero_masked``).
+        ``ShapingConfig.carry_masked``).
 
     Raises:
         ValueError, TypeError: an argument does not fit the others, named with what it got and what it wants.
+
+    Example:
+        >>> import torch
+        >>> out = shape_rewards(torch.tensor([1.0]), torch.tensor([[3.0, 1.0]]), torch.ones(1, 2))
+        >>> out.rewards  # .8 of the score by credit, the rest on its token
+        tensor([[0.6000, 0.4000]])
     """
     layers = None
     if isinstance(credit, AttentionInputs | list | tuple):
         layers = checks.layers_of(credit)
-    response = Response(response_mask, response_start, response_index, response_cu_seqlens)
+    response = Response.of(response)
     batch = checks.check_response(
         response, None if layers is None else layers[0].batch_size, None if layers is None else layers[0].key
     )
     if layers is None:
-        checks.check_credit(credit, response_mask)  # type: ignore[arg-type]
-    checks.check_score(score, batch, response_mask)
-    tokens = TokenInputs(
-        values, logprobs, ref_logprobs, kl, kl_coef, token_rewards, terminal_reward, bootstrap
-    )
-    checks.check_tokens(tokens, batch, response_mask)
+        checks.check_credit(credit, response.mask)  # type: ignore[arg-type]
+    checks.check_score(score, batch, response.mask)
+    tokens = TokenInputs(values, kl, token_rewards, terminal_reward, bootstrap)
+    checks.check_tokens(tokens, batch, response.mask)
     checks.check_config(config, batch, response)
     if validate:
         lengths = None if layers is None else checks.validate_attention(layers)
         checks.validate_response(response, lengths, config.score_index)
         checks.validate_layout(response, config.mask_layout)
-    given = [x for x in tokens if isinstance(x, Tensor)]
-    compute = _function("shape_rewards", backend, response_mask.device, layers or (), score, *given)
+        if isinstance(credit, Tensor):
+            checks.validate_credit(credit, response)
+    compute = _function("shape_rewards", backend, response.mask.device, layers or (), score, *tokens.floating)
     shaped: ShapedRewards = compute(score, credit if layers is None else layers, tokens, response, config)
-    return shaped if config.zero_masked else masked.filled(shaped, values, response_mask, config)
+    return masked.filled(shaped, values, response.mask, config) if config.carry_masked else shaped
 
 
 def redistribute(
     score: Tensor,
     credit: Tensor | CreditName,
-    response_mask: Tensor,
+    response: Response | Tensor,
+    config: ShapingConfig = DEFAULT_CONFIG,
     *,
-    beta: float = DEFAULT_CONFIG.beta,
-    normalization: Normalization = "sum_to_one",
-    score_index: ScoreIndex | Tensor = "last_unmasked",
-    response_cu_seqlens: Tensor | None = None,
     backend: Backend = "auto",
     validate: bool = False,
 ) -> Tensor:
     """Token rewards that sum to the score: ``shape_rewards`` without KL and GAE, for loops with their own.
 
-    Args and errors as for ``shape_rewards`` and ``ShapingConfig``.
+    Args and errors as for ``shape_rewards``.
 
     Returns:
         Rewards of the mask's shape, float32 (float64 where score and credit are), 0 where masked.
+
+    Example:
+        >>> import torch
+        >>> redistribute(torch.tensor([2.0]), "uniform", torch.ones(1, 4), ShapingConfig(dense_share=1.0))
+        tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
-    return shape_rewards(
-        score,
-        credit,
-        response_mask=response_mask,
-        response_cu_seqlens=response_cu_seqlens,
-        config=ShapingConfig(beta=beta, normalization=normalization, score_index=score_index),
-        backend=backend,
-        validate=validate,
-    ).rewards
-
-
-@overload
-def gae(
-    rewards: Tensor,
-    values: Tensor | None,
-    response_mask: Tensor,
-    *,
-    gamma: float,
-    lam: float | Tensor,
-    mask_semantics: MaskSemantics,
-    lam_value: float | Tensor | None = None,
-    bootstrap: Tensor | None = None,
-    response_cu_seqlens: Tensor | None = None,
-    zero_masked: bool = True,
-    return_moments: Literal[False] = False,
-    backend: Backend = "auto",
-    validate: bool = False,
-) -> tuple[Tensor, Tensor]: ...
-
-
-@overload
-def gae(
-    rewards: Tensor,
-    values: Tensor | None,
-    response_mask: Tensor,
-    *,
-    gamma: float,
-    lam: float | Tensor,
-    mask_semantics: MaskSemantics,
-    lam_value: float | Tensor | None = None,
-    bootstrap: Tensor | None = None,
-    response_cu_seqlens: Tensor | None = None,
-    zero_masked: bool = True,
-    return_moments: Literal[True],
-    backend: Backend = "auto",
-    validate: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]: ...
+    return shape_rewards(score, credit, response, config=config, backend=backend, validate=validate).rewards
 
 
 @compiling.operator(compiling.gae)
 def gae(
     rewards: Tensor,
     values: Tensor | None,
-    response_mask: Tensor,
+    response: Response | Tensor,
+    config: ShapingConfig = DEFAULT_CONFIG,
     *,
-    gamma: float,
-    lam: float | Tensor,
-    mask_semantics: MaskSemantics,
-    lam_value: float | Tensor | None = None,
     bootstrap: Tensor | None = None,
-    response_cu_seqlens: Tensor | None = None,
-    zero_masked: bool = True,
-    return_moments: bool = False,
     backend: Backend = "auto",
     validate: bool = False,
-) -> tuple[Tensor, ...]:
+) -> Advantages:
     """Generalised advantage estimation over masked token rewards (arXiv 1506.02438).
 
     Args:
-        rewards: of ``response_mask``'s shape, ``[B, R]`` or packed ``[M]``.
+        rewards: of the response mask's shape, ``[B, R]`` or packed ``[M]``.
         values: likewise; None gives discounted rewards-to-go.
-        gamma, lam, lam_value, mask_semantics, zero_masked: see ``ShapingConfig``.
+        response: a plain mask, or a ``Response`` where tokens are packed.
+        config: its ``gamma``, ``lam``, ``lam_value``, ``mask_semantics`` and ``carry_masked``.
         bootstrap: ``[B]``, value after the last unmasked token.
-        return_moments: return ``RowStats.advantage_moments``, ``[B, 3]``, too: ``whiten`` takes them.
-        response_cu_seqlens, backend, validate: as for ``shape_rewards``.
+        backend, validate: as for ``attention_row``.
 
     Returns:
-        ``(advantages, returns)`` or ``(advantages, returns, moments)``, float32 (float64 where every floating
-        input is), 0 where masked (but see ``zero_masked``); detached.
+        ``Advantages(advantages, returns, moments)``, float32 (float64 where every floating input is), 0 where
+        masked (but see ``ShapingConfig.carry_masked``); detached.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit the others, named with what it got and what it wants.
+
+    Example:
+        >>> import torch
+        >>> gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]]), torch.ones(1, 2)).advantages
+        tensor([[0.5000, 0.5000]])
     """
-    response = Response(response_mask, cu_seqlens=response_cu_seqlens)
+    response = Response.of(response)
     batch = checks.check_response(response, None, None)
-    checks.check_tokens(
-        TokenInputs(values=values, token_rewards=rewards, bootstrap=bootstrap), batch, response_mask
-    )
-    checks.check_gae(gamma, lam, lam_value, mask_semantics, batch, response_mask)
-    checks.check_zero_masked(zero_masked, response)
+    tokens = TokenInputs(values=values, token_rewards=rewards, bootstrap=bootstrap)
+    checks.check_tokens(tokens, batch, response.mask)
+    checks.check_config(config, batch, response)
     if validate:
         checks.validate_response(response, None)
-    compute = _function("gae", backend, response_mask.device, (), rewards, values, bootstrap)
-    advantages, returns, *moments = compute(
-        rewards, values, response, gamma, lam, lam_value, mask_semantics, bootstrap, return_moments
-    )
-    if not zero_masked:
-        advantages, returns = masked.carried(
-            advantages, returns, values, response_mask, gamma, lam, lam_value, mask_semantics
+        checks.validate_layout(response, config.mask_layout)
+    compute = _function("gae", backend, response.mask.device, (), rewards, values, bootstrap)
+    out: Advantages = compute(rewards, values, response, config, bootstrap)
+    if config.carry_masked:
+        advantages, returns = masked.carried(out.advantages, out.returns, values, response.mask, config)
+        out = Advantages(advantages, returns, out.moments)
+    return out
+
+
+@compiling.operator(compiling.group_advantages)
+def group_advantages(
+    score: Tensor,
+    credit: Any,
+    response: Response | Tensor,
+    *,
+    group: int | Tensor,
+    weights: Tensor | None = None,
+    config: GroupConfig = DEFAULT_GROUP,
+    process_group: dist.ProcessGroup | None = None,
+    backend: Backend = "auto",
+    validate: bool = False,
+) -> GroupAdvantages:
+    """Advantages without a critic: of each completion within its group, spread over its tokens by credit.
+
+    ``A[i, t] = A[i] * (dense_share * n_i * credit[i, t] + 1 - dense_share)``, with ``A[i]`` that of GRPO
+    (arXiv 2402.03300), Dr. GRPO (2503.20783), RLOO (2402.14740) or REINFORCE++ (2501.03262): see
+    ``GroupConfig``. The mean over a completion's ``n_i`` unmasked tokens is ``A[i]``. Giving ``redistribute``
+    an advantage in place of the score is another thing: what it does not spread goes to one token.
+
+    Args:
+        score: ``[B]``, or ``[B, K]`` for several rewards: their weighted sum is what the group compares. NaN
+            where a reward function gave none; a completion without any has advantage 0.
+        credit: as for ``shape_rewards``, or None for all tokens alike; for ``K`` rewards a list of ``K``:
+            each reward's part is spread by its own.
+        response: where the response's tokens are; ``start`` or ``index`` with ``AttentionInputs`` only.
+        group: completions per prompt, neighbours in the batch; or int ids ``[B]``, for groups of any sizes.
+        weights: ``[K]``, of the rewards; 1 if not given.
+        config: how to compare and to spread, see ``GroupConfig``.
+        process_group: ranks whose completions are compared with each other; every rank must call. Groups may
+            lie across ranks: an int ``group`` counts in the order of the ranks.
+        backend, validate: as for ``shape_rewards``.
+
+    Returns:
+        ``GroupAdvantages(advantages, completion, credit, status, moments)``; float32 (float64 where every
+        floating input is), 0 where masked. A row whose credit underflows or is negative is spread uniformly
+        and flagged.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit the others, named with what it got and what it wants.
+
+    Example:
+        >>> import torch
+        >>> score, credit = torch.tensor([1.0, 0.0]), torch.tensor([[3.0, 1.0], [1.0, 1.0]])
+        >>> config = GroupConfig.dr_grpo(dense_share=0.5)
+        >>> group_advantages(score, credit, torch.ones(2, 2), group=2, config=config).advantages
+        tensor([[ 0.6250,  0.3750],
+                [-0.5000, -0.5000]])
+    """
+    response = Response.of(response)
+    checks.check_response(response, None, None)
+    sources = checks.check_groups(score, credit, group, weights, config, response)
+    checks.check_process_group(process_group)
+    attention = [x for x in sources if x is not None and not isinstance(x, Tensor)]
+    if validate:
+        lengths = checks.validate_attention(attention[0]) if attention else None
+        checks.validate_response(response, lengths)
+        for source in sources:
+            if isinstance(source, Tensor) and not config.signed:
+                checks.validate_credit(source, response)
+    scores, ids, place = score, group, slice(None)
+    if process_group is not None:
+        scores, ids, place = _of_all_ranks(process_group, score, group)
+    elif isinstance(group, int) and len(score) % group:
+        raise ValueError(
+            f"group: got {group} completions per prompt for {len(score)}, want a divisor of that"
         )
-    return advantages, returns, *moments
+    parts = vectorized.completion_advantages(scores, ids, config, weights)[place]
+    floating = [x for x in sources if isinstance(x, Tensor)]
+    layers = [layer for source in attention for layer in source]
+    parts = parts.to(compute_dtype(score, *floating, *[x.key for x in layers]))
+    compute = _function("spread", backend, response.mask.device, layers, parts, *floating)
+    out: GroupAdvantages = compute(parts, sources, response, config)
+    status = out.status | (~score.isfinite().view(len(score), -1).any(1)) * int(Status.NONFINITE)
+    return out._replace(status=status.to(torch.int32))
+
+
+def _of_all_ranks(
+    process_group: dist.ProcessGroup, score: Tensor, group: int | Tensor
+) -> tuple[Tensor, int | Tensor, slice]:
+    """Scores and groups of all ranks, in their order, and which are this rank's."""
+    sizes = _gathered(process_group, torch.tensor([len(score)], device=score.device)).flatten().tolist()
+    rank, longest = dist.get_rank(process_group), max(sizes)
+
+    def together(x: Tensor) -> Tensor:
+        padded = x.new_zeros(longest, *x.shape[1:])
+        padded[: len(x)] = x
+        return torch.cat([row[:n] for row, n in zip(_gathered(process_group, padded), sizes, strict=True)])
+
+    if isinstance(group, int) and sum(sizes) % group:
+        raise ValueError(f"group: got {group} completions per prompt for {sum(sizes)} of all ranks")
+    begin = sum(sizes[:rank])
+    ids = group if isinstance(group, int) else together(group)
+    return together(score), ids, slice(begin, begin + len(score))
 
 
 @compiling.operator(compiling.whiten)
 def whiten(
     x: Tensor,
-    mask: Tensor,
+    response: Response | Tensor,
+    config: Whitening = DEFAULT_CONFIG.whitening,
     *,
     moments: Tensor | None = None,
-    bessel: bool = True,
-    eps: float = 1e-8,
-    eps_mode: EpsMode = "add",
-    shift_mean: bool = True,
-    zero_masked: bool = True,
     process_group: dist.ProcessGroup | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -484,26 +538,31 @@ def whiten(
 
     Args:
         x: any shape, floating.
-        mask: of its shape, non-zero where a token counts.
+        response: a mask of its shape, non-zero where a token counts, or a ``Response`` with that mask.
+        config: ``ShapingConfig.whitening``.
         moments: counts, means and sums of squared deviations, ``[..., 3]``, of the parts that the statistics
-            are over, so that ``x`` is read only once: ``out.row_stats.advantage_moments`` where ``x`` is
-            ``out.advantages``, or those of all micro-batches, concatenated.
-        bessel: divide the variance by ``n - 1``.
-        eps, eps_mode: added to the variance (``"add"``), its lower bound (``"clamp"``), or added to the
-            standard deviation (``"add_to_std"``).
-        shift_mean: False keeps the mean.
-        zero_masked: False whitens masked positions too.
+            are over, so that ``x`` is read only once: ``out.moments`` of ``shape_rewards`` or ``gae`` where
+            ``x`` is ``out.advantages``, or those of all micro-batches, concatenated.
         process_group: statistics over all its ranks; every rank must call, also one without a token.
+        backend: as for ``attention_row``.
 
     Returns:
-        float32 (float64 where ``x`` is) of ``x``'s shape; detached.
+        float32 (float64 where ``x`` is) of ``x``'s shape, 0 where masked (but see ``Whitening``); detached.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit the others, named with what it got and what it wants.
+
+    Example:
+        >>> import torch
+        >>> whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[1, 1, 0]]), Whitening(bessel=False))
+        tensor([[-1.,  1.,  0.]])
     """
-    checks.check_choice("eps_mode", eps_mode)
-    checks.check_whiten(x, mask, moments)
+    mask = Response.of(response).mask
+    checks.check_whiten(x, mask, config, moments)
     checks.check_process_group(process_group)
     gather = None if process_group is None else functools.partial(_gathered, process_group)
     compute = _function("whiten", backend, x.device, (), x)
-    out: Tensor = compute(x, mask, moments, gather, bessel, eps, eps_mode, shift_mean, zero_masked)
+    out: Tensor = compute(x, mask, config, moments, gather)
     return out
 
 

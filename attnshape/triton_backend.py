@@ -9,21 +9,22 @@ import torch
 from torch import Tensor
 
 import csrc_triton
+from attnshape.config import GroupConfig, Normalization, ShapingConfig, Whitening
 from attnshape.types import (
+    KL,
     MIN_MASS,
+    Advantages,
     AttentionInputs,
     CreditName,
-    EpsMode,
-    MaskSemantics,
-    Normalization,
+    GroupAdvantages,
     Response,
     RowStats,
     ShapedRewards,
-    ShapingConfig,
     TokenInputs,
     decay,
     float32_rounded,
 )
+from attnshape.vectorized import groups as vectorized
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
@@ -103,14 +104,12 @@ def attention_rollout(
     return _normalized(raw, response, normalization, status)
 
 
-def _recurrence(
-    gamma: float, lam: float | Tensor, lam_value: float | Tensor | None, mask_semantics: MaskSemantics
-) -> dict[str, Any]:
+def _recurrence(config: ShapingConfig) -> dict[str, Any]:
     return {
-        "gamma": float32_rounded(gamma),
-        "gl": decay(gamma, lam),
-        "gl_value": None if lam_value is None else decay(gamma, lam_value),
-        "skip_masked": mask_semantics == "skip",
+        "gamma": float32_rounded(config.gamma),
+        "gl": decay(config.gamma, config.lam),
+        "gl_value": None if config.lam_value is None else decay(config.gamma, config.lam_value),
+        "skip_masked": config.mask_semantics == "skip",
         "min_mass": MIN_MASS,
     }
 
@@ -123,6 +122,7 @@ def shape_rewards(
     config: ShapingConfig,
 ) -> ShapedRewards:
     attention = not isinstance(credit, Tensor | str)
+    kl = tokens.kl or KL(None, None, 0.0)
     swept: Any = csrc_triton.sweep(
         response,
         OUTPUTS,
@@ -130,19 +130,33 @@ def shape_rewards(
         credit=credit,
         normalization=config.normalization,
         score_index=config.score_index,
-        beta=config.share(credit),
+        dense_share=config.share(credit),
         score_bounds=config.score_bounds,
         kl_estimator=config.kl_estimator,
         kl_input_clip=config.kl_input_clip,
-        kl_output_clip=None if tokens.kl is not None else config.kl_output_clip,
+        kl_output_clip=None if kl.estimate is not None else config.kl_output_clip,
         zero_nonfinite=config.on_nan == "zero_row",
-        **tokens._asdict(),
-        **_recurrence(config.gamma, config.lam, config.lam_value, config.mask_semantics),
+        values=tokens.values,
+        logprobs=kl.logprobs,
+        ref_logprobs=kl.ref_logprobs,
+        kl=kl.estimate,
+        kl_coef=kl.coef,
+        token_rewards=tokens.token_rewards,
+        terminal_reward=tokens.terminal_reward,
+        bootstrap=tokens.bootstrap,
+        **_recurrence(config),
     )
     entropy, last_share, share, error = swept.stats.unbind(1)
-    stats = RowStats(entropy, last_share, share if attention else None, error, swept.moments)
+    stats = RowStats(entropy, last_share, share if attention else None, error)
     return ShapedRewards(
-        swept.rewards, swept.advantages, swept.returns, swept.credit, swept.kl, swept.status, stats
+        swept.rewards,
+        swept.advantages,
+        swept.returns,
+        swept.credit,
+        swept.kl,
+        swept.status,
+        swept.moments,
+        stats,
     )
 
 
@@ -150,34 +164,45 @@ def gae(
     rewards: Tensor,
     values: Tensor | None,
     response: Response,
-    gamma: float,
-    lam: float | Tensor,
-    lam_value: float | Tensor | None,
-    mask_semantics: MaskSemantics,
+    config: ShapingConfig,
     bootstrap: Tensor | None,
-    return_moments: bool,
-) -> tuple[Tensor, ...]:
+) -> Advantages:
     swept: Any = csrc_triton.sweep(
         response,
-        ("advantages", "returns", "moments") if return_moments else ("advantages", "returns"),
+        ("advantages", "returns", "moments"),
         token_rewards=rewards,
         values=values,
         bootstrap=bootstrap,
-        **_recurrence(gamma, lam, lam_value, mask_semantics),
+        **_recurrence(config),
     )
-    moments = (swept.moments,) if return_moments else ()
-    return swept.advantages, swept.returns, *moments
+    return Advantages(swept.advantages, swept.returns, swept.moments)
+
+
+def spread(
+    parts: Tensor, credits: Sequence[vectorized.Weights], response: Response, config: GroupConfig
+) -> GroupAdvantages:
+    raws = [
+        attention_credit(x, response, "none") if x is not None and not isinstance(x, Tensor) else x
+        for x in credits
+    ]
+    return vectorized.spread(parts, raws, response, config)
 
 
 def whiten(
     x: Tensor,
     mask: Tensor,
+    config: Whitening,
     moments: Tensor | None,
     gather: Callable[[Tensor], Tensor] | None,
-    bessel: bool,
-    eps: float,
-    eps_mode: EpsMode,
-    shift_mean: bool,
-    zero_masked: bool,
 ) -> Tensor:
-    return csrc_triton.whiten(x, mask, moments, gather, bessel, eps, eps_mode, shift_mean, zero_masked)
+    return csrc_triton.whiten(
+        x,
+        mask,
+        moments,
+        gather,
+        config.bessel,
+        config.eps,
+        config.eps_mode,
+        config.shift_mean,
+        not config.whiten_masked,
+    )

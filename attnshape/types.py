@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from enum import IntFlag
-from typing import Literal, NamedTuple, TypeAlias, TypedDict
+from typing import Literal, NamedTuple, Self, TypeAlias
 
 import torch
 from torch import Tensor
 
-from attnshape.config import Presets
-
 Backend: TypeAlias = Literal["auto", "triton", "torch"]
 CreditName: TypeAlias = Literal["uniform", "sparse"]
-EpsMode: TypeAlias = Literal["add", "clamp", "add_to_std"]
-KLEstimator: TypeAlias = Literal["k1", "abs", "k2", "k3"]
-MaskLayout: TypeAlias = Literal["any", "response", "prefix", "rolled"]
-MaskSemantics: TypeAlias = Literal["skip", "zero"]
-Normalization: TypeAlias = Literal["sum_to_one", "sum_to_length", "none"]
-OnNaN: TypeAlias = Literal["propagate", "zero_row"]
-ScoreIndex: TypeAlias = Literal["last_unmasked", "last_token"]
 
 MIN_MASS = 2.0**-100
-"""Raw credit of a row that sums to less has underflowed: the row falls back to ``sparse``."""
+"""Raw credit of a row that sums to less has underflowed: the row falls back to ``sparse``.
+
+A negative weight counts as ``-inf`` in that sum."""
 
 
 def compute_dtype(*tensors: object) -> torch.dtype:
@@ -58,6 +50,8 @@ class Status(IntFlag):
     """An index of the row points outside its tensor: the row's outputs are NaN."""
     NONFINITE = 16
     """An output of the row is NaN or infinite (zeroed if ``on_nan="zero_row"``)."""
+    NEGATIVE = 32
+    """A weight of the row's credit is negative: the row was shaped as ``sparse``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +125,7 @@ class AttentionInputs:
         return self.query.shape[0] == self.key.shape[0]
 
 
-class SignedLayer(NamedTuple):
+class SignedInputs(NamedTuple):
     """A layer whose attention moves things for and against: for ``credit.signed_rollout``."""
 
     inputs: AttentionInputs
@@ -145,102 +139,113 @@ class SignedLayer(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Response:
-    """Where the response tokens are: among the token tensors, and among the keys."""
+    """Where the response tokens are: among the token tensors, and among the reward model's keys.
+
+    Token tensors (values, logprobs, credit, ...) have the shape of ``mask``. Where a function asks for a
+    response a plain mask serves, if the rest is not needed.
+
+    Args:
+        mask: ``[B, R]``, bool, int or float, non-zero where a token is the policy's own; packed: ``[M]``.
+        start: key position of each row's first response token, int ``[B]``, padding on the left included.
+        index: or the key position of every response token, int of the mask's shape, -1 for none.
+        cu_seqlens: int32 ``[B + 1]`` where tokens are packed: the bounds of the rows.
+
+    Example:
+        >>> import torch
+        >>> mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+        >>> Response(mask, start=torch.tensor([4, 2])).batch_size
+        2
+    """
 
     mask: Tensor
-    """``[B, R]``, or ``[M]`` with ``cu_seqlens``; non-zero where a token is the policy's own."""
+    _: KW_ONLY
     start: Tensor | None = None
     index: Tensor | None = None
     cu_seqlens: Tensor | None = None
+
+    @classmethod
+    def of(cls, response: Self | Tensor) -> Self:
+        """A plain mask as a response; a response as it is."""
+        return response if isinstance(response, cls) else cls(response)  # type: ignore[arg-type]
+
+    @property
+    def batch_size(self) -> int:
+        # Not `len`, which makes a size a constant where a compiler looks on.
+        return self.mask.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+
+@dataclass(frozen=True, eq=False)
+class KL:
+    """A KL penalty per token: ``-coef * kl[j]`` is added to the rewards.
+
+    Args:
+        logprobs, ref_logprobs: log-probabilities of the sampled tokens under policy and reference, of the
+            response mask's shape, floating; the estimator is ``ShapingConfig.kl_estimator``.
+        coef: a float, or a 0-d tensor on the device; it may change at every step without a recompilation.
+        estimate: the penalty per token itself, in place of both; ``KL.given`` is the short form.
+
+    Example:
+        >>> import torch
+        >>> KL.given(torch.zeros(2, 3), 0.05).coef
+        0.05
+    """
+
+    logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    coef: float | Tensor
+    estimate: Tensor | None = None
+
+    @classmethod
+    def given(cls, kl: Tensor, coef: float | Tensor) -> Self:
+        """A ready-made estimate per token, of the response mask's shape."""
+        return cls(None, None, coef, kl)
 
 
 class TokenInputs(NamedTuple):
     """What ``shape_rewards`` adds to the redistributed score, and what GAE needs."""
 
     values: Tensor | None = None
-    logprobs: Tensor | None = None
-    ref_logprobs: Tensor | None = None
-    kl: Tensor | None = None
-    kl_coef: float | Tensor = 0.0
+    kl: KL | None = None
     token_rewards: Tensor | None = None
     terminal_reward: Tensor | None = None
     bootstrap: Tensor | None = None
 
+    @property
+    def floating(self) -> list[Tensor]:
+        """Those whose dtype chooses that of the outputs."""
+        kl = () if self.kl is None else (self.kl.logprobs, self.kl.ref_logprobs, self.kl.estimate)
+        given = (self.values, *kl, self.token_rewards, self.terminal_reward, self.bootstrap)
+        return [x for x in given if x is not None]
 
-Attention: TypeAlias = AttentionInputs | Sequence[AttentionInputs]
+
+AttentionLayers: TypeAlias = AttentionInputs | Sequence[AttentionInputs]
 """One layer, or several whose head means are averaged."""
 
 
-class Whitening(TypedDict, total=False):
-    """Arguments of ``whiten``; what is not there keeps its default."""
+class Advantages(NamedTuple):
+    """What ``gae`` and ``group_advantages`` return; detached."""
 
-    bessel: bool
-    eps: float
-    eps_mode: EpsMode
-    shift_mean: bool
-    zero_masked: bool
+    advantages: Tensor
+    """Of the mask's shape, float32 (float64 where every floating input is), 0 where masked."""
+    returns: Tensor
+    moments: Tensor
+    """``[B, 3]``: unmasked tokens of each row, mean and sum of squared deviations of their advantages, as
+    ``whiten`` takes them. NaN where the advantages are; of an empty row 0."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ShapingConfig(Presets):
-    """How a score becomes token rewards, and rewards become advantages.
+class GroupAdvantages(NamedTuple):
+    """What ``group_advantages`` returns; detached."""
 
-    Defaults are those of "Dense Reward for Free in RLHF" (arXiv 2402.00782). ``ShapingConfig.verl()``,
-    ``.trl()``, ``.openrlhf()``, ``.slime()``, ``.nemo_rl()`` and ``.areal()`` are those of the frameworks.
-
-    Args:
-        beta: share of the score that is redistributed by the credit; the rest stays on the score's token.
-        gamma: discount per token.
-        lam: GAE's lambda, a float or one per row, ``[B]``.
-        lam_value: lambda of the returns where it differs from ``lam`` (decoupled GAE).
-        mask_semantics: what a masked token inside a response is to GAE. ``"skip"``: nothing, values and
-            advantages pass through (verl, NeMo-RL, AReaL). ``"zero"``: a step with reward and value 0 (TRL,
-            OpenRLHF, slime).
-        zero_masked: False leaves at masked tokens what frameworks leave there: advantages that the recurrence
-            carries past them, and returns that are their sum with the value (``"zero"``: 0). Padded tokens
-            only.
-        mask_layout: what ``validate=True`` holds ``response_mask`` to. ``"response"``: a row's first token is
-            unmasked. ``"prefix"``: no masked token stands before an unmasked one. ``"rolled"``: the last
-            token is masked.
-        normalization: of the credit: ``"sum_to_one"``, ``"sum_to_length"`` or ``"none"``.
-        score_index: the score's token: ``"last_unmasked"``, ``"last_token"`` (masked or not), or int ``[B]``.
-        score_clip: the score is clamped to ``[-score_clip, score_clip]``, or to this pair, before use.
-        kl_estimator: ``"k1"``, ``"abs"``, ``"k2"`` or ``"k3"`` (http://joschu.net/blog/kl-approx.html).
-        kl_input_clip: ``logprobs - ref_logprobs`` is clamped to ``[-c, c]``.
-        kl_output_clip: the estimate is clamped to ``[-c, c]``.
-        on_nan: a row with a non-finite output keeps it, or becomes 0; flagged in ``status`` either way.
-        whitening: for the caller: ``whiten(out.advantages, mask, **config.whitening)``.
-    """
-
-    beta: float = 0.8
-    gamma: float = 1.0
-    lam: float | Tensor = 0.95
-    lam_value: float | Tensor | None = None
-    mask_semantics: MaskSemantics = "skip"
-    zero_masked: bool = True
-    mask_layout: MaskLayout = "any"
-    normalization: Normalization = "sum_to_one"
-    score_index: ScoreIndex | Tensor = "last_unmasked"
-    score_clip: float | tuple[float, float] | None = None
-    kl_estimator: KLEstimator = "k1"
-    kl_input_clip: float | None = None
-    kl_output_clip: float | None = None
-    on_nan: OnNaN = "propagate"
-    whitening: Whitening = field(default_factory=dict)  # type: ignore[assignment]  # the compiler traces it
-
-    @property
-    def score_bounds(self) -> tuple[float, float]:
-        """``score_clip`` as ``(low, high)``; infinite where the score is not clamped."""
-        if self.score_clip is None:
-            return -math.inf, math.inf
-        if isinstance(self.score_clip, tuple):
-            return self.score_clip
-        return -self.score_clip, self.score_clip
-
-    def share(self, credit: object) -> float:
-        """``beta``; 1 where all credit is on the score's token, whose reward is then the score, unrounded."""
-        sparse = isinstance(credit, str) and credit == "sparse" and self.normalization != "sum_to_length"
-        return 1.0 if sparse else self.beta
+    advantages: Tensor
+    """Of the mask's shape, float32 (float64 where every floating input is), 0 where masked."""
+    completion: Tensor
+    """``[B]``: the advantage of the whole completion, the mean of its row's."""
+    credit: Tensor
+    """Of the mask's shape: what spread it, summing to one; of several rewards the first's."""
+    status: Tensor
+    """int32 ``[B]``: ``Status`` flags; a row that fell back is spread uniformly."""
+    moments: Tensor
+    """``[B, 3]`` of the advantages, as ``whiten`` takes them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,14 +260,11 @@ class RowStats:
     """Share of the query's attention that falls on unmasked response tokens; None without attention."""
     score_error: Tensor
     """``|sum of the redistributed score - score|``."""
-    advantage_moments: Tensor
-    """``[B, 3]``: unmasked tokens of the row, mean and sum of squared deviations of their advantages, for
-    ``whiten``. NaN where the advantages are; of an empty row 0."""
 
 
 @dataclass(frozen=True, eq=False)
 class ShapedRewards:
-    """What ``shape_rewards`` returns; all detached, 0 at masked positions (but see ``zero_masked``).
+    """What ``shape_rewards`` returns; all detached, 0 at masked positions (but see ``carry_masked``).
 
     ``[B, R]`` (packed: ``[M]``), float32, or float64 where every floating input is.
     """
@@ -275,6 +277,8 @@ class ShapedRewards:
     """The KL estimate per token, before ``kl_coef``; None if no KL input was given."""
     status: Tensor
     """int32 ``[B]``: ``Status`` flags."""
+    moments: Tensor
+    """``[B, 3]`` of the advantages, as in ``Advantages``: ``whiten`` takes them."""
     row_stats: RowStats
 
     @property
@@ -283,11 +287,13 @@ class ShapedRewards:
 
         ``credit_entropy`` (nats) and ``credit_last_share`` tell dense credit from sparse;
         ``response_attention`` is the share of attention that falls on the response; ``fallback_rows``,
-        ``empty_rows``, ``score_masked_rows``, ``out_of_range_rows`` and ``nan_rows`` count flagged rows;
+        ``negative_rows``, ``empty_rows``, ``score_masked_rows``, ``out_of_range_rows`` and ``nan_rows`` count
+        flagged rows;
         ``score_error`` is the largest error of a row's redistributed sum against its score.
         """
         flags = {
             "fallback_rows": Status.FALLBACK,
+            "negative_rows": Status.NEGATIVE,
             "empty_rows": Status.EMPTY,
             "score_masked_rows": Status.SCORE_MASKED,
             "out_of_range_rows": Status.OUT_OF_RANGE,

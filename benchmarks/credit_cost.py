@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from attnshape import compile as compiling
-from attnshape import torch_backend
+from attnshape.vectorized import attention as vectorized
 from benchmarks.paper.sources import SOURCES, Weights
 
 LENGTHS = (256, 512, 1024)
@@ -109,7 +109,7 @@ def measure() -> dict[str, Any]:
     # Operators would be counted as one call of which nothing is known.
     with (
         mock.patch.object(compiling, "is_traced", return_value=False),
-        mock.patch.object(torch_backend, "SCORE_ELEMENTS", CHUNK),
+        mock.patch.object(vectorized, "SCORE_ELEMENTS", CHUNK),
     ):
         for length in LENGTHS:
             base = costs(None, model, length)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import attnshape
-from attnshape.bench.cases import KL_COEF, Case, Shape, random_arguments
+from attnshape.bench.cases import Case, Shape, random_arguments
 from attnshape.bench.measure import WrongResultError
 from attnshape.bench.timing import Call, Ratio, ratio_of, time_calls
+from attnshape.problems import mapped
 from benchmarks.memory import memory_of
 from benchmarks.record import Promise, Recorder
 
@@ -94,12 +95,12 @@ def models(device: torch.device, small: bool) -> Models:
     return model, eager
 
 
-def redistributed(score: Tensor, attentions: Tensor, start: int, beta: float) -> tuple[Tensor, Tensor]:
+def redistributed(score: Tensor, attentions: Tensor, start: int, dense_share: float) -> tuple[Tensor, Tensor]:
     """The paper's: last layer, head mean, row of the last response token, normalised over the response."""
     weights = attentions.float().mean(1)[:, -1, start:]
     credit = weights / weights.sum(1, keepdim=True)
-    rewards = beta * score[:, None] * credit
-    rewards[:, -1] += (1 - beta) * score
+    rewards = dense_share * score[:, None] * credit
+    rewards[:, -1] += (1 - dense_share) * score
     return credit, rewards
 
 
@@ -107,12 +108,13 @@ def paths_of(models: Models, batch: int, keys: int, device: torch.device) -> Pat
     model, eager = models
     response = keys // 2
     arguments = random_arguments(Case("sweep", Shape(batch, response)), device, 0)
-    mask = arguments.pop("response_mask")
+    mask = arguments.pop("response").mask
     del arguments["score"], arguments["credit"]
     tokens = torch.randint(1, model.config.vocab_size, (batch, keys), device=device)
     start = torch.full((batch,), keys - response, dtype=torch.int32, device=device)
+    place = attnshape.Response(mask, start=start)
     tap = attnshape.AttentionTap(model)
-    beta = attnshape.ShapingConfig().beta
+    dense_share = attnshape.ShapingConfig().dense_share
 
     def forward(ids: Tensor) -> Tensor:
         return model(ids, use_cache=False).logits[:, 0].float()
@@ -123,9 +125,7 @@ def paths_of(models: Models, batch: int, keys: int, device: torch.device) -> Pat
         return score, tap.take()
 
     def shaped() -> Any:
-        return attnshape.shape_rewards(
-            *tapped(), response_mask=mask, **arguments, response_start=start, kl_coef=KL_COEF
-        )
+        return attnshape.shape_rewards(*tapped(), place, **arguments)
 
     def micro_batched() -> Any:
         scores, credits = [], []
@@ -133,10 +133,9 @@ def paths_of(models: Models, batch: int, keys: int, device: torch.device) -> Pat
             for row in range(batch):
                 part = slice(row, row + 1)
                 scores.append(forward(tokens[part]))
-                credits.append(attnshape.attention_credit(tap.take(), mask[part], response_start=start[part]))
-        return attnshape.shape_rewards(
-            torch.cat(scores), torch.cat(credits), response_mask=mask, **arguments, kl_coef=KL_COEF
-        )
+                here = mapped(place, lambda x, part=part: x[part])
+                credits.append(attnshape.attention_credit(tap.take(), here))
+        return attnshape.shape_rewards(torch.cat(scores), torch.cat(credits), place, **arguments)
 
     def eager_forward() -> Any:
         out = eager(tokens, use_cache=False, output_attentions=True)
@@ -144,7 +143,7 @@ def paths_of(models: Models, batch: int, keys: int, device: torch.device) -> Pat
 
     def by_eager() -> Any:
         score, attentions = eager_forward()
-        return redistributed(score, attentions[-1], keys - response, beta)
+        return redistributed(score, attentions[-1], keys - response, dense_share)
 
     return Paths(lambda: forward(tokens), shaped, micro_batched, by_eager, tapped, eager_forward)
 

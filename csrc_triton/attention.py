@@ -77,7 +77,7 @@ def shape_kernel(
     width,  # R, or M
     p_kl_coef,
     kl_coef,
-    beta,
+    dense_share,
     score_low,
     score_high,
     kl_input_clip,
@@ -387,7 +387,7 @@ def shape_kernel(
                     None if p_terminal is None else number(p_terminal + row),
                     None if p_bootstrap is None else number(p_bootstrap + row),
                     kl_coef if p_kl_coef is None else number(p_kl_coef),
-                    beta,
+                    dense_share,
                     kl_input_clip,
                     kl_output_clip,
                     min_mass,

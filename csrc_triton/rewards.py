@@ -29,6 +29,7 @@ from csrc_triton.device.handoff import arrive, wait_for
 from csrc_triton.device.layout import (
     EMPTY,
     FALLBACK,
+    NEGATIVE,
     NONFINITE,
     OUT_OF_RANGE,
     SCORE_MASKED,
@@ -76,7 +77,7 @@ class Numbers(NamedTuple):
     terminal: Any
     bootstrap: Any
     kl_coef: Any
-    beta: Any
+    dense_share: Any
     kl_input_clip: Any
     kl_output_clip: Any
     min_mass: Any
@@ -195,7 +196,8 @@ def chunk_facts(row, attended, i_c, rules, SOURCE: tl.constexpr):
         live = tl.load(row.tokens.p_mask + j, mask=j < row.length, other=0) != 0
         mass = tl.full([], 0.0, tl.float32)
         if SOURCE == "weights":
-            mass = tl.sum(token_input(row.tokens.p_weights, j, live))
+            weights = token_input(row.tokens.p_weights, j, live)
+            mass = tl.sum(tl.where(weights < 0.0, -float("inf"), weights))  # whose row falls back
     return tl.sum(live.to(tl.int32)), tl.max(tl.where(live, j, -1)), mass, outside
 
 
@@ -229,7 +231,8 @@ def credit_rule(row, facts, rules):
         weight_sum = tl.where(at_live, total, 0.0)
     elif rules.CREDIT == "given":
         if rules.NORMALIZATION == "none":
-            weight_sum = mass
+            fallback = (facts.mass == -float("inf")) & (empty == 0)
+            weight_sum = tl.where(fallback, tl.where(at_live, total, 0.0), mass)
         else:
             fallback = (facts.mass < row.numbers.min_mass) & (empty == 0)
             weight_sum = tl.where(fallback & (at_live == 0), 0.0, total)
@@ -262,8 +265,8 @@ def kl_estimate(log_ratio, input_clip, output_clip, ESTIMATOR: tl.constexpr):
 
 
 @triton.jit
-def redistributed_score(score, credit, on_score, beta):
-    return beta * score * credit + tl.where(on_score, (1.0 - beta) * score, 0.0)
+def redistributed_score(score, credit, on_score, dense_share):
+    return dense_share * score * credit + tl.where(on_score, (1.0 - dense_share) * score, 0.0)
 
 
 @triton.jit
@@ -285,7 +288,8 @@ def chunk_rewards(row, facts, rule, j, rules):
         if rules.CREDIT == "given":
             credit = token_input(row.tokens.p_weights, j, live)
             if rules.NORMALIZATION != "none":
-                credit = tl.where(rule.fallback, one_hot, credit / rule.mass_divisor * rule.total)
+                credit = credit / rule.mass_divisor * rule.total
+            credit = tl.where(rule.fallback, one_hot, credit)
         elif rules.CREDIT == "uniform":
             credit = tl.zeros(j.shape, tl.float32) + rule.each
         else:
@@ -298,7 +302,7 @@ def chunk_rewards(row, facts, rule, j, rules):
             entropy = -tl.sum(share * tl.log(tl.where(share == 0.0, 1.0, share)))
             last_share = tl.sum(tl.where(j == facts.last, share, 0.0))
         if row.numbers.score is not None:
-            redistributed = redistributed_score(row.numbers.score, credit, on_score, row.numbers.beta)
+            redistributed = redistributed_score(row.numbers.score, credit, on_score, row.numbers.dense_share)
             reward = tl.where(live, redistributed, 0.0)
             if row.results.p_stats is not None:
                 spread = tl.sum(reward)
@@ -367,6 +371,7 @@ def finish_row(row, facts, rule, sums, rules):
             alive = (empty == 0) & (facts.invalid == 0)
             status |= tl.where(alive & (rule.at_live == 0), SCORE_MASKED, 0)
             status |= tl.where(alive & rule.fallback, FALLBACK, 0)
+            status |= tl.where(alive & rule.fallback & (rule.mass == -float("inf")), NEGATIVE, 0)
         status |= tl.where(nonfinite, NONFINITE, 0)
         tl.store(results.p_status, status)
     if results.p_stats is not None:

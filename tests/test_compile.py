@@ -8,16 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.problems import make_problem, pack
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnshape
-from attnshape import AttentionInputs, ShapingConfig
+from attnshape import KL, AttentionInputs, Response, ShapingConfig, Whitening
 from attnshape import compile as compiling
-from attnshape.compare import mapped
+from attnshape.problems import Problem, make_problem, mapped, pack
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inductor's imports
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,40 +29,34 @@ OPERATORS = [
     "gae",
     "whiten",
 ]
+GAE_CONFIG = ShapingConfig(gamma=0.99, lam=0.9, mask_semantics="zero")
 
 
-def drawn(batch: int = 3, width: int = 9, packed: bool = False, **options: Any) -> dict[str, Any]:
+def drawn(batch: int = 3, width: int = 9, packed: bool = False, **options: Any) -> Problem:
     """Arguments of every function, drawn together."""
     config = ShapingConfig(lam=torch.linspace(0.5, 1.0, batch), score_clip=(-2.0, 2.0))
     problem = make_problem(batch, batch=batch, width=width, whole_query=True, config=config, **options)
     problem = pack(problem) if packed else problem
-    made = {"score": problem.score, "inputs": problem.inputs, "config": problem.config, **problem.kwargs}
-    return mapped(made, lambda x: x.to(DEVICE))
+    return mapped(problem, lambda x: x.to(DEVICE))
 
 
-PLACE = ("response_start", "response_index", "response_cu_seqlens")
-
-
-def call(name: str, drawn: dict[str, Any], backend: str) -> Any:
+def call(name: str, drawn: Problem, backend: str) -> Any:
     """The public function on what it takes of ``drawn``."""
-    mask, inputs = drawn["response_mask"], drawn["inputs"]
-    place = {name: drawn[name] for name in PLACE if name in drawn} | {"backend": backend}
+    response, inputs, given = drawn.response, drawn.inputs, drawn.given
     if name == "attention_row":
         return attnshape.attention_row([inputs, inputs], backend=backend)
     if name in ("attention_credit", "attention_column_credit"):
-        return getattr(attnshape, name)(inputs, mask, **place)
+        return getattr(attnshape, name)(inputs, response, backend=backend)
     if name == "attention_rollout":
-        return attnshape.attention_rollout([inputs, inputs], mask, **place)
-    bounds = {"response_cu_seqlens": drawn.get("response_cu_seqlens"), "backend": backend}
+        return attnshape.attention_rollout([inputs, inputs], response, backend=backend)
     if name == "redistribute":
-        return attnshape.redistribute(drawn["score"], "uniform", mask, **bounds)
+        return attnshape.redistribute(drawn.score, "uniform", response, drawn.config, backend=backend)
     if name == "gae":
-        how = {"gamma": 0.99, "lam": 0.9, "mask_semantics": "zero", "return_moments": True}
-        return attnshape.gae(drawn["token_rewards"], drawn["values"], mask, **how, **bounds)
+        rewards, values = given["token_rewards"], given["values"]
+        return attnshape.gae(rewards, values, response, GAE_CONFIG, backend=backend)
     if name == "whiten":
-        return attnshape.whiten(drawn["values"], mask, backend=backend)
-    arguments = {key: x for key, x in drawn.items() if key not in ("score", "inputs")}
-    return attnshape.shape_rewards(drawn["score"], inputs, **arguments, backend=backend)
+        return attnshape.whiten(given["values"], response, Whitening(eps=1e-6), backend=backend)
+    return drawn.shaped(attnshape.shape_rewards, backend=backend)
 
 
 def leaves(x: Any) -> list[Any]:
@@ -127,34 +120,32 @@ def test_one_compilation_for_every_shape(name: str) -> None:
 def test_a_changing_kl_coef_compiles_twice_at_most(compiler: str) -> None:
     arguments = drawn()
     function = compiled(call, backend=compiler)
+    kl = arguments.given["kl"]
     for step in range(8):
-        arguments["kl_coef"] = 0.1 + step / 100
+        arguments.given["kl"] = KL(kl.logprobs, kl.ref_logprobs, 0.1 + step / 100)
         got, want = (f("shape_rewards", arguments, "torch") for f in (function, call))
         torch.testing.assert_close(got.rewards, want.rewards, equal_nan=True)
     assert compilations() <= 2
 
 
-def test_a_new_beta_compiles_anew() -> None:
+def test_a_new_dense_share_compiles_anew() -> None:
     arguments = drawn()
     function = compiled(call, backend="eager")
-    for beta in (0.5, 0.75, 1.0, 0.5):
-        arguments["config"] = ShapingConfig(beta=beta)
+    for dense_share in (0.5, 0.75, 1.0, 0.5):
+        arguments.config = ShapingConfig(dense_share=dense_share, lam=0.95)
         assert_same(function("shape_rewards", arguments, "torch"), call("shape_rewards", arguments, "torch"))
     assert compilations() == 3
 
 
 def test_inside_a_larger_graph_with_gradients() -> None:
     arguments = drawn()
-    arguments["values"] = torch.nn.Parameter(arguments["values"])
-    arguments["inputs"].key.requires_grad_()
+    arguments.given["values"] = torch.nn.Parameter(arguments.given["values"])
+    arguments.inputs.key.requires_grad_()
 
-    def step(arguments: dict[str, Any], scale: Tensor) -> tuple[Tensor, Tensor]:
+    def step(arguments: Problem, scale: Tensor) -> tuple[Tensor, Tensor]:
         shaped = call("shape_rewards", arguments, "torch")
         whitened = attnshape.whiten(
-            shaped.advantages,
-            arguments["response_mask"],
-            moments=shaped.row_stats.advantage_moments,
-            backend="torch",
+            shaped.advantages, arguments.response, moments=shaped.moments, backend="torch"
         )
         return (scale * whitened).sum(), shaped.metrics["credit_entropy"]
 
@@ -166,7 +157,7 @@ def test_inside_a_larger_graph_with_gradients() -> None:
     assert not got[1].requires_grad
     got[0].backward()
     assert scale.grad is not None
-    assert arguments["values"].grad is None
+    assert arguments.given["values"].grad is None
 
 
 class Recorder(TorchDispatchMode):
@@ -196,7 +187,7 @@ def test_opcheck(name: str, packed: bool, backend: str) -> None:
     torch.library.opcheck(operator, seen[0], test_utils=checks)
 
 
-def tensors_of(arguments: dict[str, Any]) -> list[Tensor]:
+def tensors_of(arguments: Problem) -> list[Tensor]:
     tensors: list[Tensor] = []
     mapped(arguments, lambda x: (tensors.append(x), x)[1])
     return tensors
@@ -246,22 +237,25 @@ def test_structures_come_back_as_they_went() -> None:
     inputs = AttentionInputs(
         torch.ones(1), torch.ones(2), 0.5, sliding_window=3, query_position="last_response"
     )
-    config = ShapingConfig(score_clip=(-1.0, 2.0), lam=torch.ones(3))
-    given = [[inputs, inputs], config, None, True, 7, 1.5, "uniform", (torch.ones(4),)]
+    config = ShapingConfig(score_clip=(-1.0, 2.0), lam=torch.ones(3), whitening=Whitening(bessel=False))
+    response = Response(torch.ones(2, 3), start=torch.ones(2), cu_seqlens=torch.ones(3))
+    kl = KL(torch.ones(2), None, 0.5, torch.ones(4))
+    given = [[inputs, inputs], response, kl, config, None, True, 7, 1.5, "uniform", (torch.ones(4),)]
     held = compiling.Leaves([], [], [])
     structure = compiling.flatten(given, held)
-    (first, second), back, *rest = compiling.unflatten(structure, held)
-    for layer in (first, second):
-        assert vars(layer) == vars(inputs)
-    assert vars(back) == vars(config)
-    assert rest == given[2:]
+    layers, *others = compiling.unflatten(structure, held)
+    for back, went in zip([*layers, *others[:3]], [inputs, inputs, response, kl, config], strict=True):
+        assert type(back) is type(went)
+        assert vars(back) == vars(went)
+    rest = others[3:]
+    assert rest == given[4:]
     with pytest.raises(TypeError, match="got object, which cannot be compiled"):
         compiling.flatten(object(), held)
 
 
 def test_bad_arguments_are_named_where_the_operator_runs() -> None:
     arguments = drawn()
-    arguments["score"] = torch.ones(1, device=DEVICE)
+    arguments.score = torch.ones(1, device=DEVICE)
     function = compiled(call, backend="eager")
     with pytest.raises(ValueError, match="score: got shape"):
         function("shape_rewards", arguments, "torch")
@@ -275,6 +269,6 @@ def test_a_process_group_is_compiled_too(tmp_path: Path) -> None:
     def whiten(x: Tensor, mask: Tensor) -> Tensor:
         return attnshape.whiten(x.cpu(), mask.cpu(), process_group=dist.group.WORLD, backend="torch")
 
-    given = arguments["values"], arguments["response_mask"]
+    given = arguments.given["values"], arguments.response.mask
     assert_same(compiled(whiten, backend="eager")(*given), whiten(*given))
     dist.destroy_process_group()

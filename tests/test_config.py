@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import check, golden
 from parity.cases import CHOICES
-from support.problems import check_shaped, make_problem
+from support.problems import check_shaped
 
 import attnshape
-from attnshape import ShapingConfig, Status, reference
+from attnshape import KL, Response, ShapingConfig, Status, Whitening, reference
+from attnshape.problems import make_problem
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PRESETS = {
@@ -51,9 +52,9 @@ def test_another_setting_is_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def changed(field: str, value: Any) -> None:
         def preset(*args: Any) -> Any:
-            config, arguments, mask = original(*args)
+            config, *rest = original(*args)
             object.__setattr__(config, field, value)
-            return config, arguments, mask
+            return config, *rest
 
         monkeypatch.setattr(check, "preset", preset)
 
@@ -63,10 +64,10 @@ def test_another_setting_is_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
 
     wrong = {
         "mask_semantics": ("zero", ["returns", "whitened"]),
-        "zero_masked": (True, ["returns", "whitened"]),
+        "carry_masked": (False, ["returns", "whitened"]),
         "score_index": ("last_unmasked", ["rewards", "returns", "whitened"]),
         "kl_output_clip": (None, ["rewards", "returns", "whitened"]),
-        "whitening": ({}, ["whitened"]),
+        "whitening": (Whitening(), ["whitened"]),
         "gamma": (0.98, ["returns", "whitened"]),
     }
     for field, (value, outputs) in wrong.items():
@@ -111,10 +112,10 @@ def test_dense_rewards_as_the_reference(
         seed, batch=batch, width=width, kl=kl, left_padding=left_padding, extras=False, config=config
     )
     check_shaped(problem, backend, DEVICE if backend == "triton" else "cpu")
-    mask = problem.kwargs["response_mask"]
+    mask = problem.response.mask
     x = torch.randn(mask.shape, generator=torch.Generator().manual_seed(seed))
-    got = attnshape.whiten(x.to(DEVICE), mask.to(DEVICE), **config.whitening, backend=backend)
-    want = reference.whiten(x.double(), mask, **config.whitening)
+    got = attnshape.whiten(x.to(DEVICE), mask.to(DEVICE), config.whitening, backend=backend)
+    want = reference.whiten(x.double(), mask, config.whitening)
     torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5, atol=1e-5)
 
 
@@ -124,10 +125,10 @@ def test_defaults_and_overrides(name: str) -> None:
     config = preset()
     assert type(config) is ShapingConfig
     assert (config.gamma, config.lam) == PRESETS[name]
-    assert config.beta == ShapingConfig().beta
-    changed = preset(lam=0.5, beta=1.0, kl_output_clip=3.0, whitening={"eps": 1.0})
-    assert (changed.lam, changed.beta, changed.kl_output_clip) == (0.5, 1.0, 3.0)
-    assert changed.whitening == {"eps": 1.0}
+    assert config.dense_share == ShapingConfig().dense_share
+    changed = preset(lam=0.5, dense_share=1.0, kl_output_clip=3.0, whitening=Whitening(eps=1.0))
+    assert (changed.lam, changed.dense_share, changed.kl_output_clip) == (0.5, 1.0, 3.0)
+    assert changed.whitening == Whitening(eps=1.0)
     assert changed.mask_semantics == config.mask_semantics
     with pytest.raises(TypeError, match="gama"):
         preset(gama=1.0)
@@ -145,9 +146,8 @@ def test_full_kl_is_given_ready_made() -> None:
     out = attnshape.shape_rewards(
         torch.ones(1, dtype=torch.float64),
         "sparse",
-        kl=kl,
-        kl_coef=0.5,
-        response_mask=torch.ones(1, 3),
+        torch.ones(1, 3),
+        kl=KL.given(kl, 0.5),
         config=ShapingConfig.trl(),
     )
     torch.testing.assert_close(out.rewards, torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64) - 0.5 * kl)
@@ -168,13 +168,12 @@ def test_kl_has_the_frameworks_names() -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("beta", [0.8, 0.1, 1 / 3])
-def test_without_abc_the_reward_is_the_score_itself(backend: str, beta: float) -> None:
+@pytest.mark.parametrize("dense_share", [0.8, 0.1, 1 / 3])
+def test_without_abc_the_reward_is_the_score_itself(backend: str, dense_share: float) -> None:
     score = torch.linspace(-9, 9, 40, device=DEVICE)
     mask = torch.ones(40, 3, device=DEVICE)
-    out = attnshape.shape_rewards(
-        score, "sparse", response_mask=mask, config=ShapingConfig.verl(beta=beta), backend=backend
-    )
+    config = ShapingConfig.verl(dense_share=dense_share)
+    out = attnshape.shape_rewards(score, "sparse", mask, config=config, backend=backend)
     assert torch.equal(out.rewards[:, 2], score)
     assert not out.rewards[:, :2].any()
 
@@ -183,28 +182,18 @@ def test_a_score_on_a_masked_last_token_is_lost_as_in_verl_or_kept() -> None:
     attention = torch.tensor([[1, 1, 1, 1, 0]])
     mask = torch.tensor([[1, 1, 0, 0, 0]])  # two tokens of a tool come last
     score, values = torch.tensor([2.0]), torch.zeros(1, 5)
-    lost = attnshape.shape_rewards(
-        score,
-        "sparse",
-        values=values,
-        response_mask=mask,
-        config=ShapingConfig.verl(score_index=attention.sum(1) - 1),
-    )
+    losing = ShapingConfig.verl(score_index=attention.sum(1) - 1)
+    lost = attnshape.shape_rewards(score, "sparse", mask, values=values, config=losing)
     assert not lost.advantages.any()
     assert lost.status.tolist() == [Status.SCORE_MASKED]
-    kept = attnshape.shape_rewards(
-        score, "sparse", values=values, response_mask=mask, config=ShapingConfig.verl()
-    )
+    kept = attnshape.shape_rewards(score, "sparse", mask, values=values, config=ShapingConfig.verl())
     assert kept.rewards.tolist() == [[0.0, 2.0, 0.0, 0.0, 0.0]]
     assert kept.status.tolist() == [0]
 
 
 def shaped(config: ShapingConfig, mask: list[list[int]], **options: Any) -> Any:
-    response_mask = torch.tensor(mask)
-    score = torch.ones(len(mask))
-    return attnshape.shape_rewards(
-        score, "uniform", response_mask=response_mask, config=config, validate=True, **options
-    )
+    score, response = torch.ones(len(mask)), torch.tensor(mask)
+    return attnshape.shape_rewards(score, "uniform", response, config=config, validate=True, **options)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +220,7 @@ def test_another_frameworks_layout(
     config: ShapingConfig, good: list[int], bad: list[int], message: str
 ) -> None:
     assert shaped(config, [good, good, [0, 0, 0, 0]]).status.tolist() == [0, 0, Status.EMPTY]
-    with pytest.raises(ValueError, match=f"response_mask: {message}"):
+    with pytest.raises(ValueError, match=f"response.mask: {message}"):
         shaped(config, [good, bad])
     for name in ("trl", "openrlhf", "nemo_rl"):  # whole sequences, padded on either side, with holes
         assert not shaped(getattr(ShapingConfig, name)(), [good, bad]).status.any()
@@ -239,11 +228,14 @@ def test_another_frameworks_layout(
 
 def test_a_packed_prefix_is_held_row_by_row() -> None:
     cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
-    score, config = torch.ones(2), ShapingConfig.slime()
-    options = {"response_cu_seqlens": cu_seqlens, "config": config, "validate": True}
-    attnshape.shape_rewards(score, "sparse", response_mask=torch.tensor([1, 0, 1, 1, 0]), **options)
+    score, options = torch.ones(2), {"config": ShapingConfig.slime(), "validate": True}
+
+    def packed(mask: list[int]) -> Response:
+        return Response(torch.tensor(mask), cu_seqlens=cu_seqlens)
+
+    attnshape.shape_rewards(score, "sparse", packed([1, 0, 1, 1, 0]), **options)
     with pytest.raises(ValueError, match="token 0 of row 1 is masked and a later one is not"):
-        attnshape.shape_rewards(score, "sparse", response_mask=torch.tensor([1, 1, 0, 1, 1]), **options)
+        attnshape.shape_rewards(score, "sparse", packed([1, 1, 0, 1, 1]), **options)
 
 
 def test_presets_are_compiled() -> None:
@@ -254,8 +246,8 @@ def test_presets_are_compiled() -> None:
 
     def call(score: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         config = ShapingConfig.verl(lam=0.9)
-        out = attnshape.shape_rewards(score, "sparse", values=values, response_mask=mask, config=config)
-        return attnshape.whiten(out.advantages, mask, **config.whitening)
+        out = attnshape.shape_rewards(score, "sparse", mask, values=values, config=config)
+        return attnshape.whiten(out.advantages, mask, config.whitening)
 
     compiled = torch.compile(call, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(score, values, mask), call(score, values, mask))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -13,10 +14,21 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from attnshape import AttentionInputs, ShapingConfig, credit, reference, shape_rewards
-from attnshape.types import SignedLayer
+from attnshape import (
+    AttentionInputs,
+    Response,
+    ShapingConfig,
+    SignedInputs,
+    Status,
+    credit,
+    reference,
+    shape_rewards,
+)
+from attnshape.reference.attention import attention_matrix, keys_of_row
 
 F64 = torch.float64
 B, R, S = 6, 9, 14
@@ -62,18 +74,9 @@ def check(make: Callable[..., Tensor], by_hand: Callable[..., list[float]], *tok
     def pack(x: Tensor) -> Tensor:
         return torch.cat([x[0, :2], *(x[b, :n] for b, n in enumerate(lengths)), x[0, :3]])
 
-    got = make(*map(pack, given), pack(mask), response_cu_seqlens=bounds)
+    got = make(*map(pack, given), Response(pack(mask), cu_seqlens=bounds))
     for b, (lo, hi) in enumerate(itertools.pairwise(bounds.tolist())):
         torch.testing.assert_close(got[lo:hi].double(), want[b, : hi - lo], rtol=1e-6, atol=1e-7)
-
-
-def without_bounds(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """For what needs no bounds, since a token's reward depends on no other token."""
-
-    def call(*args: Tensor, response_cu_seqlens: Tensor | None = None) -> Tensor:
-        return function(*args)
-
-    return call
 
 
 def test_uniform() -> None:
@@ -95,8 +98,8 @@ def test_sparse() -> None:
 def test_named_credit_is_that_of_shape_rewards(name: str) -> None:
     mask, score = response_mask(), normal(B)
     for config in (ShapingConfig(), ShapingConfig(normalization="sum_to_length")):
-        want = shape_rewards(score, name, response_mask=mask, config=config)
-        got = shape_rewards(score, getattr(credit, name)(mask), response_mask=mask, config=config)
+        want = shape_rewards(score, name, mask, config=config)
+        got = shape_rewards(score, getattr(credit, name)(mask), mask, config=config)
         torch.testing.assert_close(got.rewards, want.rewards.float())
 
 
@@ -108,9 +111,7 @@ def test_incremental_rewards() -> None:
         return [score - previous for score, previous in zip(scores, before, strict=True)]
 
     check(
-        lambda scores, mask, **bounds: credit.incremental_rewards(
-            scores, prompt.to(scores.dtype), mask, **bounds
-        ),
+        lambda scores, response: credit.incremental_rewards(scores, prompt.to(scores.dtype), response),
         by_hand,
         normal(B, R),
     )
@@ -127,7 +128,7 @@ def test_incremental_rewards_sum_to_what_the_response_added() -> None:
 
 def test_log_ratio_rewards() -> None:
     check(
-        without_bounds(lambda *x: credit.log_ratio_rewards(*x, scale=0.25)),
+        lambda *x: credit.log_ratio_rewards(*x, scale=0.25),
         lambda b, policy, ref: [0.25 * (x - y) for x, y in zip(policy, ref, strict=True)],
         normal(B, R),
         normal(B, R, seed=1),
@@ -136,7 +137,7 @@ def test_log_ratio_rewards() -> None:
 
 def test_discriminator_rewards() -> None:
     check(
-        without_bounds(lambda *x: credit.discriminator_rewards(*x, validate=True)),
+        lambda *x: credit.discriminator_rewards(*x, validate=True),
         lambda b, good: [2 * p - 1 for p in good],
         normal(B, R).sigmoid(),
     )
@@ -161,7 +162,7 @@ def test_segment_rewards(cutoff: float) -> None:
         return rewards
 
     check(
-        lambda *x, **bounds: credit.segment_rewards(*x, cutoff=cutoff, mean=mean, std=std, **bounds),
+        lambda *x: credit.segment_rewards(*x, cutoff=cutoff, mean=mean, std=std),
         by_hand,
         normal(B, R),
         normal(B, R, seed=1).abs(),
@@ -203,9 +204,8 @@ def test_top_overlap(share: float) -> None:
     second = (first + normal(B, R, seed=2)).round()  # with ties
     bounds = torch.arange(0, B * R + 1, R, dtype=torch.int32)
     got = credit.top_overlap(poisoned(first, mask), poisoned(second, mask), mask, share=share)
-    packed = credit.top_overlap(
-        first.flatten(), second.flatten(), mask.flatten(), share=share, response_cu_seqlens=bounds
-    )
+    response = Response(mask.flatten(), cu_seqlens=bounds)
+    packed = credit.top_overlap(first.flatten(), second.flatten(), response, share=share)
     assert got.dtype == torch.float32
     for b in range(B):
         if mask[b].any():
@@ -230,9 +230,9 @@ def test_centered_weights_leave_the_score_alone() -> None:
     rewards = shape_rewards(
         score,
         "uniform",
+        mask,
         token_rewards=credit.centered(poisoned(weights, mask), mask),
-        response_mask=mask,
-        config=ShapingConfig(beta=1.0),
+        config=ShapingConfig(dense_share=1.0),
     ).rewards
     for b in range(B):
         if not mask[b].any():
@@ -262,20 +262,19 @@ def test_gradient_weights(shape: tuple[int, ...], by: str) -> None:
     terms = 3 * terms.masked_fill(torch.arange(S) >= lengths[:, None], 0.0)
     start = torch.tensor([0, 5, 3, 2, 4, 5])
     places = start[:, None] + torch.arange(R)
-    kwargs: dict[str, Any] = {"response_start": start}
+    place: dict[str, Tensor] = {"start": start}
     if by == "index":
         places = places.flip(1)
         places[4, 3] = -1
         mask[4, 3] = True
-        kwargs = {"response_index": places}
+        place = {"index": places}
     want = torch.where(places < 0, 0.0, terms.gather(1, places.clamp(min=0))).masked_fill(~mask, 0.0)
     if by == "packed":
         bounds = torch.arange(0, B * R + 1, R, dtype=torch.int32)
-        got = credit.gradient_weights(
-            score, inputs, mask.flatten(), **kwargs, response_cu_seqlens=bounds
-        ).view(B, R)
+        response = Response(mask.flatten(), **place, cu_seqlens=bounds)
+        got = credit.gradient_weights(score, inputs, response).view(B, R)
     else:
-        got = credit.gradient_weights(score, inputs, mask, **kwargs, validate=True)
+        got = credit.gradient_weights(score, inputs, Response(mask, **place), validate=True)
     torch.testing.assert_close(got, want)
     assert got.dtype == F64
     assert not got.requires_grad
@@ -286,20 +285,20 @@ def test_gradient_weights_of_a_row_out_of_range() -> None:
     inputs = normal(2, S, 3).float().requires_grad_()
     mask = torch.ones(2, 4)
     mask[0, 3] = 0
-    start = torch.tensor([S - 3, S - 3])
-    got = credit.gradient_weights(inputs.pow(2).sum([1, 2]), inputs, mask, response_start=start)
+    response = Response(mask, start=torch.tensor([S - 3, S - 3]))
+    got = credit.gradient_weights(inputs.pow(2).sum([1, 2]), inputs, response)
     want = 2 * inputs.detach().pow(2).sum(2)
     torch.testing.assert_close(got[0], torch.cat([want[0, -3:], torch.zeros(1)]))
     assert got[1].isnan().all()
     assert got.dtype == torch.float32
-    with pytest.raises(ValueError, match="response_start: row 1"):
-        credit.gradient_weights(inputs.pow(2).sum([1, 2]), inputs, mask, response_start=start, validate=True)
+    with pytest.raises(ValueError, match=r"response\.start: row 1"):
+        credit.gradient_weights(inputs.pow(2).sum([1, 2]), inputs, response, validate=True)
 
 
 # Signed rollout
 
 
-def signed_layers(count: int, *, dtype: torch.dtype = F64, **options: Any) -> list[SignedLayer]:
+def signed_layers(count: int, *, dtype: torch.dtype = F64, **options: Any) -> list[SignedInputs]:
     layers = []
     attended = torch.rand(B, S, generator=torch.Generator().manual_seed(9)) > 0.2
     attended[:, :2] = attended[:, -1] = True
@@ -309,16 +308,17 @@ def signed_layers(count: int, *, dtype: torch.dtype = F64, **options: Any) -> li
         inputs = AttentionInputs(query.to(dtype), key.to(dtype), 0.5, attention_mask=attended, **options)
         value = normal(B, 2, S, 5, seed=10 * i + 3).masked_fill(~attended[:, None, :, None], math.nan)
         pull = normal(B, 4, S, 5, seed=10 * i + 4).masked_fill(~attended[:, None, :, None], math.nan) / 5
-        layers.append(SignedLayer(inputs, value.to(dtype), pull.to(dtype)))
+        layers.append(SignedInputs(inputs, value.to(dtype), pull.to(dtype)))
     return layers
 
 
-def signed_rollout_by_hand(layers: list[SignedLayer], b: int, position: int) -> Tensor:
+def signed_rollout_by_hand(layers: list[SignedInputs], b: int, position: int) -> Tensor:
     r = torch.zeros(S, dtype=F64)
     r[position] = 1
     for inputs, value, pull in reversed(layers):
-        seq = reference._sequence(inputs, b)
-        attention = reference._attention_matrix(inputs, seq)
+        seq = keys_of_row(inputs, b)
+        assert seq is not None
+        attention = attention_matrix(inputs, seq)
         value = value[b].nan_to_num(0.0)
         below = torch.zeros(S, dtype=F64)
         for s in range(S):
@@ -337,28 +337,28 @@ def signed_rollout_by_hand(layers: list[SignedLayer], b: int, position: int) -> 
 @pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "sliding_window": 5}])
 def test_signed_rollout(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     layers, mask = signed_layers(2, **options), response_mask()
-    start = torch.full((B,), S - R)
-    got = credit.signed_rollout(layers, mask, response_start=start, validate=True)
+    response = Response(mask, start=torch.full((B,), S - R))
+    got = credit.signed_rollout(layers, response, validate=True)
+    torch.testing.assert_close(reference.signed_rollout(layers, response), got)
     for b in range(B):
         r = signed_rollout_by_hand(layers, b, S - 6 if b == 3 else S - 1)
         torch.testing.assert_close(r.sum(), torch.ones((), dtype=F64))
         torch.testing.assert_close(got[b], r[S - R :].masked_fill(~mask[b], 0.0))
     assert got.min() < 0
-    monkeypatch.setattr("attnshape.torch_backend.SCORE_ELEMENTS", B * 4 * S * 3)
-    torch.testing.assert_close(credit.signed_rollout(layers, mask, response_start=start), got)
+    monkeypatch.setattr("attnshape.vectorized.attention.SCORE_ELEMENTS", B * 4 * S * 3)
+    torch.testing.assert_close(credit.signed_rollout(layers, response), got)
 
 
 def test_signed_rollout_of_packed_sequences() -> None:
-    layers, mask = signed_layers(2), response_mask()
-    start = torch.full((B,), S - R)
-    want = credit.signed_rollout(layers, mask, response_start=start)
+    layers, response = signed_layers(2), Response(response_mask(), start=torch.full((B,), S - R))
+    want = credit.signed_rollout(layers, response)
     bounds = torch.arange(0, B * S + 1, S, dtype=torch.int32)
 
     def pack(x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(0, 1)
 
     packed = [
-        SignedLayer(
+        SignedInputs(
             AttentionInputs(
                 pack(x.query),
                 pack(x.key),
@@ -371,16 +371,15 @@ def test_signed_rollout_of_packed_sequences() -> None:
         )
         for x, value, pull in layers
     ]
-    torch.testing.assert_close(credit.signed_rollout(packed, mask, response_start=start), want)
+    torch.testing.assert_close(credit.signed_rollout(packed, response), want)
 
 
 def test_heads_that_do_not_count_carry_nothing() -> None:
-    layers, mask = signed_layers(1), torch.ones(B, R)
-    start = torch.full((B,), S - R)
+    layers, response = signed_layers(1), Response(torch.ones(B, R), start=torch.full((B,), S - R))
     [(inputs, value, pull)] = layers
     chosen = torch.tensor([1, 0, 0, 1])
     masked = [
-        SignedLayer(
+        SignedInputs(
             AttentionInputs(
                 inputs.query, inputs.key, 0.5, attention_mask=inputs.attention_mask, head_mask=chosen
             ),
@@ -388,11 +387,79 @@ def test_heads_that_do_not_count_carry_nothing() -> None:
             pull.masked_fill(chosen[:, None, None] == 0, math.nan),
         )
     ]
-    silent = [SignedLayer(inputs, value, pull * chosen[:, None, None])]
+    silent = [SignedInputs(inputs, value, pull * chosen[:, None, None])]
     torch.testing.assert_close(
-        credit.signed_rollout(masked, mask, response_start=start),
-        credit.signed_rollout(silent, mask, response_start=start),
+        credit.signed_rollout(masked, response), credit.signed_rollout(silent, response)
     )
+
+
+@st.composite
+def signed_rollouts(draw: st.DrawFn) -> tuple[list[SignedInputs], Response]:
+    """Layers and a response of every layout; what nobody may look at is NaN."""
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    pick = lambda *choices: draw(st.sampled_from(choices))  # noqa: E731
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=F64)
+
+    def below(high: int, *shape: int) -> Tensor:
+        return torch.randint(0, high, shape, generator=g)
+
+    batch, keys, kv_heads, group = pick(1, 2, 4), draw(st.integers(2, 9)), pick(1, 2), pick(1, 3)
+    width, heads = draw(st.integers(1, keys)), kv_heads * group
+    attended = torch.rand(batch, keys, generator=g) < 0.8
+    attended[:, -1] |= draw(st.booleans())
+    packed, window, softcap = draw(st.booleans()), pick(None, 1, 3), pick(None, 2.0)
+    head_mask = pick(None, torch.tensor([1, 0, 1, 1, 0, 1])[:heads])
+    sinks = normal(heads) if draw(st.booleans()) else None
+    key_start = below(keys + pick(0, 2), batch) if draw(st.booleans()) else None
+    position = pick(None, "last_response", "given")
+    if position == "given":
+        position = below(keys, batch)
+        position[0] += pick(0, 0, keys)  # then the row is out of range
+    layers = []
+    for _ in range(draw(st.integers(1, 3))):
+        query, key = normal(batch, heads, keys, 4) * 2, normal(batch, kv_heads, keys, 4)
+        value, pull = normal(batch, kv_heads, keys, 3), normal(batch, heads, keys, 3)
+        key, value = (x.masked_fill(~attended[:, None, :, None], math.nan) for x in (key, value))
+        if head_mask is not None:
+            pull = pull.masked_fill(head_mask[:, None, None] == 0, math.nan)
+        tokens, bounds = attended, None
+        if packed:
+            query, key, value, pull = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value, pull))
+            tokens, bounds = attended.flatten(), (torch.arange(batch + 1) * keys).int()
+        inputs = AttentionInputs(
+            query,
+            key,
+            0.5,
+            attention_mask=tokens,
+            cu_seqlens=bounds,
+            key_start=key_start,
+            query_position=position,
+            softcap=softcap,
+            sliding_window=window,
+            sinks=sinks,
+            head_mask=head_mask,
+            causal=draw(st.booleans()),
+        )
+        layers.append(SignedInputs(inputs, value, pull))
+    mask = torch.rand(batch, width, generator=g) < pick(0.7, 1.0)
+    start = below(keys - width + 1 + pick(0, 1), batch)  # one too far is out of range
+    index = torch.where(torch.rand(batch, width, generator=g) < 0.2, -1, below(keys, batch, width))
+    place = {"index": index} if draw(st.booleans()) else {"start": start}
+    if not draw(st.booleans()):
+        return layers, Response(mask, **place)
+    if "index" in place:
+        place["index"] = index.flatten()
+    return layers, Response(mask.flatten(), **place, cu_seqlens=(torch.arange(batch + 1) * width).int())
+
+
+@settings(max_examples=150)
+@given(signed_rollouts())
+def test_signed_rollout_is_the_reference(problem: tuple[list[SignedInputs], Response]) -> None:
+    layers, response = problem
+    got = credit.signed_rollout(layers, response)
+    torch.testing.assert_close(got, reference.signed_rollout(layers, response), equal_nan=True)
 
 
 # All of them
@@ -406,13 +473,15 @@ def test_all_sources_are_in_one_place() -> None:
 def test_every_source_goes_into_shape_rewards() -> None:
     mask, score = response_mask(), normal(B).float()
     x = poisoned(normal(B, R).float(), mask)
-    start = torch.full((B,), S - R)
+    signed = credit.signed_rollout(
+        signed_layers(2, dtype=torch.float32), Response(mask, start=torch.full((B,), S - R))
+    )
     for weights in (
         credit.uniform(mask),
         credit.sparse(mask),
-        credit.signed_rollout(signed_layers(2, dtype=torch.float32), mask, response_start=start).abs(),
+        signed.abs(),
     ):
-        shaped = shape_rewards(score, weights, response_mask=mask)
+        shaped = shape_rewards(score, weights, mask, validate=True)
         live = mask.any(1)
         torch.testing.assert_close(shaped.rewards.sum(1)[live], score[live])
     for rewards in (
@@ -422,9 +491,13 @@ def test_every_source_goes_into_shape_rewards() -> None:
         credit.segment_rewards(x, x.abs(), mask, cutoff=0.5),
         credit.centered(x, mask),
     ):
-        shaped = shape_rewards(torch.zeros(B), "sparse", token_rewards=rewards, values=x, response_mask=mask)
+        config = ShapingConfig(lam=0.95)
+        shaped = shape_rewards(torch.zeros(B), "sparse", mask, token_rewards=rewards, values=x, config=config)
         torch.testing.assert_close(shaped.rewards, rewards)
         assert shaped.advantages.isfinite().all()
+    with pytest.raises(ValueError, match=r"credit: got -.* signed ones are token_rewards"):
+        shape_rewards(score, signed, mask, validate=True)
+    assert (shape_rewards(score, signed, mask).status & int(Status.NEGATIVE)).any()
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
@@ -446,18 +519,24 @@ def test_empty(shape: tuple[int, int]) -> None:
 def bad_calls() -> dict[str, Callable[[], object]]:
     mask, x, row = torch.ones(2, 3), torch.ones(2, 3), torch.ones(2)
     inputs = torch.ones(2, 5, 4, requires_grad=True)
-    place: dict[str, Any] = {"response_start": torch.zeros(2, dtype=torch.int32)}
+    response = Response(mask, start=torch.zeros(2, dtype=torch.int32))
     [(layer, value, pull)] = signed_layers(1)
-    rows, from_zero = torch.ones(B, R), {"response_start": torch.zeros(B, dtype=torch.int32)}
-    segments = credit.segment_rewards
+    from_zero = Response(torch.ones(B, R), start=torch.zeros(B, dtype=torch.int32))
+    past_the_end = Response(torch.ones(B, R), start=torch.full((B,), S))
+    gradient_weights, segments, rollout = (
+        credit.gradient_weights,
+        credit.segment_rewards,
+        credit.signed_rollout,
+    )
+    one_row = AttentionInputs(layer.query[:, :, 0], layer.key, 0.5)
     return {
-        "response_mask: got list": lambda: credit.uniform([[1]]),
-        "response_mask: got shape (3,)": lambda: credit.uniform(torch.ones(3)),
-        "response_mask: got shape (2, 3), want [M]": lambda: credit.sparse(
-            mask, response_cu_seqlens=torch.tensor([0, 6], dtype=torch.int32)
+        "response.mask: got list": lambda: credit.uniform([[1]]),
+        "response.mask: got shape (3,)": lambda: credit.uniform(torch.ones(3)),
+        "response.mask: got shape (2, 3), want [M]": lambda: credit.sparse(
+            Response(mask, cu_seqlens=torch.tensor([0, 6], dtype=torch.int32))
         ),
-        "response_cu_seqlens: got torch.int64": lambda: credit.centered(
-            row, row, response_cu_seqlens=torch.tensor([0, 2])
+        "response.cu_seqlens: got torch.int64": lambda: credit.centered(
+            row, Response(row, cu_seqlens=torch.tensor([0, 2]))
         ),
         "token_scores: got shape (2, 4)": lambda: credit.incremental_rewards(torch.ones(2, 4), row, mask),
         "prompt_score: got shape (1,), want (2,)": lambda: credit.incremental_rewards(x, row[:1], mask),
@@ -478,38 +557,31 @@ def bad_calls() -> dict[str, Callable[[], object]]:
         "share: got 0,": lambda: credit.top_overlap(x, x, mask, share=0),
         "share: got 1.5": lambda: credit.top_overlap(x, x, mask, share=1.5),
         "share: got Tensor": lambda: credit.top_overlap(x, x, mask, share=row),
-        "inputs: got tuple": lambda: credit.gradient_weights(row, (inputs,), mask, **place),
-        "inputs: got shape (2, 5)": lambda: credit.gradient_weights(row, inputs[..., 0], mask, **place),
-        "inputs: got a tensor without gradient": lambda: credit.gradient_weights(
-            row, inputs.detach(), mask, **place
+        "inputs: got tuple": lambda: gradient_weights(row, (inputs,), response),
+        "inputs: got shape (2, 5)": lambda: gradient_weights(row, inputs[..., 0], response),
+        "inputs: got a tensor without gradient": lambda: gradient_weights(row, inputs.detach(), response),
+        "score: got a tensor without a graph": lambda: gradient_weights(row, inputs, response),
+        "score: got shape (3,)": lambda: gradient_weights(torch.ones(3), inputs, response),
+        "inputs: got a tensor that the score does not depend on": lambda: gradient_weights(
+            row.requires_grad_(), inputs, response
         ),
-        "score: got a tensor without a graph": lambda: credit.gradient_weights(row, inputs, mask, **place),
-        "score: got shape (3,)": lambda: credit.gradient_weights(torch.ones(3), inputs, mask, **place),
-        "inputs: got a tensor that the score does not depend on": lambda: credit.gradient_weights(
-            row.requires_grad_(), inputs, mask, **place
+        "response.mask: got 2 rows, want 3": lambda: gradient_weights(
+            row, torch.ones(3, 5, 4, requires_grad=True), response
         ),
-        "response_mask: got 2 rows, want 3": lambda: credit.gradient_weights(
-            row, torch.ones(3, 5, 4, requires_grad=True), mask, **place
+        "response.start, response.index: got neither": lambda: gradient_weights(row, inputs, mask),
+        "layers: got AttentionInputs": lambda: rollout(layer, from_zero),
+        "layers: got none, want one or more": lambda: rollout([], from_zero),
+        "layers[0].value: got shape": lambda: rollout([SignedInputs(layer, value[:, :1], pull)], from_zero),
+        "layers[0].pull: got shape": lambda: rollout([SignedInputs(layer, value, pull[..., :4])], from_zero),
+        "layers[0].inputs: got one query row": lambda: rollout(
+            [SignedInputs(one_row, value, pull)], from_zero
         ),
-        "response_start, response_index: got neither": lambda: credit.gradient_weights(row, inputs, mask),
-        "layers: got AttentionInputs": lambda: credit.signed_rollout(layer, rows, **from_zero),
-        "layers: got none, want one or more": lambda: credit.signed_rollout([], rows, **from_zero),
-        "layers[0].value: got shape": lambda: credit.signed_rollout(
-            [SignedLayer(layer, value[:, :1], pull)], rows, **from_zero
+        "layers: got a mask_row, which is of one query": lambda: rollout(
+            [SignedInputs(dataclasses.replace(layer, mask_row=torch.zeros(B, S, dtype=F64)), value, pull)],
+            from_zero,
         ),
-        "layers[0].pull: got shape": lambda: credit.signed_rollout(
-            [SignedLayer(layer, value, pull[..., :4])], rows, **from_zero
-        ),
-        "layers[0].inputs: got one query row": lambda: credit.signed_rollout(
-            [SignedLayer(AttentionInputs(layer.query[:, :, 0], layer.key, 0.5), value, pull)],
-            rows,
-            **from_zero,
-        ),
-        "response_start: row 0": lambda: credit.signed_rollout(
-            [SignedLayer(layer, value, pull)],
-            rows,
-            response_start=torch.full((B,), S),
-            validate=True,
+        "response.start: row 0": lambda: rollout(
+            [SignedInputs(layer, value, pull)], past_the_end, validate=True
         ),
     }
 

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.problems import Problem, assert_within, make_problem, pack, rows_of, to_float64
+from support.problems import Problem, assert_within, make_problem, pack, to_float64
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import attnshape
-from attnshape import AttentionInputs, AttentionTap, ShapingConfig, reference
+from attnshape import AttentionInputs, AttentionTap, Response, ShapingConfig, Whitening, reference
+from attnshape.reference.whiten import row_moments
 from attnshape.tolerance import credit_bound
 
 WORLDS = (2, 4)
@@ -70,25 +71,27 @@ def shard_of(rank: int, live: float | None = None) -> tuple[Tensor, Tensor]:
     return x.masked_fill(~mask, math.nan), mask
 
 
-def check_whiten(ranks: list[int], rank: int, group: Any, live: float | None = None, **options: Any) -> None:
+def check_whiten(
+    ranks: list[int], rank: int, group: Any, live: float | None = None, config: Whitening | None = None
+) -> None:
+    config = config or Whitening()
     shards = [shard_of(r, live) for r in ranks]
     x, mask = shard_of(rank, live)
     whole = reference.whiten(
-        torch.cat([x for x, _ in shards]).double(), torch.cat([mask for _, mask in shards]), **options
+        torch.cat([x for x, _ in shards]).double(), torch.cat([mask for _, mask in shards]), config
     )
     before = sum(UNEVEN[r][0] for r in ranks[: ranks.index(rank)])
     for backend in ("torch", "triton"):
-        for moments in (None, reference.row_moments(x.double(), mask)):
-            got = attnshape.whiten(x, mask, moments=moments, process_group=group, backend=backend, **options)
+        for moments in (None, row_moments(x.double(), Response(mask))):
+            got = attnshape.whiten(x, mask, config, moments=moments, process_group=group, backend=backend)
             want = whole[before : before + len(x)]
             torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
 @case
 def whiten_of_uneven_shards(rank: int, world: int) -> None:
-    options: dict[str, Any]
-    for options in ({}, {"bessel": False, "eps_mode": "clamp"}, {"shift_mean": False}):
-        check_whiten(list(range(world)), rank, dist.group.WORLD, **options)
+    for config in (Whitening(), Whitening(bessel=False, eps_mode="clamp"), Whitening(shift_mean=False)):
+        check_whiten(list(range(world)), rank, dist.group.WORLD, config=config)
 
 
 @case
@@ -114,12 +117,12 @@ def whiten_over_some_ranks(rank: int, world: int) -> None:
 def whiten_of_a_gae_on_each_rank(rank: int, world: int) -> None:
     """The loop of a data parallel trainer: advantages here, statistics everywhere."""
     shards = [shard_of(r, 0.7) for r in range(world)]
-    gae = {"gamma": 0.99, "lam": 0.95, "mask_semantics": "skip", "return_moments": True}
+    config = ShapingConfig(gamma=0.99, lam=0.95, mask_semantics="skip")
     rewards, mask = shards[rank]
-    advantages, _, moments = attnshape.gae(rewards, None, mask, **gae)
+    advantages, _, moments = attnshape.gae(rewards, None, mask, config)
     got = attnshape.whiten(advantages, mask, moments=moments, process_group=dist.group.WORLD)
     masks = torch.cat([mask for _, mask in shards])
-    whole, _, _ = reference.gae(torch.cat([x for x, _ in shards]).double(), None, masks, **gae)
+    whole, _, _ = reference.gae(torch.cat([x for x, _ in shards]).double(), None, masks, config)
     before = sum(rows for rows, _ in UNEVEN[:rank])
     want = reference.whiten(whole, masks)[before : before + len(mask)]
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
@@ -150,14 +153,9 @@ def tensor_parallel_problem(world: int, **options: Any) -> Problem:
     return make_problem(11, heads=2 * kv_heads, kv_heads=kv_heads, **options)
 
 
-def placed(problem: Problem) -> dict[str, Any]:
-    names = ("response_mask", "response_start", "response_index", "response_cu_seqlens")
-    return {name: problem.kwargs[name] for name in names if name in problem.kwargs}
-
-
 def check_heads(problem: Problem, layers: list[AttentionInputs], rank: int, world: int) -> None:
     mine = [local_heads(x, rank, world) for x in layers]
-    kwargs = placed(problem)
+    response = problem.response
     backends: dict[str, tuple[str, ...]] = {"torch": ("sum_to_one", "sum_to_length", "none")}
     if world == 2:  # the interpreter takes its time, in every process
         backends["triton"] = ("sum_to_one",)
@@ -167,9 +165,9 @@ def check_heads(problem: Problem, layers: list[AttentionInputs], rank: int, worl
         want = reference.attention_row(to_float64(layers))
         assert_within("row", row, want, credit_bound(want, problem.max_score))
         for normalization in normalizations:
-            got = attnshape.attention_credit(mine, **kwargs, normalization=normalization, **options)
-            expected = reference.attention_credit(to_float64(layers), **kwargs, normalization=normalization)
-            for x, y in zip(rows_of(got, kwargs), rows_of(expected, kwargs), strict=True):
+            got = attnshape.attention_credit(mine, response, normalization=normalization, **options)
+            expected = reference.attention_credit(to_float64(layers), response, normalization=normalization)
+            for x, y in zip(problem.rows(got), problem.rows(expected), strict=True):
                 assert_within("credit", x, y, credit_bound(y, problem.max_score))
         ranks = [torch.empty_like(got) for _ in range(world)]
         dist.all_gather(ranks, got)
@@ -206,12 +204,13 @@ def credit_of_chosen_heads(rank: int, world: int) -> None:
 def a_row_that_is_not_finite_stays_alone(rank: int, world: int) -> None:
     problem = tensor_parallel_problem(world, holes=False, attention_mask=False)
     x = local_heads(problem.inputs, rank, world)
-    key = x.key.clone()
+    key, start = x.key.clone(), problem.response.start
+    assert start is not None
     if rank == world - 1:
-        key[1, 0, int(problem.kwargs["response_start"][1])] = math.nan
+        key[1, 0, int(start[1])] = math.nan
     x = dataclasses.replace(x, key=key)
-    credit = attnshape.attention_credit(x, **placed(problem), process_group=dist.group.WORLD)
-    live = problem.kwargs["response_mask"] != 0
+    credit = attnshape.attention_credit(x, problem.response, process_group=dist.group.WORLD)
+    live = problem.response.mask != 0
     assert live[1].any()
     assert credit[1][live[1]].isnan().all()
     assert credit[[0, 2]].isfinite().all()
@@ -221,10 +220,10 @@ def a_row_that_is_not_finite_stays_alone(rank: int, world: int) -> None:
 @case
 def credit_is_compiled_in_one_graph(rank: int, world: int) -> None:
     problem = tensor_parallel_problem(world)
-    x, place = local_heads(problem.inputs, rank, world), placed(problem)
+    x = local_heads(problem.inputs, rank, world)
 
     def credit() -> Tensor:
-        return attnshape.attention_credit(x, **place, process_group=dist.group.WORLD)
+        return attnshape.attention_credit(x, problem.response, process_group=dist.group.WORLD)
 
     compiled = torch.compile(credit, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(), credit(), rtol=0, atol=0, equal_nan=True)
@@ -241,10 +240,7 @@ def tapped_tensor_parallel_reward_model(rank: int, world: int) -> None:
     torch.manual_seed(0)
     model = build("llama", **heads)
     ids = torch.randint(5, 40, (3, 12), generator=torch.Generator().manual_seed(1))
-    response: dict[str, Any] = {
-        "response_mask": torch.ones(3, 7),
-        "response_start": torch.tensor([5, 5, 5], dtype=torch.int32),
-    }
+    response = Response(torch.ones(3, 7), start=torch.tensor([5, 5, 5], dtype=torch.int32))
     config = ShapingConfig(lam=0.9)
 
     def run(group: Any) -> tuple[Tensor, Tensor, attnshape.ShapedRewards]:
@@ -253,8 +249,8 @@ def tapped_tensor_parallel_reward_model(rank: int, world: int) -> None:
         inputs = tap.take()
         if group is not None:
             assert inputs.query.shape[1] == 8 // world
-        credit = attnshape.attention_credit(inputs, **response, process_group=group)
-        return score, credit, attnshape.shape_rewards(score, credit, config=config, **response)
+        credit = attnshape.attention_credit(inputs, response, process_group=group)
+        return score, credit, attnshape.shape_rewards(score, credit, response, config=config)
 
     score, credit, shaped = run(None)
     plan = {name: ColwiseParallel() for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
@@ -278,7 +274,7 @@ def test_a_group_that_is_none() -> None:
     problem = make_problem(0)
     for call in (
         lambda group: attnshape.attention_row(problem.inputs, process_group=group),
-        lambda group: attnshape.attention_credit(problem.inputs, **placed(problem), process_group=group),
+        lambda group: attnshape.attention_credit(problem.inputs, problem.response, process_group=group),
         lambda group: attnshape.whiten(torch.ones(2), torch.ones(2), process_group=group),
     ):
         with pytest.raises(TypeError, match="process_group: got str, want a ProcessGroup"):

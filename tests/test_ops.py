@@ -7,10 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from support.problems import make_problem, pack
 
 import attnshape
-from attnshape import AttentionInputs, ShapingConfig, Status, ops, triton_backend
+from attnshape import (
+    KL,
+    AttentionInputs,
+    Response,
+    ShapingConfig,
+    Status,
+    Whitening,
+    ops,
+    reference,
+    triton_backend,
+)
+from attnshape.problems import KL_COEF, make_problem, pack
 
 
 def inputs(**changes: Any) -> AttentionInputs:
@@ -18,17 +28,18 @@ def inputs(**changes: Any) -> AttentionInputs:
     return dataclasses.replace(made, **changes)
 
 
+def at(mask: Any = None, **place: Any) -> Response:
+    """A response of 3 rows of 4 tokens, which start at 2, 3 and 4 if not told otherwise."""
+    return Response(
+        torch.ones(3, 4) if mask is None else mask, **({"start": torch.tensor([2, 3, 4])} | place)
+    )
+
+
 def call(credit: Any = None, /, **changes: Any) -> attnshape.ShapedRewards:
     """``shape_rewards`` on 3 rows of 4 tokens, with changes."""
-    arguments = {
-        "score": torch.randn(3),
-        "values": torch.randn(3, 4),
-        "response_mask": torch.ones(3, 4),
-        "response_start": torch.tensor([2, 3, 4]),
-    } | changes
-    return attnshape.shape_rewards(
-        arguments.pop("score"), inputs() if credit is None else credit, **arguments
-    )
+    arguments = {"score": torch.randn(3), "response": at(), "values": torch.randn(3, 4)} | changes
+    score, response = arguments.pop("score"), arguments.pop("response")
+    return attnshape.shape_rewards(score, inputs() if credit is None else credit, response, **arguments)
 
 
 def test_the_call_that_the_bad_ones_vary() -> None:
@@ -42,45 +53,80 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"score": torch.ones(3, dtype=torch.int64)}, TypeError, "score: got torch.int64"),
     ({"score": torch.randn(3, device="meta")}, ValueError, "score: got a tensor on meta, want cpu"),
     ({"values": torch.randn(3, 5)}, ValueError, "values: got shape (3, 5), want (3, 4)"),
-    ({"response_mask": torch.ones(3)}, ValueError, "response_mask: got shape (3,), want [B, R]"),
-    ({"response_mask": torch.ones(2, 4)}, ValueError, "response_mask: got 2 rows, want 3"),
-    ({"response_start": None}, ValueError, "response_start, response_index: got neither"),
-    ({"response_index": torch.zeros(3, 4, dtype=torch.int64)}, ValueError, "got both"),
-    ({"response_start": torch.zeros(3)}, TypeError, "response_start: got torch.float32"),
-    ({"response_start": torch.tensor([1])}, ValueError, "response_start: got shape (1,), want (3,)"),
-    ({"logprobs": torch.randn(3, 4)}, ValueError, "ref_logprobs: got None"),
-    ({"kl_coef": 0.1}, ValueError, "kl_coef: got 0.1 without a KL"),
-    ({"kl": torch.ones(3, 4), "kl_coef": torch.ones(3)}, ValueError, "kl_coef: got shape (3,), want ()"),
+    ({"response": at(torch.ones(3))}, ValueError, "response.mask: got shape (3,), want [B, R]"),
+    ({"response": at(torch.ones(2, 4))}, ValueError, "response.mask: got 2 rows, want 3"),
+    ({"response": at([[1]])}, TypeError, "response.mask: got list, want a torch.Tensor"),
+    ({"response": torch.ones(3, 4)}, ValueError, "response.start, response.index: got neither"),
+    ({"response": at(index=torch.zeros(3, 4, dtype=torch.int64))}, ValueError, "got both"),
+    ({"response": at(start=torch.zeros(3))}, TypeError, "response.start: got torch.float32"),
+    ({"response": at(start=torch.tensor([1]))}, ValueError, "response.start: got shape (1,), want (3,)"),
     (
-        {"kl": torch.ones(3, 4), "logprobs": torch.ones(3, 4), "ref_logprobs": torch.ones(3, 4)},
+        {"response": at(start=None, index=torch.zeros(3, 5, dtype=torch.int64))},
         ValueError,
-        "kl: got a tensor beside logprobs",
+        "response.index: got shape (3, 5), want (3, 4) = that of response.mask",
+    ),
+    ({"kl": KL(torch.randn(3, 4), None, 0.1)}, TypeError, "kl.ref_logprobs: got NoneType"),
+    ({"kl": KL(None, torch.randn(3, 4), 0.1)}, TypeError, "kl.logprobs: got NoneType"),
+    (
+        {"kl": KL(torch.randn(3, 5), torch.randn(3, 4), 0.1)},
+        ValueError,
+        "kl.logprobs: got shape (3, 5), want (3, 4)",
+    ),
+    (
+        {"kl": torch.ones(3, 4)},
+        TypeError,
+        "kl: got Tensor, want KL(logprobs, ref_logprobs, coef) or KL.given",
+    ),
+    ({"kl": KL.given(torch.ones(3), 0.1)}, ValueError, "kl.estimate: got shape (3,), want (3, 4)"),
+    ({"kl": KL.given(torch.ones(3, 4), torch.ones(3))}, ValueError, "kl.coef: got shape (3,), want ()"),
+    ({"kl": KL.given(torch.ones(3, 4), torch.tensor(1))}, TypeError, "kl.coef: got torch.int64"),
+    ({"kl": KL.given(torch.ones(3, 4), float("nan"))}, ValueError, "kl.coef: got nan, want a finite number"),
+    ({"kl": KL.given(torch.ones(3, 4), None)}, TypeError, "kl.coef: got NoneType, want a number"),
+    (
+        {"kl": KL(torch.ones(3, 4), torch.ones(3, 4), 0.1, torch.ones(3, 4))},
+        ValueError,
+        "kl: got an estimate beside logprobs",
     ),
     ({"terminal_reward": torch.ones(1)}, ValueError, "terminal_reward: got shape (1,), want (3,)"),
     ({"bootstrap": torch.ones(3, 4)}, ValueError, "bootstrap: got shape (3, 4), want (3,)"),
-    ({"response_cu_seqlens": torch.tensor([0, 4, 8, 12])}, TypeError, "response_cu_seqlens: got torch.int64"),
+    (
+        {"response": at(cu_seqlens=torch.tensor([0, 4, 8, 12]))},
+        TypeError,
+        "response.cu_seqlens: got torch.int64",
+    ),
     ({"backend": "cuda"}, ValueError, "backend: got 'cuda', want one of 'auto', 'triton', 'torch'"),
-    ({"config": {"beta": 1}}, TypeError, "config: got dict, want ShapingConfig"),
+    ({"config": {"dense_share": 1}}, TypeError, "config: got dict, want ShapingConfig"),
 ]
 BAD_CONFIGS = [
-    ({"gamma": 1.5}, ValueError, "gamma: got 1.5"),
-    ({"gamma": torch.ones(3)}, TypeError, "gamma: got Tensor, want a float"),
+    ({"gamma": 1.5}, ValueError, "gamma: got 1.5, want a number from 0 to 1"),
+    ({"gamma": torch.ones(3)}, TypeError, "gamma: got Tensor, want a number from 0 to 1"),
     ({"lam": -0.1}, ValueError, "lam: got -0.1"),
-    ({"lam": torch.ones(2)}, ValueError, "lam: got shape (2,), want (3,)"),
+    ({"lam": "1"}, TypeError, "lam: got str"),
     ({"lam_value": 2.0}, ValueError, "lam_value: got 2.0"),
-    ({"beta": float("nan")}, ValueError, "beta: got nan"),
+    ({"dense_share": float("nan")}, ValueError, "dense_share: got nan"),
+    ({"dense_share": torch.ones(3)}, TypeError, "dense_share: got Tensor"),
     ({"normalization": "softmax"}, ValueError, "normalization: got 'softmax'"),
-    ({"mask_semantics": "drop"}, ValueError, "mask_semantics: got 'drop'"),
+    ({"mask_semantics": "drop"}, ValueError, "mask_semantics: got 'drop', want one of 'skip', 'zero'"),
+    ({"mask_layout": "suffix"}, ValueError, "mask_layout: got 'suffix'"),
     ({"kl_estimator": "full"}, ValueError, "kl_estimator: got 'full'"),
     ({"on_nan": "raise"}, ValueError, "on_nan: got 'raise'"),
-    ({"kl_input_clip": 0.0}, ValueError, "kl_input_clip: got 0.0"),
+    ({"kl_input_clip": 0.0}, ValueError, "kl_input_clip: got 0.0, want a positive number or None"),
+    ({"kl_output_clip": -1.0}, ValueError, "kl_output_clip: got -1.0"),
     ({"score_clip": (1.0, -1.0)}, ValueError, "score_clip: got (1.0, -1.0)"),
+    ({"score_clip": -1.0}, ValueError, "score_clip: got -1.0, want a positive number or (low, high)"),
     ({"score_index": "first"}, ValueError, "score_index: got 'first'"),
+    ({"whitening": {"bessel": False}}, TypeError, "whitening: got dict, want Whitening"),
+]
+BAD_BESIDE_THE_BATCH = [
+    ({"lam": torch.ones(2)}, ValueError, "lam: got shape (2,), want (3,)"),
+    ({"lam": torch.ones(3, dtype=torch.int64)}, TypeError, "lam: got torch.int64"),
+    ({"lam_value": torch.ones(3, 1)}, ValueError, "lam_value: got shape (3, 1), want (3,)"),
     (
         {"score_index": torch.zeros(2, dtype=torch.int64)},
         ValueError,
         "score_index: got shape (2,), want (3,)",
     ),
+    ({"score_index": torch.zeros(3)}, TypeError, "score_index: got torch.float32"),
 ]
 BAD_INPUTS = [
     ({"query": torch.randn(3, 3, 8)}, ValueError, "query: got 3 heads, want a multiple of key's 2"),
@@ -120,9 +166,25 @@ def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message:
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), BAD_CONFIGS)
-def test_bad_config(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_a_bad_config_cannot_be_made(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
-        call(config=ShapingConfig(**changes))
+        ShapingConfig(**changes)
+    with pytest.raises(error, match=re.escape(message)):
+        dataclasses.replace(ShapingConfig(), **changes)
+
+
+def test_a_bad_whitening_cannot_be_made() -> None:
+    with pytest.raises(ValueError, match="eps_mode: got 'max', want one of 'add', 'clamp', 'add_to_std'"):
+        Whitening(eps_mode="max")
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_BESIDE_THE_BATCH)
+def test_a_config_that_does_not_fit_the_batch(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    config = ShapingConfig(**changes)
+    with pytest.raises(error, match=re.escape(message)):
+        call(config=config)
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), BAD_INPUTS)
@@ -153,41 +215,28 @@ def test_bad_credit(credit: Any, error: type[Exception], message: str) -> None:
 
 def test_functions_name_their_own_arguments() -> None:
     ones = torch.ones(3, 4)
-    start = torch.tensor([0, 0, 0])
+    here = at(start=torch.tensor([0, 0, 0]))
     whole = inputs(query=torch.randn(3, 4, 10, 8))
+    weighted = dataclasses.replace(whole, value_norm=torch.ones(3, 4, 10), residual_norm=torch.ones(3, 10))
+    column_credit, rollout = attnshape.attention_column_credit, attnshape.attention_rollout
     bad_calls = {
-        "rewards: got shape": lambda: attnshape.gae(
-            torch.ones(3), ones, ones, gamma=1.0, lam=1.0, mask_semantics="skip"
+        "rewards: got shape": lambda: attnshape.gae(torch.ones(3), ones, ones),
+        "variant: got 'sum'": lambda: column_credit(whole, here, variant="sum"),
+        "shift: got 2": lambda: column_credit(whole, here, shift=2),
+        "inputs.query: got one query row": lambda: column_credit(inputs(), here),
+        "normalization: got 'l2'": lambda: attnshape.attention_credit(whole, here, normalization="l2"),
+        "layers: got one query row": lambda: rollout([inputs()], here),
+        "layers: got 0 with residual_norm": lambda: rollout(
+            [dataclasses.replace(weighted, residual_norm=None)], here
         ),
-        "variant: got 'sum'": lambda: attnshape.attention_column_credit(
-            whole, ones, response_start=start, variant="sum"
+        "layers: got 1 with value_norm": lambda: rollout([whole, weighted], here),
+        "layers[0].value_norm: got shape": lambda: rollout(
+            [dataclasses.replace(whole, value_norm=ones, residual_norm=ones)], here
         ),
-        "shift: got 2": lambda: attnshape.attention_column_credit(whole, ones, response_start=start, shift=2),
-        "inputs.query: got one query row": lambda: attnshape.attention_column_credit(
-            inputs(), ones, response_start=start
-        ),
-        "layers: got one query row": lambda: attnshape.attention_rollout(
-            [inputs()], ones, response_start=start
-        ),
-        "layers: got 0 with residual_norm": lambda: attnshape.attention_rollout(
-            [dataclasses.replace(whole, value_norm=torch.ones(3, 4, 10))], ones, response_start=start
-        ),
-        "layers: got 1 with value_norm": lambda: attnshape.attention_rollout(
-            [
-                whole,
-                dataclasses.replace(whole, value_norm=torch.ones(3, 4, 10), residual_norm=torch.ones(3, 10)),
-            ],
-            ones,
-            response_start=start,
-        ),
-        "layers[0].value_norm: got shape": lambda: attnshape.attention_rollout(
-            [dataclasses.replace(whole, value_norm=ones, residual_norm=ones)], ones, response_start=start
-        ),
-        "mask: got shape": lambda: attnshape.whiten(ones, torch.ones(4)),
+        "response.mask: got shape": lambda: attnshape.whiten(ones, torch.ones(4)),
         "moments: got shape (4, 2), want [..., 3]": lambda: attnshape.whiten(
             ones, ones, moments=torch.ones(4, 2)
         ),
-        "eps_mode: got 'max'": lambda: attnshape.whiten(ones, ones, eps_mode="max"),
         "attention_row cannot resolve": lambda: attnshape.attention_row(
             dataclasses.replace(whole, query_position="last_response")
         ),
@@ -195,18 +244,22 @@ def test_functions_name_their_own_arguments() -> None:
     for message, bad_call in bad_calls.items():
         with pytest.raises(ValueError, match=re.escape(message)):
             bad_call()
+    with pytest.raises(TypeError, match="config: got dict, want Whitening"):
+        attnshape.whiten(ones, ones, {"bessel": False})
+    with pytest.raises(TypeError, match="config: got Whitening, want ShapingConfig"):
+        attnshape.gae(ones, ones, ones, Whitening())
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("response_start", torch.tensor([2, 7, 4]), "row 1 starts at 7 and its last unmasked token lies at"),
-        ("response_start", torch.tensor([2, -1, 4]), "response_start: row 1 starts at -1"),
+        ("start", torch.tensor([2, 7, 4]), "row 1 starts at 7 and its last unmasked token lies at"),
+        ("start", torch.tensor([2, -1, 4]), "response.start: row 1 starts at -1"),
         ("query_position", torch.tensor([0, 1, 10]), "query_position: row 2 is 10, want 0 <="),
         ("key_start", torch.tensor([-1, 0, 0]), "key_start: row 0 is -1"),
         ("score_index", torch.tensor([0, 4, 0]), "score_index: row 1 is 4, want 0 <= score_index < 4"),
-        ("response_index", torch.tensor([[0, 1, 2, 3]] * 2 + [[0, 1, 2, 10]]), "row 2 spans 0 to 10"),
-        ("response_index", torch.tensor([[0, 1, -2, 3]] * 3), "response_index: row 0 spans -2 to 3"),
+        ("index", torch.tensor([[0, 1, 2, 3]] * 2 + [[0, 1, 2, 10]]), "response.index: row 2 spans 0 to 10"),
+        ("index", torch.tensor([[0, 1, -2, 3]] * 3), "response.index: row 0 spans -2 to 3"),
     ],
 )  # fmt: skip
 def test_validate_names_the_row(name: str, value: torch.Tensor, message: str) -> None:
@@ -214,9 +267,9 @@ def test_validate_names_the_row(name: str, value: torch.Tensor, message: str) ->
     if name in ("query_position", "key_start"):
         made = inputs(**{name: value})
     elif name == "score_index":
-        changes["config"] = ShapingConfig(score_index=value)
+        changes["config"] = ShapingConfig(score_index=value, lam=0.95)
     else:
-        changes = {"response_start": None, name: value}
+        changes["response"] = at(**{"start": None, name: value})
     with pytest.raises(ValueError, match=re.escape(message)):
         call(made, validate=True, **changes)
     out = call(made, **changes)
@@ -229,52 +282,98 @@ def test_validate_names_the_row(name: str, value: torch.Tensor, message: str) ->
 
 def test_validate_packed() -> None:
     problem = pack(make_problem(0))
-    attnshape.shape_rewards(problem.score, problem.inputs, **problem.kwargs, validate=True)
+    problem.shaped(attnshape.shape_rewards, validate=True)
     bad = torch.tensor([0, 30, 24, 72], dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seqlens: row 1 is 30:24"):
         attnshape.attention_row(dataclasses.replace(problem.inputs, cu_seqlens=bad), validate=True)
-    kwargs = problem.kwargs | {"response_cu_seqlens": torch.tensor([0, 9, 18, 99], dtype=torch.int32)}
-    with pytest.raises(
-        ValueError, match=r"response_cu_seqlens: row 2 is 18:99, want rising bounds within 0:27"
-    ):
-        attnshape.shape_rewards(problem.score, problem.inputs, **kwargs, validate=True)
+    bad = torch.tensor([0, 9, 18, 99], dtype=torch.int32)
+    elsewhere = dataclasses.replace(problem, response=dataclasses.replace(problem.response, cu_seqlens=bad))
+    message = r"response\.cu_seqlens: row 2 is 18:99, want rising bounds within 0:27"
+    with pytest.raises(ValueError, match=message):
+        elsewhere.shaped(attnshape.shape_rewards, validate=True)
+    with pytest.raises(ValueError, match=message):
+        attnshape.gae(problem.given["values"], None, elsewhere.response, validate=True)
 
 
 def test_redistribute_is_the_reward_without_the_rest() -> None:
     problem = make_problem(1, extras=False, kl="")
-    score, mask, weights = problem.score, problem.kwargs["response_mask"], torch.rand(3, 9)
-    rewards = attnshape.redistribute(score, weights, mask, beta=0.5)
-    shaped = attnshape.shape_rewards(score, weights, response_mask=mask, config=ShapingConfig(beta=0.5))
-    assert torch.equal(rewards, shaped.rewards)
+    score, mask, weights = problem.score, problem.response.mask, torch.rand(3, 9)
+    config = ShapingConfig(dense_share=0.5)
+    rewards = attnshape.redistribute(score, weights, mask, config)
+    assert torch.equal(rewards, attnshape.shape_rewards(score, weights, mask, config=config).rewards)
     live = (mask != 0).any(1)
     torch.testing.assert_close(rewards.sum(1), torch.where(live, score, 0.0))
-    uniform = attnshape.redistribute(score, "uniform", mask, beta=1.0)
+    uniform = attnshape.redistribute(score, "uniform", mask, ShapingConfig(dense_share=1.0))
     torch.testing.assert_close(uniform[0], (score[0] / mask[0].sum()) * mask[0])
 
 
 def test_credit_that_travels_gives_the_same_rewards() -> None:
-    problem = make_problem(2)
-    place = {name: problem.kwargs[name] for name in ("response_mask", "response_start")}
-    credit = attnshape.attention_credit(problem.inputs, **place)
-    there = attnshape.shape_rewards(problem.score, credit, **problem.kwargs)
-    here = attnshape.shape_rewards(problem.score, problem.inputs, **problem.kwargs)
+    problem = make_problem(2, config=ShapingConfig(lam=0.95))
+    credit = attnshape.attention_credit(problem.inputs, problem.response)
+    there = dataclasses.replace(problem, credit=credit).shaped(attnshape.shape_rewards)
+    here = problem.shaped(attnshape.shape_rewards)
     torch.testing.assert_close(there.rewards, here.rewards)
     torch.testing.assert_close(there.advantages, here.advantages)
 
 
 def test_kl_coef_may_be_a_tensor() -> None:
     problem = make_problem(3)
-    number = attnshape.shape_rewards(problem.score, problem.inputs, **problem.kwargs)
-    tensor = attnshape.shape_rewards(
-        problem.score, problem.inputs, **problem.kwargs | {"kl_coef": torch.tensor(0.125)}
-    )
+    number = problem.shaped(attnshape.shape_rewards)
+    kl = dataclasses.replace(problem.given["kl"], coef=torch.tensor(KL_COEF))
+    tensor = problem.shaped(attnshape.shape_rewards, kl=kl)
     assert torch.equal(number.rewards, tensor.rewards)
+    without = problem.shaped(attnshape.shape_rewards, kl=None)
+    assert without.kl is None
+    assert not torch.equal(number.rewards, without.rewards)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_given_kl_is_subtracted_as_it_is(backend: str, packed: bool) -> None:
+    """Neither the estimator nor a clip touches it, whatever the config says of both."""
+    problem = make_problem(4, kl="kl", config=ShapingConfig(kl_estimator="k2", kl_output_clip=1e-3))
+    problem = pack(problem) if packed else problem
+    live, estimate = problem.response.mask != 0, problem.given["kl"].estimate
+    shaped = problem.shaped(attnshape.shape_rewards, backend=backend)
+    without = problem.shaped(attnshape.shape_rewards, backend=backend, kl=None)
+    assert shaped.kl is not None
+    assert without.kl is None
+    assert torch.equal(shaped.kl, torch.where(live, estimate, 0.0))
+    torch.testing.assert_close(without.rewards - shaped.rewards, KL_COEF * shaped.kl)
+
+
+def test_kl_given_is_the_short_form() -> None:
+    kl = torch.rand(3, 4)
+    given = KL.given(kl, 0.5)
+    assert (given.logprobs, given.ref_logprobs, given.coef) == (None, None, 0.5)
+    assert given.estimate is kl
+    long = call(kl=KL(None, None, 0.5, estimate=kl), score=torch.ones(3), values=torch.ones(3, 4))
+    torch.testing.assert_close(long.rewards.sum(1), 1 - 0.5 * kl.sum(1))
+
+
+def test_a_plain_mask_is_a_response() -> None:
+    mask = torch.tensor([[1, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
+    made = Response.of(mask)
+    assert made.mask is mask
+    assert (made.start, made.index, made.cu_seqlens) == (None, None, None)
+    assert Response.of(made) is made
+    assert made.batch_size == 3
+    packed = Response(mask.flatten(), cu_seqlens=torch.tensor([0, 4, 12], dtype=torch.int32))
+    assert packed.batch_size == 2
+    x, score = torch.randn(3, 4), torch.randn(3)
+    for of_tokens in (
+        lambda response: attnshape.shape_rewards(score, "uniform", response, values=x).advantages,
+        lambda response: attnshape.redistribute(score, x.abs(), response),
+        lambda response: attnshape.gae(x, x, response).advantages,
+        lambda response: attnshape.whiten(x, response),
+    ):
+        assert torch.equal(of_tokens(mask), of_tokens(made))
 
 
 def test_metrics_tell_dense_credit_from_sparse() -> None:
     mask, score = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]), torch.ones(2)
-    dense = attnshape.shape_rewards(score, "uniform", response_mask=mask).metrics
-    sparse = attnshape.shape_rewards(score, "sparse", response_mask=mask).metrics
+    dense = attnshape.shape_rewards(score, "uniform", mask).metrics
+    sparse = attnshape.shape_rewards(score, "sparse", mask).metrics
     torch.testing.assert_close(dense["credit_entropy"], torch.tensor([4.0, 2.0]).log().mean())
     torch.testing.assert_close(dense["credit_last_share"], torch.tensor(0.375))
     assert sparse["credit_entropy"] == 0
@@ -283,10 +382,105 @@ def test_metrics_tell_dense_credit_from_sparse() -> None:
     whole = attnshape.shape_rewards(
         torch.ones(1),
         AttentionInputs(torch.randn(1, 1, 4), torch.zeros(1, 1, 8, 4), 1.0),
-        response_mask=torch.ones(1, 2),
-        response_start=torch.tensor([3]),
+        Response(torch.ones(1, 2), start=torch.tensor([3])),
     ).metrics
     torch.testing.assert_close(whole["response_attention"], torch.tensor(2 / 8))
+
+
+INF, NAN = float("inf"), float("nan")
+NEGATIVE = Status.FALLBACK | Status.NEGATIVE
+ROWS_WITH_NEGATIVE_WEIGHTS: list[tuple[list[float], list[int], int]] = [
+    ([1.0, 2.0, -9.0, 1.0], [1, 1, 0, 1], 0),  # masked there: of no account
+    ([1.0, -1e-30, 2.0, 1.0], [1, 1, 1, 1], NEGATIVE),
+    ([1.0, -1.0, NAN, 1.0], [1, 1, 1, 1], Status.NONFINITE),
+    ([INF, 1.0, 1.0, -2.0], [1, 1, 1, 1], Status.NONFINITE),
+    ([-INF, 1.0, 1.0, 2.0], [1, 0, 1, 1], NEGATIVE),
+    ([-0.0, 3.0, 1.0, 0.0], [1, 1, 1, 1], 0),
+    ([2.0, -3.0, NAN, 1.0], [1, 1, 0, 1], NEGATIVE),
+    ([1.0, -3.0, 1.0, 1.0], [0, 0, 0, 0], Status.EMPTY),
+]
+"""Weights, mask, and the status that a row gets."""
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("normalization", ["sum_to_one", "sum_to_length", "none"])
+@pytest.mark.parametrize("library", ["reference", "torch"])
+def test_a_row_with_a_negative_weight_is_shaped_as_sparse(
+    library: str, normalization: str, packed: bool
+) -> None:
+    weights, mask = (torch.tensor([row[i] for row in ROWS_WITH_NEGATIVE_WEIGHTS]) for i in (0, 1))
+    statuses = [int(status) for _, _, status in ROWS_WITH_NEGATIVE_WEIGHTS]
+    response, score = Response(mask), torch.arange(1.0, len(mask) + 1)
+    if packed:
+        bounds = torch.arange(0, mask.numel() + 1, 4, dtype=torch.int32)
+        weights, response = weights.flatten(), Response(mask.flatten(), cu_seqlens=bounds)
+    config = ShapingConfig(normalization=normalization, dense_share=0.75)
+
+    def shaped(credit: Any) -> attnshape.ShapedRewards:
+        if library == "reference":
+            return reference.shape_rewards(score, credit, response, config=config)
+        return attnshape.shape_rewards(score, credit, response, config=config, backend=library)
+
+    out, sparse = shaped(weights), shaped("sparse")
+    assert out.status.tolist() == statuses
+    for name in ("credit", "rewards", "advantages", "returns"):
+        got, want = (getattr(x, name).view(mask.shape) for x in (out, sparse))
+        for row, status in enumerate(statuses):
+            if status == NEGATIVE:
+                torch.testing.assert_close(got[row], want[row])
+            assert got[row].isfinite().all() == (status != Status.NONFINITE)
+            assert not got[row][mask[row] == 0].any()
+    credit = out.credit.view(mask.shape)
+    if normalization != "none":  # then a row is as it was given
+        assert credit[2].isnan().all()
+        assert credit[3].isnan().all()
+    torch.testing.assert_close(
+        credit[5], torch.tensor([0.0, 3.0, 1.0, 0.0]) * {"sum_to_one": 0.25}.get(normalization, 1.0)
+    )
+    metrics = {name: x.item() for name, x in out.metrics.items()}
+    counts = {name: metrics[f"{name}_rows"] for name in ("negative", "fallback", "nan", "empty")}
+    assert counts == {"negative": 3, "fallback": 3, "nan": 2, "empty": 1}
+
+
+@pytest.mark.parametrize("library", ["reference", "torch"])
+def test_a_negative_weight_and_a_masked_score(library: str) -> None:
+    """What would go to the score's token is lost with it, and both are flagged."""
+    config = ShapingConfig(score_index=torch.tensor([1]))
+    arguments = torch.ones(1), torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([[1, 0, 1]])
+    if library == "reference":
+        out = reference.shape_rewards(*arguments, config=config)
+    else:
+        out = attnshape.shape_rewards(*arguments, config=config, backend=library)
+    assert out.status.tolist() == [NEGATIVE | Status.SCORE_MASKED]
+    assert not out.credit.any()
+    assert not out.rewards.any()
+
+
+@pytest.mark.parametrize("library", ["reference", "torch"])
+def test_a_nan_in_one_row_hides_no_negative_weight_in_another(library: str) -> None:
+    weights = torch.tensor([[NAN, 1.0], [1.0, -1.0], [1.0, 1.0]])
+    shape = reference.shape_rewards if library == "reference" else attnshape.shape_rewards
+    out = shape(torch.ones(3), weights, torch.ones(3, 2))
+    assert out.status.tolist() == [Status.NONFINITE, NEGATIVE, 0]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_validate_refuses_a_negative_weight(packed: bool) -> None:
+    weights, mask = torch.tensor([[1.0, 2.0, -9.0], [0.0, -0.25, 1.0]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    response, place = Response(mask), "[1, 1]"
+    if packed:
+        cu_seqlens = torch.tensor([0, 3, 6], dtype=torch.int32)
+        weights, response = weights.flatten(), Response(mask.flatten(), cu_seqlens=cu_seqlens)
+        place = "[4]"
+    message = (
+        f"credit: got -0.25 at {place}, want weights of 0 or more; signed ones are token_rewards, "
+        "best made by attnshape.credit.centered"
+    )
+    for function in (attnshape.shape_rewards, attnshape.redistribute):
+        function(torch.ones(2), weights, response)
+        function(torch.ones(2), weights.abs(), response, validate=True)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            function(torch.ones(2), weights, response, validate=True)
 
 
 def test_triton_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,14 +490,14 @@ def test_triton_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_masks_of_any_dtype() -> None:
+    config = ShapingConfig(dense_share=1.0)
     for dtype in (torch.bool, torch.uint8, torch.int64, torch.float32, torch.bfloat16):
         mask = torch.tensor([[1, 0, 1]]).to(dtype)
-        out = attnshape.redistribute(torch.tensor([3.0]), "uniform", mask, beta=1.0)
+        out = attnshape.redistribute(torch.tensor([3.0]), "uniform", mask, config)
         torch.testing.assert_close(out, torch.tensor([[1.5, 0.0, 1.5]]))
-    fraction = attnshape.redistribute(
-        torch.tensor([3.0]), "uniform", torch.tensor([[0.25, 0.0, 7.0]]), beta=1.0
-    )
-    torch.testing.assert_close(fraction, torch.tensor([[1.5, 0.0, 1.5]]))
+    fraction = torch.tensor([[0.25, 0.0, 7.0]])
+    out = attnshape.redistribute(torch.tensor([3.0]), "uniform", fraction, config)
+    torch.testing.assert_close(out, torch.tensor([[1.5, 0.0, 1.5]]))
 
 
 def test_kernels_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

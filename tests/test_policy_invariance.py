@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnshape import AttentionInputs, ShapingConfig, credit, gae, shape_rewards
+from attnshape import AttentionInputs, Response, ShapingConfig, credit, gae, shape_rewards
 
 F64 = torch.float64
 END, WORDS, LONGEST, PROMPTS = 0, (1, 2), 4, 2
@@ -62,22 +62,22 @@ def attention() -> AttentionInputs:
 
 def rewards(name: str, gamma: float = 1.0, **options: Any) -> Tensor:
     config = ShapingConfig(gamma=gamma, **options)
-    kwargs: dict[str, Any] = {"response_mask": MASK, "config": config}
     if name in ("sparse", "uniform"):
-        return shape_rewards(SCORE, name, **kwargs).rewards
+        return shape_rewards(SCORE, name, MASK, config=config).rewards
     if name == "attention":
-        kwargs["response_start"] = torch.zeros(B, dtype=torch.int32)
-        return shape_rewards(SCORE, attention(), **kwargs).rewards
+        response = Response(MASK, start=torch.zeros(B, dtype=torch.int32))
+        return shape_rewards(SCORE, attention(), response, config=config).rewards
     if name == "signed":
         signed = credit.centered(normal(B, LONGEST, seed=4), MASK)
-        return shape_rewards(SCORE, "uniform", token_rewards=signed, **kwargs).rewards
+        return shape_rewards(SCORE, "uniform", MASK, token_rewards=signed, config=config).rewards
     replacing = {
         "incremental": lambda: credit.incremental_rewards(HEAD[NEXT], PROMPT_SCORE, MASK),
         "log ratio": lambda: credit.log_ratio_rewards(HEAD[NEXT], HEAD[NEXT] / 3, MASK, scale=1.0),
         "segments": lambda: credit.segment_rewards(HEAD[NEXT], HEAD[STATE].abs(), MASK, cutoff=0.5),
         "discriminator": lambda: credit.discriminator_rewards(HEAD[NEXT].sigmoid(), MASK),
     }[name]
-    return shape_rewards(torch.zeros_like(SCORE), "sparse", token_rewards=replacing(), **kwargs).rewards
+    zeros = torch.zeros_like(SCORE)
+    return shape_rewards(zeros, "sparse", MASK, token_rewards=replacing(), config=config).rewards
 
 
 def returns(token_rewards: Tensor, gamma: float = 1.0) -> Tensor:
@@ -147,17 +147,14 @@ def test_discounting_changes_the_optimum() -> None:
 
 
 def test_credit_that_sums_to_the_length_pays_for_length() -> None:
-    config = ShapingConfig(beta=1.0, normalization="sum_to_length")
+    config = ShapingConfig(dense_share=1.0, normalization="sum_to_length")
     mask = torch.tensor([[1, 0, 0], [1, 1, 1]])
-    paid = shape_rewards(torch.tensor([1.0, 0.5]), "uniform", response_mask=mask, config=config).rewards.sum(
-        1
-    )
-    torch.testing.assert_close(paid, torch.tensor([1.0, 1.5]))
+    paid = shape_rewards(torch.tensor([1.0, 0.5]), "uniform", mask, config=config).rewards
+    torch.testing.assert_close(paid.sum(1), torch.tensor([1.0, 1.5]))
 
 
 def to_go(name: str) -> Tensor:
-    advantages, _ = gae(rewards(name), None, MASK, gamma=1.0, lam=1.0, mask_semantics="skip")
-    return advantages
+    return gae(rewards(name), None, MASK, ShapingConfig(gamma=1.0, lam=1.0)).advantages
 
 
 @pytest.mark.parametrize(
@@ -183,10 +180,10 @@ def test_credit_on_the_wrong_side_of_a_choice_hides_it() -> None:
     score = torch.tensor([1.0, 0.5])  # of "a b" and "a c"
     weights = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # the first is all laid to "a"
     mask = torch.ones(2, 2)
-    shaped = shape_rewards(score, weights, response_mask=mask, config=ShapingConfig(beta=1.0, lam=1.0))
+    shaped = shape_rewards(score, weights, mask, config=ShapingConfig(dense_share=1.0, lam=1.0))
     torch.testing.assert_close(shaped.rewards.sum(1), score)
     assert shaped.advantages[:, 1].argmax() == 1
-    half = shape_rewards(score, weights, response_mask=mask, config=ShapingConfig(beta=0.4, lam=1.0))
+    half = shape_rewards(score, weights, mask, config=ShapingConfig(dense_share=0.4, lam=1.0))
     assert half.advantages[:, 1].argmax() == 0  # the share that stays on the last token outweighs it
 
 
@@ -211,6 +208,6 @@ def test_gae_with_lambda_below_one_changes_the_estimator(lam: float) -> None:
     values = HEAD[STATE]
     first = []
     for name in ("sparse", "attention"):
-        advantages, _ = gae(rewards(name), values, MASK, gamma=1.0, lam=lam, mask_semantics="skip")
+        advantages = gae(rewards(name), values, MASK, ShapingConfig(gamma=1.0, lam=lam)).advantages
         first.append(advantages[:, 0])
     assert torch.allclose(*first) == (lam == 1.0)

@@ -7,7 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnshape import AttentionInputs, ShapingConfig, Status, attention_row, reference
+from attnshape import (
+    KL,
+    AttentionInputs,
+    Response,
+    ShapingConfig,
+    Status,
+    Whitening,
+    attention_row,
+    reference,
+)
+from attnshape.reference.whiten import row_moments
+from attnshape.types import float32_rounded
 
 F64 = torch.float64
 
@@ -57,8 +68,8 @@ def textbook_gae(
     bootstrap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Two carries, advantage and next value, one row."""
-    gl = reference.float32_rounded(gamma * lam)
-    gamma = reference.float32_rounded(gamma)
+    gl = float32_rounded(gamma * lam)
+    gamma = float32_rounded(gamma)
     advantage, next_value = 0.0, 0.0
     advantages = torch.zeros_like(rewards)
     last = int(mask.nonzero().max())
@@ -86,16 +97,9 @@ def textbook_gae(
 def test_gae_is_the_textbook_loop(semantics: str, gamma: float, lam: float, mask: list[int]) -> None:
     torch.manual_seed(0)
     rewards, values, live = torch.randn(1, 6, dtype=F64), torch.randn(1, 6, dtype=F64), torch.tensor([mask])
+    config = ShapingConfig(gamma=gamma, lam=lam, mask_semantics=semantics)
     for bootstrap in (0.0, 0.75):
-        got = reference.gae(
-            rewards,
-            values,
-            live,
-            gamma=gamma,
-            lam=lam,
-            mask_semantics=semantics,
-            bootstrap=f64([bootstrap])[0],
-        )
+        got = reference.gae(rewards, values, live, config, bootstrap=f64([bootstrap])[0])
         want = textbook_gae(rewards[0], values[0], live[0], gamma, lam, semantics, bootstrap)
         torch.testing.assert_close(got[0][0], want[0])
         torch.testing.assert_close(got[1][0], want[1])
@@ -104,9 +108,8 @@ def test_gae_is_the_textbook_loop(semantics: str, gamma: float, lam: float, mask
 def test_decoupled_and_per_row_lam() -> None:
     torch.manual_seed(0)
     rewards, values, mask = torch.randn(2, 5, dtype=F64), torch.randn(2, 5, dtype=F64), torch.ones(2, 5)
-    lam, lam_value = f64([0.25, 0.75])[0], 1.0
-    kwargs = {"gamma": 0.9, "mask_semantics": "skip"}
-    advantages, returns = reference.gae(rewards, values, mask, lam=lam, lam_value=lam_value, **kwargs)
+    config = ShapingConfig(gamma=0.9, lam=f64([0.25, 0.75])[0], lam_value=1.0)
+    advantages, returns, _ = reference.gae(rewards, values, mask, config)
     for b, own in enumerate((0.25, 0.75)):
         torch.testing.assert_close(
             advantages[b], textbook_gae(rewards[b], values[b], mask[b], 0.9, own, "skip")[0]
@@ -119,7 +122,8 @@ def test_decoupled_and_per_row_lam() -> None:
 def test_returns_at_gamma_lam_one_are_reversed_cumulative_sums() -> None:
     torch.manual_seed(0)
     rewards, values, mask = torch.randn(2, 9, dtype=F64), torch.randn(2, 9, dtype=F64), torch.ones(2, 9)
-    advantages, returns = reference.gae(rewards, values, mask, gamma=1.0, lam=1.0, mask_semantics="zero")
+    config = ShapingConfig(gamma=1.0, lam=1.0, mask_semantics="zero")
+    advantages, returns, _ = reference.gae(rewards, values, mask, config)
     sums = rewards.flip(1).cumsum(1).flip(1)
     torch.testing.assert_close(returns, sums)
     torch.testing.assert_close(advantages, sums - values)
@@ -127,9 +131,8 @@ def test_returns_at_gamma_lam_one_are_reversed_cumulative_sums() -> None:
 
 def test_without_values_advantages_are_discounted_rewards_to_go() -> None:
     rewards = f64([1.0, 2.0, 4.0])
-    advantages, returns = reference.gae(
-        rewards, None, torch.ones(1, 3), gamma=0.5, lam=0.3, mask_semantics="skip"
-    )
+    config = ShapingConfig(gamma=0.5, lam=0.3)
+    advantages, returns, _ = reference.gae(rewards, None, torch.ones(1, 3), config)
     assert advantages.tolist() == returns.tolist() == [[1 + 0.5 * 2 + 0.25 * 4, 2 + 0.5 * 4, 4.0]]
 
 
@@ -141,11 +144,10 @@ def one_head(logits: list[float], **kwargs: object) -> AttentionInputs:
 def test_one_head_is_a_softmax() -> None:
     inputs = one_head([0.0, math.log(2), math.log(5)])
     torch.testing.assert_close(reference.attention_row(inputs), f64([1 / 8, 2 / 8, 5 / 8]))
-    credit = reference.attention_credit(inputs, torch.ones(1, 2), response_start=torch.tensor([1]))
-    torch.testing.assert_close(credit, f64([2 / 7, 5 / 7]))
-    raw = reference.attention_credit(
-        inputs, torch.ones(1, 2), response_index=torch.tensor([[2, -1]]), normalization="none"
-    )
+    response = Response(torch.ones(1, 2), start=torch.tensor([1]))
+    torch.testing.assert_close(reference.attention_credit(inputs, response), f64([2 / 7, 5 / 7]))
+    response = Response(torch.ones(1, 2), index=torch.tensor([[2, -1]]))
+    raw = reference.attention_credit(inputs, response, normalization="none")
     torch.testing.assert_close(raw, f64([5 / 8, 0.0]))
 
 
@@ -196,16 +198,16 @@ def test_only_chosen_heads_count(dtype: torch.dtype) -> None:
     key[:, 1] = math.nan
     inputs = AttentionInputs(query, key, 0.5, head_mask=torch.tensor([2, 0, -1]).to(dtype))
     kept = AttentionInputs(query[:, ::2], key[:, ::2], 0.5)
-    mask, place = torch.ones(1, 3), {"response_start": torch.tensor([1])}
+    response = Response(torch.ones(1, 3), start=torch.tensor([1]))
     norms, residual = torch.rand(1, 3, 5, dtype=F64), torch.rand(1, 5, dtype=F64)
     norms[:, 1] = math.nan
     for credit in (reference.attention_credit, reference.attention_column_credit):
-        torch.testing.assert_close(credit(inputs, mask, **place), credit(kept, mask, **place))
+        torch.testing.assert_close(credit(inputs, response), credit(kept, response))
     weighted = dataclasses.replace(inputs, value_norm=norms, residual_norm=residual)
     kept_weighted = dataclasses.replace(kept, value_norm=norms[:, ::2], residual_norm=residual)
     for layer, kept_layer in ((inputs, kept), (weighted, kept_weighted)):
-        got = reference.attention_rollout([layer], mask, **place)
-        want = reference.attention_rollout([kept_layer], mask, **place)
+        got = reference.attention_rollout([layer], response)
+        want = reference.attention_rollout([kept_layer], response)
         torch.testing.assert_close(got, want)
 
 
@@ -214,9 +216,8 @@ def test_where_no_head_counts_the_score_stays_on_its_token() -> None:
         torch.randn(1, 2, 4), torch.randn(1, 2, 4, 4), 1.0, head_mask=torch.zeros(2, dtype=torch.bool)
     )
     assert not reference.attention_row(inputs).any()
-    out = reference.shape_rewards(
-        torch.ones(1), inputs, response_mask=torch.ones(1, 3), response_start=torch.tensor([1])
-    )
+    response = Response(torch.ones(1, 3), start=torch.tensor([1]))
+    out = reference.shape_rewards(torch.ones(1), inputs, response)
     assert out.credit.tolist() == [[0.0, 0.0, 1.0]]
     assert out.status.tolist() == [Status.FALLBACK]
 
@@ -245,8 +246,8 @@ def test_k3_of_a_small_ratio_keeps_its_digits() -> None:
 
 
 @pytest.mark.parametrize("source", ["uniform", "sparse", "weights", "attention"])
-@pytest.mark.parametrize("beta", [0.0, 0.8, 1.0])
-def test_rewards_sum_to_the_score(source: str, beta: float) -> None:
+@pytest.mark.parametrize("dense_share", [0.0, 0.8, 1.0])
+def test_rewards_sum_to_the_score(source: str, dense_share: float) -> None:
     torch.manual_seed(0)
     mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 1, 0, 0]])
     credit = {
@@ -256,13 +257,9 @@ def test_rewards_sum_to_the_score(source: str, beta: float) -> None:
         ),
     }.get(source, source)
     score = f64([3.0, -2.0])[0]
-    out = reference.shape_rewards(
-        score,
-        credit,
-        response_mask=mask,
-        response_start=torch.tensor([2, 3]),
-        config=ShapingConfig(beta=beta, gamma=1.0, lam=1.0),
-    )
+    response = Response(mask, start=torch.tensor([2, 3]))
+    config = ShapingConfig(dense_share=dense_share, gamma=1.0, lam=1.0)
+    out = reference.shape_rewards(score, credit, response, config=config)
     torch.testing.assert_close(out.rewards.sum(1), score)
     assert not out.rewards[mask == 0].any()
     torch.testing.assert_close(out.returns[:, 2][1], score[1])
@@ -273,14 +270,13 @@ def test_a_hand_computed_row() -> None:
     out = reference.shape_rewards(
         f64([6.0])[0],
         f64([1.0, 5.0, 3.0, 9.0]),
+        torch.tensor([[1, 0, 1, 0]]),
         values=f64([0.5, 9.0, 0.25, 9.0]),
-        kl=f64([1.0, 7.0, 2.0, 7.0]),
-        kl_coef=0.5,
+        kl=KL.given(f64([1.0, 7.0, 2.0, 7.0]), 0.5),
         token_rewards=f64([0.25, 7.0, 0.0, 7.0]),
         terminal_reward=f64([10.0])[0],
         bootstrap=f64([100.0])[0],
-        response_mask=torch.tensor([[1, 0, 1, 0]]),
-        config=ShapingConfig(beta=0.5, gamma=1.0, lam=0.5, score_clip=4.0),
+        config=ShapingConfig(dense_share=0.5, gamma=1.0, lam=0.5, score_clip=4.0),
     )
     # The score is clamped to 4; half of it goes 1:3, half stays on the last unmasked token.
     rewards = [0.5 * 4 / 4 + 0.25 - 0.5, 0.0, 0.5 * 4 * 3 / 4 + 0.5 * 4 + 10 - 1.0, 0.0]
@@ -300,20 +296,14 @@ def test_a_hand_computed_row() -> None:
 
 def test_score_clip() -> None:
     for clip, want in ((4.0, -4.0), ((-3.0, 9.0), -3.0), (None, -6.0)):
-        out = reference.shape_rewards(
-            f64([-6.0])[0], "sparse", response_mask=torch.ones(1, 2), config=ShapingConfig(score_clip=clip)
-        )
+        config = ShapingConfig(score_clip=clip)
+        out = reference.shape_rewards(f64([-6.0])[0], "sparse", torch.ones(1, 2), config=config)
         assert out.rewards.tolist() == [[0.0, want]]
 
 
 def test_one_token() -> None:
-    out = reference.shape_rewards(
-        f64([2.0])[0],
-        one_head([0.0]),
-        values=f64([0.5]),
-        response_mask=torch.ones(1, 1),
-        response_start=torch.tensor([0]),
-    )
+    response = Response(torch.ones(1, 1), start=torch.tensor([0]))
+    out = reference.shape_rewards(f64([2.0])[0], one_head([0.0]), response, values=f64([0.5]))
     assert out.rewards.tolist() == [[2.0]]
     assert out.advantages.tolist() == [[1.5]]
     assert out.returns.tolist() == [[2.0]]
@@ -325,8 +315,8 @@ def test_status() -> None:
     out = reference.shape_rewards(
         f64([1, 1, 1, 2, 1])[0],
         weights,
-        response_mask=mask,
-        config=ShapingConfig(beta=0.5, lam=1.0, score_index=torch.tensor([1, 0, 3, 2, 0])),
+        mask,
+        config=ShapingConfig(dense_share=0.5, lam=1.0, score_index=torch.tensor([1, 0, 3, 2, 0])),
     )
     assert out.status.tolist() == [
         Status.FALLBACK,
@@ -343,12 +333,8 @@ def test_status() -> None:
     counts = {"fallback": 1, "empty": 1, "score_masked": 1, "out_of_range": 1, "nan": 2}
     assert {name: metrics[f"{name}_rows"] for name in counts} == counts
     assert metrics["score_error"] == 1.0  # what score_index lost
-    zeroed = reference.shape_rewards(
-        f64([1.0])[0],
-        f64([1.0, math.nan]),
-        response_mask=torch.ones(1, 2),
-        config=ShapingConfig(on_nan="zero_row"),
-    )
+    config = ShapingConfig(on_nan="zero_row")
+    zeroed = reference.shape_rewards(f64([1.0])[0], f64([1.0, math.nan]), torch.ones(1, 2), config=config)
     assert not zeroed.rewards.any()
     assert zeroed.status.tolist() == [Status.NONFINITE]
 
@@ -356,8 +342,7 @@ def test_status() -> None:
 def test_column_credit_by_hand() -> None:
     # Token s sees tokens up to s with equal weight: a_s[j] = 1 / (s + 1).
     inputs = AttentionInputs(torch.zeros(1, 1, 3, 2, dtype=F64), torch.zeros(1, 1, 3, 2, dtype=F64), 1.0)
-    kwargs = {"response_start": torch.tensor([0]), "normalization": "none"}
-    mask = torch.ones(1, 3)
+    response = Response(torch.ones(1, 3), start=torch.tensor([0]))
     third, half = 1 / 3, 1 / 2
     cases = {
         ("mean", 0): [(1 + half + third) / 3, (half + third) / 2, third],
@@ -366,33 +351,37 @@ def test_column_credit_by_hand() -> None:
         ("last", 1): [0.0, half, half],
     }
     for (variant, shift), want in cases.items():
-        got = reference.attention_column_credit(inputs, mask, variant=variant, shift=shift, **kwargs)
+        got = reference.attention_column_credit(
+            inputs, response, variant=variant, shift=shift, normalization="none"
+        )
         torch.testing.assert_close(got, f64(want))
 
 
 def test_rollout_by_hand() -> None:
     inputs = AttentionInputs(torch.zeros(1, 2, 2, 2, dtype=F64), torch.zeros(1, 2, 2, 2, dtype=F64), 1.0)
-    kwargs = {"response_start": torch.tensor([0]), "normalization": "none"}
-    mask = torch.ones(1, 2)
+    response = Response(torch.ones(1, 2), start=torch.tensor([0]))
     # Two plain layers from the last of two tokens: [0, 1] -> [1/4, 3/4] -> [7/16, 9/16].
-    got = reference.attention_rollout([inputs, inputs], mask, **kwargs)
+    got = reference.attention_rollout([inputs, inputs], response, normalization="none")
     torch.testing.assert_close(got, f64([7 / 16, 9 / 16]))
     # One weighted layer: token 0 moves 1/2 * (1 + 3), token 1 moves 1/2 * (2 + 2), the residual keeps 4 of 8.
     norms = f64([1.0, 2.0], [3.0, 2.0])[None]
     layer = dataclasses.replace(inputs, value_norm=norms, residual_norm=f64([7.0, 4.0]))
-    weighted = reference.attention_rollout([layer], mask, **kwargs)
+    weighted = reference.attention_rollout([layer], response, normalization="none")
     torch.testing.assert_close(weighted, f64([2 / 8, 6 / 8]))
 
 
 def test_whiten_by_hand() -> None:
     x, mask = f64([1.0, 3.0, 100.0]), torch.tensor([[1, 1, 0]])
     rsqrt2 = 1 / math.sqrt(2)
-    torch.testing.assert_close(reference.whiten(x, mask, eps=0.0), f64([-rsqrt2, rsqrt2, 0.0]))
-    torch.testing.assert_close(reference.whiten(x, mask, eps=0.0, bessel=False), f64([-1.0, 1.0, 0.0]))
-    torch.testing.assert_close(
-        reference.whiten(x, mask, eps=4.0, eps_mode="clamp", shift_mean=False), f64([1.5, 2.5, 0.0])
-    )
-    torch.testing.assert_close(reference.whiten(x, mask, eps=2.0, zero_masked=False), f64([-0.5, 0.5, 49.0]))
+    cases = [
+        (Whitening(eps=0.0), [-rsqrt2, rsqrt2, 0.0]),
+        (Whitening(eps=0.0, bessel=False), [-1.0, 1.0, 0.0]),
+        (Whitening(eps=4.0, eps_mode="clamp", shift_mean=False), [1.5, 2.5, 0.0]),
+        (Whitening(eps=1.0, eps_mode="add_to_std", bessel=False), [-0.5, 0.5, 0.0]),
+        (Whitening(eps=2.0, whiten_masked=True), [-0.5, 0.5, 49.0]),
+    ]
+    for config, want in cases:
+        torch.testing.assert_close(reference.whiten(x, mask, config), f64(want))
     assert reference.whiten(x, torch.tensor([[0, 1, 0]])).tolist() == [[0.0, 0.0, 0.0]]
     assert reference.whiten(x, torch.zeros(1, 3)).tolist() == [[0.0, 0.0, 0.0]]
 
@@ -401,22 +390,21 @@ def test_moments_by_hand() -> None:
     x, mask = f64([1.0, 3.0, 100.0], [9.0, 9.0, 9.0], [5.0, 7.0, 9.0]), torch.ones(3, 3)
     mask[0, 2] = mask[1, :] = 0
     want = f64([2.0, 2.0, 2.0], [0.0, 0.0, 0.0], [3.0, 7.0, 8.0])
-    torch.testing.assert_close(reference.row_moments(x, mask), want)
-    cu_seqlens = torch.tensor([0, 3, 6, 9], dtype=torch.int32)
-    torch.testing.assert_close(reference.row_moments(x.flatten(), mask.flatten(), cu_seqlens), want)
-    *_, moments = reference.gae(x, None, mask, gamma=0.0, lam=1.0, mask_semantics="skip", return_moments=True)
-    torch.testing.assert_close(moments, want)
-    out = reference.shape_rewards(
-        torch.zeros(3, dtype=F64), x, response_mask=mask, token_rewards=x, config=ShapingConfig(gamma=0.0)
-    )
-    torch.testing.assert_close(out.row_stats.advantage_moments, want)
+    torch.testing.assert_close(row_moments(x, Response(mask)), want)
+    packed = Response(mask.flatten(), cu_seqlens=torch.tensor([0, 3, 6, 9], dtype=torch.int32))
+    torch.testing.assert_close(row_moments(x.flatten(), packed), want)
+    config = ShapingConfig(gamma=0.0)
+    torch.testing.assert_close(reference.gae(x, None, mask, config).moments, want)
+    score = torch.zeros(3, dtype=F64)
+    out = reference.shape_rewards(score, x, mask, token_rewards=x, config=config)
+    torch.testing.assert_close(out.moments, want)
     whitened = reference.whiten(x, mask)
     torch.testing.assert_close(reference.whiten(x, mask, moments=want), whitened)
     torch.testing.assert_close(reference.whiten(x, mask, moments=want[None, ::2]), whitened)
 
 
 def test_dtype_of_results() -> None:
-    single = reference.shape_rewards(torch.ones(1), f64([1.0, 2.0]), response_mask=torch.ones(1, 2))
+    single = reference.shape_rewards(torch.ones(1), f64([1.0, 2.0]), torch.ones(1, 2))
     assert single.rewards.dtype == torch.float32
-    double = reference.shape_rewards(f64([1.0])[0], f64([1.0, 2.0]), response_mask=torch.ones(1, 2))
+    double = reference.shape_rewards(f64([1.0])[0], f64([1.0, 2.0]), torch.ones(1, 2))
     assert double.rewards.dtype == F64

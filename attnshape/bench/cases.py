@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import attnshape
-from attnshape import AttentionInputs, ShapedRewards, ShapingConfig, reference
-from attnshape.types import Backend, MaskSemantics
+from attnshape import KL, AttentionInputs, Response, ShapedRewards, ShapingConfig, reference
+from attnshape.config import MaskSemantics
+from attnshape.types import Advantages, Backend
 
 KL_COEF = 0.05
 TURN, TURNS = 64, 4
@@ -86,6 +87,10 @@ class Case(NamedTuple):
         return ", ".join([self.what, str(self.shape), *filter(None, settings)])
 
     @property
+    def config(self) -> ShapingConfig:
+        return _config(self.gamma, self.lam, self.mask_semantics)
+
+    @property
     def read(self) -> int:
         """Bytes of inputs that the result depends on, each once; what a row has one of is left out."""
         s, floats = self.shape, {"fused": 3, "apart": 3, "sweep": 4, "gae": 2, "whiten": 1}.get(self.what, 0)
@@ -123,10 +128,9 @@ class Case(NamedTuple):
         if s.holes:
             own = torch.arange(s.response, device=device) // TURN % TURNS != TURNS - 1
             mask = mask & own
-        out: dict[str, Any] = {} if self.what == "row" else {"response_mask": mask}
-        if s.packed:
-            ends = torch.tensor((0, *s.lengths), device=device).cumsum(0)
-            out["response_cu_seqlens"] = ends.to(torch.int32)
+        out: dict[str, Any] = {}
+        ends = torch.tensor((0, *s.lengths), device=device).cumsum(0).to(torch.int32) if s.packed else None
+        start = None
         if s.keys:
             queries = (s.keys,) if self.what == "column" else ()
             out["inputs"] = AttentionInputs(
@@ -134,18 +138,18 @@ class Case(NamedTuple):
                 normal(s.batch, s.kv_heads, s.keys, s.width, dtype=self.dtype),
                 s.width**-0.5,
             )
-            if self.what != "row":
-                start = torch.full((s.batch,), s.keys - s.response, dtype=torch.int32, device=device)
-                out["response_start"] = start
+            start = torch.full((s.batch,), s.keys - s.response, dtype=torch.int32, device=device)
+        if self.what != "row":
+            out["response"] = Response(mask, start=start, cu_seqlens=ends)
         if self.what in ("fused", "apart", "sweep"):
-            names = ("values", "logprobs", "ref_logprobs")
-            out |= {"score": normal(s.batch), **{name: normal(*tokens) for name in names}}
+            out |= {"score": normal(s.batch), "values": normal(*tokens)}
+            out["kl"] = KL(normal(*tokens), normal(*tokens), KL_COEF)
         if self.what == "sweep":
             out["credit"] = normal(*tokens).abs()
         if self.what == "gae":
             out |= {"rewards": normal(*tokens), "values": normal(*tokens)}
         if self.what == "whiten":
-            out |= {"x": normal(*tokens), "mask": out.pop("response_mask")}
+            out["x"] = normal(*tokens)
         return out
 
     def call(self, arguments: dict[str, Any], backend: Backend = "auto") -> Any:
@@ -161,12 +165,10 @@ class Case(NamedTuple):
             score = rest.pop("score")
             credit = rest.pop("credit" if self.what == "sweep" else "inputs")
             if self.what == "apart":
-                mask, start = rest["response_mask"], rest.pop("response_start")
-                credit = functions.attention_credit(credit, mask, response_start=start, **options)
-            config = _config(self.gamma, self.lam, self.mask_semantics)
-            return functions.shape_rewards(score, credit, **rest, kl_coef=KL_COEF, config=config)
+                credit = functions.attention_credit(credit, rest["response"], **options)
+            return functions.shape_rewards(score, credit, **rest, config=self.config)
         if self.what == "gae":
-            return functions.gae(**rest, gamma=self.gamma, lam=self.lam, mask_semantics=self.mask_semantics)
+            return functions.gae(**rest, config=self.config)
         name = {
             "row": "attention_row",
             "credit": "attention_credit",
@@ -186,8 +188,8 @@ def outputs_of(what: str, result: Any) -> dict[str, Tensor]:
     if isinstance(result, ShapedRewards):
         names = ("rewards", "advantages", "returns", "credit", "kl")
         return {name: getattr(result, name) for name in names}
-    if what == "gae":
-        return dict(zip(("advantages", "returns"), result, strict=False))
+    if isinstance(result, Advantages):
+        return {"advantages": result.advantages, "returns": result.returns}
     return {what: result}
 
 

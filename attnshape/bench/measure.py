@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnshape.bench.cases import KL_COEF, Case, Shape, outputs_of, random_arguments
+from attnshape.bench.cases import Case, Shape, outputs_of, random_arguments
 from attnshape.bench.plain import plain_call
 from attnshape.bench.timing import Call, Ratio, Timing, copy_calls, ratio_of, sets_for, time_calls
-from attnshape.compare import mapped
-from attnshape.tolerance import credit_bound, error_fraction, gae_bound, kl_bound, reward_bound
+from attnshape.compare import errors
+from attnshape.problems import Problem, mapped
+from attnshape.tolerance import credit_bound, error_fraction, gae_bound
+from attnshape.types import ShapedRewards
 
 PLAIN = "plain PyTorch"
 TORCH = "torch backend"
@@ -115,18 +117,32 @@ def check(case: Case, arguments: dict[str, Any]) -> float:
     rows = list(range(case.shape.batch)) if whole else sorted({0, case.shape.batch - 1})
     # The reference walks over tokens on the host; only its whole attention matrices are for the device.
     exact = _sample(case, arguments, rows, None if case.what == "column" else "cpu")
-    want = {name: x.cpu() for name, x in outputs_of(case.what, case.reference(exact)).items()}
-    got = outputs_of(case.what, case.call(arguments))
-    if not case.shape.packed:
-        got = {name: x[rows] for name, x in got.items()}
-    errors = {
-        name: error_fraction(got[name], want[name], bound).max().item()
-        for name, bound in _bounds(case, mapped(exact, lambda x: x.cpu()), want).items()
-    }
-    worst = max(errors, key=lambda name: errors[name])
-    if not errors[worst] <= 1:
-        raise WrongResultError(f"{case.name}: the error of {worst} is {errors[worst]:.3g} times its bound")
-    return errors[worst]
+    exact_result, result = case.reference(exact), case.call(arguments)
+    exact = mapped(exact, lambda x: x.cpu())
+
+    def sampled(x: Tensor) -> Tensor:
+        return (x if case.shape.packed or len(x) == len(rows) else x[rows]).cpu()
+
+    if isinstance(result, ShapedRewards):
+        worst = errors(
+            _problem(case, exact), mapped(result, sampled), mapped(exact_result, lambda x: x.cpu())
+        )
+        fractions = {name: found.fraction for name, found in worst.items()}
+    else:
+        want = {name: x.cpu() for name, x in outputs_of(case.what, exact_result).items()}
+        got = {name: sampled(x) for name, x in outputs_of(case.what, result).items()}
+        bounds = _bounds(case, exact, want)
+        fractions = {name: error_fraction(got[name], want[name], bounds[name]).max().item() for name in want}
+    name = max(fractions, key=lambda name: fractions[name])
+    if not fractions[name] <= 1:
+        raise WrongResultError(f"{case.name}: the error of {name} is {fractions[name]:.3g} times its bound")
+    return fractions[name]
+
+
+def _problem(case: Case, exact: dict[str, Any]) -> Problem:
+    given = dict(exact)
+    credit = given.pop("credit" if case.what == "sweep" else "inputs")
+    return Problem(given.pop("score"), credit, given.pop("response"), given, case.config)
 
 
 def check_plain(case: Case, arguments: dict[str, Any]) -> None:
@@ -155,31 +171,14 @@ def _sample(case: Case, arguments: dict[str, Any], rows: list[int], device: str 
 
 
 def _bounds(case: Case, exact: dict[str, Any], want: dict[str, Tensor]) -> dict[str, Tensor]:
-    max_logit: float | Tensor = 0.0
-    if "inputs" in exact:
-        # No product is larger than that of the largest lengths.
-        inputs = exact["inputs"]
-        lengths = [x.norm(dim=-1).flatten(1).amax(1) for x in (inputs.query, inputs.key)]
-        max_logit = lengths[0] * lengths[1] * inputs.scaling
-    if case.what in ("row", "credit", "column"):
-        return {case.what: credit_bound(want[case.what], max_logit)}
     if case.what == "whiten":
         return {"whiten": gae_bound(want["whiten"], 1.0, 1.0)}
-    bounds = {name: gae_bound(want[name], case.gamma, case.lam) for name in ("advantages", "returns")}
     if case.what == "gae":
-        return bounds
-    mask = exact["response_mask"]
-    log_ratio = torch.where(mask, exact["logprobs"] - exact["ref_logprobs"], 0.0)
-    score = exact["score"][:, None]
-    if case.shape.packed:
-        score = exact["score"].repeat_interleave(exact["response_cu_seqlens"].diff().long())
-        max_logit = 0.0
-    terms = [score * want["credit"], KL_COEF * log_ratio]
-    return bounds | {
-        "credit": credit_bound(want["credit"], max_logit),
-        "rewards": reward_bound(want["rewards"], *terms, max_logit=max_logit),
-        "kl": kl_bound(want["kl"], log_ratio),
-    }
+        return {name: gae_bound(x, case.gamma, case.lam) for name, x in want.items()}
+    # No product is larger than that of the largest lengths.
+    inputs = exact["inputs"]
+    lengths = [x.norm(dim=-1).flatten(1).amax(1) for x in (inputs.query, inputs.key)]
+    return {case.what: credit_bound(want[case.what], lengths[0] * lengths[1] * inputs.scaling)}
 
 
 def quick_cases(device: torch.device) -> Iterator[Case]:

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnshape.bench.cases import KL_COEF, Case
-from attnshape.types import AttentionInputs, ShapingConfig
+from attnshape.bench.cases import Case
+from attnshape.config import ShapingConfig
+from attnshape.types import AttentionInputs
 
 
 def plain_call(case: Case, arguments: dict[str, Any]) -> dict[str, Tensor]:
     """What ``case`` computes, by the names of ``outputs_of``; not a sweep's ``credit`` and ``kl``."""
     rest = dict(arguments)
-    mask = rest.get("response_mask")
     if case.what == "row":
         return {"row": _row(rest["inputs"])}
     if case.what == "whiten":
-        return {"whiten": _whitened(rest["x"], rest["mask"])}
-    assert mask is not None
+        return {"whiten": _whitened(rest["x"], rest["response"].mask)}
+    mask = rest["response"].mask
     if case.what == "column":
         return {"column": _columns(rest["inputs"], mask)}
     if case.what == "gae":
@@ -34,11 +34,11 @@ def plain_call(case: Case, arguments: dict[str, Any]) -> dict[str, Tensor]:
     credit = credit / credit.sum(1, keepdim=True)
     if case.what == "credit":
         return {"credit": credit}
-    beta = ShapingConfig().beta
+    dense = ShapingConfig().dense_share
     score, width = rest["score"][:, None], mask.shape[1]
     last = (mask * torch.arange(width, device=mask.device)).argmax(1, keepdim=True)
-    rewards = beta * score * credit - KL_COEF * (rest["logprobs"] - rest["ref_logprobs"])
-    rewards = rewards.scatter_add(1, last, (1 - beta) * score) * mask
+    rewards = dense * score * credit - rest["kl"].coef * (rest["kl"].logprobs - rest["kl"].ref_logprobs)
+    rewards = rewards.scatter_add(1, last, (1 - dense) * score) * mask
     return {"rewards": rewards, **_loop(case, rewards, rest["values"], mask)}
 
 

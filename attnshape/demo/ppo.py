@@ -258,7 +258,7 @@ class Judge:
         )
         mask = alignment.source_mask.to(self.model.device)
         start = torch.zeros(len(texts), dtype=torch.int32, device=self.model.device)
-        carried = alignment(attnshape.attention_credit(attention, mask, response_start=start))
+        carried = alignment(attnshape.attention_credit(attention, attnshape.Response(mask, start=start)))
         return nn.functional.pad(carried, (0, rollout.response_mask.shape[1] - carried.shape[1]))
 
 
@@ -303,9 +303,8 @@ def own_attention(actor: ActorCritic, rollout: Rollout, variant: Literal["mean",
     start = torch.full(
         (len(rollout.ids),), rollout.prompt_length, dtype=torch.int32, device=rollout.ids.device
     )
-    return attnshape.attention_column_credit(
-        tap.take(), rollout.response_mask, response_start=start, variant=variant
-    )
+    response = attnshape.Response(rollout.response_mask, start=start)
+    return attnshape.attention_column_credit(tap.take(), response, variant=variant)
 
 
 @dataclass(frozen=True)
@@ -369,7 +368,7 @@ def train(
     torch.manual_seed(seed)
     reference = copy.deepcopy(actor).requires_grad_(False)
     optimizer = torch.optim.Adam(actor.parameters(), lr=config.lr, betas=(0.9, 0.95))
-    shaping = attnshape.ShapingConfig(beta=config.beta, gamma=config.gamma, lam=config.lam)
+    shaping = attnshape.ShapingConfig(dense_share=config.beta, gamma=config.gamma, lam=config.lam)
     records: list[Record] = []
     for _ in range(config.steps):
         batch = [rng.choice(prompts) for _ in range(config.batch_size)]
@@ -382,13 +381,10 @@ def train(
         shaped = attnshape.shape_rewards(
             judgement.score if judgement.redistributed is None else judgement.redistributed,
             judgement.credit,
+            attnshape.Response(mask, start=judgement.response_start),
             values=values,
-            logprobs=logprobs,
-            ref_logprobs=ref_logprobs,
-            kl_coef=config.kl_coef,
+            kl=attnshape.KL(logprobs, ref_logprobs, config.kl_coef),
             token_rewards=judgement.token_rewards,
-            response_mask=mask,
-            response_start=judgement.response_start,
             config=shaping,
         )
         losses = _optimize(actor, optimizer, rollout, logprobs, values, shaped, config)

@@ -2,12 +2,12 @@
 
 In the place of ``python -m openrlhf.cli.train_ppo_ray``, with the same arguments:
 
-    python -m attnshape.integrations.openrlhf --abc.beta 0.8 --reward.model_name_or_path ...
+    python -m attnshape.integrations.openrlhf --abc.dense_share 0.8 --reward.model_name_or_path ...
 
 In a script of your own, before any of OpenRLHF's Ray actors is made:
 
     from attnshape.integrations.openrlhf import install
-    install(beta=0.8)
+    install(dense_share=0.8)
 
 Every estimator of OpenRLHF's gets token rewards; ``gae``'s recurrence is ``attnshape.gae``, on the CPU, where
 OpenRLHF computes it. Its length penalties, baselines, reward clipping, KL penalty and normalisation stay its
@@ -37,9 +37,10 @@ import torch
 from torch import Tensor
 
 import attnshape
+from attnshape.config import ShapingConfig
 from attnshape.integrations.framework import require_parameters, require_version
 from attnshape.ops import DEFAULT_CONFIG, attention_row, gae, shape_rewards
-from attnshape.types import ShapingConfig, Status
+from attnshape.types import Status
 
 VERSIONS = ("0.11.2",)
 _MAKER = "openrlhf.trainer.ppo_utils.experience_maker"
@@ -51,11 +52,11 @@ _PARAMETERS = {
 }
 
 
-def install(beta: float = DEFAULT_CONFIG.beta, layer: int = -1) -> None:
+def install(dense_share: float = DEFAULT_CONFIG.dense_share, layer: int = -1) -> None:
     """Gives OpenRLHF's actor classes credit, in the process that makes the actors; prints what it changed.
 
     Args:
-        beta: share of each score that its credit spreads; the rest stays on the last action.
+        dense_share: share of each score that its credit spreads; the rest stays on the last action.
         layer: the attention layer of the reward model that is read, negative from the last.
 
     Raises:
@@ -83,10 +84,10 @@ def install(beta: float = DEFAULT_CONFIG.beta, layer: int = -1) -> None:
     reward_actor.init_model_from_pretrained = _with_tap(reward_actor.init_model_from_pretrained, layer)
     reward_actor.forward = _with_row(reward_actor.forward)
     for cls in trainer_actors:
-        cls.__init__ = _with_shaped_rewards(cls.__init__, beta)
+        cls.__init__ = _with_shaped_rewards(cls.__init__, dense_share)
     print(
-        f"attnshape {attnshape.__version__}: OpenRLHF {found}'s {', '.join(actors)} spread {beta:g} of each "
-        f"score by the attention of the reward model's layer {layer}",
+        f"attnshape {attnshape.__version__}: OpenRLHF {found}'s {', '.join(actors)} spread {dense_share:g} "
+        f"of each score by the attention of the reward model's layer {layer}",
         flush=True,
     )
 
@@ -137,12 +138,12 @@ def _with_row(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 # The trainer's process.
 
 
-def _with_shaped_rewards(init: Callable[..., None], beta: float) -> Callable[..., None]:
+def _with_shaped_rewards(init: Callable[..., None], dense_share: float) -> Callable[..., None]:
     @functools.wraps(init)
     def init_with_maker(self: Any, pretrain: str, strategy: Any, *groups: Any, **options: Any) -> None:
         check_arguments(strategy.args)
         trainer: Any = importlib.import_module(_TRAINER)
-        trainer.RemoteExperienceMaker = shaped_maker(importlib.import_module(_MAKER), beta)
+        trainer.RemoteExperienceMaker = shaped_maker(importlib.import_module(_MAKER), dense_share)
         init(self, pretrain, strategy, *groups, **options)
 
     return init_with_maker
@@ -165,7 +166,7 @@ def check_arguments(args: Any) -> None:
         )
 
 
-def shaped_maker(module: Any, beta: float) -> type[Any]:
+def shaped_maker(module: Any, dense_share: float) -> type[Any]:
     """``module.RemoteExperienceMaker``, with token rewards made of scores and attention rows."""
     base: Any = module.RemoteExperienceMaker
 
@@ -196,9 +197,9 @@ def shaped_maker(module: Any, beta: float) -> type[Any]:
             ) -> Tensor:
                 experience = by_mask[id(action_mask)]
                 row = experience.__dict__.pop("attention_row")
-                clip = tuple(reward_clip_range) if reward_clip_range else None
-                config = ShapingConfig(beta=beta, score_clip=clip)  # type: ignore[arg-type]
-                shaped = shape_rewards(r, row, response_mask=action_mask, config=config)
+                clip = None if reward_clip_range is None else (reward_clip_range[0], reward_clip_range[1])
+                config = ShapingConfig(dense_share=dense_share, score_clip=clip)
+                shaped = shape_rewards(r, row, action_mask, config=config)
                 experience.info |= {
                     "credit_entropy": shaped.row_stats.entropy,
                     "credit_last_share": shaped.row_stats.last_share,
@@ -217,18 +218,21 @@ def shaped_maker(module: Any, beta: float) -> type[Any]:
         def get_advantages_and_returns(
             self, values: Tensor, rewards: Tensor, action_mask: Tensor, gamma: float, lambd: float
         ) -> tuple[Tensor, Tensor]:
-            return gae(rewards, values, action_mask, gamma=gamma, lam=lambd, mask_semantics="zero")
+            config = ShapingConfig(gamma=gamma, lam=lambd, mask_semantics="zero")
+            return gae(rewards, values, action_mask, config)[:2]
 
     return ShapedExperienceMaker
 
 
 def main() -> None:
-    """OpenRLHF's own command line, and ``--abc.beta`` and ``--abc.layer``."""
+    """OpenRLHF's own command line, and ``--abc.dense_share`` and ``--abc.layer``."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--abc.beta", dest="beta", type=float, default=DEFAULT_CONFIG.beta)
+    parser.add_argument(
+        "--abc.dense_share", dest="dense_share", type=float, default=DEFAULT_CONFIG.dense_share
+    )
     parser.add_argument("--abc.layer", dest="layer", type=int, default=-1)
     options, theirs = parser.parse_known_args()
-    install(options.beta, options.layer)
+    install(options.dense_share, options.layer)
     sys.argv[1:] = theirs
     runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__", alter_sys=True)
 

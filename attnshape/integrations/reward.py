@@ -17,12 +17,12 @@ from urllib.request import ProxyHandler, Request, build_opener
 import torch
 from torch import Tensor
 
+from attnshape.config import ShapingConfig
 from attnshape.ops import shape_rewards
 from attnshape.tap import AttentionTap
 from attnshape.text.align import decoded_spans
 from attnshape.text.reader import Reader, Scored, load_reward_model, score_examples
 from attnshape.text.score_fn import parse_score_fn
-from attnshape.types import ShapingConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -177,10 +177,10 @@ def token_rewards(
     credit: Sequence[float],
     mask: Sequence[int | bool],
     *,
-    beta: float,
+    dense_share: float,
     terminal_reward: float = 0.0,
 ) -> Tensor:
-    """``beta`` of the score by credit, the rest and ``terminal_reward`` on the last unmasked token.
+    """``dense_share`` of the score by credit, the rest and ``terminal_reward`` on the last unmasked token.
 
     Returns:
         ``[R]`` float32.
@@ -193,8 +193,8 @@ def token_rewards(
     shaped = shape_rewards(
         torch.tensor([score], dtype=torch.float32),
         torch.tensor([credit], dtype=torch.float32),
+        torch.tensor([mask]) != 0,
         terminal_reward=torch.tensor([terminal_reward], dtype=torch.float32),
-        response_mask=torch.tensor([mask]) != 0,
-        config=ShapingConfig(beta=beta),
+        config=ShapingConfig(dense_share=dense_share),
     )
     return shaped.rewards[0]

@@ -11,10 +11,10 @@ with the first sample that is scored, and so is a slime whose functions take oth
 
 In a file for ``--custom-config-path``, all optional:
 
-    attnshape: {beta: 0.8, model: PATH, score_fn: logit, layer: -1, device: cpu}
+    attnshape: {dense_share: 0.8, model: PATH, score_fn: logit, layer: -1, device: cpu}
 
-``model``, in place of ``--rm-url``, is a sequence classifier that the rollout process loads; ``beta: 0``
-gives slime's own rewards and advantages.
+``model``, in place of ``--rm-url``, is a sequence classifier that the rollout process loads; ``dense_share:
+0`` gives slime's own rewards and advantages.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from attnshape.config import ShapingConfig
 from attnshape.integrations.framework import require_parameters, require_version
 from attnshape.integrations.reward import RewardModel, reward_model, spans_of, token_rewards
 from attnshape.ops import gae
-from attnshape.types import ShapingConfig
+from attnshape.types import Response
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -75,20 +76,20 @@ def post_process_rewards(args: Namespace, samples: Sequence[Sample]) -> tuple[li
 
     Returns:
         A float per sample; and a float32 tensor ``[response_length]`` per sample. Without any credit, or with
-        ``beta: 0``, the floats twice, as slime's own has them.
+        ``dense_share: 0``, the floats twice, as slime's own has them.
     """
     check_args(args)
     raw = [float(sample.get_reward_value(args)) for sample in samples]
     credit = [(sample.metadata or {}).get(CREDIT) for sample in samples]
-    beta = float(_settings(args).get("beta", ShapingConfig().beta))
-    if beta == 0 or all(c is None for c in credit):
+    dense_share = float(_settings(args).get("dense_share", ShapingConfig().dense_share))
+    if dense_share == 0 or all(c is None for c in credit):
         return raw, raw
     rewards = []
     for sample, score, weights in zip(samples, raw, credit, strict=True):
         if weights is None:
             rewards.append(_on_last_token(score, torch.zeros(sample.response_length)))
         else:
-            rewards.append(token_rewards(score, weights, _mask(sample), beta=beta))
+            rewards.append(token_rewards(score, weights, _mask(sample), dense_share=dense_share))
     return raw, rewards
 
 
@@ -118,15 +119,8 @@ def compute_advantages(args: Namespace, rollout_data: dict[str, Any]) -> None:
         flat = torch.cat(rewards)
         ends = torch.tensor([0, *sizes], device=flat.device).cumsum(0, dtype=torch.int32)
         config = ShapingConfig.slime(gamma=args.gamma, lam=args.lambd)
-        advantages, returns = gae(
-            flat,
-            torch.cat(values).float(),
-            torch.ones_like(flat, dtype=torch.bool),
-            gamma=config.gamma,
-            lam=config.lam,
-            mask_semantics=config.mask_semantics,
-            response_cu_seqlens=ends,
-        )
+        response = Response(torch.ones_like(flat, dtype=torch.bool), cu_seqlens=ends)
+        advantages, returns, _ = gae(flat, torch.cat(values).float(), response, config)
     for name, x in (("advantages", advantages), ("returns", returns)):
         rollout_data[name] = [shard(row, *at) for row, at in zip(torch.split(x, sizes), lengths, strict=True)]
 
@@ -173,7 +167,7 @@ def _settings(args: Namespace) -> dict[str, Any]:
 
 def _judge(args: Namespace) -> RewardModel:
     settings = _settings(args)
-    settings.pop("beta", None)
+    settings.pop("dense_share", None)
     return reward_model(url=args.rm_url, **settings)
 
 

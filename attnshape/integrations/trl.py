@@ -2,7 +2,7 @@
 
     from attnshape.integrations.trl import PPOTrainer
 
-    trainer = PPOTrainer(config, model, ref_model, tokenizer, beta=0.8)
+    trainer = PPOTrainer(config, model, ref_model, tokenizer, dense_share=0.8)
     stats = trainer.step(queries, responses, scores, credits=credits)
 
 Without ``credits`` a step is TRL's own, to the bit. TRL keeps its models, its KL penalty (all four kinds),
@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
+from attnshape.config import ShapingConfig
 from attnshape.integrations.framework import require_parameters, require_version
 from attnshape.ops import DEFAULT_CONFIG, gae, shape_rewards, whiten
-from attnshape.types import ShapingConfig
 
 if TYPE_CHECKING:
     PPOTrainer: Any
-    """``trl.PPOTrainer`` and two arguments: ``beta`` of the constructor, ``credits`` of ``step``."""
+    """``trl.PPOTrainer`` and two arguments: ``dense_share`` of the constructor, ``credits`` of ``step``."""
 
 Credits: TypeAlias = Sequence[Tensor] | Tensor
 
@@ -77,18 +77,20 @@ def shaped_trainer(base: type[Any], takes_masks: bool = True) -> type[Any]:
         """TRL's ``PPOTrainer`` whose ``step`` takes credit.
 
         Args:
-            beta: share of each score that its credit spreads; the rest stays on the last token.
+            dense_share: share of each score that its credit spreads; the rest stays on the last token.
 
         Other arguments are TRL's. Encoder-decoder models are refused.
         """
 
-        def __init__(self, *args: Any, beta: float = DEFAULT_CONFIG.beta, **kwargs: Any) -> None:
+        def __init__(
+            self, *args: Any, dense_share: float = DEFAULT_CONFIG.dense_share, **kwargs: Any
+        ) -> None:
             super().__init__(*args, **kwargs)
             if self.is_encoder_decoder:
                 raise ValueError(
                     "model: got an encoder-decoder, whose tokens TRL masks otherwise, want a decoder"
                 )
-            self._shaping = ShapingConfig(beta=beta)
+            self._shaping = ShapingConfig(dense_share=dense_share)
             self._credit: Tensor | None = None
             self._metrics: dict[str, Tensor] = {}
 
@@ -141,7 +143,7 @@ def shaped_trainer(base: type[Any], takes_masks: bool = True) -> type[Any]:
                 )
             # A row's unmasked positions are its response's unmasked tokens in order, on either padding side.
             placed = credit.new_zeros(masks.shape).masked_scatter_(live, credit)
-            shaped = shape_rewards(scores.to(credit.dtype), placed, response_mask=masks, config=self._shaping)
+            shaped = shape_rewards(scores.to(credit.dtype), placed, masks, config=self._shaping)
             self._metrics = shaped.metrics
             return rewards + shaped.rewards, *rest
 
@@ -150,15 +152,8 @@ def shaped_trainer(base: type[Any], takes_masks: bool = True) -> type[Any]:
             # TRL's whitened rewards are not 0 in padding, which only its own loop carries into the response.
             if self._credit is None or self.config.whiten_rewards:
                 return super().compute_advantages(values, rewards, mask)  # type: ignore[no-any-return]
-            advantages, returns, moments = gae(
-                rewards,
-                values,
-                mask,
-                gamma=self.config.gamma,
-                lam=self.config.lam,
-                mask_semantics="zero",
-                return_moments=True,
-            )
+            config = ShapingConfig(gamma=self.config.gamma, lam=self.config.lam, mask_semantics="zero")
+            advantages, returns, moments = gae(rewards, values, mask, config)
             return values * mask, whiten(advantages, mask, moments=moments), returns
 
     PPOTrainer.__qualname__ = "PPOTrainer"

@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 import attnshape
+from attnshape.config import ShapingConfig
 from attnshape.integrations.framework import require_parameters, require_version
 from attnshape.integrations.reward import reward_model, spans_of, token_rewards
-from attnshape.types import ShapingConfig
 
 if TYPE_CHECKING:
     from verl import DataProto
@@ -89,23 +89,25 @@ async def compute_score(
     return {"score": scored.score, "credit": scored.credit, **scored.metrics}
 
 
-def reward_of(result: dict[str, Any], mask: Sequence[bool], beta: float) -> float | list[float]:
+def reward_of(result: dict[str, Any], mask: Sequence[bool], dense_share: float) -> float | list[float]:
     """What verl is to have as the reward score.
 
     Args:
         result: of a reward function: ``score``; ``credit``, floats per response token; ``terminal_reward``, a
             second reward, which stays on the last unmasked token.
         mask: of the response's tokens.
-        beta: share of the score that is redistributed.
+        dense_share: share of the score that is redistributed.
 
     Returns:
-        One float per token; or, without credit or with ``beta = 0``, one float, for verl to place.
+        One float per token; or, without credit or with ``dense_share = 0``, one float, for verl to place.
     """
     score, terminal = float(result["score"]), float(result.get("terminal_reward", 0.0))
     credit = result.get("credit")
-    if credit is None or beta == 0:
+    if credit is None or dense_share == 0:
         return score + terminal
-    rewards: list[float] = token_rewards(score, credit, mask, beta=beta, terminal_reward=terminal).tolist()
+    rewards: list[float] = token_rewards(
+        score, credit, mask, dense_share=dense_share, terminal_reward=terminal
+    ).tolist()
     return rewards
 
 
@@ -122,7 +124,7 @@ def _reward_manager() -> type:
         """Token rewards out of a reward function's score and credit.
 
         Any reward function of verl's signature can be used; one that returns no ``credit`` rewards as under
-        verl's ``naive`` manager. ``+reward.reward_kwargs.beta`` is the share of the score that is
+        verl's ``naive`` manager. ``+reward.reward_kwargs.dense_share`` is the share of the score that is
         redistributed, 0.8 if not given.
         """
 
@@ -136,7 +138,9 @@ def _reward_manager() -> type:
         ) -> None:
             super().__init__(config, tokenizer, compute_score)
             check_config(config)
-            self.beta = float((config.reward.get("reward_kwargs") or {}).get("beta", ShapingConfig().beta))
+            self.dense_share = float(
+                (config.reward.get("reward_kwargs") or {}).get("dense_share", ShapingConfig().dense_share)
+            )
             self.router: dict[str, Any] = {}
             if reward_router_address is not None:
                 self.router = {
@@ -178,7 +182,7 @@ def _reward_manager() -> type:
             else:
                 result = await self.loop.run_in_executor(None, call)
             result = result if isinstance(result, dict) else {"score": result, "acc": result}
-            reward = reward_of(result, mask, self.beta)
+            reward = reward_of(result, mask, self.dense_share)
             return {
                 "reward_score": reward,
                 "reward_extra_info": {name: x for name, x in result.items() if name not in REWARDS},
@@ -345,17 +349,8 @@ def gae_advantage_return(
     All ``[B, R]``, float32. Where fewer than two tokens are unmasked verl raises, and this whitens to 0.
     """
     config = ShapingConfig.verl(gamma=float(gamma), lam=float(lam))
-    advantages, returns, moments = attnshape.gae(
-        token_level_rewards,
-        values,
-        response_mask,
-        gamma=config.gamma,
-        lam=config.lam,
-        mask_semantics=config.mask_semantics,
-        zero_masked=config.zero_masked,
-        return_moments=True,
-    )
-    return attnshape.whiten(advantages, response_mask, moments=moments, **config.whitening), returns
+    advantages, returns, moments = attnshape.gae(token_level_rewards, values, response_mask, config)
+    return attnshape.whiten(advantages, response_mask, config.whitening, moments=moments), returns
 
 
 def install_gae() -> None:

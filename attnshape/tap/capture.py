@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from attnshape.tap.find import EAGER, AttentionFunction, Mask
 from attnshape.tap.flow import Norms, Pulls
-from attnshape.types import AttentionInputs, SignedLayer
+from attnshape.types import AttentionInputs, SignedInputs
 
 QueryPosition: TypeAlias = Literal["pooled", "last_visible", "last_response", "all"] | Tensor
 
@@ -114,7 +114,7 @@ class Attended:
             **self.options,
         )
 
-    def with_flow(self, moved: Norms | Pulls) -> AttentionInputs | SignedLayer:
+    def with_flow(self, moved: Norms | Pulls) -> AttentionInputs | SignedInputs:
         """``inputs`` with what the layer moved."""
         inputs = self.inputs()
         packed = inputs.packed
@@ -122,7 +122,7 @@ class Attended:
         if isinstance(moved, Pulls):
             if packed:
                 first, second = first.transpose(0, 1), second.transpose(0, 1)
-            return SignedLayer(inputs, first, second)
+            return SignedInputs(inputs, first, second)
         return dataclasses.replace(inputs, value_norm=first.T if packed else first, residual_norm=second)
 
 

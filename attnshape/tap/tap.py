@@ -29,10 +29,10 @@ from attnshape.tap.find import (
 )
 from attnshape.tap.flow import Flow
 from attnshape.tap.hooks import Entry, Probe, attach, detach, hook, install, unhook, uninstall
-from attnshape.types import AttentionInputs, SignedLayer
+from attnshape.types import AttentionInputs, SignedInputs
 
 Source: TypeAlias = Literal["attention", "rollout", "signed_rollout", "gradient_value", "gradient_embedding"]
-Taken: TypeAlias = AttentionInputs | SignedLayer | Tensor
+Taken: TypeAlias = AttentionInputs | SignedInputs | Tensor
 
 _SOURCES = ("attention", "rollout", "signed_rollout", "gradient_value", "gradient_embedding")
 _ROLLOUTS = ("rollout", "signed_rollout")
@@ -198,7 +198,7 @@ class AttentionTap:
             ``key`` as ``[N, Hkv, D]`` with ``cu_seqlens``.
 
             Rollouts give a tuple of every layer, the lowest first: ``AttentionInputs`` with norms, or
-            ``SignedLayer``. A gradient source gives the tensor that the score is to be differentiated by, in
+            ``SignedInputs``. A gradient source gives the tensor that the score is to be differentiated by, in
             its graph: values ``[B, Hkv, S, D]`` or embeddings ``[B, S, hidden]``.
 
         Raises:

@@ -95,6 +95,11 @@ def align(source_offsets: Offsets, target_offsets: Offsets) -> Alignment:
 
     Raises:
         ValueError: a span ends before it starts or starts below 0, or the two are not of as many sequences.
+
+    Example:
+        >>> carry = align([(0, 4), (4, 8)], [(0, 2), (2, 8)])  # where each token starts and ends
+        >>> carry(torch.tensor([1.0, 3.0]))
+        tensor([0.5000, 3.5000])
     """
     source_rows, source_shape = _rows(source_offsets, "source_offsets")
     target_rows, target_shape = _rows(target_offsets, "target_offsets")
@@ -226,7 +231,7 @@ def align_texts(
 
         alignment = align_texts(reward_tokenizer, texts, policy_tokenizer, response_ids)
         mask = alignment.source_mask.to(device)
-        credit = attention_credit(tap.take(), mask, response_start=zeros)  # [B, S]
+        credit = attention_credit(tap.take(), Response(mask, start=zeros))  # [B, S]
         out = shape_rewards(score, alignment(credit), ...)  # [B, R]
 
     Args:
@@ -240,6 +245,15 @@ def align_texts(
     Raises:
         ValueError: a source text does not contain its response, the two are not as many, or a tokenizer that
             must give offsets is not a fast one.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"[user]": 0, "good": 1, "film": 2}, unk_token="[user]"))
+        >>> words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+        >>> align_texts(tokenizer, "[user] good film", tokenizer, "good film").source_mask
+        tensor([False,  True,  True])
     """
     single = isinstance(source_text, str)
     texts = [source_text] if isinstance(source_text, str) else list(source_text)
@@ -313,6 +327,13 @@ def decoded_spans(
 
     Args:
         ids: of one sequence, int ``[R]``.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"good": 0, "film": 1}, unk_token="good"))
+        >>> decoded_spans(PreTrainedTokenizerFast(tokenizer_object=words), [0, 1])
+        ('good film', [(0, 4), (4, 9)])
     """
     ids = list(map(int, ids))
 

@@ -16,7 +16,7 @@ from attnshape.ops import shape_rewards
 from attnshape.tap import AttentionTap
 from attnshape.text.align import align, find_response
 from attnshape.text.score_fn import ScoreFn
-from attnshape.types import Status
+from attnshape.types import Response, Status
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -252,7 +252,7 @@ def score_examples(
     index = _padded([example.positions for example in examples], -1).to(model.device)
     logits = model(input_ids=input_ids, attention_mask=attention_mask.long()).logits
     score = score_fn(logits.float())
-    shaped = shape_rewards(score, tap.take(), response_mask=index >= 0, response_index=index)
+    shaped = shape_rewards(score, tap.take(), Response(index >= 0, index=index))
     stats = shaped.row_stats
     columns = {
         "entropy": stats.entropy,

@@ -54,10 +54,8 @@ def abc_credit(judge: Judge, rollout: Rollout) -> Judgement:
     judged = judge(rollout, "ABC")
     if isinstance(judged.credit, Tensor):
         return judged
-    weights = attnshape.attention_credit(
-        judged.credit, rollout.response_mask, response_start=judged.response_start
-    )
-    return Judgement(judged.score, weights)
+    response = attnshape.Response(rollout.response_mask, start=judged.response_start)
+    return Judgement(judged.score, attnshape.attention_credit(judged.credit, response))
 
 
 def shuffled(generator: torch.Generator) -> Source:

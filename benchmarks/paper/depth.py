@@ -199,9 +199,7 @@ def _mean(values: Iterable[float | None]) -> float:
 
 def relative_entropy(weights: Tensor) -> float:
     """``credit_entropy`` of the rows' sizes ``[n, R]`` over that of uniform credit: 1 is uniform."""
-    shaped = shape_rewards(
-        weights.new_zeros(len(weights)), weights.abs(), response_mask=torch.ones_like(weights)
-    )
+    shaped = shape_rewards(weights.new_zeros(len(weights)), weights.abs(), torch.ones_like(weights))
     return shaped.metrics["credit_entropy"].item() / math.log(weights.shape[1])
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from attnshape import credit
+from attnshape import Response, credit
 from attnshape.demo.ppo import ScoreFunction
 from attnshape.tap import AttentionTap
 
@@ -17,7 +17,7 @@ Weights: TypeAlias = tuple[Tensor, Tensor]
 """Scores ``[B]`` and weights over the response tokens ``[B, R]``, both detached; 0 where masked."""
 Compute: TypeAlias = Callable[[Any, Tensor, Tensor, Tensor, Tensor, ScoreFunction], Weights]
 """Of a sequence classifier, ``input_ids`` and ``attention_mask`` ``[B, S]``, ``response_mask`` ``[B, R]``,
-``response_start`` ``[B]``, and what makes scores of its logits."""
+``start`` ``[B]``, the first response token's position, and what makes scores of its logits."""
 
 
 def first_label(logits: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def _rows(all_layers: bool) -> Compute:
         layers = range(model.config.num_hidden_layers) if all_layers else -1
         with AttentionTap(model, layers) as tap:
             score = score_of(model(ids, attention_mask=mask).logits)
-        return score, credit.attention_credit(tap.take(), response_mask, response_start=start)
+        return score, credit.attention_credit(tap.take(), Response(response_mask, start=start))
 
     return compute
 
@@ -68,7 +68,7 @@ def _rollout(norms: bool) -> Compute:
         layers = tap.take()
         if not norms:
             layers = [dataclasses.replace(x, value_norm=None, residual_norm=None) for x in layers]
-        return score, credit.attention_rollout(layers, response_mask, response_start=start)
+        return score, credit.attention_rollout(layers, Response(response_mask, start=start))
 
     return compute
 
@@ -79,7 +79,7 @@ def _signed_rollout(
 ) -> Weights:
     with AttentionTap(model, source="signed_rollout") as tap:
         score = score_of(model(ids, attention_mask=mask).logits)
-    shares = credit.signed_rollout(tap.take(), response_mask, response_start=start)
+    shares = credit.signed_rollout(tap.take(), Response(response_mask, start=start))
     return score, score[:, None] * shares
 
 
@@ -90,7 +90,7 @@ def _gradient(**of: Any) -> Compute:
     ) -> Weights:
         with AttentionTap(model, **of) as tap:
             score = score_of(model(ids, attention_mask=mask).logits)
-        weights = credit.gradient_weights(score, tap.take(), response_mask, response_start=start)
+        weights = credit.gradient_weights(score, tap.take(), Response(response_mask, start=start))
         return score.detach(), weights
 
     return compute

@@ -30,7 +30,7 @@ from attnshape.bench.cases import Case, Shape, random_arguments
 from attnshape.bench.measure import WrongResultError, check
 from attnshape.bench.timing import sets_for, time_calls
 
-Arguments = dict[str, Tensor]
+Arguments = dict[str, Any]
 Result = tuple[Tensor, ...]
 Prepared = Callable[[], Result]
 """A call whose inputs are in the form that its function takes: no conversion is timed."""
@@ -93,12 +93,10 @@ def ours_gae(case: Case, arguments: Arguments) -> Prepared:
 
 def ours_whitened(case: Case, arguments: Arguments) -> Prepared:
     """Advantages whitened over the batch, as the loops of verl and TRL leave them."""
-    mask = arguments["response_mask"]
-    options = {"gamma": case.gamma, "lam": case.lam, "mask_semantics": case.mask_semantics}
 
     def call() -> Result:
-        advantages, returns, moments = attnshape.gae(**arguments, **options, return_moments=True)
-        return attnshape.whiten(advantages, mask, moments=moments), returns
+        advantages, returns, moments = attnshape.gae(**arguments, config=case.config)
+        return attnshape.whiten(advantages, arguments["response"], moments=moments), returns
 
     return call
 
@@ -113,7 +111,7 @@ def ours_row(case: Case, arguments: Arguments) -> Prepared:
 def verl(case: Case, arguments: Arguments) -> Prepared:
     from verl.trainer.ppo.core_algos import compute_gae_advantage_return
 
-    mask = arguments["response_mask"].float()
+    mask = arguments["response"].mask.float()
     tensors = (arguments["rewards"], arguments["values"], mask)
     return lambda: compute_gae_advantage_return(*tensors, case.gamma, case.lam)
 
@@ -124,7 +122,7 @@ def trl(case: Case, arguments: Arguments) -> Prepared:
     trainer = SimpleNamespace(
         config=SimpleNamespace(gamma=case.gamma, lam=case.lam, whiten_rewards=False, use_score_norm=False)
     )
-    mask = arguments["response_mask"].long()
+    mask = arguments["response"].mask.long()
     tensors = (arguments["values"], arguments["rewards"], mask)
     return lambda: PPOTrainer.compute_advantages(trainer, *tensors)[1:]
 
@@ -133,7 +131,7 @@ def openrlhf(case: Case, arguments: Arguments) -> Prepared:
     _stub("flash_attn", "vllm")
     from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 
-    mask = arguments["response_mask"]
+    mask = arguments["response"].mask
     tensors = (arguments["values"], arguments["rewards"], mask)
     compute = RemoteExperienceMaker.get_advantages_and_returns
     return lambda: compute(None, *tensors, case.gamma, case.lam)
@@ -272,7 +270,7 @@ def measured(peer: Peer, case: Case, device: torch.device, seconds: float) -> di
     ours, theirs = ([make(case, x) for x in arguments] for make in (peer.ours, peer.theirs))
     disagreement = 0.0
     if peer.what == "gae":
-        mask = arguments[0]["response_mask"]
+        mask = arguments[0]["response"].mask
         for mine, other in zip(ours[0](), theirs[0](), strict=False):
             size = torch.where(mask, mine, 0.0).abs().max().item()
             off = torch.where(mask, mine - other, 0.0).abs().max().item() / size

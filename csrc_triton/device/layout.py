@@ -14,6 +14,7 @@ EMPTY = tl.constexpr(2)
 SCORE_MASKED = tl.constexpr(4)
 OUT_OF_RANGE = tl.constexpr(8)
 NONFINITE = tl.constexpr(16)
+NEGATIVE = tl.constexpr(32)
 
 
 class Bounds(NamedTuple):

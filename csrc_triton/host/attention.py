@@ -344,7 +344,7 @@ def _default(name: str) -> Any:
 
 
 FLOATS = (
-    *("scaling", "kl_coef", "beta", "min_mass", "gamma", "gl", "gl_value"),
+    *("scaling", "kl_coef", "dense_share", "min_mass", "gamma", "gl", "gl_value"),
     *("score_low", "score_high", "kl_input_clip", "kl_output_clip"),
 )
 

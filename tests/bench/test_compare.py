@@ -39,12 +39,12 @@ def test_the_grid_holds_what_can_go_wrong() -> None:
     assert any(case.shape.Hq > case.shape.Hkv > 1 for case in cases)
     assert any(case.shape.R >= 4096 for case in cases)
     for setting in SETTINGS:
-        drawn = module._draw(Case(SMALL[2], torch.float32, setting))
-        holes = (drawn["response_mask"].int().diff(dim=1) > 0).any()
+        drawn = Case(SMALL[2], torch.float32, setting).problem()
+        holes = (drawn.response.mask.int().diff(dim=1) > 0).any()
         assert bool(holes) == setting.holes
-        left = drawn["credit"].attention_mask[:, 0] == 0
+        left = drawn.inputs.attention_mask[:, 0] == 0
         assert bool(left.any()) == setting.left_padding
-        assert drawn["credit"].key.isnan().any()
+        assert drawn.inputs.key.isnan().any()
 
 
 @pytest.mark.parametrize("name", ["credit", "rewards", "advantages", "returns", "kl"])
@@ -85,7 +85,7 @@ def test_command_prints_errors_beside_bounds() -> None:
     result = CliRunner().invoke(app, ["compare", "--quick", "--device", "cpu", "--backend", "torch"])
     assert result.exit_code == 0, result.output
     lines = [line for line in result.stdout.splitlines() if "│" in line]
-    assert len(lines) == len(SMALL) * len(DTYPES) * 7
+    assert len(lines) == len(SMALL) * len(DTYPES) * (7 + 4)  # outputs, the sum of credit, row statistics
     assert "36 cases, 0 outputs beyond their bounds" in result.stdout
 
 

@@ -40,7 +40,7 @@ def test_attention_and_its_gradient_are_counted() -> None:
 
 @pytest.mark.parametrize("name", ["norm-weighted rollout", "signed rollout", "gradient x value"])
 def test_memory_is_linear_in_the_length(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnshape.torch_backend.SCORE_ELEMENTS", 1)
+    monkeypatch.setattr("attnshape.vectorized.attention.SCORE_ELEMENTS", 1)
     monkeypatch.setattr("attnshape.compile.is_traced", lambda: False)
     model = credit_cost.reward_model()
     short, long = (credit_cost.costs(name, model, length).peak_bytes for length in (64, 128))

@@ -24,6 +24,7 @@ from attnshape.bench.measure import (
 from attnshape.bench.plain import plain_call
 from attnshape.bench.timing import Ratio
 from attnshape.cli import app
+from attnshape.problems import mapped
 from benchmarks.cases import made_small
 
 CPU = torch.device("cpu")
@@ -71,8 +72,8 @@ def test_packed_rows_and_those_too_many_have_no_plain_baseline() -> None:
 
 def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*arguments: Any, **options: Any) -> Any:
-        advantages, returns = right(*arguments, **options)
-        return advantages * 1.001, returns
+        out = right(*arguments, **options)
+        return out._replace(advantages=out.advantages * 1.001)
 
     right = attnshape.gae
     monkeypatch.setattr(attnshape, "gae", wrong)
@@ -87,7 +88,7 @@ def test_the_first_and_the_last_row_are_checked(
 ) -> None:
     def broken(*arguments: Any, **options: Any) -> Any:
         out = right(*arguments, **options)
-        out[0][row, 3] = float("nan")
+        out.advantages[row, 3] = float("nan")
         return out
 
     right = attnshape.gae
@@ -156,7 +157,7 @@ def test_the_command_fails_where_a_result_is_wrong(
     few_cases: list[Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = attnshape.gae
-    monkeypatch.setattr(attnshape, "gae", lambda *a, **k: tuple(1.01 * x for x in right(*a, **k)))
+    monkeypatch.setattr(attnshape, "gae", lambda *a, **k: mapped(right(*a, **k), lambda x: 1.01 * x))
     result = bench("--device", "cpu", "--seconds", "0")
     assert result.exit_code == 1
     assert "gae, 3x40: the error of" in result.stdout

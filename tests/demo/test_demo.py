@@ -198,9 +198,8 @@ def test_judge_credits_what_eager_attention_shows(setup: Setup) -> None:
     actor, judge = setup.load()
     rollout = actor.sample(["the plot was", "the story is about a family", "everyone"], 14, 6)
     judged = judge(rollout, "ABC")
-    out = attnshape.shape_rewards(
-        judged.score, judged.credit, response_mask=rollout.response_mask, response_start=judged.response_start
-    )
+    response = attnshape.Response(rollout.response_mask, start=judged.response_start)
+    out = attnshape.shape_rewards(judged.score, judged.credit, response)
     eager = AutoModelForSequenceClassification.from_pretrained(
         setup.reward_model, attn_implementation="eager"
     )

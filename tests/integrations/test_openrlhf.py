@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
 
-from attnshape import reference
+from attnshape import ShapingConfig, reference
 from attnshape.integrations import openrlhf as adapter
 
 KL_COEF = 0.1
@@ -74,7 +74,7 @@ def batch(scores: list[float], masks: list[list[int]], seed: int) -> SimpleNames
 def test_scores_are_spread_over_actions() -> None:
     # A hole in the first row, and micro-batches that are not of one size.
     batches = [batch([0.5, -3.0], [[0, 1, 1, 0, 1], [0, 0, 1, 1, 0]], 0), batch([0.25], [[1, 0, 1]], 1)]
-    maker = adapter.shaped_maker(module, beta=0.75)()
+    maker = adapter.shaped_maker(module, dense_share=0.75)()
     experiences = maker.compute_advantages_and_returns(maker.make_experience(batches))
     assert module.compute_reward is compute_reward
     for e, seen in zip(experiences, maker.seen, strict=True):
@@ -89,9 +89,8 @@ def test_scores_are_spread_over_actions() -> None:
             expected[b] += 0.75 * spread[b] * credit / credit.sum()
             expected[b, mask.nonzero()[-1]] += 0.25 * spread[b]
         torch.testing.assert_close(seen.double(), expected, rtol=1e-6, atol=1e-6)
-        advantages, returns = reference.gae(
-            seen.double(), e.values.double(), e.action_mask, gamma=0.98, lam=0.9, mask_semantics="zero"
-        )
+        config = ShapingConfig(gamma=0.98, lam=0.9, mask_semantics="zero")
+        advantages, returns, _ = reference.gae(seen.double(), e.values.double(), e.action_mask, config)
         torch.testing.assert_close(e.advantages.double(), advantages, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(e.returns.double(), returns, rtol=1e-5, atol=1e-5)
         attended = torch.where(e.action_mask != 0, row, 0).sum(1)
@@ -103,14 +102,14 @@ def test_scores_are_spread_over_actions() -> None:
 def test_a_row_without_attention_on_its_actions_falls_back() -> None:
     samples = batch([0.5], [[0, 1, 1]], 0)
     samples.answer[:, 1:] = torch.tensor([[0.6, 0.4, 0.0, 0.0]])
-    maker = adapter.shaped_maker(module, beta=0.75)()
+    maker = adapter.shaped_maker(module, dense_share=0.75)()
     [e] = maker.compute_advantages_and_returns(maker.make_experience([samples]))
     assert e.info["credit_fallback"].tolist() == [1.0]
     torch.testing.assert_close(maker.seen[0] + KL_COEF * e.kl, torch.tensor([[0.0, 0.0, 0.5]]))
 
 
 def test_openrlhfs_function_is_back_after_an_error() -> None:
-    maker = adapter.shaped_maker(module, beta=0.75)()
+    maker = adapter.shaped_maker(module, dense_share=0.75)()
     [samples] = maker.make_experience([batch([0.5], [[0, 1, 1]], 0)])
     samples.values = None  # the recurrence of rewards alone; then a shape that does not fit
     samples.kl = torch.zeros(1, 7)
@@ -123,7 +122,7 @@ def test_rewards_from_elsewhere_are_refused() -> None:
     samples = batch([0.5], [[0, 1, 1]], 0)
     samples.rewards = torch.tensor([0.5])
     with pytest.raises(ValueError, match="the samples bring their own"):
-        adapter.shaped_maker(module, beta=0.75)().make_experience([samples])
+        adapter.shaped_maker(module, dense_share=0.75)().make_experience([samples])
 
 
 class RewardModel(LlamaPreTrainedModel):
@@ -288,7 +287,7 @@ def openrlhf(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_install_reaches_both_trainers_and_the_reward_worker(
     openrlhf: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    adapter.install(beta=0.5, layer=-2)
+    adapter.install(dense_share=0.5, layer=-2)
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert "OpenRLHF 0.11.2's RewardModelActor, PPOTrainer, TrainingActor spread 0.5" in said
@@ -361,11 +360,11 @@ def test_the_command_line_passes_openrlhfs_arguments_on(
         "attnshape.integrations.openrlhf.runpy.run_module",
         lambda name, **options: seen.update(name=name, argv=sys.argv[1:]),
     )
-    monkeypatch.setattr(adapter, "install", lambda beta, layer: seen.update(beta=beta, layer=layer))
+    monkeypatch.setattr(adapter, "install", lambda share, layer: seen.update(share=share, layer=layer))
     argv = [
         "--actor.num_nodes",
         "1",
-        "--abc.beta",
+        "--abc.dense_share",
         "0.3",
         "--abc.layer",
         "-2",
@@ -378,6 +377,6 @@ def test_the_command_line_passes_openrlhfs_arguments_on(
     assert seen == {
         "name": "openrlhf.cli.train_ppo_ray",
         "argv": ["--actor.num_nodes", "1", "--reward.clip_range", "-5", "5"],
-        "beta": 0.3,
+        "share": 0.3,
         "layer": -2,
     }

@@ -93,13 +93,13 @@ def test_one_source_of_rewards(settings: dict[str, str]) -> None:
 
 def test_token_rewards() -> None:
     credit, mask = [0.5, 0.3, 0.1, 0.1], [1, 1, 0, 1]
-    rewards = token_rewards(2.0, credit, mask, beta=0.75, terminal_reward=3.0)
+    rewards = token_rewards(2.0, credit, mask, dense_share=0.75, terminal_reward=3.0)
     # The masked token's credit is shared by the others.
     expected = [1.5 * 0.5 / 0.9, 1.5 * 0.3 / 0.9, 0.0, 1.5 * 0.1 / 0.9 + 0.5 + 3.0]
     assert rewards.tolist() == pytest.approx(expected, rel=1e-6)
-    assert token_rewards(2.0, [0.0] * 4, mask, beta=0.75).tolist() == pytest.approx([0, 0, 0, 2.0])
+    assert token_rewards(2.0, [0.0] * 4, mask, dense_share=0.75).tolist() == pytest.approx([0, 0, 0, 2.0])
     with pytest.raises(ValueError, match="credit: got 3 weights for a response of 4 tokens"):
-        token_rewards(2.0, credit[:3], mask, beta=0.75)
+        token_rewards(2.0, credit[:3], mask, dense_share=0.75)
 
 
 class Server:

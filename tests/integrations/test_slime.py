@@ -14,7 +14,7 @@ import torch
 from parity.toys import save_policy
 from torch import Tensor
 
-from attnshape import reference
+from attnshape import ShapingConfig, reference
 from attnshape.integrations import framework, slime
 from attnshape.text.reader import Scored
 
@@ -106,7 +106,7 @@ def test_settings_that_lose_token_rewards(changes: dict[str, Any], message: str)
 
 
 @pytest.mark.usefixtures("present")
-@pytest.mark.parametrize("settings", [None, {"beta": 0.5, "layer": -2}])
+@pytest.mark.parametrize("settings", [None, {"dense_share": 0.5, "layer": -2}])
 def test_scores_and_what_the_reward_model_is_asked(monkeypatch: pytest.MonkeyPatch, settings: Any) -> None:
     asked: dict[str, Any] = {}
 
@@ -143,7 +143,7 @@ def test_rewards_per_token() -> None:
         Sample([0] * 3, 1, reward=0.5, metadata={slime.CREDIT: [1.0]}),
         Sample([0] * 3, 0, reward=0.5, metadata={slime.CREDIT: []}),
     ]
-    raw, rewards = slime.post_process_rewards(arguments(attnshape={"beta": 0.75}), samples)
+    raw, rewards = slime.post_process_rewards(arguments(attnshape={"dense_share": 0.75}), samples)
     assert raw == [2.0, -1.0, 0.5, 0.5]
     expected = [[1.5 * 0.5 / 0.9, 1.5 * 0.3 / 0.9, 0.0, 1.5 * 0.1 / 0.9 + 0.5], [0.0, 0.0, -1.0], [0.5], []]
     for row, values in zip(rewards, expected, strict=True):
@@ -152,11 +152,11 @@ def test_rewards_per_token() -> None:
 
 
 @pytest.mark.usefixtures("present")
-@pytest.mark.parametrize("off", ["beta", "credit"])
+@pytest.mark.parametrize("off", ["dense_share", "credit"])
 def test_without_credit_the_rewards_are_slimes(off: str) -> None:
     credit = {} if off == "credit" else {slime.CREDIT: [0.5, 0.5]}
     samples = [Sample([0] * 3, 2, reward=reward, metadata=dict(credit)) for reward in (1.0, 2.0)]
-    settings = {"beta": 0} if off == "beta" else None
+    settings = {"dense_share": 0} if off == "dense_share" else None
     assert slime.post_process_rewards(arguments(attnshape=settings), samples) == ([1.0, 2.0], [1.0, 2.0])
 
 
@@ -184,15 +184,10 @@ def test_advantages(dense: bool, gamma: float, lam: float) -> None:
     slime.compute_advantages(arguments(gamma=gamma, lambd=lam), data)
     for i, row in enumerate(rewards if dense else last):
         shaped = (row - 0.1 * kl[i]).double()[None]
-        expected = reference.gae(
-            shaped,
-            values[i].double()[None],
-            torch.ones(1, LENGTHS[i]),
-            gamma=gamma,
-            lam=lam,
-            mask_semantics="zero",
-        )
-        for name, found in zip(("advantages", "returns"), expected, strict=True):
+        config = ShapingConfig(gamma=gamma, lam=lam, mask_semantics="zero")
+        expected = reference.gae(shaped, values[i].double()[None], torch.ones(1, LENGTHS[i]), config)
+        for name in ("advantages", "returns"):
+            found = getattr(expected, name)
             assert data[name][i].dtype == torch.float32
             assert torch.allclose(data[name][i].double(), found[0], rtol=0, atol=1e-5)
 

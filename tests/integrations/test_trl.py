@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnshape import reference
+from attnshape import ShapingConfig, reference
 from attnshape.integrations import trl as adapter
 
 PENALTY = 0.25
@@ -80,7 +80,7 @@ def token_rewards(trainer: Any) -> Tensor:
 @pytest.mark.parametrize("items", [2, 3])
 def test_a_score_is_spread_by_its_credit(items: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeTrainer, "items", items)
-    trainer = Trainer(beta=0.5)
+    trainer = Trainer(dense_share=0.5)
     stats = trainer.step(QUERIES, RESPONSES, SCORES, credits=CREDITS)
     expected = torch.tensor(
         [[0, 0, 1 / 8, 2 / 8, 0, 1 + 5 / 8], [-3 / 8, -1 / 8 - 1 / 2, 0, 0, 0, 0], [0, 1 / 2, 0, 0, 0, 0]]
@@ -93,7 +93,7 @@ def test_a_score_is_spread_by_its_credit(items: int, monkeypatch: pytest.MonkeyP
 
 def test_a_tools_tokens_get_nothing() -> None:
     masks = [torch.tensor([1, 0, 1, 0]), torch.tensor([0, 1]), torch.tensor([1])]
-    trainer = Trainer(beta=0.5)
+    trainer = Trainer(dense_share=0.5)
     trainer.step(QUERIES, RESPONSES, SCORES, masks, credits=CREDITS)
     expected = torch.tensor([[0, 0, 1.0, 0, 1.0, 0], [0, -1.0, 0, 0, 0, 0], [0, 0.5, 0, 0, 0, 0]])
     torch.testing.assert_close(token_rewards(trainer), expected)
@@ -122,9 +122,8 @@ def test_advantages_are_the_references() -> None:
     trainer.step(QUERIES, RESPONSES, SCORES, credits=CREDITS)
     seen = {name: x.double() for name, x in trainer.seen.items()}
     mask = seen["masks"]
-    advantages, returns = reference.gae(
-        seen["rewards"], seen["values"], mask, gamma=0.97, lam=0.9, mask_semantics="zero"
-    )
+    config = ShapingConfig(gamma=0.97, lam=0.9, mask_semantics="zero")
+    advantages, returns, _ = reference.gae(seen["rewards"], seen["values"], mask, config)
     torch.testing.assert_close(seen["returns"], returns, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(seen["advantages"], reference.whiten(advantages, mask), rtol=1e-5, atol=1e-5)
 

@@ -74,11 +74,11 @@ def test_a_score_with_credit_is_one_reward_per_token() -> None:
 
 
 @pytest.mark.parametrize(
-    ("result", "beta"),
+    ("result", "dense_share"),
     [({"score": 2.0, "terminal_reward": 3.0}, 0.75), ({"score": 5.0, "credit": [0.5, 0.3, 0.1, 0.1]}, 0.0)],
 )
-def test_a_score_without_credit_is_verls_to_place(result: dict[str, Any], beta: float) -> None:
-    assert verl.reward_of(result, MASK, beta) == 5.0
+def test_a_score_without_credit_is_verls_to_place(result: dict[str, Any], dense_share: float) -> None:
+    assert verl.reward_of(result, MASK, dense_share) == 5.0
 
 
 def test_the_reward_function_needs_its_manager() -> None:
@@ -157,10 +157,8 @@ def test_gae_is_verls(gamma: float, lam: float) -> None:
     assert torch.allclose(advantages.double(), expected, rtol=0, atol=1e-5)
     assert torch.allclose(returns.double(), expected_returns, rtol=0, atol=1e-5)
     settings = ShapingConfig.verl(gamma=gamma, lam=lam)
-    plain, _ = reference.gae(
-        rewards.double(), values.double(), mask, gamma=gamma, lam=lam, mask_semantics=settings.mask_semantics
-    )
-    whitened = reference.whiten(plain, mask, **settings.whitening)
+    plain = reference.gae(rewards.double(), values.double(), mask, settings).advantages
+    whitened = reference.whiten(plain, mask, settings.whitening)
     live = mask.bool()
     assert torch.allclose(advantages.double()[live], whitened[live], rtol=0, atol=1e-5)
 

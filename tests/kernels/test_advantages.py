@@ -8,8 +8,8 @@ from support import fast_interpreter
 from support.shaping import DEVICE, assert_close, assert_same_pattern, expected, gae, problem, shape
 
 from attnshape import reference
+from attnshape.config import ShapingConfig
 from attnshape.tolerance import CREDIT_SUM, credit_bound, error_fraction, gae_bound
-from attnshape.types import ShapingConfig
 from csrc_triton.host import attention
 
 
@@ -63,8 +63,6 @@ def test_infinity_reaches_the_left_end_where_powers_underflow(lam: float, left: 
     rewards[0, 190] = math.inf
     mask = torch.ones(1, 200, device=DEVICE)
     actual = gae(rewards, torch.zeros_like(rewards), mask, 1.0, lam)
-    truth, _ = reference.gae(
-        rewards.double(), torch.zeros(1, 200), mask, gamma=1.0, lam=lam, mask_semantics="skip"
-    )
+    truth, *_ = reference.gae(rewards.double(), torch.zeros(1, 200), mask, ShapingConfig(lam=lam))
     assert truth[0, 0] == left or truth[0, 0].isnan()
     assert_same_pattern(actual.advantages, truth)

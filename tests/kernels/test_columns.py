@@ -16,7 +16,6 @@ from support.columns import (
     columns,
     layouts,
     norms_of,
-    place,
     rollout,
 )
 from support.problems import Problem, make_problem, pack, to_float64
@@ -44,11 +43,9 @@ def test_positions_in_any_order(choice: tuple[str, int]) -> None:
     problem = make_problem(5, **sizes, whole_query=True)
     generator = torch.Generator().manual_seed(0)
     index = torch.randint(0, 75, (2, 140), generator=generator)
-    del problem.kwargs["response_start"]
-    problem.kwargs["response_index"] = index
-    problem.kwargs["response_mask"] = (torch.rand(2, 140, generator=generator) > 0.3).int()
-    problem.inputs = replace(problem.inputs, key=problem.inputs.key.nan_to_num(0.5), attention_mask=None)
-    problem.inputs = replace(problem.inputs, query_position=None)
+    problem.response = Response((torch.rand(2, 140, generator=generator) > 0.3).int(), index=index)
+    problem.credit = replace(problem.inputs, key=problem.inputs.key.nan_to_num(0.5), attention_mask=None)
+    problem.credit = replace(problem.inputs, query_position=None)
     check_columns(problem, *choice)
 
 
@@ -56,11 +53,11 @@ def raw_alone(length: int, dtype: torch.dtype) -> tuple[Problem, Tensor, Tensor]
     """One sequence, its columns and its rollout."""
     sizes = {"batch": 1, "keys": length, "width": length // 2, "heads": 2, "kv_heads": 1}
     problem = make_problem(length, **sizes, holes=False, dtype=dtype, whole_query=True)
-    problem.inputs = replace(problem.inputs, key=problem.inputs.key.nan_to_num(0.5), attention_mask=None)
-    problem.inputs = replace(problem.inputs, query_position=None)
-    problem.kwargs["response_mask"][:] = 1
-    problem.kwargs["response_mask"][:, 3] = 0
-    problem.kwargs["response_start"][:] = length // 3
+    problem.credit = replace(problem.inputs, key=problem.inputs.key.nan_to_num(0.5), attention_mask=None)
+    problem.credit = replace(problem.inputs, query_position=None)
+    problem.response.mask[:] = 1
+    problem.response.mask[:, 3] = 0
+    problem.response.start[:] = length // 3
     return problem, columns(problem)[0], rollout([problem.inputs] * 2, problem)[0]
 
 
@@ -68,7 +65,7 @@ def raw_alone(length: int, dtype: torch.dtype) -> tuple[Problem, Tensor, Tensor]
 def test_bits_do_not_depend_on_padding_neighbours_or_memory(dtype: torch.dtype) -> None:
     alone, expected, carried = raw_alone(150, dtype)
     query, key = alone.inputs.query, alone.inputs.key
-    mask, start = alone.kwargs["response_mask"], alone.kwargs["response_start"]
+    mask, start = alone.response.mask, alone.response.start
     for left in (77,):
         wide = {"query": query, "key": key}
         for name, x in wide.items():
@@ -80,15 +77,15 @@ def test_bits_do_not_depend_on_padding_neighbours_or_memory(dtype: torch.dtype) 
         begin, end = torch.tensor([9, left]), torch.tensor([11, left + 149])
         attended = torch.zeros(2, 155 + left)
         attended[1, left : left + 150] = 1
-        kwargs = {
-            "response_mask": torch.cat([torch.zeros(1, 80), torch.nn.functional.pad(mask, (0, 5))]),
-            "response_start": torch.tensor([3, left + int(start)]),
-        }
+        response = Response(
+            torch.cat([torch.zeros(1, 80), torch.nn.functional.pad(mask, (0, 5))]),
+            start=torch.tensor([3, left + int(start)]),
+        )
         for inputs in (
             AttentionInputs(wide["query"], wide["key"], 0.3, key_start=begin, query_position=end),
             AttentionInputs(wide["query"], moved, 0.3, attention_mask=attended),
         ):
-            padded = Problem(alone.score, inputs, kwargs)
+            padded = Problem(alone.score, inputs, response)
             assert columns(padded)[0][1, :75].equal(expected[0])
             assert rollout([inputs] * 2, padded)[0][1, :75].equal(carried[0])
     one = pack(alone)
@@ -99,12 +96,12 @@ def test_bits_do_not_depend_on_padding_neighbours_or_memory(dtype: torch.dtype) 
         0.3,
         cu_seqlens=torch.tensor([0, 11, 161], dtype=torch.int32),
     )
-    kwargs = {
-        "response_mask": torch.cat([torch.ones(2, dtype=torch.int32), one.kwargs["response_mask"]]),
-        "response_start": torch.tensor([4, int(start)]),
-        "response_cu_seqlens": torch.tensor([0, 2, 77], dtype=torch.int32),
-    }
-    packed = Problem(alone.score, inputs, kwargs)
+    response = Response(
+        torch.cat([torch.ones(2, dtype=torch.int32), one.response.mask]),
+        start=torch.tensor([4, int(start)]),
+        cu_seqlens=torch.tensor([0, 2, 77], dtype=torch.int32),
+    )
+    packed = Problem(alone.score, inputs, response)
     assert columns(packed)[0][2:].equal(expected[0])
     assert rollout([inputs] * 2, packed)[0][2:].equal(carried[0])
 
@@ -114,19 +111,19 @@ def test_bits_do_not_depend_on_padding_neighbours_or_memory(dtype: torch.dtype) 
 def test_what_is_not_finite_stays_in_its_row(where: str, bad: float) -> None:
     sizes = {"batch": 2, "keys": 150, "width": 70, "heads": 1, "kv_heads": 1}
     problem = make_problem(1, **sizes, whole_query=True)
-    problem.kwargs["response_mask"][:, :60] = 1
+    problem.response.mask[:, :60] = 1
     clean, _ = columns(problem)
     clean_rollout, _ = rollout([problem.inputs] * 2, problem)
-    at = int(problem.kwargs["response_start"][0]) + 5
+    at = int(problem.response.start[0]) + 5
     x = getattr(problem.inputs, where).clone()
     x[0, 0, at] = bad
-    problem.inputs = replace(problem.inputs, **{where: x})
+    problem.credit = replace(problem.inputs, **{where: x})
     raw, _ = columns(problem)
     assert_same_pattern(problem, raw)
     assert raw[1].equal(clean[1])
     carried, _ = rollout([problem.inputs] * 2, problem)
     want = reference.attention_rollout(
-        to_float64([problem.inputs] * 2), **place(problem), normalization="none"
+        to_float64([problem.inputs] * 2), problem.response, normalization="none"
     )
     assert carried.isnan().equal(want.isnan())
     assert carried[1].equal(clean_rollout[1])
@@ -135,14 +132,14 @@ def test_what_is_not_finite_stays_in_its_row(where: str, bad: float) -> None:
 def test_a_query_that_carries_nothing_adds_nothing() -> None:
     sizes = {"batch": 1, "keys": 160, "width": 140, "heads": 2, "kv_heads": 1}
     problem = make_problem(2, **sizes, holes=False, whole_query=True)
-    problem.inputs = replace(problem.inputs, key=problem.inputs.key.nan_to_num(0.5), attention_mask=None)
-    problem.inputs = replace(problem.inputs, query_position=torch.tensor([100]))
-    problem.kwargs["response_mask"][:] = 1
-    problem.kwargs["response_mask"][:, 60:80] = 0
-    problem.kwargs["response_start"][:] = 10
+    problem.credit = replace(problem.inputs, key=problem.inputs.key.nan_to_num(0.5), attention_mask=None)
+    problem.credit = replace(problem.inputs, query_position=torch.tensor([100]))
+    problem.response.mask[:] = 1
+    problem.response.mask[:, 60:80] = 0
+    problem.response.start[:] = 10
     query = problem.inputs.query.clone()
     query[:, :, :10] = query[:, :, 70:90] = query[:, :, 150:] = NAN
-    problem.inputs = replace(problem.inputs, query=query)
+    problem.credit = replace(problem.inputs, query=query)
     assert check_columns(problem).isfinite().all()
     query[:, :, :100] = query[:, :, 101:] = NAN
     assert check_rollout([problem.inputs], problem, {}).isfinite().all()
@@ -151,10 +148,10 @@ def test_a_query_that_carries_nothing_adds_nothing() -> None:
 def test_keys_outside_the_window_are_not_read() -> None:
     sizes = {"batch": 1, "keys": 300, "width": 40, "heads": 2, "kv_heads": 1}
     problem = make_problem(2, **sizes, holes=False, whole_query=True, sliding_window=20)
-    problem.inputs = replace(problem.inputs, attention_mask=None, query_position=None)
-    problem.kwargs["response_mask"][:] = 1
-    problem.kwargs["response_start"][:] = 255
-    problem.inputs = replace(problem.inputs, key=torch.randn(problem.inputs.key.shape))
+    problem.credit = replace(problem.inputs, attention_mask=None, query_position=None)
+    problem.response.mask[:] = 1
+    problem.response.start[:] = 255
+    problem.credit = replace(problem.inputs, key=torch.randn(problem.inputs.key.shape))
     raw = check_columns(problem)
     problem.inputs.key[:, :, :192] = NAN
     assert columns(problem)[0].equal(raw)
@@ -213,15 +210,15 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("value", [-1, 30, HUGE])
-@pytest.mark.parametrize("where", ["response_start", "response_index", "query_position", "key_start"])
+@pytest.mark.parametrize("where", ["start", "index", "query_position", "key_start"])
 def test_indices_out_of_range(where: str, value: int, guarded: Callable[[], None]) -> None:
     problem = make_problem(7, **SMALL, holes=False, whole_query=True, attention_mask=False)
-    problem.kwargs["response_mask"][:, :2] = 1
-    if where == "response_index":
-        index = problem.kwargs.pop("response_start")[:, None] + torch.arange(20)
-        index[problem.kwargs["response_mask"] == 0] = HUGE
-        problem.kwargs[where] = index
-    x = problem.kwargs[where] if where in problem.kwargs else getattr(problem.inputs, where)
+    problem.response.mask[:, :2] = 1
+    if where == "index":
+        index = problem.response.start[:, None] + torch.arange(20)
+        index[problem.response.mask == 0] = HUGE
+        problem.response = Response(problem.response.mask, index=index)
+    x = getattr(problem.response if where in ("start", "index") else problem.inputs, where)
     x[1] = value
     raw, status = columns(problem)
     assert status.tolist() == [0, int(Status.OUT_OF_RANGE) if where != "key_start" or value != 30 else 0, 0]
@@ -230,21 +227,21 @@ def test_indices_out_of_range(where: str, value: int, guarded: Callable[[], None
         assert columns(problem, "last")[0].isnan().equal(raw.isnan())
     carried, _ = rollout([problem.inputs] * 2, problem)
     want = reference.attention_rollout(
-        to_float64([problem.inputs] * 2), **place(problem), normalization="none"
+        to_float64([problem.inputs] * 2), problem.response, normalization="none"
     )
     check(problem, carried, want)
     guarded()
 
 
-@pytest.mark.parametrize("where", ["cu_seqlens", "response_cu_seqlens"])
+@pytest.mark.parametrize("where", ["keys", "response"])
 @pytest.mark.parametrize("bad", [(1, -5), (1, HUGE), (2, -HUGE), (3, 91), (3, 61), (0, HUGE)])
 def test_bounds_of_packed_rows_out_of_range(
     where: str, bad: tuple[int, int], guarded: Callable[[], None]
 ) -> None:
     problem = make_problem(7, **SMALL, holes=False, whole_query=True, attention_mask=False)
-    problem.kwargs["response_mask"][:, :2] = 1
+    problem.response.mask[:, :2] = 1
     problem = pack(problem)
-    bounds = problem.kwargs.get(where, problem.inputs.cu_seqlens)
+    bounds = (problem.response if where == "response" else problem.inputs).cu_seqlens
     bounds[bad[0]] = bad[1]
     for variant in ("mean", "last"):
         check_columns(problem, variant)

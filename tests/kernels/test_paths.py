@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.problems import Problem, check_shaped, make_problem, mapped, pack, problems
+from support.problems import Problem, check_shaped, make_problem, mapped, pack, problems, to_float64
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
 import attnshape
-from attnshape import AttentionInputs, ShapedRewards, ShapingConfig
+from attnshape import AttentionInputs, Response, ShapedRewards, ShapingConfig
 from csrc_triton.device import layout
 from csrc_triton.host import attention, rewards
 
@@ -55,9 +55,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def shaped(problem: Problem) -> ShapedRewards:
     there = mapped(problem, lambda x: x.to(DEVICE))
-    return attnshape.shape_rewards(
-        there.score, there.inputs, config=there.config, backend="triton", **there.kwargs
-    )
+    return there.shaped(attnshape.shape_rewards, backend="triton")
 
 
 def assert_same_bits(a: Any, b: Any, name: str = "") -> None:
@@ -102,7 +100,7 @@ def test_every_path_has_the_same_bits(
     options: dict[str, Any], packed: bool, choose: Callable[..., None], launches: list[str]
 ) -> None:
     problem = long_problem(len(str(options)), **options)
-    problem.kwargs["response_mask"][0, 20:40] = 0
+    problem.response.mask[0, 20:40] = 0
     if packed:
         problem = pack(problem)
     if problem.config.on_nan == "zero_row":
@@ -140,26 +138,9 @@ def test_several_layers_and_chosen_heads(path: dict, packed: bool, choose: Calla
         dataclasses.replace(problem.inputs, scaling=0.2, head_mask=torch.zeros(6)),
     ]
     choose(**path)
-    many = Problem(problem.score, layers, problem.kwargs, problem.config)  # type: ignore[arg-type]
-    many.kwargs["response_mask"] = problem.kwargs["response_mask"]
+    many = dataclasses.replace(problem, credit=layers)
     got = shaped(many)
-    want = attnshape.reference.shape_rewards(
-        problem.score.double(),
-        [
-            dataclasses.replace(
-                x,
-                query=x.query.double(),
-                key=x.key.double(),
-                sinks=None if x.sinks is None else x.sinks.double(),
-            )
-            for x in layers
-        ],
-        config=problem.config,
-        **{
-            k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-            for k, x in problem.kwargs.items()
-        },
-    )
+    want = to_float64(many).shaped(attnshape.reference.shape_rewards)
     torch.testing.assert_close(got.credit.cpu().double(), want.credit, rtol=1e-4, atol=1e-6)
     assert got.status.cpu().equal(want.status)
     row = attnshape.attention_row(mapped(layers, lambda x: x.to(DEVICE)), backend="triton").cpu()
@@ -176,16 +157,16 @@ def test_credit_and_row_alone_have_the_bits_of_the_fused_result(
     choose()
     want = shaped(problem)
     choose(**path)
-    where = {"response_start": problem.kwargs["response_start"], "backend": "triton"}
-    mask = problem.kwargs["response_mask"]
-    assert_same_bits(attnshape.attention_credit(problem.inputs, mask, **where), want.credit, "credit")
-    raw = attnshape.attention_credit(problem.inputs, mask, normalization="none", **where)
-    row = attnshape.attention_row(problem.inputs, backend="triton")
-    at = problem.kwargs["response_start"][:, None] + torch.arange(mask.shape[1], device=DEVICE)
-    assert_same_bits(raw, torch.where(mask != 0, row.gather(1, at.long()), 0.0), "row")
-    two_steps = attnshape.shape_rewards(
-        problem.score, raw, config=problem.config, backend="triton", **problem.kwargs
+    mask = problem.response.mask
+    assert_same_bits(
+        attnshape.attention_credit(problem.inputs, problem.response, backend="triton"), want.credit, "credit"
     )
+    options = {"normalization": "none", "backend": "triton"}
+    raw = attnshape.attention_credit(problem.inputs, problem.response, **options)
+    row = attnshape.attention_row(problem.inputs, backend="triton")
+    at = problem.response.start[:, None] + torch.arange(mask.shape[1], device=DEVICE)
+    assert_same_bits(raw, torch.where(mask != 0, row.gather(1, at.long()), 0.0), "row")
+    two_steps = shaped(dataclasses.replace(problem, credit=raw))
     for name in ("rewards", "advantages", "returns", "credit"):
         assert_same_bits(getattr(two_steps, name), getattr(want, name), name)
 
@@ -197,7 +178,7 @@ def test_a_row_keeps_its_bits_in_any_batch(width: int, lam: float, choose: Calla
     g = torch.Generator().manual_seed(width)
     x = {name: torch.randn(3, width, generator=g).to(DEVICE) for name in ("rewards", "values")}
     mask = (torch.rand(3, width, generator=g) < 0.9).to(DEVICE)
-    settings = {"gamma": 1.0, "lam": lam, "mask_semantics": "skip", "backend": "triton"}
+    settings = {"config": ShapingConfig(lam=lam), "backend": "triton"}
     choose()
     alone = attnshape.gae(x["rewards"][1:2], x["values"][1:2], mask[1:2], **settings)
     cu = (torch.arange(4) * width).int().to(DEVICE)
@@ -205,10 +186,10 @@ def test_a_row_keeps_its_bits_in_any_batch(width: int, lam: float, choose: Calla
     wider_mask = torch.nn.functional.pad(mask, (0, 23))
     for in_chunks in (False, True):
         choose(in_chunks=in_chunks)
-        together = attnshape.gae(**x, response_mask=mask, **settings)
-        padded = attnshape.gae(**wider, response_mask=wider_mask, **settings)
+        together = attnshape.gae(**x, response=mask, **settings)
+        padded = attnshape.gae(**wider, response=wider_mask, **settings)
         flat = {name: y.flatten() for name, y in x.items()}
-        packed = attnshape.gae(**flat, response_mask=mask.flatten(), response_cu_seqlens=cu, **settings)
+        packed = attnshape.gae(**flat, response=Response(mask.flatten(), cu_seqlens=cu), **settings)
         for i in range(2):
             assert_same_bits(together[i][1:2], alone[i])
             if lam == 1.0:
@@ -220,18 +201,12 @@ def test_packed_bounds_that_are_not_sound(choose: Callable[..., None]) -> None:
     g = torch.Generator().manual_seed(0)
     x, values = torch.randn(2, 130, generator=g).to(DEVICE)
     mask = torch.ones(130, device=DEVICE)
-    settings = {
-        "gamma": 1.0,
-        "lam": 0.9,
-        "mask_semantics": "zero",
-        "backend": "triton",
-        "return_moments": True,
-    }
+    settings = {"config": ShapingConfig(lam=0.9, mask_semantics="zero"), "backend": "triton"}
     results = []
     for in_chunks in (False, True):
         choose(in_chunks=in_chunks)
         bounds = torch.tensor([5, 40, 40, 100, 70, 120], dtype=torch.int32, device=DEVICE)
-        results.append(attnshape.gae(x, values, mask, response_cu_seqlens=bounds, **settings))
+        results.append(attnshape.gae(x, values, Response(mask, cu_seqlens=bounds), **settings))
     for a, b in zip(*results, strict=True):
         assert_same_bits(a, b)
     advantages = results[0][0]
@@ -301,12 +276,10 @@ def test_heads_that_are_not_chosen_are_not_read() -> None:
 
 def test_moments_are_those_of_the_advantages(choose: Callable[..., None]) -> None:
     problem = long_problem(7)
-    want = attnshape.shape_rewards(
-        problem.score, problem.inputs, config=problem.config, backend="torch", **problem.kwargs
-    ).row_stats.advantage_moments
+    want = problem.shaped(attnshape.shape_rewards, backend="torch").moments
     for path in EVERY_PATH[1:]:
         choose(**path)
-        got = shaped(problem).row_stats.advantage_moments.cpu()
+        got = shaped(problem).moments.cpu()
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 

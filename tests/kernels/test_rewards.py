@@ -19,7 +19,8 @@ from support.shaping import (
 )
 from torch import Tensor
 
-from attnshape.types import MIN_MASS, ShapingConfig, Status
+from attnshape.config import ShapingConfig
+from attnshape.types import MIN_MASS, Status
 from csrc_triton.host import attention
 
 
@@ -52,7 +53,7 @@ def problems(draw: st.DrawFn) -> tuple:
     if score_index == "rows":
         score_index = torch.randint(-1, width + 1, (batch,), generator=generator).to(DEVICE)
     config = ShapingConfig(
-        beta=draw(st.sampled_from([0.0, 0.8, 1.0])),
+        dense_share=draw(st.sampled_from([0.0, 0.8, 1.0])),
         gamma=draw(st.sampled_from([1.0, 0.99, 0.5])),
         lam=lam.to(DEVICE) if isinstance(lam, Tensor) else lam,
         lam_value=lam_value.to(DEVICE) if isinstance(lam_value, Tensor) else lam_value,
@@ -116,7 +117,7 @@ def test_lengths_around_a_chunk(width: int, lam: float) -> None:
 def test_bits_do_not_depend_on_padding_neighbours_or_memory() -> None:
     width = 37
     score, credit, mask, inputs = problem(width)
-    config = ShapingConfig(gamma=0.99, kl_estimator="k3")
+    config = ShapingConfig(gamma=0.99, lam=0.95, kl_estimator="k3")
     alone = shape(score, credit, mask, config, **inputs)
 
     def wider(x: Tensor, fill: float) -> Tensor:
@@ -166,8 +167,9 @@ def test_non_finite_inputs_have_the_references_pattern(
 @pytest.mark.usefixtures("short_chunks")
 def test_outputs_that_are_not_wanted_change_nothing() -> None:
     score, credit, mask, inputs = problem(40, batch=2)
-    whole = shape(score, credit, mask, **inputs)
-    redistributed = shape(score, credit, mask, outputs=("rewards",), **inputs)
+    config = ShapingConfig(lam=0.95)
+    whole = shape(score, credit, mask, config, **inputs)
+    redistributed = shape(score, credit, mask, config, outputs=("rewards",), **inputs)
     assert redistributed.rewards.equal(whole.rewards)
     assert [name for name in EVERYTHING if getattr(redistributed, name) is not None] == ["rewards"]
     shaped = gae(whole.rewards, inputs["values"], mask, 1.0, 0.95)

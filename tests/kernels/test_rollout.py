@@ -40,8 +40,8 @@ def test_tiles_without_a_query_that_counts_are_not_multiplied(monkeypatch: pytes
     """Of 3 tiles of queries only the one that holds the position is asked in a rollout's highest layer."""
     sizes = {"batch": 1, "keys": 300, "width": 20, "heads": 1, "kv_heads": 1}
     problem = make_problem(2, **sizes, holes=False, whole_query=True)
-    problem.inputs = replace(problem.inputs, key=problem.inputs.key.nan_to_num(0.5), attention_mask=None)
-    problem.inputs = replace(problem.inputs, query_position=torch.tensor([290]), query=problem.inputs.query)
+    problem.credit = replace(problem.inputs, key=problem.inputs.key.nan_to_num(0.5), attention_mask=None)
+    problem.credit = replace(problem.inputs, query_position=torch.tensor([290]), query=problem.inputs.query)
     filled = []
     normalizer = launches.row_normalizers
 

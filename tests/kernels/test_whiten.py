@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attnshape
-from attnshape import reference
+from attnshape import Response, Whitening, reference
+from attnshape.reference.whiten import row_moments
 from csrc_triton import whiten as launcher
 from csrc_triton.host.whiten import BLOCK, MAX_PARTS, PARTS
 
@@ -31,7 +32,9 @@ OPTIONS = st.fixed_dictionaries(
 def check(x: Tensor, mask: Tensor, moments: Tensor | None = None, **options: Any) -> Tensor:
     got = launcher(x.to(DEVICE), mask.to(DEVICE), None if moments is None else moments.to(DEVICE), **options)
     assert got.dtype == torch.float32
-    want = reference.whiten(x.double(), mask, **options)
+    given = {name: x for name, x in options.items() if name != "zero_masked"}
+    config = Whitening(**given, whiten_masked=not options.get("zero_masked", True))
+    want = reference.whiten(x.double(), mask, config)
     torch.testing.assert_close(got.cpu().double(), want, rtol=1e-6, atol=1e-6, equal_nan=True)
     return got
 
@@ -83,7 +86,7 @@ def test_whiten_is_the_reference(
 def test_moments_of_rows_of_few_and_of_many() -> None:
     for rows in (1, PARTS, PARTS + 1, MAX_PARTS + 1):
         x, mask = drawn(rows, 3)
-        moments = reference.row_moments(x, mask)
+        moments = row_moments(x, Response(mask))
         rounded = check(x, mask, moments)
         exact = check(x, mask, moments.double().view(rows, 1, 3))
         torch.testing.assert_close(rounded, exact, rtol=1e-5, atol=1e-5)
@@ -107,15 +110,15 @@ def test_the_non_finite_spreads_from_unmasked_tokens_only(value: float) -> None:
 
 def test_parts_of_nothing_have_no_mean() -> None:
     x, mask = drawn(2, 5)
-    moments = torch.cat([reference.row_moments(x, mask), torch.tensor([[0.0, math.nan, math.nan]])])
+    moments = torch.cat([row_moments(x, Response(mask)), torch.tensor([[0.0, math.nan, math.nan]])])
     check(x, mask, moments)
 
 
 def test_what_a_process_group_gathers() -> None:
     (x, mask), (other, other_mask) = drawn(3, 5), drawn(4, 5)
     together = reference.whiten(torch.cat([x, other]).double(), torch.cat([mask, other_mask]))
-    theirs = reference.row_moments(other.double().view(1, -1), other_mask.view(1, -1)).to(DEVICE)
-    for moments in (None, reference.row_moments(x, mask).to(DEVICE)):
+    theirs = row_moments(other.double().view(1, -1), Response(other_mask.view(1, -1))).to(DEVICE)
+    for moments in (None, row_moments(x, Response(mask)).to(DEVICE)):
         got = launcher(
             x.to(DEVICE), mask.to(DEVICE), moments, lambda ours: torch.cat([ours[None], theirs]).contiguous()
         )
@@ -165,8 +168,7 @@ def test_empty(shape: tuple[int, ...]) -> None:
 
 def test_advantages_are_whitened_by_their_own_moments() -> None:
     x, mask = (t.to(DEVICE) for t in drawn(3, 700))
-    how = {"gamma": 1.0, "lam": 0.95, "mask_semantics": "skip", "return_moments": True, "backend": "triton"}
-    advantages, _, moments = attnshape.gae(x, None, mask, **how)
+    advantages, _, moments = attnshape.gae(x, None, mask, backend="triton")
     got = attnshape.whiten(advantages, mask, moments=moments, backend="triton")
     want = reference.whiten(advantages.cpu().double(), mask.cpu())
     torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5, atol=1e-5)

@@ -36,9 +36,8 @@ def shaped(batch: Batch, method: Method, **options: object) -> attnshape.ShapedR
     return attnshape.shape_rewards(
         judged.score if judged.redistributed is None else judged.redistributed,
         judged.credit,
+        attnshape.Response(rollout.response_mask, start=judged.response_start),
         token_rewards=judged.token_rewards,
-        response_mask=rollout.response_mask,
-        response_start=judged.response_start,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 import attnshape
-from attnshape import ShapingConfig
+from attnshape import KL, Response, ShapingConfig
+from attnshape.problems import mapped
 from parity.cases import Case
 from parity.formulas import Outputs, formula
 
@@ -20,11 +22,12 @@ SAME_FUNCTION = 1e-4
 """Of the largest output: beyond this a framework does not compute the formula at all."""
 
 
-def preset(framework: str, case: Case) -> tuple[ShapingConfig, dict[str, Tensor], Tensor]:
+def preset(framework: str, case: Case) -> tuple[ShapingConfig, dict[str, Any], Tensor]:
     """A framework's settings as a user writes them: the config, arguments, and the mask for ``whiten``."""
     s, x = case.settings, case.inputs
     options = {name: s[name] for name in ("gamma", "lam", "kl_estimator") if name in s}
-    arguments = {name: x[name] for name in ("values", "logprobs", "ref_logprobs")}
+    logprobs, ref_logprobs = x["logprobs"], x["ref_logprobs"]
+    arguments: dict[str, Any] = {"score": x["score"], "values": x["values"]}
     mask = whiten_mask = x["mask"]
     if framework == "verl":
         config = ShapingConfig.verl(score_index=x["attended"].sum(1) - 1, **options)
@@ -34,8 +37,7 @@ def preset(framework: str, case: Case) -> tuple[ShapingConfig, dict[str, Tensor]
         config = ShapingConfig.trl(version="1.12", **options)
         length = mask.sum(1, keepdim=True)
         mask = torch.arange(mask.shape[1]) <= length
-        for name in ("logprobs", "ref_logprobs"):
-            arguments[name] = torch.where(whiten_mask, arguments[name], 1.0)
+        logprobs, ref_logprobs = (torch.where(whiten_mask, each, 1.0) for each in (logprobs, ref_logprobs))
     elif framework == "openrlhf":
         config = ShapingConfig.openrlhf(**options)
     elif framework == "slime":
@@ -50,9 +52,10 @@ def preset(framework: str, case: Case) -> tuple[ShapingConfig, dict[str, Tensor]
         length, width = x["attended"].sum(1), mask.shape[1]
         config = ShapingConfig.areal(score_index=(length - 2).clamp(min=0), **options)
         mask = whiten_mask = mask.roll(-1, 1)
-        arguments["logprobs"] = arguments["logprobs"].roll(-1, 1)
+        logprobs = logprobs.roll(-1, 1)
         arguments["bootstrap"] = torch.where(length == width, x["values"][:, -1], 0.0)
-    return config, {"score": x["score"], "response_mask": mask, **arguments}, whiten_mask
+    arguments |= {"response": Response(mask), "kl": KL(logprobs, ref_logprobs, s["kl_coef"])}
+    return config, arguments, whiten_mask
 
 
 def ours(framework: str, case: Case, **options: Any) -> Outputs:
@@ -60,38 +63,28 @@ def ours(framework: str, case: Case, **options: Any) -> Outputs:
     s, x = case.settings, case.inputs
     if framework == "torchrl":
         whole = torch.ones_like(x["values"])
-        recurrence = {"gamma": s["gamma"], "lam": s["lam"], "mask_semantics": "zero"}
-        advantages, returns = attnshape.gae(x["rewards"], x["values"], whole, **recurrence, **options)
+        config = ShapingConfig(gamma=s["gamma"], lam=s["lam"], mask_semantics="zero")
+        advantages, returns, _ = attnshape.gae(x["rewards"], x["values"], whole, config, **options)
         return {"advantages": advantages, "returns": returns}
     config, arguments, whiten_mask = preset(framework, case)
-    if framework == "slime":  # its tokens are a list of rows: packed, there is no padding
-        inside = arguments["response_mask"]
-        lengths = torch.nn.functional.pad(inside.sum(1).cumsum(0), (1, 0)).int()
-        arguments = {name: x if name == "score" else x[inside] for name, x in arguments.items()}
-        arguments["response_cu_seqlens"] = lengths
-        whiten_mask = whiten_mask[inside]
     score = arguments.pop("score")
-    out = attnshape.shape_rewards(
-        score, "sparse", **arguments, kl_coef=s["kl_coef"], config=config, validate=True, **options
-    )
+    if framework == "slime":  # its tokens are a list of rows: packed, there is no padding
+        inside = arguments["response"].mask
+        lengths = torch.nn.functional.pad(inside.sum(1).cumsum(0), (1, 0)).int()
+        arguments = mapped(arguments, lambda x: x[inside])
+        arguments["response"] = dataclasses.replace(arguments["response"], cu_seqlens=lengths)
+        whiten_mask = whiten_mask[inside]
+    out = attnshape.shape_rewards(score, "sparse", **arguments, config=config, validate=True, **options)
     rewards, advantages, returns = out.rewards, out.advantages, out.returns
     if s.get("whiten_rewards"):
-        mask, values = arguments["response_mask"], arguments["values"]
-        white = attnshape.whiten(rewards, mask, shift_mean=False, **config.whitening, **options)
+        mask, values = arguments["response"].mask, arguments["values"]
+        keeping_mean = dataclasses.replace(config.whitening, shift_mean=False)
+        white = attnshape.whiten(rewards, mask, keeping_mean, **options)
         if framework == "trl-0.9.6":  # masked tokens are steps with the whitened reward
             mask, values = torch.ones_like(mask), torch.where(mask, values, 0.0)
-        advantages, returns = attnshape.gae(
-            white,
-            values,
-            mask,
-            gamma=config.gamma,
-            lam=config.lam,
-            mask_semantics=config.mask_semantics,
-            zero_masked=config.zero_masked,
-            **options,
-        )
+        advantages, returns, _ = attnshape.gae(white, values, mask, config, **options)
         rewards = white if framework == "trl-1.12.0" else rewards  # which one TRL keeps
-    whitened = attnshape.whiten(advantages, whiten_mask, **config.whitening, **options)
+    whitened = attnshape.whiten(advantages, whiten_mask, config.whitening, **options)
     outputs = {"rewards": rewards, "advantages": advantages, "returns": returns, "whitened": whitened}
     if framework == "slime":
         outputs = {
@@ -113,7 +106,7 @@ def errors(framework: str, case: Case, theirs: Outputs, **options: Any) -> Error
     for name, other in theirs.items():
         want, got, other = exact[name], mine[name].double().cpu(), other.double()
         if name == "rewards":
-            live = preset(framework, case)[1]["response_mask"] != 0
+            live = preset(framework, case)[1]["response"].mask != 0
             want, got, other = want[live], got[live], other[live]
         size = want.abs().max()
         error, our_error = ((x - want).abs().max().item() / size.item() for x in (other, got))

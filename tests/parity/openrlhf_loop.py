@@ -1,9 +1,9 @@
 """OpenRLHF's own trainer and reward actors make experience of scripted rollouts.
 
-    python openrlhf_loop.py FOLDER BETA|off
+    python openrlhf_loop.py FOLDER DENSE_SHARE|off
 
 ``test_openrlhf_adapter`` runs it. FOLDER holds ``policy``, ``reward``, ``prompts.jsonl``, ``rollouts.pt``;
-``made-BETA.pt`` is left there. Real are ``PPOTrainer`` with its ``RemoteExperienceMaker``, and
+``made-DENSE_SHARE.pt`` is left there. Real are ``PPOTrainer`` with its ``RemoteExperienceMaker``, and
 ``RewardModelActor``, each in its own Ray worker, and the reward model. Policy, reference and critic
 answer from a script; DeepSpeed's engine is left out; flash attention and vLLM are ``openrlhf_stubs``, which
 also say that the device is the CPU.
@@ -178,13 +178,13 @@ def asynchronous(sent: bytes) -> list[bool]:
     return [is_ours(outer), is_ours(training.__init__)]
 
 
-def main(folder: Path, beta: str) -> None:
+def main(folder: Path, dense_share: str) -> None:
     rollouts = torch.load(folder / "rollouts.pt")
     ray.init(num_cpus=8, num_gpus=8, include_dashboard=False, log_to_driver=False)
-    if beta != "off":
+    if dense_share != "off":
         from attnshape.integrations.openrlhf import install
 
-        install(float(beta))
+        install(float(dense_share))
     from openrlhf.trainer import ppo_trainer_async
     from openrlhf.trainer.ppo_trainer import PPOTrainer
     from openrlhf.trainer.ray.launcher import RayActorGroup, RewardModelActor
@@ -207,9 +207,9 @@ def main(folder: Path, beta: str) -> None:
     blob = ray.cloudpickle.dumps(ppo_trainer_async.PPOTrainerAsync.__ray_metadata__.modified_class)
     made["asynchronous"] = ray.get(trainer.__ray_call__.remote(lambda self, sent: asynchronous(sent), blob))
     made["driver"] = os.getpid()
-    if beta != "off":
+    if dense_share != "off":
         made |= refusals(folder, reward, strategy)
-    torch.save(made, folder / f"made-{beta}.pt")
+    torch.save(made, folder / f"made-{dense_share}.pt")
 
 
 def refusals(folder: Path, reward: Any, strategy: Strategy) -> dict[str, str]:

@@ -65,7 +65,7 @@ def main(folder: Path) -> None:
         sys.executable,
         "-m",
         "attnshape.integrations.openrlhf",
-        "--abc.beta",
+        "--abc.dense_share",
         "0.8",
         *arguments(folder),
     ]

@@ -20,8 +20,8 @@ from parity.toys import CORPUS, save_policy, small_llama
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 HERE = Path(__file__).parent
-BETA = 0.7
-ON, OFF = str(BETA), "off"
+DENSE_SHARE = 0.7
+ON, OFF = str(DENSE_SHARE), "off"
 CLIP = (-4.2, 10.0)
 SETTINGS = [(packing, estimator) for packing in (False, True) for estimator in ("gae", "reinforce")]
 
@@ -83,12 +83,12 @@ def environment() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def made(folder: Path) -> dict[str, Any]:
     """What OpenRLHF made of the rollouts without the adapter, and with it."""
-    for beta in (OFF, ON):
-        command = [sys.executable, HERE / "openrlhf_loop.py", folder, beta]
+    for share in (OFF, ON):
+        command = [sys.executable, HERE / "openrlhf_loop.py", folder, share]
         ran = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
         assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-8000:]
-        (folder / f"said-{beta}.txt").write_text(ran.stdout)
-    return {beta: torch.load(folder / f"made-{beta}.pt") for beta in (OFF, ON)}
+        (folder / f"said-{share}.txt").write_text(ran.stdout)
+    return {share: torch.load(folder / f"made-{share}.pt") for share in (OFF, ON)}
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +132,8 @@ def test_token_rewards_are_the_offline_credit(
         spread = min(max(score, CLIP[0]), CLIP[1])
         last = int(mask.nonzero()[-1])
         expected = sparse.double()  # OpenRLHF's own KL penalty, and the score in one place
-        expected[last] -= spread * BETA
-        expected[:n] += BETA * spread * credit
+        expected[last] -= spread * DENSE_SHARE
+        expected[:n] += DENSE_SHARE * spread * credit
         torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-6)
     assert 0 < clipped < len(offline)
 
@@ -165,7 +165,7 @@ def test_advantages_are_openrlhfs_recurrence(made: dict[str, Any], setting: tupl
 
 def test_scores_are_openrlhfs(made: dict[str, Any], offline: list[tuple[float, Tensor]]) -> None:
     for setting in SETTINGS:
-        on, off = (made[beta][setting] for beta in (ON, OFF))
+        on, off = (made[share][setting] for share in (ON, OFF))
         scores = [torch.cat([e["rewards"] for e in x["experiences"]]) for x in (on, off)]
         logged = torch.cat([e["info"]["reward"] for e in on["experiences"]])
         assert torch.equal(*scores)
@@ -232,7 +232,7 @@ def started():
 ray.is_initialized = started
 openrlhf.main()
 """
-    command = [sys.executable, "-c", code, "--abc.beta", "0.6", *arguments(folder)]
+    command = [sys.executable, "-c", code, "--abc.dense_share", "0.6", *arguments(folder)]
     ran = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
     assert ran.returncode == 7, ran.stderr[-4000:]
     assert "spread 0.6 of each score" in ran.stdout

@@ -220,7 +220,7 @@ def test_slime_whitens_and_logs_them(setup: Setup, monkeypatch: pytest.MonkeyPat
 
 
 def test_without_credit_slime_has_its_own_numbers(setup: Setup) -> None:
-    args = setup.args(attnshape={"model": str(setup.folder / "reward_model"), "beta": 0})
+    args = setup.args(attnshape={"model": str(setup.folder / "reward_model"), "dense_share": 0})
     own = setup.args(custom_reward_post_process_path=None, custom_advantage_function_path=None)
     samples = setup.samples()
     for sample in samples:

@@ -76,14 +76,19 @@ class World:
         ]
 
     def trainer(
-        self, cls: type[Any] = Watched, padding_side: str = "left", beta: float | None = None, **settings: Any
+        self,
+        cls: type[Any] = Watched,
+        padding_side: str = "left",
+        dense_share: float | None = None,
+        **settings: Any,
     ) -> Any:
         self.tokenizer.padding_side = padding_side
         config = trl.PPOConfig(batch_size=BATCH, mini_batch_size=2, learning_rate=1e-3, seed=3, **settings)
         model = trl.AutoModelForCausalLMWithValueHead.from_pretrained(copy.deepcopy(self.policy))
         torch.manual_seed(1)
         torch.nn.init.normal_(model.v_head.summary.weight)
-        return cls(config, model, None, self.tokenizer, **({} if beta is None else {"beta": beta}))
+        share = {} if dense_share is None else {"dense_share": dense_share}
+        return cls(config, model, None, self.tokenizer, **share)
 
     def queries(self, prompts: list[list[dict[str, str]]]) -> list[Tensor]:
         texts = [
@@ -113,7 +118,8 @@ class World:
                 logits = self.reward_model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
             scores += SCALE * logits[:, 0]
             zeros = torch.zeros(len(texts), dtype=torch.int32)
-            credit = attnshape.attention_credit(tap.take(), alignment.source_mask, response_start=zeros)
+            response = attnshape.Response(alignment.source_mask, start=zeros)
+            credit = attnshape.attention_credit(tap.take(), response)
             credits += [row[: len(r)] for row, r in zip(alignment(credit), responses[part], strict=True)]
         return scores, credits
 
@@ -150,7 +156,7 @@ def check_token_rewards(
     prompts: list[list[dict[str, str]]],
     responses: list[Tensor],
     masks: list[Tensor],
-    beta: float,
+    dense_share: float,
 ) -> None:
     """What the trainer added to its KL penalty is the offline redistribution, at every token."""
     seen = trainer.seen
@@ -159,8 +165,8 @@ def check_token_rewards(
         offline_score, credit = world.offline(prompts[row], responses[row].tolist(), masks[row].tolist())
         score = seen["scores"][row].double()
         torch.testing.assert_close(score, torch.tensor(SCALE * offline_score).double(), rtol=1e-4, atol=1e-3)
-        expected = beta * score * credit
-        expected[mask.nonzero()[-1]] += (1 - beta) * score
+        expected = dense_share * score * credit
+        expected[mask.nonzero()[-1]] += (1 - dense_share) * score
         rewards, penalty = seen["rewards"][row].double(), seen["non_score"][row].double()
         live = seen["masks"][row] != 0
         atol = 1e-6 * float(expected.abs().max() + penalty.abs().max())
@@ -169,7 +175,7 @@ def check_token_rewards(
 
 
 def test_twenty_steps(world: World) -> None:
-    trainer = world.trainer(beta=0.7)
+    trainer = world.trainer(dense_share=0.7)
     before = copy.deepcopy(trainer.model.state_dict())
     lengths = set()
     for step in range(20):
@@ -190,7 +196,7 @@ def test_twenty_steps(world: World) -> None:
         masks = [torch.ones(len(r), dtype=torch.long) for r in responses]
         scores, credits = world.reward(prompts, responses, masks)
         stats = trainer.step(queries, responses, scores, credits=credits)
-        check_token_rewards(world, trainer, prompts, responses, masks, beta=0.7)
+        check_token_rewards(world, trainer, prompts, responses, masks, dense_share=0.7)
         assert all(math.isfinite(stats[name]) for name in ("ppo/loss/total", "objective/kl"))
         assert stats["attnshape/fallback_rows"] == 0
         assert 0 < stats["attnshape/credit_entropy"] < math.log(24)
@@ -202,7 +208,7 @@ def test_twenty_steps(world: World) -> None:
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_a_tool_turn(world: World, padding_side: str) -> None:
-    trainer = world.trainer(padding_side=padding_side, beta=1.0)
+    trainer = world.trainer(padding_side=padding_side, dense_share=1.0)
     prompts = conversations(0)
 
     def ids(text: str) -> Tensor:
@@ -229,7 +235,7 @@ def test_a_tool_turn(world: World, padding_side: str) -> None:
         return
     trainer.step(queries, responses, scores, masks, credits=credits)
     assert any(int((mask == 0).sum()) > 3 for mask in masks)
-    check_token_rewards(world, trainer, prompts, responses, masks, beta=1.0)
+    check_token_rewards(world, trainer, prompts, responses, masks, dense_share=1.0)
 
 
 def some_step(world: World) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

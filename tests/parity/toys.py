@@ -131,10 +131,10 @@ class Offline:
         prompt: str | Sequence[dict[str, Any]],
         response_ids: Sequence[int],
         mask: Sequence[int],
-        beta: float = 0.8,
+        dense_share: float = 0.8,
     ) -> torch.Tensor:
-        """Token rewards ``[R]``, float64: ``beta`` of the score by credit, the rest on the last unmasked."""
+        """Token rewards ``[R]``, float64: a share of the score by credit, the rest on the last unmasked."""
         score, credit = self(prompt, response_ids, mask)
-        rewards = beta * score * credit
-        rewards[max(j for j, m in enumerate(mask) if m)] += (1 - beta) * score
+        rewards = dense_share * score * credit
+        rewards[max(j for j, m in enumerate(mask) if m)] += (1 - dense_share) * score
         return rewards

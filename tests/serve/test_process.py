@@ -79,7 +79,8 @@ def offline(folder: Path, example: Example) -> tuple[float, torch.Tensor]:
     with torch.no_grad(), attnshape.AttentionTap(model) as tap:
         logits = model(input_ids=torch.tensor([example.input_ids])).logits
     index = torch.tensor([example.positions])
-    credit = attnshape.attention_credit(tap.take(), torch.ones_like(index), response_index=index)
+    response = attnshape.Response(torch.ones_like(index), index=index)
+    credit = attnshape.attention_credit(tap.take(), response)
     return logits.item(), credit[0]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from support.problems import Problem, assert_within, make_problem, mapped, pack, rows_of, to_float64
+from support.problems import Problem, assert_within, make_problem, mapped, pack, to_float64
 from torch import Tensor
 
 from attnshape import AttentionInputs, Status, reference
@@ -16,16 +16,11 @@ from attnshape.types import Response
 from csrc_triton import column_credit_raw, rollout_raw
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PLACE = ("response_mask", "response_start", "response_index", "response_cu_seqlens")
 
 
 def response_of(problem: Problem) -> Response:
-    there = mapped(place(problem), lambda x: x.to(DEVICE))
-    return Response(**{name.removeprefix("response_"): x for name, x in there.items()})
-
-
-def place(problem: Problem) -> dict[str, Any]:
-    return {name: problem.kwargs[name] for name in PLACE if name in problem.kwargs}
+    response: Response = mapped(problem.response, lambda x: x.to(DEVICE))
+    return response
 
 
 def columns(problem: Problem, variant: str = "mean", shift: int = 0) -> tuple[Tensor, Tensor]:
@@ -42,17 +37,16 @@ def rollout(layers: list[AttentionInputs], problem: Problem, **norms: Any) -> tu
 
 
 def check(problem: Problem, got: Tensor, want: Tensor, factor: int = 1) -> None:
-    kwargs = place(problem)
-    for got_row, row in zip(rows_of(got, kwargs), rows_of(want, kwargs), strict=True):
+    for got_row, row in zip(problem.rows(got), problem.rows(want), strict=True):
         assert_within("raw", got_row, row, factor * credit_bound(row, problem.max_score))
 
 
 def check_columns(problem: Problem, variant: str = "mean", shift: int = 0) -> Tensor:
     raw, status = columns(problem, variant, shift)
     options = {"variant": variant, "shift": shift, "normalization": "none"}
-    want = reference.attention_column_credit(to_float64(problem.inputs), **place(problem), **options)
+    want = reference.attention_column_credit(to_float64(problem.inputs), problem.response, **options)
     check(problem, raw, want)
-    lost = torch.tensor([bool(row.isnan().any()) for row in rows_of(want, place(problem))])
+    lost = torch.tensor([bool(row.isnan().any()) for row in problem.rows(want)])
     assert (status[lost] == Status.OUT_OF_RANGE).all()
     return raw
 
@@ -73,7 +67,7 @@ def check_rollout(layers: list[AttentionInputs], problem: Problem, norms: dict[s
     if norms:
         pairs = zip(layers, norms["value_norms"], norms["residual_norms"], strict=True)
         layers = [replace(x, value_norm=v, residual_norm=r) for x, v, r in pairs]
-    want = reference.attention_rollout(to_float64(layers), **place(problem), normalization="none")
+    want = reference.attention_rollout(to_float64(layers), problem.response, normalization="none")
     check(problem, raw, want, len(layers))
     return raw
 
@@ -108,6 +102,6 @@ def layouts(draw: st.DrawFn, **fixed: Any) -> Problem:
 
 def assert_same_pattern(problem: Problem, raw: Tensor) -> None:
     want = reference.attention_column_credit(
-        to_float64(problem.inputs), **place(problem), normalization="none"
+        to_float64(problem.inputs), problem.response, normalization="none"
     )
     assert raw.isnan().equal(want.isnan())

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from attnshape import reference
+from attnshape.config import ShapingConfig
 from attnshape.tolerance import credit_bound, error_fraction, gae_bound, kl_bound, reward_bound
-from attnshape.types import MIN_MASS, Response, ShapedRewards, ShapingConfig, Status, float32_rounded
+from attnshape.types import KL, MIN_MASS, Response, ShapedRewards, Status, float32_rounded
 from csrc_triton import Shaped, sweep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -32,7 +33,7 @@ def shape(score, credit, mask, config=None, outputs=EVERYTHING, cu=None, **input
         credit=credit,
         normalization=config.normalization,
         score_index=config.score_index,
-        beta=config.beta,
+        dense_share=config.dense_share,
         score_bounds=config.score_bounds,
         kl_estimator=config.kl_estimator,
         kl_input_clip=config.kl_input_clip,
@@ -51,13 +52,17 @@ def expected(score, credit, mask, config=None, cu=None, **inputs) -> ShapedRewar
     def exact(x):
         return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
+    given = {name: exact(x) for name, x in inputs.items()}
+    coef, estimate = given.pop("kl_coef", 0.0), given.pop("kl", None)
+    kl = KL(given.pop("logprobs", None), given.pop("ref_logprobs", None), coef, estimate)
+    has_kl = estimate is not None or kl.logprobs is not None
     return reference.shape_rewards(
         exact(score),
         exact(credit),
-        response_mask=mask,
-        response_cu_seqlens=cu,
+        Response(mask, cu_seqlens=cu),
+        kl=kl if has_kl else None,
         config=config,
-        **{name: exact(x) for name, x in inputs.items()},
+        **given,
     )
 
 

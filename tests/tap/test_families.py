@@ -13,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 
+from attnshape import Response
 from attnshape.credit import gradient_weights
 from attnshape.reference import attention_row
 from attnshape.tap import AttentionTap
@@ -200,8 +201,8 @@ def test_gradient_sources(flash, monkeypatch, name, padding, source):
     of = {"source": "gradient_embedding"} if layer is None else {"source": "gradient_value", "layer": layer}
     with AttentionTap(model, **of) as tap:
         moved = score(torch.ones(LENGTH))
-    start = torch.zeros(3, dtype=torch.int32)
-    weights = gradient_weights(moved, tap.take(), torch.ones_like(ids), response_start=start)
+    response = Response(torch.ones_like(ids), start=torch.zeros(3, dtype=torch.int32))
+    weights = gradient_weights(moved, tap.take(), response)
     assert expected.abs().amax(1).min() > 0.05
     torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-3)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -211,7 +212,7 @@ def test_gradient_sources(flash, monkeypatch, name, padding, source):
     assert torch.equal(frozen, moved)
     leaf = tap.take()
     assert leaf.is_leaf
-    again = gradient_weights(frozen, leaf, torch.ones_like(ids), response_start=start)
+    again = gradient_weights(frozen, leaf, response)
     torch.testing.assert_close(again, weights)
 
 

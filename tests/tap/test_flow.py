@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnshape
-from attnshape import credit
+from attnshape import Response, credit
 from attnshape.tap import AttentionTap
 
 OLD = transformers.__version__ < "5"
@@ -135,7 +135,7 @@ def test_rollouts_are_those_of_explicit_contributions(name, padding, monkeypatch
     ids, mask = batch(padding)
     lengths = mask.sum(1).tolist()
     start = torch.tensor([LENGTH - n if padding == "left" else 0 for n in lengths])
-    response = torch.arange(LENGTH) < torch.tensor(lengths)[:, None]
+    response = Response(torch.arange(LENGTH) < torch.tensor(lengths)[:, None], start=start)
     taken = {}
     with torch.no_grad():
         bare = model(ids, attention_mask=mask).logits
@@ -143,9 +143,8 @@ def test_rollouts_are_those_of_explicit_contributions(name, padding, monkeypatch
             with AttentionTap(model, source=source) as tap:
                 assert torch.equal(model(ids, attention_mask=mask).logits, bare)
             taken[source] = tap.take()
-    place = {"response_start": start}
-    got = attnshape.attention_rollout(taken["rollout"], response, **place)
-    signed = credit.signed_rollout(taken["signed_rollout"], response, **place)
+    got = attnshape.attention_rollout(taken["rollout"], response)
+    signed = credit.signed_rollout(taken["signed_rollout"], response)
     explicit = explicit_layers(name, model, monkeypatch, input_ids=ids, attention_mask=mask)
     assert len(explicit) == len(taken["rollout"]) == 2
     for layer, inputs in zip(explicit, taken["rollout"], strict=True):
@@ -176,13 +175,12 @@ def test_packed_sequences_are_rolled_out_as_if_alone(name, source):
     with torch.no_grad(), AttentionTap(model, source=source) as tap:
         model(ids, position_ids=positions, use_cache=False)
         packed = tap.take()
-        response = torch.arange(9) < torch.tensor(lengths)[:, None]
-        together = roll(packed, response, response_start=torch.zeros(3, dtype=torch.int32))
+        inside = torch.arange(9) < torch.tensor(lengths)[:, None]
+        together = roll(packed, Response(inside, start=torch.zeros(3, dtype=torch.int32)))
         for b, sequence in enumerate(ids.split(lengths, dim=1)):
             model(sequence)
-            alone = roll(
-                tap.take(), torch.ones_like(sequence), response_start=torch.zeros(1, dtype=torch.int32)
-            )
+            response = Response(torch.ones_like(sequence), start=torch.zeros(1, dtype=torch.int32))
+            alone = roll(tap.take(), response)
             torch.testing.assert_close(together[b, : lengths[b]], alone[0])
 
 
@@ -194,11 +192,11 @@ def test_the_row_that_is_rolled_out_is_the_one_asked_for():
     with torch.no_grad(), AttentionTap(model, source="rollout", query_position=position) as tap:
         model(ids, attention_mask=mask)
         layers = tap.take()
-        got = attnshape.attention_rollout(layers, mask, response_start=start)
+        got = attnshape.attention_rollout(layers, Response(mask, start=start))
         tap.query_position = "last_response"
         model(ids, attention_mask=mask)
-        response = torch.arange(LENGTH) <= position[:, None]
-        resolved = attnshape.attention_rollout(tap.take(), response, response_start=start)
+        response = Response(torch.arange(LENGTH) <= position[:, None], start=start)
+        resolved = attnshape.attention_rollout(tap.take(), response)
     assert all(layer.query.shape == (3, HEADS, LENGTH, 8) for layer in layers)
     torch.testing.assert_close(resolved, got)
     for b, p in enumerate(position.tolist()):
@@ -224,7 +222,7 @@ def test_projection_inside_an_adapter():
     for model in (plain, adapted):
         with torch.no_grad(), AttentionTap(model, source="rollout") as tap:
             model(ids, attention_mask=mask)
-        rolled.append(attnshape.attention_rollout(tap.take(), mask, response_start=start))
+        rolled.append(attnshape.attention_rollout(tap.take(), Response(mask, start=start)))
     torch.testing.assert_close(*rolled)
 
 
@@ -263,17 +261,16 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("source", ["rollout", "signed_rollout"])
 def test_no_square_matrix(source, monkeypatch):
-    monkeypatch.setattr("attnshape.torch_backend.SCORE_ELEMENTS", 1)  # one query at a time
+    monkeypatch.setattr("attnshape.vectorized.attention.SCORE_ELEMENTS", 1)  # one query at a time
     model = build("llama", max_position_embeddings=600)
     roll = attnshape.attention_rollout if source == "rollout" else credit.signed_rollout
     largest = []
     for length in (256, 512):
         ids = torch.randint(3, 60, (1, length))
+        response = Response(torch.ones_like(ids), start=torch.zeros(1, dtype=torch.int32))
         with torch.no_grad(), AttentionTap(model, source=source) as tap, Largest() as mode:
             model(ids)
-            roll.__wrapped__(
-                tap.take(), torch.ones_like(ids), response_start=torch.zeros(1, dtype=torch.int32)
-            )
+            roll.__wrapped__(tap.take(), response)
         largest.append(mode.numel)
     assert largest[1] <= 2 * largest[0]
 
@@ -292,5 +289,5 @@ def test_autocast_rounds_the_forward_alone(source):
             taken = tap.take()
         measured = [x.value_norm if source == "rollout" else x.pull for x in taken]
         assert all(x.dtype == torch.float32 for x in measured)
-        rolled.append(roll(taken, mask, response_start=start))
+        rolled.append(roll(taken, Response(mask, start=start)))
     torch.testing.assert_close(*rolled, rtol=0.1, atol=0.02)

@@ -20,7 +20,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.llama import modeling_llama
 
+from attnshape import Response
 from attnshape.credit import gradient_weights
+from attnshape.problems import mapped
 from attnshape.reference import attention_row
 from attnshape.tap import AttentionTap
 
@@ -864,16 +866,15 @@ def test_sources_through_wrappers(source):
 def test_gradients_are_those_of_a_row_alone(source):
     model = build("llama")
     ids, mask = batch("right")
-    response, start = mask[:, 2:], torch.full((3,), 2)
+    response = Response(mask[:, 2:], start=torch.full((3,), 2))
     rows = []
     with torch.enable_grad(), AttentionTap(model, source=source) as tap:
         score = model(ids, attention_mask=mask).logits[:, 0]
-        together = gradient_weights(score, tap.take(), response, response_start=start)
+        together = gradient_weights(score, tap.take(), response)
         for b in range(3):
             score = model(ids[b : b + 1], attention_mask=mask[b : b + 1]).logits[:, 0]
-            rows.append(
-                gradient_weights(score, tap.take(), response[b : b + 1], response_start=start[b : b + 1])
-            )
+            alone = mapped(response, lambda x, b=b: x[b : b + 1])
+            rows.append(gradient_weights(score, tap.take(), alone))
     torch.testing.assert_close(together, torch.cat(rows))
 
 

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from attnshape import AttentionTap, attention_credit, reference, shape_rewards
+from attnshape import AttentionTap, Response, attention_credit, reference, shape_rewards
 from attnshape.text.align import align, align_texts, decoded_spans
 
 CORPUS = [
@@ -412,8 +412,8 @@ def test_from_a_reward_models_attention_to_the_policys_rewards() -> None:
         out = model(**keys, output_attentions=True)
     score = out.logits[:, 0]
     start = torch.zeros(2, dtype=torch.int32)
-    credit = attention_credit(tap.take(), alignment.source_mask, response_start=start)
-    shaped = shape_rewards(score, alignment(credit), response_mask=policy_ids["attention_mask"])
+    credit = attention_credit(tap.take(), Response(alignment.source_mask, start=start))
+    shaped = shape_rewards(score, alignment(credit), policy_ids["attention_mask"])
 
     torch.testing.assert_close(shaped.rewards.sum(1), score)
     for b, text in enumerate(texts):

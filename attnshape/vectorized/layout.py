@@ -1,0 +1,188 @@
+"""Packed and padded rows, and their unmasked tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnshape.types import Response
+
+BLOCK = 1 << 17
+"""Tokens that a CPU thread shapes at once, so that what it holds of them stays in its cache."""
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Where a process may have float32 products rounded (tf32, bfloat16), float64 is out of reach of that."""
+    precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    lowered = device.type != "cpu" or precision in ("bf16", "tf32")
+    return torch.float64 if lowered and dtype == torch.float32 else dtype
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Packing:
+    """Where the tokens of a packed axis lie in its padded form."""
+
+    index: Tensor  # [B, L], clamped
+    inside: Tensor  # [B, L]
+    valid: Tensor  # [B]; what lies between the bounds of another row is of no use
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, total: int) -> Packing:
+        bounds = cu_seqlens.long()
+        lo, hi = bounds[:-1], bounds[1:]
+        lowest_after = bounds.flip(0).cummin(0).values.flip(0)
+        crossed = (bounds.cummax(0).values[:-1] > lo) | (lowest_after[1:] < hi)
+        valid = (lo >= 0) & (lo <= hi) & (hi <= total) & ~crossed
+        lo, hi = (x.clamp(0, total) for x in (torch.minimum(lo, hi), torch.maximum(lo, hi)))
+        longest = int((hi - lo).max()) if len(lo) else 0
+        offsets = torch.arange(longest, device=lo.device)
+        index = (lo[:, None] + offsets).clamp(0, max(total - 1, 0))
+        return cls(index, offsets < (hi - lo)[:, None], valid)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """``[M, ...]`` to ``[B, L, ...]``."""
+        if not len(x):
+            return x.new_zeros(*self.index.shape, *x.shape[1:])
+        return x[self.index]
+
+    def pack(self, x: Tensor, total: int) -> Tensor:
+        """``[B, L]`` to ``[M]``; 0 at tokens of no sequence."""
+        out = x.new_zeros(total)
+        out[self.index[self.inside]] = x[self.inside]
+        return out
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mask:
+    """Unmasked tokens of some rows; on a CPU integers are several times as fast as booleans."""
+
+    live: Tensor  # [n, R] bool
+
+    @functools.cached_property
+    def full(self) -> bool:
+        return not self.live.numel() or bool(self.live.view(torch.uint8).amin())
+
+    @functools.cached_property
+    def kept(self) -> Tensor:
+        """int32 ``[n, R]``: every bit set where a token is unmasked, none elsewhere."""
+        return self.live.view(torch.int8).neg().to(torch.int32)
+
+    def select(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """``x`` where unmasked, else 0; without ``out`` perhaps ``x`` itself."""
+        if self.full:
+            return x if out is None or out is x else out.copy_(x)
+        kept = self.kept.to(torch.int64) if x.element_size() == 8 else self.kept
+        if out is None:
+            return (x.view(kept.dtype) & kept).view(x.dtype)
+        torch.bitwise_and(x.view(kept.dtype), kept, out=out.view(kept.dtype))
+        return out
+
+    @functools.cached_property
+    def count(self) -> Tensor:
+        """Unmasked tokens of each row, ``[n]``."""
+        return self.live.view(torch.uint8).sum(1, dtype=torch.int32)
+
+    @functools.cached_property
+    def last(self) -> Tensor:
+        """Last unmasked token of each row, ``[n]``; -1 if there is none."""
+        rows, width = self.live.shape
+        if self.full:
+            return torch.full((rows,), width - 1, device=self.live.device)
+        t = torch.arange(1, width + 1, dtype=torch.int32, device=self.live.device)
+        return (self.kept & t).amax(1).long() - 1
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether an unmasked token follows a masked one."""
+        if self.full or self.live.shape[1] < 2:
+            return False
+        tokens = self.live.view(torch.uint8)
+        return bool((tokens[:, 1:] > tokens[:, :-1]).view(torch.uint8).amax())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """Response tokens in padded form."""
+
+    mask: Tensor  # [B, R], any dtype
+    start: Tensor | None
+    index: Tensor | None
+    packing: Packing | None
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, response: Response) -> Rows:
+        mask, index = response.mask, response.index
+        if response.cu_seqlens is None:
+            return cls(mask, response.start, index, None, mask.shape)
+        packing = Packing.of(response.cu_seqlens, mask.shape[0])
+        return cls(
+            packing.pad(mask.bool()) & packing.inside,
+            response.start,
+            None if index is None else packing.pad(index),
+            packing,
+            mask.shape,
+        )
+
+    @functools.cached_property
+    def live(self) -> Tensor:
+        """``[B, R]`` bool."""
+        return self.mask.bool()
+
+    def pad(self, x: Tensor | None) -> Tensor | None:
+        return x if x is None or self.packing is None else self.packing.pad(x)
+
+    @property
+    def invalid(self) -> Tensor:
+        """``[B]``: rows whose bounds are out of range."""
+        if self.packing is None:
+            return torch.zeros(len(self.mask), dtype=torch.bool, device=self.mask.device)
+        return ~self.packing.valid
+
+    def restore(self, x: Tensor) -> Tensor:
+        return x if self.packing is None else self.packing.pack(x, self.shape[0])
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each row, masked ones too, ``[B]``."""
+        if self.packing is not None:
+            return self.packing.inside.sum(1)
+        return torch.full((len(self.mask),), self.mask.shape[1], device=self.mask.device)
+
+    def key_positions(self) -> Tensor:
+        """``[B, R]``; -1 where a token has no key."""
+        if self.index is not None:
+            return self.index.long()
+        assert self.start is not None
+        return self.start.long()[:, None] + torch.arange(self.mask.shape[1], device=self.mask.device)
+
+
+def in_blocks(compute: Callable[..., None], outputs: Sequence[Tensor], *arguments: Any) -> None:
+    """``compute(outputs, *arguments)``, which writes the outputs, for some rows at a time.
+
+    Every output has rows first, and so has every tensor of the arguments with an axis; the first argument
+    is ``[B, R]``.
+    """
+    rows, width = arguments[0].shape
+    step = max(rows, 1)
+    if arguments[0].device.type == "cpu":
+        step = max(torch.get_num_threads() * BLOCK // max(width, 1), 1)
+    if step >= rows:
+        compute(outputs, *arguments)
+        return
+    for lo in range(0, rows, step):
+        block = slice(lo, lo + step)
+        compute(
+            [x[block] for x in outputs],
+            *[x[block] if isinstance(x, Tensor) and x.ndim else x for x in arguments],
+        )
+
+
+def at_column(index: Tensor, width: int) -> Tensor:
+    """``index`` ([n]) for ``gather`` and ``scatter`` along rows, ``[n, 1]``; ``[n, 0]`` if they are empty."""
+    return index.clamp(0, max(width - 1, 0))[:, None][:, :width]
