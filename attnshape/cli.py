@@ -331,7 +331,9 @@ def demo(
     min_new_tokens: Annotated[int | None, typer.Option(min=0, help="Shortest completion.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     kl_coef: Annotated[float | None, typer.Option(help="Weight of the KL penalty.")] = None,
-    beta: Annotated[float | None, typer.Option(help="Share of the score that is redistributed.")] = None,
+    dense_share: Annotated[
+        float | None, typer.Option(help="Share of the score that is redistributed, 0 to 1.")
+    ] = None,
     lam: Annotated[float | None, typer.Option(help="GAE's lambda.")] = None,
     standardize: Annotated[
         bool | None,
@@ -362,7 +364,7 @@ def demo(
         min_new_tokens=min_new_tokens,
         lr=lr,
         kl_coef=kl_coef,
-        beta=beta,
+        dense_share=dense_share,
         lam=lam,
     )
     options = given(

@@ -128,7 +128,7 @@ def compare(case: Case, backend: Backend, device: str) -> dict[str, Worst]:
 def errors(problem: Problem, got: ShapedRewards, want: ShapedRewards) -> dict[str, Worst]:
     """The worst element of each output, ``got`` against the float64 reference.
 
-    ``status`` is compared exactly: its bound is 0. An advantage may be off by what its rewards are.
+    ``status`` is compared exactly: its bound is 0.
     """
     config, largest = problem.config, problem.max_score
     live = problem.response.mask != 0
@@ -158,23 +158,41 @@ def errors(problem: Problem, got: ShapedRewards, want: ShapedRewards) -> dict[st
         if config.normalization == "sum_to_one" and sums_to_one[b]:
             one = torch.ones((), dtype=torch.float64)
             add("credit sum", actual.double().sum(), one, CREDIT_SUM * one)
-        bound = finite(score).abs() * of_weights + reward_bound(rows["rewards"][1][b], score)
+        terms = [score * credit, *_summands(problem, b)]
         if kl is not None:
-            estimate = rows["kl"][1][b]
-            of_kl = kl_bound(estimate, ratios[b])
-            add("kl", rows["kl"][0][b], estimate, of_kl)
-            bound = bound + float(kl.coef) * of_kl + 1e-6 * finite(estimate).abs()
-        add("rewards", rows["rewards"][0][b], rows["rewards"][1][b], bound)
+            estimate, coef = rows["kl"][1][b], float(kl.coef)
+            add("kl", rows["kl"][0][b], estimate, kl_bound(estimate, ratios[b]))
+            terms += [coef * ratios[b], coef * estimate]
+        expected = rows["rewards"][1][b]
+        add("rewards", rows["rewards"][0][b], expected, reward_bound(expected, *terms, max_logit=largest))
         for name, lam in (("advantages", config.lam), ("returns", config.lam_value)):
             lam = config.lam if lam is None else lam
             lam = lam[b].item() if isinstance(lam, Tensor) else lam
             expected = rows[name][1][b]
-            add(name, rows[name][0][b], expected, gae_bound(expected, config.gamma, lam) + bound.sum())
+            add(name, rows[name][0][b], expected, gae_bound(expected, config.gamma, lam))
     usable = want.status & int(Status.NONFINITE) == 0
     for name, statistic in vars(want.row_stats).items():
         if statistic is not None:
             expected = statistic[usable]
             actual = getattr(got.row_stats, name).cpu()[usable]
             add(name, actual, expected, STATISTIC * (1 + expected.abs()))
+    usable &= want.status & int(Status.OUT_OF_RANGE) == 0
+    moments = want.moments[usable]
+    add("moments", got.moments.cpu()[usable], moments, STATISTIC * (1 + moments.abs()))
     add("status", got.status, want.status, torch.zeros(want.status.shape))
     return {name: max(of_rows, key=lambda worst: worst.fraction) for name, of_rows in found.items()}
+
+
+def _summands(problem: Problem, b: int) -> list[Tensor]:
+    """What a reward of row ``b`` is a sum of, beside its credit and its KL."""
+    live, config, given = problem.rows(problem.response.mask)[b] != 0, problem.config, problem.given
+    index = config.score_index
+    if isinstance(index, Tensor):
+        at = int(index[b])
+    else:
+        at = int(live.nonzero().max()) if index == "last_unmasked" and live.any() else len(live) - 1
+    on_score = finite(problem.score[b]).abs()
+    if "terminal_reward" in given:
+        on_score = on_score + finite(given["terminal_reward"][b]).abs()
+    terms = [torch.where(torch.arange(len(live)) == at, on_score, 0.0)]
+    return terms + [problem.rows(given[name])[b] for name in ("token_rewards",) if name in given]

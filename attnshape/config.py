@@ -22,7 +22,7 @@ OnNaN: TypeAlias = Literal["propagate", "zero_row"]
 Scale: TypeAlias = Literal["group", "batch", "none"]
 ScoreIndex: TypeAlias = Literal["last_unmasked", "last_token"]
 
-KL: Mapping[str, str] = {"k1": "k1", "k2": "k2", "k3": "k3"}
+ESTIMATORS: Mapping[str, str] = {"k1": "k1", "k2": "k2", "k3": "k3"}
 
 
 def check_choice(name: str, x: object, choices: Collection[object]) -> None:
@@ -64,7 +64,7 @@ def _kl(framework: str, got: str, names: Mapping[str, str]) -> str:
     if got == "full":
         raise ValueError(
             'kl_estimator: got "full", which needs both models\' logits over the whole vocabulary; '
-            "compute it there and give it to shape_rewards as kl"
+            "compute it there and give it to shape_rewards as kl=KL.given(kl, coef)"
         )
     if got not in names:
         raise ValueError(f"kl_estimator: got {got!r}, want one of {', '.join(names)}, as in {framework}")
@@ -95,7 +95,7 @@ class _Presets:
             kl_estimator: ``kl`` or ``k1``, ``abs``, ``mse`` or ``k2``, ``low_var_kl`` or ``k3``; a trailing
                 ``+`` changes gradients only.
         """
-        names = {**KL, "kl": "k1", "abs": "abs", "mse": "k2", "low_var_kl": "k3"}
+        names = {**ESTIMATORS, "kl": "k1", "abs": "abs", "mse": "k2", "low_var_kl": "k3"}
         estimator = _kl("verl", kl_estimator.removesuffix("+"), names)
         clips = {"kl_input_clip": 20.0, "kl_output_clip": 10.0} if estimator == "k3" else {}
         defaults = {
@@ -164,7 +164,7 @@ class _Presets:
             "mask_semantics": "zero",
             "carry_masked": True,
             "score_clip": 10.0,
-            "kl_estimator": _kl("OpenRLHF", kl_estimator, KL),
+            "kl_estimator": _kl("OpenRLHF", kl_estimator, ESTIMATORS),
             "kl_output_clip": 10.0,
             "whitening": Whitening(bessel=False, eps_mode="clamp", whiten_masked=True),
         }
@@ -188,7 +188,7 @@ class _Presets:
             "lam": 1.0,
             "mask_semantics": "zero",
             "mask_layout": "prefix",
-            "kl_estimator": _kl("slime", kl_estimator, {**KL, "low_var_kl": "k3"}),
+            "kl_estimator": _kl("slime", kl_estimator, {**ESTIMATORS, "low_var_kl": "k3"}),
             "whitening": Whitening(whiten_masked=True),
             **clip,
         }
@@ -210,7 +210,7 @@ class _Presets:
             "lam": 0.95,
             "mask_semantics": "skip",
             "carry_masked": True,
-            "kl_estimator": _kl("NeMo-RL", kl_estimator, KL),
+            "kl_estimator": _kl("NeMo-RL", kl_estimator, ESTIMATORS),
             "kl_input_clip": 20.0,
             "kl_output_clip": 10.0,
             "whitening": Whitening(),
@@ -239,7 +239,7 @@ class _Presets:
             "carry_masked": True,
             "mask_layout": "rolled",
             "score_clip": 20.0,
-            "kl_estimator": _kl("AReaL", kl_estimator, KL),
+            "kl_estimator": _kl("AReaL", kl_estimator, ESTIMATORS),
             "kl_output_clip": 10.0,
             "whitening": Whitening(eps=1e-5, eps_mode="add_to_std"),
         }

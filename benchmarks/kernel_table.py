@@ -192,7 +192,7 @@ def attention_calls() -> Calls:
         elif layout == "misaligned":
             key = torch.empty(key.numel() + 1, dtype=dtype)[1:].view(key.shape)
         inputs = attnshape.AttentionInputs(query, key, 0.1, **options)
-        given = {"inputs": inputs, "response_mask": mask, "response_start": start}
+        given = {"inputs": inputs, "response": attnshape.Response(mask, start=start)}
         name = f"credit, {str(dtype)[6:]} {heads}/{kv_heads}x{width} {layout}"
         yield name, functools.partial(attnshape.attention_credit, backend="triton"), given
 
@@ -201,7 +201,8 @@ def option_calls() -> Calls:
     import torch
 
     import attnshape
-    from attnshape import AttentionInputs, ShapingConfig
+    from attnshape import KL, AttentionInputs, Response, ShapingConfig
+    from attnshape.problems import mapped
 
     def layer(**options: Any) -> AttentionInputs:
         query, key = torch.empty(2, 32, 300, 128, dtype=half), torch.empty(2, 8, 300, 128, dtype=half)
@@ -221,16 +222,17 @@ def option_calls() -> Calls:
             "backend": "triton",
         },
     )
-    fused = functools.partial(attnshape.shape_rewards, torch.empty(2), response_mask=mask, backend="triton")
-    names = ("values", "logprobs", "ref_logprobs", "token_rewards")
-    given = dict(zip(names, tokens, strict=False)) | {"bootstrap": row, "terminal_reward": row.clone()}
-    k3 = ShapingConfig(kl_estimator="k3", kl_input_clip=5.0, kl_output_clip=5.0)
+    fused = functools.partial(attnshape.shape_rewards, torch.empty(2), backend="triton")
+    given = {"values": tokens[0], "kl": KL(tokens[1], tokens[2], 0.1), "token_rewards": tokens[3]}
+    given |= {"bootstrap": row, "terminal_reward": row.clone()}
+    k3 = ShapingConfig(lam=0.95, kl_estimator="k3", kl_input_clip=5.0, kl_output_clip=5.0)
     yield (
-        "fused, last_response, response_index",
+        "fused, last_response, index",
         fused,
         {
             "credit": layer(query_position="last_response", attention_mask=attended),
-            "response_index": index,
+            "response": Response(mask, index=index),
+            "config": ShapingConfig(lam=0.95),
             **given,
         },
     )
@@ -239,7 +241,7 @@ def option_calls() -> Calls:
         fused,
         {
             "credit": [layer(key_start=position, query_position=position, lse=torch.empty(2, 32, 300))] * 2,
-            "response_start": position,
+            "response": Response(mask, start=position),
             "config": k3,
             **given,
         },
@@ -247,22 +249,21 @@ def option_calls() -> Calls:
     decoupled = ShapingConfig(
         lam=row, lam_value=0.9, score_index=position, on_nan="zero_row", kl_estimator="k2"
     )
-    yield "sweep, decoupled lam", fused, {"credit": tokens[4], "config": decoupled, **given}
-    yield "sweep, lam 1", fused, {"credit": "uniform", "config": ShapingConfig(lam=1.0), **given}
-    packed = {name: x[0] if x.ndim == 2 else x for name, x in given.items()}
+    yield "sweep, decoupled lam", fused, {"credit": tokens[4], "response": mask, "config": decoupled, **given}
+    yield "sweep, lam 1", fused, {"credit": "uniform", "response": mask, **given}
+    packed = mapped(given, lambda x: x[0] if x.ndim == 2 else x)
     yield (
         "sweep, packed, zero",
         fused,
         {
             "credit": tokens[4][0],
-            "response_mask": mask[0],
-            "response_cu_seqlens": torch.zeros(3, dtype=torch.int32),
-            "config": ShapingConfig(mask_semantics="zero", normalization="sum_to_length"),
+            "response": Response(mask[0], cu_seqlens=torch.zeros(3, dtype=torch.int32)),
+            "config": ShapingConfig(lam=0.95, mask_semantics="zero", normalization="sum_to_length"),
             **packed,
         },
     )
-    gae = functools.partial(attnshape.gae, mask_semantics="skip", gamma=1.0, lam=1.0, backend="triton")
-    yield "gae, lam 1", gae, {"rewards": tokens[0], "values": tokens[1], "response_mask": mask}
+    gae = functools.partial(attnshape.gae, backend="triton")
+    yield "gae, lam 1", gae, {"rewards": tokens[0], "values": tokens[1], "response": mask}
 
 
 def column_calls() -> Calls:
@@ -270,12 +271,12 @@ def column_calls() -> Calls:
     import torch
 
     import attnshape
-    from attnshape import AttentionInputs
+    from attnshape import AttentionInputs, Response
 
     mask, start = torch.ones(2, 50, dtype=torch.bool), torch.zeros(2, dtype=torch.int32)
     half, full = torch.bfloat16, torch.float32
     column = functools.partial(attnshape.attention_column_credit, backend="triton")
-    where = {"response_mask": mask, "response_start": start}
+    where = {"response": Response(mask, start=start)}
     for dtype, heads, kv_heads, width in [(half, 64, 1, 256), (full, 32, 8, 128), (half, 14, 2, 24)]:
         query, key = (torch.empty(2, n, 300, width, dtype=dtype) for n in (heads, kv_heads))
         given = {"inputs": AttentionInputs(query, key, 0.1), **where}

@@ -10,6 +10,7 @@ missed is a result: ``report.md`` says so.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,8 @@ RACES = ROOT / "tests" / "test_gpu.py"
 # Warnings are errors where the versions are pinned; here they are whatever the machine has.
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-o", "filterwarnings=default", "-p", "no:cacheprovider"]
 BENCHMARKS = [*PYTEST, str(ROOT / "benchmarks")]
+ON_GPU = re.compile(r"cuda\.is_available\(\)|^from support\.(backends|columns|shaping) import", re.MULTILINE)
+"""Of a test file that runs on a GPU what it can."""
 LOG_TAIL = 200_000
 """Characters of a part's output that are kept."""
 
@@ -51,7 +54,7 @@ def pytest_part(name: str, seconds: float, folder: Path, *arguments: str) -> Par
 
 
 def parts_together(folder: Path, shards: int, seconds: float) -> list[Part]:
-    on_gpu = [p for p in sorted(RACES.parent.rglob("test_*.py")) if "cuda.is_available()" in p.read_text()]
+    on_gpu = [p for p in sorted(RACES.parent.rglob("test_*.py")) if ON_GPU.search(p.read_text())]
     files = [str(p) for p in on_gpu if p != RACES]
     parts = [
         pytest_part(f"tests {i}", seconds, folder, f"--shard={i}/{shards}", *files) for i in range(shards)

@@ -293,12 +293,12 @@ def test_demo_options_reach_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     arguments = """
         --policy p --reward-model r --prompts f --score-fn logit[1] --method ABC --seeds 2 --raw-scores
         --threshold 8 --steps 2 --batch-size 3 --new-tokens 9 --min-new-tokens 4 --lr 0.5 --kl-coef 0.25
-        --beta 0.5 --lam 1
+        --dense-share 0.5 --lam 1
     """.split()
     arguments += ["--workers", "1", "--cache-dir", str(tmp_path), "--out", "o", "--device", "cpu"]
     assert CliRunner().invoke(app, ["demo", *arguments]).exit_code == 0
     ppo = PPOConfig(
-        steps=2, batch_size=3, new_tokens=9, min_new_tokens=4, lr=0.5, kl_coef=0.25, beta=0.5, lam=1.0
+        steps=2, batch_size=3, new_tokens=9, min_new_tokens=4, lr=0.5, kl_coef=0.25, dense_share=0.5, lam=1.0
     )
     want = DemoConfig(
         policy="p",

@@ -8,6 +8,7 @@ from parity import __main__ as main
 from parity import check, drivers
 from parity.adapters import ADAPTERS
 from parity.cases import CHOICES, WHOLE_SEQUENCE, draw
+from parity.options import parse
 
 
 def test_a_function_of_another_shape_is_refused() -> None:
@@ -60,3 +61,15 @@ def test_cases_hold_what_is_hard(framework: str) -> None:
 def test_an_infinite_error_is_in_excess() -> None:
     assert check.excess({"a": (1e-7, 2e-7), "b": (1e-7, 2.1e-7), "c": (1e-7, float("nan"))}) == ["b", "c"]
     assert check.worst([{"a": (1.0, 2.0)}, {"a": (3.0, 1.0)}]) == {"a": (3.0, 2.0)}
+
+
+def test_a_frameworks_name_stands_for_its_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {*CHOICES, *ADAPTERS}
+    monkeypatch.setattr("sys.argv", ["parity", "verl", "trl", "--checkout", "slime=there"])
+    options = parse(None, known)
+    assert options.frameworks == ["verl", *sorted(name for name in known if name.startswith("trl-"))]
+    assert options.checkouts == {"slime": Path("there")}
+    monkeypatch.setattr("sys.argv", ["parity", "trlx"])
+    with pytest.raises(SystemExit):
+        parse(None, known)
+    assert all((main.HERE / f"test_{name}_adapter.py").exists() for name in ADAPTERS.values())

@@ -41,7 +41,7 @@ class PPOConfig:
         min_new_tokens: shortest completion; two thirds of the longest if not given.
         lr: of Adam with betas .9 and .95. Of 3e-4, 6e-4 and 1e-3 the default had the highest
             score less ``kl_coef`` times KL under sparse reward, on seeds of its own.
-        beta: share of the score that the credit redistributes.
+        dense_share: share of the score that the credit redistributes.
         kl_coef: weight of the per-token KL estimate (k1) against the initial policy.
     """
 
@@ -54,7 +54,7 @@ class PPOConfig:
     clip: float = 0.2
     value_coef: float = 0.1
     max_grad_norm: float = 1.0
-    beta: float = 0.8
+    dense_share: float = 0.8
     gamma: float = 1.0
     lam: float = 0.95
     kl_coef: float = 0.1
@@ -368,7 +368,7 @@ def train(
     torch.manual_seed(seed)
     reference = copy.deepcopy(actor).requires_grad_(False)
     optimizer = torch.optim.Adam(actor.parameters(), lr=config.lr, betas=(0.9, 0.95))
-    shaping = attnshape.ShapingConfig(dense_share=config.beta, gamma=config.gamma, lam=config.lam)
+    shaping = attnshape.ShapingConfig(dense_share=config.dense_share, gamma=config.gamma, lam=config.lam)
     records: list[Record] = []
     for _ in range(config.steps):
         batch = [rng.choice(prompts) for _ in range(config.batch_size)]

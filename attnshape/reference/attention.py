@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -116,14 +116,12 @@ def layers_of(inputs: AttentionLayers) -> Sequence[AttentionInputs]:
     return [inputs] if isinstance(inputs, AttentionInputs) else inputs
 
 
-def _head_mean(layers: Iterable[AttentionInputs], b: int, last_response: int | None) -> Tensor | None:
-    """Mean over layers and heads of sequence ``b``'s attention row, ``[S]``; None where out of range."""
-    rows = []
-    for layer in layers:
-        seq = keys_of_row(layer, b, last_response)
-        if seq is None:
-            return None
-        rows.append(mean_over_heads(layer, attend(layer, seq, seq.position)))
+def _head_mean(layers: Sequence[AttentionInputs], keys: Sequence[KeysOfRow]) -> Tensor:
+    """Mean over layers and heads of a sequence's attention row, ``[S]``."""
+    rows = [
+        mean_over_heads(layer, attend(layer, seq, seq.position))
+        for layer, seq in zip(layers, keys, strict=True)
+    ]
     return torch.stack(rows).mean(0)
 
 
@@ -138,14 +136,24 @@ def attention_row(inputs: AttentionLayers) -> Tensor:
     if first.cu_seqlens is not None:
         places, _ = segments(first.cu_seqlens, len(out))
     for b, place in enumerate(places):
-        row = _head_mean(layers, b, None)
-        out[place] = math.nan if row is None else row
+        found = [keys_of_row(layer, b) for layer in layers]
+        keys = [x for x in found if x is not None]
+        out[place] = _head_mean(layers, keys) if len(keys) == len(layers) else math.nan
     return out
 
 
-def raw_credit(inputs: AttentionLayers, response: Response) -> tuple[Tensor, Tensor]:
-    """The attention row at the response tokens, and ``[B]`` bool: whether the row is out of range."""
-    layers = layers_of(inputs)
+OfRow = Callable[[int, list[KeysOfRow], Tensor], Tensor]
+"""From a row ``b``, its keys in every layer and the key positions of its ``n`` unmasked response tokens (-1:
+none) to their weights, ``[n]``."""
+
+
+def weights_of_rows(
+    layers: Sequence[AttentionInputs], response: Response, of_row: OfRow, lowest: int
+) -> tuple[Tensor, Tensor]:
+    """Weights of the mask's shape, and ``[B]`` bool: whether a row is out of range, and so NaN.
+
+    ``lowest`` is the lowest key position that a response token may have.
+    """
     dtype = compute_dtype(*(x for layer in layers for x in (layer.query, layer.key)))
     raw = torch.zeros(response.mask.shape, dtype=dtype, device=response.mask.device)
     rows, invalid = response_rows(response)
@@ -154,15 +162,30 @@ def raw_credit(inputs: AttentionLayers, response: Response) -> tuple[Tensor, Ten
         if not live.any():
             continue
         where = response_positions(response, row, len(live), b)[live]
-        attention = _head_mean(layers, b, int(where[-1]))
-        lowest = lowest_position(response)
-        if invalid[b] or attention is None or where.min() < lowest or where.max() >= len(attention):
+        found = [keys_of_row(layer, b, int(where[-1])) for layer in layers]
+        keys = [x for x in found if x is not None]
+        outside = len(keys) < len(layers) or where.min() < lowest or where.max() >= keys[0].key.shape[1]
+        if invalid[b] or outside:
             invalid[b] = True
             raw[row] = torch.where(live, math.nan, 0.0)
         else:
-            padded = torch.cat([attention, attention.new_zeros(1)])  # position -1 is nowhere
-            raw[row] = torch.zeros_like(raw[row]).masked_scatter(live, padded[where])
+            raw[row] = torch.zeros_like(raw[row]).masked_scatter(live, of_row(b, keys, where))
     return raw, invalid
+
+
+def at_positions(x: Tensor, where: Tensor) -> Tensor:
+    """``x [S]`` at key positions, 0 at -1."""
+    return torch.cat([x, x.new_zeros(1)])[where]
+
+
+def raw_credit(inputs: AttentionLayers, response: Response) -> tuple[Tensor, Tensor]:
+    """The attention row at the response tokens, and ``[B]`` bool: whether the row is out of range."""
+    layers = layers_of(inputs)
+
+    def of_row(b: int, keys: list[KeysOfRow], where: Tensor) -> Tensor:
+        return at_positions(_head_mean(layers, keys), where)
+
+    return weights_of_rows(layers, response, of_row, lowest_position(response))
 
 
 def normalize_row(

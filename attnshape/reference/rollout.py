@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,14 +10,15 @@ from torch import Tensor
 from attnshape.config import Normalization
 from attnshape.reference.attention import (
     KeysOfRow,
+    at_positions,
     attention_matrix,
     chosen_heads,
-    keys_of_row,
     mean_over_heads,
     normalize,
+    weights_of_rows,
 )
-from attnshape.reference.layout import lowest_position, response_positions, response_rows
-from attnshape.types import AttentionInputs, Response, SignedInputs, compute_dtype
+from attnshape.reference.layout import lowest_position
+from attnshape.types import AttentionInputs, Response, SignedInputs
 
 Step = Callable[[int, int, KeysOfRow, Tensor], Tensor]
 """From a layer, a row ``b``, its keys and ``r [S]`` above the layer to ``r`` below it."""
@@ -67,28 +67,15 @@ def signed_rollout(layers: Sequence[SignedInputs], response: Response | Tensor) 
 
 def _carried_down(layers: Sequence[AttentionInputs], response: Response, step: Step) -> Tensor:
     """``r`` below the lowest layer, at the response tokens."""
-    dtype = compute_dtype(*(x for layer in layers for x in (layer.query, layer.key)))
-    raw = torch.zeros(response.mask.shape, dtype=dtype, device=response.mask.device)
-    rows, invalid = response_rows(response)
-    for b, row in enumerate(rows):
-        live = response.mask[row] != 0
-        if not live.any():
-            continue
-        where = response_positions(response, row, len(live), b)[live]
-        sequences = [keys_of_row(layer, b, int(where[-1])) for layer in layers]
-        sound = [seq for seq in sequences if seq is not None]
-        top = sequences[-1]
-        outside = top is None or where.min() < lowest_position(response) or where.max() >= top.key.shape[1]
-        if invalid[b] or outside or top is None or len(sound) < len(layers):
-            raw[row] = torch.where(live, math.nan, 0.0)
-            continue
-        r = torch.zeros(top.key.shape[1], dtype=dtype, device=raw.device)
-        r[top.position] = 1.0
+
+    def of_row(b: int, keys: list[KeysOfRow], where: Tensor) -> Tensor:
+        r = keys[-1].key.new_zeros(keys[-1].key.shape[1])
+        r[keys[-1].position] = 1.0
         for i in reversed(range(len(layers))):
-            r = step(i, b, sound[i], r)
-        padded = torch.cat([r, r.new_zeros(1)])
-        raw[row] = torch.zeros_like(raw[row]).masked_scatter(live, padded[where])
-    return raw
+            r = step(i, b, keys[i], r)
+        return at_positions(r, where)
+
+    return weights_of_rows(layers, response, of_row, lowest_position(response))[0]
 
 
 def _of_row(inputs: AttentionInputs, seq: KeysOfRow, x: Tensor, b: int) -> Tensor:

@@ -154,7 +154,12 @@ class Cell:
     def ppo(self) -> PPOConfig:
         low, high = bounds(self.length)
         return PPOConfig(
-            steps=self.steps, new_tokens=high, min_new_tokens=low, lr=self.lr, beta=self.beta, lam=self.lam
+            steps=self.steps,
+            new_tokens=high,
+            min_new_tokens=low,
+            lr=self.lr,
+            dense_share=self.beta,
+            lam=self.lam,
         )
 
 

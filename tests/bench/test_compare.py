@@ -85,7 +85,7 @@ def test_command_prints_errors_beside_bounds() -> None:
     result = CliRunner().invoke(app, ["compare", "--quick", "--device", "cpu", "--backend", "torch"])
     assert result.exit_code == 0, result.output
     lines = [line for line in result.stdout.splitlines() if "│" in line]
-    assert len(lines) == len(SMALL) * len(DTYPES) * (7 + 4)  # outputs, the sum of credit, row statistics
+    assert len(lines) == len(SMALL) * len(DTYPES) * (7 + 5)  # outputs, the sum of credit, statistics of rows
     assert "36 cases, 0 outputs beyond their bounds" in result.stdout
 
 

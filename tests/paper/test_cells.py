@@ -67,7 +67,7 @@ def test_order_and_choice() -> None:
 def test_settings_reach_ppo(length: Length) -> None:
     low, high = bounds(length)
     ppo = Cell(method="ABC", length=length, seed=0, beta=0.3, lam=0.9, lr=1e-5, steps=7).ppo()
-    assert (ppo.shortest, ppo.new_tokens, ppo.beta, ppo.lam, ppo.lr, ppo.steps) == (
+    assert (ppo.shortest, ppo.new_tokens, ppo.dense_share, ppo.lam, ppo.lr, ppo.steps) == (
         low,
         high,
         0.3,

@@ -7,7 +7,6 @@ Frameworks without a package come from a checkout; without one their vectors sta
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from parity import golden
 from parity.cases import CHOICES, Case, draw
 from parity.check import errors, excess, worst
 from parity.drivers import CHECKOUTS, PACKAGES
+from parity.options import parse
 
 HERE = Path(__file__).parent
 REQUIREMENTS = HERE / "requirements"
@@ -84,22 +84,15 @@ def hold(framework: str, folder: Path, checkout: Path | None) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("frameworks", nargs="*", metavar="FRAMEWORK", help=f"of {', '.join(CHOICES)}")
-    parser.add_argument("--environments", type=Path, default=Path(".parity"), metavar="FOLDER")
-    parser.add_argument("--checkout", action="append", default=[], metavar="FRAMEWORK=FOLDER")
-    options = parser.parse_args()
-    checkouts = {name: Path(path) for name, _, path in (x.partition("=") for x in options.checkout)}
-    adapters_only = {file.stem for file in REQUIREMENTS.glob("*.txt")} - {*CHOICES}
-    if unknown := {*options.frameworks, *checkouts} - {*CHOICES} - adapters_only:
-        parser.error(f"no such framework: {', '.join(sorted(unknown))}; there are {', '.join(CHOICES)}")
+    adapters_only = {file.stem.removesuffix(".no-deps") for file in REQUIREMENTS.glob("*.txt")} - {*CHOICES}
+    options = parse(__doc__, {*CHOICES, *adapters_only})
     failed = []
-    for framework in options.frameworks or [*PACKAGES, *checkouts]:
+    for framework in options.frameworks or [*PACKAGES, *options.checkouts]:
         if framework in adapters_only:
             continue
-        if framework in CHECKOUTS and framework not in checkouts:
-            parser.error(f"{framework} is no package: give --checkout {framework}=FOLDER")
-        failed += hold(framework, options.environments.absolute(), checkouts.get(framework))
+        if framework in CHECKOUTS and framework not in options.checkouts:
+            sys.exit(f"{framework} is no package: give --checkout {framework}=FOLDER")
+        failed += hold(framework, options.environments, options.checkouts.get(framework))
     golden.write_table()
     if failed:
         sys.exit(f"more than twice as far from the formula as the framework: {', '.join(failed)}")

@@ -5,12 +5,13 @@ verl, TRL and OpenRLHF are installed from their pins, slime from a checkout; wit
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
 
 from parity.__main__ import HERE, environment
+from parity.cases import CHOICES
+from parity.options import parse
 
 ADAPTERS = {"verl": "verl", "slime": "slime", "openrlhf": "openrlhf", "trl-0.9.6": "trl", "trl-0.11.4": "trl"}
 """Environment of each adapter's tests."""
@@ -43,18 +44,12 @@ def prove(framework: str, folder: Path, checkout: Path | None) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("frameworks", nargs="*", metavar="FRAMEWORK", help=f"of {', '.join(ADAPTERS)}")
-    parser.add_argument("--environments", type=Path, default=Path(".parity"), metavar="FOLDER")
-    parser.add_argument("--checkout", action="append", default=[], metavar="FRAMEWORK=FOLDER")
-    options = parser.parse_args()
-    checkouts = {name: Path(path) for name, _, path in (x.partition("=") for x in options.checkout)}
+    options = parse(__doc__, {*CHOICES, *ADAPTERS})
     failed = []
     for framework in options.frameworks or ADAPTERS:
-        there = (HERE / f"test_{ADAPTERS.get(framework)}_adapter.py").exists()
-        if not there or (framework == "slime" and framework not in checkouts):
+        if framework not in ADAPTERS or (framework == "slime" and framework not in options.checkouts):
             continue
-        if not prove(framework, options.environments.absolute(), checkouts.get(framework)):
+        if not prove(framework, options.environments, options.checkouts.get(framework)):
             failed.append(framework)
     if failed:
         sys.exit(f"the adapter's tests fail: {', '.join(failed)}")
