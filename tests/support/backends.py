@@ -16,6 +16,9 @@ BACKENDS = ("torch", "triton")
 COMPILED_EXAMPLES = 12
 """At most, on a GPU: nearly each example needs another specialisation, which takes seconds to compile."""
 
+KEEPS_BITS = ("triton",)
+"""Where a row's bits follow from the row alone. PyTorch chooses code by shape, stride and processor."""
+
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
