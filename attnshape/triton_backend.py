@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import csrc_triton
+from attnshape import masked
 from attnshape.config import GroupConfig, Normalization, ShapingConfig, Whitening
 from attnshape.types import (
     KL,
@@ -148,7 +149,7 @@ def shape_rewards(
     )
     entropy, last_share, share, error = swept.stats.unbind(1)
     stats = RowStats(entropy, last_share, share if attention else None, error)
-    return ShapedRewards(
+    shaped = ShapedRewards(
         swept.rewards,
         swept.advantages,
         swept.returns,
@@ -158,6 +159,7 @@ def shape_rewards(
         swept.moments,
         stats,
     )
+    return masked.filled(shaped, tokens.values, response.mask, config)
 
 
 def gae(
@@ -175,7 +177,8 @@ def gae(
         bootstrap=bootstrap,
         **_recurrence(config),
     )
-    return Advantages(swept.advantages, swept.returns, swept.moments)
+    out = Advantages(swept.advantages, swept.returns, swept.moments)
+    return masked.carried(out, values, response.mask, config)
 
 
 def spread(
