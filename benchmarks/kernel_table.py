@@ -296,7 +296,7 @@ def column_calls() -> Calls:
     norms = {"value_norm": torch.empty(2, 32, 300), "residual_norm": torch.empty(2, 300)}
     yield "rollout, norms", rollout, {"layers": [AttentionInputs(query, key, 0.1, **norms)] * 2, **where}
     whiten = functools.partial(attnshape.whiten, backend="triton")
-    x = {"x": torch.empty(2, 50), "mask": mask}
+    x = {"x": torch.empty(2, 50), "response": mask}
     yield "whiten, moments", whiten, {**x, "moments": torch.empty(2, 3)}
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield "whiten, process group", functools.partial(whiten, process_group=torch.distributed.group.WORLD), x
