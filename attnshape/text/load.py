@@ -422,7 +422,8 @@ def _rows_of_head(model: PreTrainedModel, other_sizes: dict[str, Sizes]) -> int 
     """The number of labels that the head's weights have, if that is all that differs."""
     rows = set()
     for key, (there, here) in other_sizes.items():
-        if _is_in_base(model, key) or not there or there[1:] != here[1:] or here[0] != model.config.num_labels:
+        is_head = not _is_in_base(model, key) and here[0] == model.config.num_labels
+        if not is_head or not there or there[1:] != here[1:]:
             return None
         rows.add(there[0])
     return rows.pop() if len(rows) == 1 else None
