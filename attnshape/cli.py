@@ -497,8 +497,9 @@ def demo(
     With --policy, --reward-model and --prompts the same is run on those.
     """
     try:
+        from attnshape.demo.config import DemoConfig
         from attnshape.demo.ppo import PPOConfig
-        from attnshape.demo.run import DemoConfig, run_demo
+        from attnshape.demo.run import run_demo
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise

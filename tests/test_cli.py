@@ -16,8 +16,8 @@ from typer.testing import CliRunner, Result
 
 import attnshape
 from attnshape.cli import app
+from attnshape.demo.config import DemoConfig
 from attnshape.demo.ppo import PPOConfig
-from attnshape.demo.run import DemoConfig
 from attnshape.text import file
 from attnshape.text import model as text_model
 from attnshape.text.load import RewardModelConfig, load_reward_model

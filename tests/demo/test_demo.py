@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import attnshape
+from attnshape.demo.config import DemoConfig
 from attnshape.demo.corpus import EOS
 from attnshape.demo.models import (
     POLICY,
@@ -36,7 +37,6 @@ from attnshape.demo.models import (
 from attnshape.demo.ppo import PPOConfig, Rollout, train
 from attnshape.demo.run import (
     REVIEWS_TRUTH,
-    DemoConfig,
     Setup,
     read_prompts,
     review_prompts,
@@ -372,7 +372,8 @@ def test_whole_run_from_the_cache(cache_dir: Path, trained: object, tmp_path: Pa
 SCRIPT = """
 from pathlib import Path
 from rich.console import Console
-from attnshape.demo.run import DemoConfig, run_demo
+from attnshape.demo.config import DemoConfig
+from attnshape.demo.run import run_demo
 from attnshape.demo.models import ModelConfig
 from attnshape.demo.ppo import PPOConfig
 if __name__ == "__main__":
