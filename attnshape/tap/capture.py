@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from attnshape.tap import check
@@ -20,7 +21,7 @@ from attnshape.tap.find import EAGER, AttentionFunction, Mask
 from attnshape.tap.flow import Norms, Pulls
 from attnshape.tap.sight import Extent, Sight, sight_of
 from attnshape.types import AttentionInputs, SignedInputs
-from attnshape.vectorized.attention import attend, padded_layer, query_chunk
+from attnshape.vectorized.attention import PaddedLayer, attend, padded_layer, query_chunk
 
 QueryPosition: TypeAlias = Literal["pooled", "last_visible", "last_response", "mean", "all"] | Tensor
 Pooling: TypeAlias = Literal["first", "first_visible", "last", "last_visible", "mean"]
@@ -258,7 +259,8 @@ class Attended:
             if layer.packing is not None:
                 values = layer.packing.pad(values[0].transpose(0, 1)).transpose(1, 2)
             weights = weights.masked_fill(layer.invalid[:, None, None, None], 0.0)
-            wrong = check.failure(name, weights, values, self.output.transpose(1, 2))
+            scores = self._rounded_scores(layer) if self.rounds_scores else None
+            wrong = check.failure(name, weights, values, self.output.transpose(1, 2), scores=scores)
         if wrong is None:
             check.passed(self.module, self.kind)
         elif wrong:
@@ -266,6 +268,25 @@ class Attended:
                 f"{wrong}; want source='gradient_embedding', which reads no attention, or check='never' to "
                 "have the row as it is"
             )
+
+    @property
+    def rounds_scores(self) -> bool:
+        """Eager attention, and flex attention that is not compiled, round scores to the model's dtype."""
+        function = inspect.unwrap(self.function)
+        by_hand = function.__name__.endswith(EAGER) or function is flex_attention_forward
+        return by_hand and self.key.dtype in (torch.bfloat16, torch.float16)
+
+    def _rounded_scores(self, layer: PaddedLayer) -> Tensor:
+        query, key = layer.inputs.query, layer.inputs.key.to(layer.dtype)
+        if query.ndim == 3:
+            query = query[:, :, None]
+        else:
+            rows = torch.arange(len(query), device=query.device)[:, None]
+            query = query.transpose(1, 2)[rows, self._checked_positions().clamp(min=0)].transpose(1, 2)
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        scores = self.scaling * (query.to(layer.dtype) @ key.mT)
+        cap = layer.inputs.softcap
+        return scores if cap is None else cap * torch.tanh(scores / cap)
 
     @torch.no_grad()
     def _mean(self, inputs: AttentionInputs) -> AttentionInputs:

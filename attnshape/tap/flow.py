@@ -81,7 +81,8 @@ class Flow:
             layer.register_forward_hook(after),
         ]
         for child in attention.children():
-            # Before it runs: sharded weights are at hand from its own first hook to its own last.
+            # Before it runs: FSDP2 and ZeRO-3 have its weights at hand from their first hook on it, which is
+            # older than this one, until their hook after it, which comes before any of ours.
             self._handles.append(child.register_forward_pre_hook(self._guarded(self._on_projection)))
             self._handles.append(child.register_forward_hook(self._guarded(self._on_projected)))
         self._handles += [
