@@ -16,9 +16,11 @@ import json
 import logging
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ from tests.support import zoo
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "attnshape" / "tap" / "MODELS.md"
-RESULTS = ROOT / "model_sweep.jsonl"
+RESULTS = Path.home() / ".cache" / "attnshape" / "model_sweep.jsonl"
 
 SOURCES = ("attention", "columns", "rollout", "signed_rollout", "gradient_value", "gradient_embedding")
 LENGTH, LENGTHS = 14, (14, 9, 5)
@@ -203,6 +205,18 @@ def replaced_attention(module: nn.Module, attend: Callable[..., Any]) -> Iterato
     entries = [(table, name, table.get(name), function) for table, name, function in lookups(module)]
 
     def wrapped(function: Any) -> Any:
+        if isinstance(function, MethodType):  # GPT-J's, which returns heads first
+
+            def method(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Any:
+                def given(v: Tensor) -> Any:
+                    heads, weights = function(query, key, v, *args)
+                    return heads.transpose(1, 2), weights
+
+                heads, weights = attend(value, given)
+                return heads.transpose(1, 2), weights
+
+            return method
+
         def call(given: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
             if given is not module:
                 return function(given, query, key, value, *args, **options)
@@ -399,13 +413,75 @@ def main() -> None:
         if name in known and not given.only:
             continue
         found = sweep(name)
+        given.results.parent.mkdir(parents=True, exist_ok=True)
         with given.results.open("a") as file:
             file.write(json.dumps([name, found]) + "\n")
         print(name, json.dumps(found, indent=1), flush=True)
 
 
+HEADER = """# Models
+
+What `AttentionTap` gives of every causal and sequence-classification class of transformers {version}:
+{count} classes. Written by `python -m tests.model_sweep --table`; `tests/tap/test_models.py` tries a sample
+again.
+
+Each class was built small, with random weights, and run on rows of 14, 9 and 5 tokens: not padded, padded
+left, padded right. **equal** is equal to the same model:
+
+- *attention*: the row of the token that is scored, to the one that eager attention reports
+  (`output_attentions=True`) at the token that the gradient of the score leads to;
+- *columns*: the rows of all queries;
+- *rollout*: those of all layers, and what each head moves, to what a layer gives when the others are silent;
+- *signed*: the rows of all layers;
+- *value*, *embedding*: gradient × value of the first layer, × embedding, to differences of the score.
+
+Numbers are reasons for refusal, below the table. **equal\\*** is equal to what eager attention does, where it
+reports something else (it leaves the sinks out).
+
+
+"""
+
+
+def general(text: str) -> str:
+    """A reason without the names of the model at hand."""
+    text = text.removeprefix("refused: ").removeprefix("source: ").removeprefix("model: ")
+    text = re.sub(r"^'\w+' takes it", "the source takes it", text)
+    return re.sub(r"\b(?!Attention(Interface|Inputs))([A-Z]\w*[a-z]\w*[A-Z]\w*|[A-Z]\w+Model)", "it", text)
+
+
+def cells(found: dict[str, str]) -> list[str]:
+    """What the table says of a class, reasons spelt out."""
+    return [{EQUAL: "equal", DONE: "equal\\*"}.get(found[s], general(found[s])) for s in SOURCES]
+
+
 def table(known: dict[str, dict[str, str]]) -> str:
-    return ""
+    built = {name: cells(found) for name, found in sorted(known.items()) if "model" not in found}
+    counts = Counter(cell for row in built.values() for cell in row if not cell.startswith("equal"))
+    numbers = {text: str(n) for n, (text, _) in enumerate(counts.most_common(), 1)}
+    lines = [HEADER.format(version=transformers.__version__, count=len(known))]
+    lines += ["", "| class | attention | columns | rollout | signed | value | embedding |", "|---" * 7 + "|"]
+    lines += [
+        f"| {name} | {' | '.join(numbers.get(cell, cell) for cell in row)} |" for name, row in built.items()
+    ]
+    of = {
+        source: sum(row[i].startswith("equal") for row in built.values()) for i, source in enumerate(SOURCES)
+    }
+    lines += [
+        f"| **equal, of {len(built)}** | {' | '.join(str(of[source]) for source in SOURCES)} |",
+        "",
+        "Reasons:",
+        "",
+        *(f"{number}. {text}" for text, number in numbers.items()),
+        "",
+        "Not built:",
+        "",
+    ]
+    lines += [
+        f"- {name}: {found['model'].removeprefix('not built: ')}"
+        for name, found in sorted(known.items())
+        if "model" in found
+    ]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -347,17 +347,44 @@ def differentiable(x: Tensor) -> Tensor:
     return x if x.requires_grad else x.detach().requires_grad_()
 
 
-def embedded_again(first: Tensor, ids: Tensor, again: Tensor, other_ids: Tensor) -> Tensor:
-    """What a second embedding of a forward's tokens goes on with: the first, so that its gradient has both.
+@dataclass
+class Embedded:
+    """The embeddings of a forward's tokens, ``[B, S, hidden]``."""
 
-    Decoders beside an encoder embed the same tokens, most of them one position later.
-    """
-    if ids.shape == other_ids.shape:
-        if torch.equal(ids, other_ids) and torch.equal(first, again):
-            return first.clone()
-        if torch.equal(ids[:, :-1], other_ids[:, 1:]) and torch.equal(first[:, :-1], again[:, 1:]):
-            return torch.cat([again[:, :1], first[:, :-1]], 1)
-    raise ValueError("input_ids: the model embeds other tokens as well, so no one tensor has the gradient")
+    ids: Tensor
+    taken: Tensor
+    turned: bool
+    """Whether the model has its tokens first and its rows second (XLNet)."""
+
+    @classmethod
+    def of(cls, ids: Tensor, output: Tensor, given: Tensor | None) -> Embedded:
+        """``given`` are the ids that the model was called with, if it was."""
+        if given is not None and ids.shape != given.shape:
+            if ids.shape != given.mT.shape or not torch.equal(ids, given.mT):
+                raise ValueError(
+                    f"input_ids: the model embeds {list(ids.shape)} tokens, got {list(given.shape)}"
+                )
+            return cls(given, differentiable(output.transpose(0, 1)), True)
+        return cls(ids, differentiable(output), False)
+
+    def passed_on(self) -> Tensor:
+        """What the model goes on with: some add positions in place, which must not reach what is taken."""
+        return (self.taken.transpose(0, 1) if self.turned else self.taken).clone()
+
+    def again(self, ids: Tensor, output: Tensor) -> Tensor:
+        """What a second embedding goes on with: the first, so that its gradient has both.
+
+        Decoders beside an encoder embed the same tokens, most of them one position later.
+        """
+        first = self.taken
+        if ids.shape == self.ids.shape:
+            if torch.equal(ids, self.ids) and torch.equal(first, output):
+                return self.passed_on()
+            if torch.equal(self.ids[:, :-1], ids[:, 1:]) and torch.equal(first[:, :-1], output[:, 1:]):
+                return torch.cat([output[:, :1], first[:, :-1]], 1)
+        raise ValueError(
+            "input_ids: the model embeds other tokens as well, so no one tensor has the gradient"
+        )
 
 
 def last_non_pad(head: PreTrainedModel, input_ids: Tensor | None, query: Tensor) -> Tensor:
@@ -399,7 +426,7 @@ def attended_by(
             f"query: the layer had {query.shape[2]} queries for {length} keys; a tapped forward takes whole "
             "sequences, without earlier past_key_values or a static cache"
         )
-    sight = sight_of(module, function, layer_mask, options)
+    sight = sight_of(module, function, length, layer_mask, options)
     if sight.padding is not None and sight.padding.shape != (batch, length):
         raise ValueError(f"attention_mask: got {list(sight.padding.shape)}, want [B, S] = {[batch, length]}")
     mask = given.get("attention_mask")

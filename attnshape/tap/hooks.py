@@ -118,7 +118,8 @@ def _watched(function: AttentionFunction) -> AttentionFunction:
     ) -> Any:
         if in_trial():
             if module in _trials[threading.get_ident()]:
-                return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None
+                own = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+                return own.transpose(1, 2).contiguous(), None
             return function(module, query, key, value, attention_mask, **options)
         probes = getattr(module, _PROBES, ())
         for probe in probes:

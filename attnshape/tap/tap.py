@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 
 from attnshape.tap.capture import (
     Attended,
+    Embedded,
     Pooling,
     QueryPosition,
     attended_by,
     differentiable,
-    embedded_again,
     last_non_pad,
 )
 from attnshape.tap.find import (
@@ -392,21 +392,17 @@ class AttentionTap:
         if call is None or self._is_other_thread() or in_trial():
             return output
         layer = self._layers[0]
-        if not call.seen[0]:
-            call.seen[0] = True
-            layer.forwards += 1
-            call.embedded = args[0]
-            try:
-                layer.attended = embedded = differentiable(output)
-                # Some models add positions in place, which must not reach what is handed out.
-                output = embedded.clone()
-            except Exception as error:
-                layer.attended = _kept(error)
-        elif isinstance(layer.attended, Tensor):
-            try:
-                output = embedded_again(layer.attended, call.embedded, output, args[0])
-            except Exception as error:
-                layer.attended = _kept(error)
+        try:
+            if not call.seen[0]:
+                call.seen[0] = True
+                layer.forwards += 1
+                call.embedded = Embedded.of(args[0], output, call.given.get("input_ids"))
+                layer.attended = call.embedded.taken
+                return call.embedded.passed_on()
+            if call.embedded is not None and isinstance(layer.attended, Tensor):
+                return call.embedded.again(args[0], output)
+        except Exception as error:
+            layer.attended = _kept(error)
         return output
 
     def _is_watched(self) -> bool:
@@ -457,8 +453,7 @@ class _Call:
     level: int
     given: dict[str, Any]
     seen: list[bool]
-    embedded: Any = None
-    """The ids whose embeddings were taken."""
+    embedded: Embedded | None = None
 
 
 def _layer_of(source: Source, layer: int | Sequence[int] | None, layers: int) -> int | Sequence[int]:
