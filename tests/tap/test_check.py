@@ -151,6 +151,16 @@ def test_the_first_of_each_kind_is_checked(checked):
     assert [run(), run()] == [1, 0]
 
 
+def test_a_method_is_the_same_from_forward_to_forward(checked):
+    model = build("gptj")
+    ids, mask = batch("left")
+    with AttentionTap(model) as tap:
+        for _ in range(3):
+            model(ids, attention_mask=mask)
+            tap.take()
+    assert len(checked) == 1
+
+
 def test_a_failure_is_no_first(monkeypatch, checked):
     model = build("llama")
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", another_scale)
@@ -162,9 +172,17 @@ def test_a_failure_is_no_first(monkeypatch, checked):
     assert len(checked) == 2
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_dropout_is_not_held_against_a_row(checked, implementation):
-    model = build("llama", attention_dropout=0.5, implementation=implementation).train()
+@pytest.mark.parametrize(
+    ("name", "implementation", "dropout"),
+    [
+        ("llama", "sdpa", "attention_dropout"),
+        ("llama", "eager", "attention_dropout"),
+        ("gpt2", "eager", "attn_pdrop"),
+        ("gptj", "eager", "attn_pdrop"),
+    ],
+)
+def test_dropout_is_not_held_against_a_row(checked, name, implementation, dropout):
+    model = build(name, implementation=implementation, **{dropout: 0.5}).train()
     ids, mask = batch("left")
     with AttentionTap(model, check="always") as tap:
         model(ids, attention_mask=mask)
