@@ -291,6 +291,11 @@ def differences(score: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
 def check_gradient(model: Any, inputs: dict[str, Tensor], source: str) -> None:
     if not inputs["attention_mask"].all():
         return
+    try:
+        with torch.enable_grad():
+            scores(model, inputs)
+    except Exception as error:
+        raise ValueError("its own forward raises with gradients enabled") from error
     with torch.enable_grad(), AttentionTap(model, source=source) as tap:  # type: ignore[arg-type]
         score = scores(model, inputs)
     response = attnshape.Response(inputs["attention_mask"], start=torch.zeros(3, dtype=torch.int32))
@@ -300,6 +305,8 @@ def check_gradient(model: Any, inputs: dict[str, Tensor], source: str) -> None:
     def scaled(factors: Tensor) -> Tensor:
         def embedded(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             own = factors
+            if args[0].shape != ids.shape:  # XLNet's, tokens first
+                return output * own[:, None, None].to(output)
             if not torch.equal(args[0], ids):  # a decoder's, one position later
                 own = torch.cat([torch.ones(1, dtype=torch.float64), factors[:-1]])
             return output * own[:, None].to(output)
@@ -319,7 +326,7 @@ def check_gradient(model: Any, inputs: dict[str, Tensor], source: str) -> None:
     expected, smooth = differences(scaled)
     if smooth.double().mean() < 0.5:
         raise Differs("the gradient: its score has no derivative at half of the tokens")
-    held("the gradient", got[smooth], expected[smooth], rtol=2e-2, atol=1e-2 * float(expected.abs().max()))
+    held("the gradient", got[smooth], expected[smooth], rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
 
 
 # All of it ---------------------------------------------------------------------------------------------
@@ -482,6 +489,21 @@ def table(known: dict[str, dict[str, str]]) -> str:
         if "model" in found
     ]
     return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def sentence(text: str) -> str:
+    """What README says of the table."""
+    version = re.findall(r"classes? of transformers ([\w.]+):", text.replace("sequence-classification ", ""))[
+        0
+    ]
+    built, *equal = re.findall(r"\d+", re.findall(r"^\| \*\*equal, of (.*) \|$", text, re.M)[0])
+    row, columns, rollout, _, value, embedding = equal
+    return (
+        f"Of the {built} causal and sequence-classification classes of transformers {version} that could be built "
+        f"small, {row} have a row equal to eager attention's, {columns} all rows, {rollout} a rollout, {value} "
+        f"gradient × value and {embedding} gradient × embedding; every other is refused with a reason, and none "
+        "differs ([`MODELS.md`](attnshape/tap/MODELS.md))."
+    )
 
 
 if __name__ == "__main__":

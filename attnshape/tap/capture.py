@@ -359,6 +359,8 @@ class Embedded:
     @classmethod
     def of(cls, ids: Tensor, output: Tensor, given: Tensor | None) -> Embedded:
         """``given`` are the ids that the model was called with, if it was."""
+        if not isinstance(output, Tensor):
+            raise ValueError(f"input_ids: their embeddings come as a {type(output).__name__}, want a tensor")
         if given is not None and ids.shape != given.shape:
             if ids.shape != given.mT.shape or not torch.equal(ids, given.mT):
                 raise ValueError(

@@ -7,7 +7,7 @@ import re
 import pytest
 import transformers
 
-from tests.model_sweep import SOURCES, TABLE, cells, sweep
+from tests.model_sweep import ROOT, SOURCES, TABLE, cells, sentence, sweep
 from tests.support import zoo
 
 TEXT = TABLE.read_text()
@@ -41,6 +41,11 @@ def test_the_table_differs_nowhere():
         assert len(row) == len(SOURCES), name
         for cell in row:
             assert cell in ("equal", r"equal\*") or cell in REASONS, (name, cell)
+
+
+def test_readme_says_what_the_table_says():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert sentence(TEXT) in readme
 
 
 @tried_with
