@@ -116,7 +116,13 @@ class Flow:
 
     def _on_enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._forget()
-        self._stream = (args[0] if args else kwargs["hidden_states"]).detach()
+        stream = args[0] if args else kwargs["hidden_states"]
+        if stream.ndim != 3:
+            raise ValueError(
+                f"source: {type(module).__name__} carries {list(stream.shape)}, not one residual stream "
+                "[B, S, hidden]; want source='attention' or a gradient source"
+            )
+        self._stream = stream.detach()
 
     @torch.no_grad()
     def _on_projection(self, module: nn.Module, args: tuple[Any, ...]) -> None:

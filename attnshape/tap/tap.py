@@ -47,6 +47,7 @@ Taken: TypeAlias = AttentionInputs | SignedInputs | Tensor
 _SOURCES = ("attention", "rollout", "signed_rollout", "gradient_value", "gradient_embedding")
 _ROLLOUTS = ("rollout", "signed_rollout")
 _NO_OTHER_MIXING = ("rollout", "signed_rollout", "gradient_value")
+_GRADIENTS = ("gradient_value", "gradient_embedding")
 _CHECKS = ("first", "always", "never")
 _POSITIONS = ("pooled", "last_visible", "last_response", "mean", "all")
 _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q")
@@ -186,6 +187,9 @@ class AttentionTap:
         for flow in self._flows:
             flow.open()
         self._handles = [m.register_forward_hook(self._on_embedding) for m in self._embeddings]
+        if self._source in _GRADIENTS:
+            lists = [m for m in self._models[-1].module.modules() if isinstance(m, nn.ModuleList)]
+            self._handles += [m.register_forward_pre_hook(self._on_layer) for layers in lists for m in layers]
         return self
 
     def __exit__(
@@ -268,7 +272,7 @@ class AttentionTap:
 
     def _reads_pooled(self) -> bool:
         return (
-            self._source not in ("gradient_value", "gradient_embedding")
+            self._source not in _GRADIENTS
             and isinstance(self._query_position, str)
             and self._query_position == "pooled"
         )
@@ -404,6 +408,18 @@ class AttentionTap:
         except Exception as error:
             layer.attended = _kept(error)
         return output
+
+    def _on_layer(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A layer of the model runs: if without gradients, they show a part of what moves the score (HRM)."""
+        layer = self._layers[0]
+        if not isinstance(layer.attended, Tensor) or not self._is_watched() or in_trial():
+            return
+        checkpointed = getattr(module, "gradient_checkpointing", False) and module.training
+        if not torch.is_grad_enabled() and not checkpointed:
+            layer.attended = ValueError(
+                f"source: the model runs a {type(module).__name__} without gradients, so that {self._source!r} would "
+                "be of a part of it; want source='attention'"
+            )
 
     def _is_watched(self) -> bool:
         """Whether this thread is inside a forward of the tapped model."""
