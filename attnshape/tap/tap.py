@@ -417,8 +417,8 @@ class AttentionTap:
         checkpointed = getattr(module, "gradient_checkpointing", False) and module.training
         if not torch.is_grad_enabled() and not checkpointed:
             layer.attended = ValueError(
-                f"source: the model runs a {type(module).__name__} without gradients, so that {self._source!r} would "
-                "be of a part of it; want source='attention'"
+                f"source: the model runs a {type(module).__name__} without gradients, so that "
+                f"{self._source!r} would be of a part of it; want source='attention'"
             )
 
     def _is_watched(self) -> bool:
