@@ -229,6 +229,8 @@ class AttentionTap:
         attended = [layer.attended for layer in self._layers]
         forwards = [layer.forwards for layer in self._layers]
         moved = [flow.moved for flow in self._flows] or [None] * len(attended)
+        halved = self._embeddings and self._models[0].module.config.is_encoder_decoder
+        halved = halved and not self._layers[0].again
         self._reset()
         for layer, count in zip(self._layers, forwards, strict=True):
             if count != 1:
@@ -236,6 +238,10 @@ class AttentionTap:
                     f"take() wants exactly one forward since the last take(), inside the block and in the "
                     f"thread that entered it; layer {layer.name!r} ran {count}"
                 )
+        if halved:
+            raise ValueError(
+                "source: the decoder's embeddings were not seen, so the gradient would be of a part"
+            )
         if self._source in _NO_OTHER_MIXING:
             self._refuse_other_mixing()
         always = self._check == "always"
@@ -280,7 +286,7 @@ class AttentionTap:
     def _reset(self) -> None:
         self._call = None
         for layer in self._layers:
-            layer.forwards, layer.attended = 0, None
+            layer.forwards, layer.attended, layer.again = 0, None, False
         for flow in self._flows:
             flow.moved = None
 
@@ -404,6 +410,7 @@ class AttentionTap:
                 layer.attended = call.embedded.taken
                 return call.embedded.passed_on()
             if call.embedded is not None and isinstance(layer.attended, Tensor):
+                layer.again = True
                 return call.embedded.again(args[0], output)
         except Exception as error:
             layer.attended = _kept(error)
@@ -459,6 +466,8 @@ class _Layer:
     module: nn.Module
     forwards: int = 0
     attended: Attended | Tensor | Exception | None = None
+    again: bool = False
+    """Of embeddings: whether the forward's second use of them was seen."""
 
 
 @dataclass

@@ -11,10 +11,8 @@ from tests.model_sweep import ROOT, SOURCES, TABLE, cells, sentence, sweep
 from tests.support import zoo
 
 TEXT = TABLE.read_text()
-ROWS = {
-    name: [c.strip() for c in row.split("|")]
-    for name, row in re.findall(r"^\| (\w+) \| (.*) \|$", TEXT, re.M)
-}
+LINES = re.findall(r"^\| (\w+) \| (.*) \|$", TEXT, re.M)
+ROWS = {name: row.split(" | ") for name, row in LINES if name != "class"}
 REASONS = dict(re.findall(r"^(\d+)\. (.*)$", TEXT, re.M))
 NOT_BUILT = re.findall(r"^- (\w+): ", TEXT, re.M)
 SAMPLE = [
