@@ -29,6 +29,7 @@ from attnshape.types import (
 
 if TYPE_CHECKING:
     from attnshape.tap import AttentionTap
+    from attnshape.text.credit_model import CreditModel
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "Alignment",
     "AttentionInputs",
     "AttentionTap",
+    "CreditModel",
     "GroupAdvantages",
     "GroupConfig",
     "Response",
@@ -69,4 +71,8 @@ def __getattr__(name: str) -> object:
         from attnshape.tap import AttentionTap
 
         return AttentionTap
+    if name == "CreditModel":
+        from attnshape.text.credit_model import CreditModel
+
+        return CreditModel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

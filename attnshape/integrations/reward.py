@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import Any, Protocol
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
@@ -20,16 +20,10 @@ from torch import Tensor
 from attnshape.config import ShapingConfig
 from attnshape.ops import shape_rewards
 from attnshape.tap import AttentionTap
-from attnshape.text.align import decoded_spans
+from attnshape.text.credit_model import Prompt
 from attnshape.text.reader import Reader, Scored, load_reward_model, score_examples
 from attnshape.text.score_fn import parse_score_fn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-Prompt: TypeAlias = str | Sequence[dict[str, Any]]
-"""Text, which the response continues, or messages, which the reward model's chat template renders with it."""
-Span: TypeAlias = tuple[int, int]
+from attnshape.text.turns import Span
 
 REQUESTS = 128
 """At once to a server, which makes batches of them."""
@@ -159,17 +153,6 @@ def _reward_model(url: str | None, model: str | None, score_fn: str, layer: int,
         served.check()
         return served
     return LocalRewardModel(str(model), score_fn, layer, device)
-
-
-def spans_of(
-    tokenizer: PreTrainedTokenizerBase, response_ids: Sequence[int], mask: Sequence[int | bool]
-) -> tuple[str, list[Span]]:
-    """The text of the policy's tokens, special ones left out, and the span of each in it.
-
-    Spans of masked tokens, such as a tool's, are empty: these get no credit.
-    """
-    text, spans = decoded_spans(tokenizer, list(response_ids))
-    return text, [(s, e) if m else (s, s) for (s, e), m in zip(spans, mask, strict=True)]
 
 
 def token_rewards(

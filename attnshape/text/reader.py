@@ -245,12 +245,8 @@ def score_examples(
     model: PreTrainedModel, tap: AttentionTap, examples: Sequence[Example], score_fn: ScoreFn
 ) -> list[Scored]:
     """One forward of the model, which the tap is open on."""
-    pad = model.config.get_text_config().pad_token_id or 0
-    input_ids = _padded([example.input_ids for example in examples], pad).to(model.device)
-    lengths = torch.tensor([len(example.input_ids) for example in examples], device=model.device)
-    attention_mask = torch.arange(input_ids.shape[1], device=model.device) < lengths[:, None]
-    index = _padded([example.positions for example in examples], -1).to(model.device)
-    logits = model(input_ids=input_ids, attention_mask=attention_mask.long()).logits
+    inputs, index = batch_of(model, examples)
+    logits = model(**inputs).logits
     score = score_fn(logits.float())
     shaped = shape_rewards(score, tap.take(), Response(index >= 0, index=index))
     stats = shaped.row_stats
@@ -277,6 +273,16 @@ def score_examples(
             )
         )
     return scored
+
+
+def batch_of(model: PreTrainedModel, examples: Sequence[Example]) -> tuple[dict[str, Tensor], Tensor]:
+    """What the model is called with, padded on the right, and int64 ``[B, R]`` positions, -1 in padding."""
+    pad = model.config.get_text_config().pad_token_id or 0
+    input_ids = _padded([example.input_ids for example in examples], pad).to(model.device)
+    lengths = torch.tensor([len(example.input_ids) for example in examples], device=model.device)
+    attention_mask = torch.arange(input_ids.shape[1], device=model.device) < lengths[:, None]
+    index = _padded([example.positions for example in examples], -1).to(model.device)
+    return {"input_ids": input_ids, "attention_mask": attention_mask.long()}, index
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
