@@ -278,8 +278,6 @@ def shaped_grpo_trainer(base: type[Any]) -> type[Any]:
 
         def _log_credit(self, prefix: str, credit: _Credit) -> None:
             """Means over all processes' completions, and a column of the completions table."""
-            from accelerate.utils import gather_object
-
             mode = "train" if self.model.training else "eval"
             for name, column in credit.metrics.items():
                 given = ~column.isnan()
@@ -287,8 +285,8 @@ def shaped_grpo_trainer(base: type[Any]) -> type[Any]:
                 total, count = self.accelerator.gather(sums).view(-1, 2).sum(0).tolist()
                 self._metrics[mode][f"{prefix}/{name}"].append(total / count if count else math.nan)
             if "extra" in self._logs:
-                entropies = credit.metrics["entropy"].tolist()
-                self._logs["extra"][f"{prefix}/entropy"].extend(gather_object(entropies))
+                entropies = self.accelerator.gather(credit.metrics["entropy"]).tolist()
+                self._logs["extra"][f"{prefix}/entropy"].extend(entropies)
 
     GRPOTrainer.__qualname__ = "GRPOTrainer"
     return GRPOTrainer

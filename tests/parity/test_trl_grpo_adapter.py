@@ -102,7 +102,9 @@ class World:
         pieces = [self.tokenizer.decode([i]) for i in range(len(self.tokenizer))]
         end = self.tokenizer.eos_token_id
         self.unwanted = [
-            i for i, s in enumerate(pieces) if i != end and not (s.isascii() and s.isprintable() and s.strip())
+            i
+            for i, s in enumerate(pieces)
+            if i != end and not (s.isascii() and s.isprintable() and s.strip())
         ]
         with torch.no_grad():  # some completions are to end early: the embedding is tied to the head
             policy.transformer.wte.weight[end] = 0.6 * policy.transformer.ln_f.weight / 32**0.5
@@ -276,9 +278,7 @@ def test_only_the_models_part_is_spread(world: World, scale: str) -> None:
 
 def test_rewards_that_are_normalised_one_by_one(world: World) -> None:
     settings = {"multi_objective_aggregation": "normalize_then_sum", "max_steps": 2}
-    trainer = world.trained(
-        reward_funcs=[rule, world.reward], credit={}, dense_share=0.6, settings=settings
-    )
+    trainer = world.trained(reward_funcs=[rule, world.reward], credit={}, dense_share=0.6, settings=settings)
     for seen in trainer.seen:
         each = torch.stack([group_advantage(seen["rewards"][:, k]) for k in range(2)], 1)
         std = each.sum(1).std() + 1e-4
@@ -374,9 +374,7 @@ def test_an_environments_tokens_get_none(world: World) -> None:
             out["env_mask"].append([1, 1, *[0] * len(answer), *[1] * len(own[2:])])
         return out
 
-    trainer = world.trained(
-        credit={}, dense_share=0.8, settings={"max_steps": 2}, rollout_func=rollout
-    )
+    trainer = world.trained(credit={}, dense_share=0.8, settings={"max_steps": 2}, rollout_func=rollout)
     for seen in trainer.seen:
         assert "tool_mask" in seen
         own = group_advantage(seen["rewards"][:, 0])
