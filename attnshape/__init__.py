@@ -15,7 +15,8 @@ from attnshape.ops import (
     shape_rewards,
     whiten,
 )
-from attnshape.text.align import Alignment, align, align_texts, decoded_spans
+from attnshape.text.align import Alignment, align
+from attnshape.text.texts import TextAlignment, align_texts, decoded_spans
 from attnshape.types import (
     KL,
     Advantages,
@@ -29,7 +30,7 @@ from attnshape.types import (
 
 if TYPE_CHECKING:
     from attnshape.tap import AttentionTap
-    from attnshape.text.credit_model import CreditModel
+    from attnshape.text.model import CreditModel
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "ShapingConfig",
     "SignedInputs",
     "Status",
+    "TextAlignment",
     "Whitening",
     "align",
     "align_texts",
@@ -72,7 +74,7 @@ def __getattr__(name: str) -> object:
 
         return AttentionTap
     if name == "CreditModel":
-        from attnshape.text.credit_model import CreditModel
+        from attnshape.text.model import CreditModel
 
         return CreditModel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from attnshape import checks, masked, vectorized
+from attnshape import checks, vectorized
 from attnshape import compile as compiling
 from attnshape.config import GroupConfig, Normalization, ShapingConfig, Whitening
 from attnshape.types import (
@@ -39,11 +39,17 @@ def _function(
     layers: Sequence[AttentionInputs],
     *tensors: Tensor | None,
 ) -> Callable[..., Any]:
-    """The function that computes: Triton's for what it can do on a GPU, PyTorch's for the rest."""
+    """The function that computes: Triton's on a GPU for what it can, loops on a CPU, else PyTorch's."""
     checks.check_choice("backend", backend)
-    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f'backend: got "cpu", but tensors are on {device}')
+    if backend == "cpu" or (backend == "auto" and device.type == "cpu"):
+        from attnshape import cpu  # numba takes a while to import
+
+        return getattr(cpu, name)  # type: ignore[no-any-return]
+    if backend == "torch" or (device.type != "cuda" and backend == "auto"):
         return getattr(vectorized, name)  # type: ignore[no-any-return]
-    from attnshape import triton_backend  # triton is there on Linux only, and PyTorch alone serves a CPU
+    from attnshape import triton_backend  # triton is there on Linux only
 
     reason = triton_backend.unsupported(layers, *tensors)
     if reason and backend == "triton":
@@ -80,7 +86,7 @@ def attention_row(
         process_group: tensor parallel ranks, each with some of the layers' heads, as many as it likes, and
             all the keys of the same sequences: the mean is over the heads of all ranks, by one all-reduce.
             Every rank must call and gets the result, equal to that of one process up to rounding.
-        backend: ``"auto"``: Triton on a GPU, PyTorch on a CPU.
+        backend: ``"auto"``: ``"triton"`` on a GPU, ``"cpu"`` (compiled loops) on a CPU, else ``"torch"``.
         validate: check index values too, which synchronises with the device.
 
     Returns:
@@ -350,7 +356,7 @@ def shape_rewards(
             checks.validate_credit(credit, response)
     compute = _function("shape_rewards", backend, response.mask.device, layers or (), score, *tokens.floating)
     shaped: ShapedRewards = compute(score, credit if layers is None else layers, tokens, response, config)
-    return masked.filled(shaped, values, response.mask, config) if config.carry_masked else shaped
+    return shaped
 
 
 def redistribute(
@@ -420,9 +426,6 @@ def gae(
         checks.validate_layout(response, config.mask_layout)
     compute = _function("gae", backend, response.mask.device, (), rewards, values, bootstrap)
     out: Advantages = compute(rewards, values, response, config, bootstrap)
-    if config.carry_masked:
-        advantages, returns = masked.carried(out.advantages, out.returns, values, response.mask, config)
-        out = Advantages(advantages, returns, out.moments)
     return out
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import csrc_triton
+from attnshape import masked
 from attnshape.config import GroupConfig, Normalization, ShapingConfig, Whitening
 from attnshape.types import (
     KL,
@@ -42,8 +43,6 @@ def unsupported(layers: Sequence[AttentionInputs], *tensors: Tensor | None) -> s
     if any(x.dtype == torch.float64 for x in given):
         return "the kernels compute in float32 and a tensor is torch.float64"
     for layer in layers:
-        if layer.mask_row is not None or not layer.causal:
-            return "they know neither mask_row nor causal=False"
         width, group = layer.key.shape[-1], layer.query.shape[1] // layer.key.shape[1]
         if width > MAX_HEAD_DIM:
             return f"the head width is {width}, the kernels' limit {MAX_HEAD_DIM}"
@@ -148,7 +147,7 @@ def shape_rewards(
     )
     entropy, last_share, share, error = swept.stats.unbind(1)
     stats = RowStats(entropy, last_share, share if attention else None, error)
-    return ShapedRewards(
+    shaped = ShapedRewards(
         swept.rewards,
         swept.advantages,
         swept.returns,
@@ -158,6 +157,7 @@ def shape_rewards(
         swept.moments,
         stats,
     )
+    return masked.filled(shaped, tokens.values, response.mask, config)
 
 
 def gae(
@@ -175,7 +175,8 @@ def gae(
         bootstrap=bootstrap,
         **_recurrence(config),
     )
-    return Advantages(swept.advantages, swept.returns, swept.moments)
+    out = Advantages(swept.advantages, swept.returns, swept.moments)
+    return masked.carried(out, values, response.mask, config)
 
 
 def spread(

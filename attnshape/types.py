@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, Self, TypeAlias
 import torch
 from torch import Tensor
 
-Backend: TypeAlias = Literal["auto", "triton", "torch"]
+Backend: TypeAlias = Literal["auto", "triton", "cpu", "torch"]
 CreditName: TypeAlias = Literal["uniform", "sparse"]
 
 MIN_MASS = 2.0**-100

@@ -13,7 +13,7 @@ from attnshape import AttentionInputs, Status, reference
 from attnshape.tolerance import credit_bound
 
 
-@drawn(problems(), st.integers(1, 2), torch=40, triton=10)
+@drawn(problems(), st.integers(1, 2), cpu=40, torch=40, triton=10)
 def test_row_and_credit_alone(backend: str, problem: Problem, layers: int) -> None:
     inputs = [dataclasses.replace(problem.inputs, scaling=0.3 / (i + 1)) for i in range(layers)]
     want = reference.attention_row(to_float64(inputs))

@@ -90,7 +90,9 @@ def compilations() -> int:
 
 
 @pytest.mark.parametrize("name", [*OPERATORS, "redistribute"])
-@pytest.mark.parametrize(("backend", "compiler"), [("torch", "inductor"), ("triton", "aot_eager")])
+@pytest.mark.parametrize(
+    ("backend", "compiler"), [("cpu", "aot_eager"), ("torch", "inductor"), ("triton", "aot_eager")]
+)
 def test_compiled_as_eager(name: str, backend: str, compiler: str) -> None:
     arguments = drawn()
     function = compiled(call, backend=compiler)
@@ -103,7 +105,7 @@ def test_compiled_in_every_layout(packed: bool, dtype: torch.dtype) -> None:
     options = {"sinks": True, "softcap": 5.0, "sliding_window": 7, "head_mask": True, "lse": True, "kl": "kl"}
     arguments = drawn(packed=packed, dtype=dtype, **options)
     function = compiled(call, backend="aot_eager")
-    for backend in ("torch", "triton"):
+    for backend in ("cpu", "torch", "triton"):
         assert_same(function("shape_rewards", arguments, backend), call("shape_rewards", arguments, backend))
 
 
@@ -175,7 +177,7 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", "torch", "triton"])
 def test_opcheck(name: str, packed: bool, backend: str) -> None:
     operator, seen = getattr(torch.ops.attnshape, name).default, []
     with Recorder(seen, operator):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import check, golden
 from parity.cases import CHOICES
+from support.backends import BACKENDS, each_backend
 from support.problems import check_shaped
 
 import attnshape
@@ -34,7 +35,7 @@ def test_there_are_golden_vectors_of_every_framework() -> None:
     assert (golden.FOLDER.parent / "results.md").read_text() == golden.table()
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@each_backend
 @pytest.mark.parametrize("framework", CHOICES)
 def test_as_the_framework(framework: str, backend: str) -> None:
     recorded = golden.load(framework)
@@ -87,7 +88,7 @@ def test_masks_of_any_dtype(dtype: torch.dtype) -> None:
 @settings(max_examples=24)
 @given(
     st.sampled_from(list(PRESETS)),
-    st.sampled_from(["torch", "torch", "triton"]),
+    st.sampled_from([*BACKENDS[:-1], *BACKENDS]),
     st.integers(0, 2**20),
     st.integers(1, 4),
     st.integers(1, 20),
@@ -167,7 +168,7 @@ def test_kl_has_the_frameworks_names() -> None:
         ShapingConfig.trl(version="0.12")
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@each_backend
 @pytest.mark.parametrize("dense_share", [0.8, 0.1, 1 / 3])
 def test_without_abc_the_reward_is_the_score_itself(backend: str, dense_share: float) -> None:
     score = torch.linspace(-9, 9, 40, device=DEVICE)

@@ -81,7 +81,7 @@ def check_whiten(
         torch.cat([x for x, _ in shards]).double(), torch.cat([mask for _, mask in shards]), config
     )
     before = sum(UNEVEN[r][0] for r in ranks[: ranks.index(rank)])
-    for backend in ("torch", "triton"):
+    for backend in ("cpu", "torch", "triton"):
         for moments in (None, row_moments(x.double(), Response(mask))):
             got = attnshape.whiten(x, mask, config, moments=moments, process_group=group, backend=backend)
             want = whole[before : before + len(x)]
@@ -156,7 +156,9 @@ def tensor_parallel_problem(world: int, **options: Any) -> Problem:
 def check_heads(problem: Problem, layers: list[AttentionInputs], rank: int, world: int) -> None:
     mine = [local_heads(x, rank, world) for x in layers]
     response = problem.response
-    backends: dict[str, tuple[str, ...]] = {"torch": ("sum_to_one", "sum_to_length", "none")}
+    backends: dict[str, tuple[str, ...]] = dict.fromkeys(
+        ("cpu", "torch"), ("sum_to_one", "sum_to_length", "none")
+    )
     if world == 2:  # the interpreter takes its time, in every process
         backends["triton"] = ("sum_to_one",)
     for backend, normalizations in backends.items():

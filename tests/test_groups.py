@@ -76,7 +76,7 @@ def test_statistics_of_unequal_groups_and_missing_rewards(
     torch.testing.assert_close(out.advantages, out.completion[:, None].expand(9, 4))
 
 
-@drawn(problems(), st.integers(0, 2), st.booleans(), torch=60, triton=10)
+@drawn(problems(), st.integers(0, 2), st.booleans(), cpu=30, torch=60, triton=10)
 def test_spread(backend: str, problem: Problem, kind: int, signed: bool) -> None:
     """By attention, by weights, by two rewards at once."""
     batch, mask = len(problem.score), problem.response.mask

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.backends import each_backend
 
 import attnshape
 from attnshape import (
@@ -328,7 +329,7 @@ def test_kl_coef_may_be_a_tensor() -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@each_backend
 def test_a_given_kl_is_subtracted_as_it_is(backend: str, packed: bool) -> None:
     """Neither the estimator nor a clip touches it, whatever the config says of both."""
     problem = make_problem(4, kl="kl", config=ShapingConfig(kl_estimator="k2", kl_output_clip=1e-3))

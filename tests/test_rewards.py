@@ -14,7 +14,7 @@ TOKENS = ("credit", "values", "logprobs", "ref_logprobs", "token_rewards", "mask
 OUTPUTS = ("rewards", "advantages", "returns", "credit", "kl")
 
 
-@drawn(problems(), torch=150, triton=30)
+@drawn(problems(), cpu=150, torch=150, triton=30)
 def test_shape_rewards(backend: str, problem: Problem) -> None:
     check_shaped(problem, backend, DEVICE)
 

@@ -13,7 +13,7 @@ from attnshape import Response, ShapingConfig, Whitening, reference
 from attnshape.reference.whiten import row_moments
 
 
-@drawn(problems(), st.sampled_from([torch.float32, torch.float64]), torch=40, triton=10)
+@drawn(problems(), st.sampled_from([torch.float32, torch.float64]), cpu=40, torch=40, triton=10)
 def test_moments_are_those_of_the_advantages(backend: str, problem: Problem, dtype: torch.dtype) -> None:
     if backend == "triton":
         dtype = torch.float32

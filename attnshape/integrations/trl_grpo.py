@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,9 +25,10 @@ from attnshape.config import GroupConfig
 from attnshape.integrations.framework import require_parameters
 from attnshape.ops import DEFAULT_CONFIG, group_advantages, shape_rewards
 from attnshape.text.align import align
-from attnshape.text.credit_model import CreditModel
+from attnshape.text.model import CreditModel
+from attnshape.text.place import Messages, whole
 from attnshape.text.source import CreditSource
-from attnshape.text.turns import Messages, Turn, spans_in_text, turns_of
+from attnshape.text.turns import Turn, spans_in_text, turns_of
 from attnshape.types import Response, Status
 from attnshape.vectorized.groups import completion_advantages
 
@@ -43,7 +44,7 @@ class _Recorder:
     """A reward model's tokenizer that remembers what TRL has it read."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.options: list[dict[str, Any]] = []
         """Of the chat template, for each conversation; empty where texts were not conversations."""
         self.texts: list[str] = []
@@ -51,23 +52,16 @@ class _Recorder:
         """``[B, S, 2]``."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
+        return getattr(self.tokenizer, name)
 
     def apply_chat_template(self, conversation: Messages, **options: Any) -> Any:
-        self.options.append(options)
-        return self._tokenizer.apply_chat_template(conversation, **options)
+        self.options.append({name: value for name, value in options.items() if name != "tokenize"})
+        return self.tokenizer.apply_chat_template(conversation, **options)
 
     def __call__(self, text: list[str], **options: Any) -> Any:
-        encoded = self._tokenizer(text=text, return_offsets_mapping=True, **options)
+        encoded = self.tokenizer(text=text, return_offsets_mapping=True, **options)
         self.texts, self.offsets = text, encoded.pop("offset_mapping")
         return encoded
-
-    def renderer(self, row: int) -> Callable[[Messages], str]:
-        def render(messages: Messages) -> str:
-            text: str = self._tokenizer.apply_chat_template(list(messages), **self.options[row])
-            return text
-
-        return render
 
 
 class _Tapped(nn.Module):
@@ -75,14 +69,14 @@ class _Tapped(nn.Module):
 
     def __init__(self, model: nn.Module, source: CreditSource) -> None:
         super().__init__()
-        self.model, self.source = model, source
+        self.model, self.source, self._tap = model, source, source.tap(model)
         self.taken: Any = None
         self.score = torch.zeros(0)
 
     def forward(self, **inputs: Any) -> Any:
-        with self.source.open(self.model) as tap:
+        with self.source.opened(self._tap):
             out = self.model(**inputs)
-            self.taken, self.score = tap.take(), out.logits[:, 0].float()
+            self.taken, self.score = self._tap.take(), out.logits[:, 0].float()
         return out
 
     def weights(self, response: Response) -> Tensor:
@@ -233,7 +227,7 @@ def shaped_grpo_trainer(base: type[Any]) -> type[Any]:
                 return completion_advantages(rewards, group, each, weights)
             each = GroupConfig(baseline=self._baseline, scale="group", eps=_EPS, bessel=True, lone="zero")
             normalized = torch.cat(
-                [completion_advantages(column, group, each, None) for column in rewards.split(1, 1)], 1
+                [completion_advantages(column, group, each, None) for column in rewards.T], 1
             )
             normalized[rewards.isnan().all(1)] = math.nan
             whole = GroupConfig(baseline="batch", scale="batch", eps=_EPS, bessel=True)
@@ -247,10 +241,10 @@ def shaped_grpo_trainer(base: type[Any]) -> type[Any]:
                 text = recorder.texts[b]
                 turns: list[Turn | None] = []
                 if recorder.options:
-                    turns = turns_of(recorder.renderer(b), prompt, completion, text)
+                    turns = turns_of(recorder.tokenizer, prompt, completion, text, recorder.options[b])
                 elif text == prompt + completion:
-                    turns = [Turn(completion, len(prompt), len(text))]
-                placed = spans_in_text(text, turns, policy, ids, mask[b, : len(ids)].tolist())
+                    turns = [Turn(completion, whole(completion, len(prompt)))]
+                placed = spans_in_text(turns, policy, ids, mask[b, : len(ids)].tolist())
                 found.append(placed is not None)
                 spans.append([(0, 0)] * len(ids) if placed is None else placed)
             carry = align(recorder.offsets, spans)

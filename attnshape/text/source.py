@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from attnshape import credit
 from attnshape.ops import attention_column_credit, attention_credit, attention_rollout
 from attnshape.tap import AttentionTap
+from attnshape.text.load import QueryPosition
 from attnshape.types import Response
 
 SourceName: TypeAlias = Literal[
@@ -51,19 +52,22 @@ class CreditSource:
         """Whether weights say how far a token moved the score up or down, not which share of it is its."""
         return self.name in ("gradient_value", "gradient_embedding")
 
-    @contextmanager
-    def open(self, model: nn.Module) -> Iterator[AttentionTap]:
-        """For one forward of the model, which runs with gradients where the source needs them.
+    def tap(self, model: nn.Module, query_position: QueryPosition = "pooled") -> AttentionTap:
+        """Of a model, not yet open; an integer position is to be set for each forward.
 
         Raises:
             TypeError, ValueError: as for ``AttentionTap``: the model cannot be read so.
         """
-        tapped: Any = "attention" if self.name == "columns" else self.name
-        # Rollouts and the columns need every query; which one is scored is the head's choice.
-        position: Any = "all" if self.name == "columns" else "pooled"
-        tap = AttentionTap(model, self.layer, source=tapped, query_position=position)
+        position: Any = "last_visible" if isinstance(query_position, int) else query_position
+        if self.name == "columns":
+            return AttentionTap(model, self.layer, query_position="all")
+        return AttentionTap(model, self.layer, source=self.name, query_position=position)
+
+    @contextmanager
+    def opened(self, tap: AttentionTap) -> Iterator[None]:
+        """For one forward, with gradients where the source needs them, whatever the caller's mode is."""
         with torch.inference_mode(not self.of_score), torch.set_grad_enabled(self.of_score), tap:
-            yield tap
+            yield
 
     def weights(self, taken: Any, score: Tensor, response: Response) -> Tensor:
         """Of each response token.
@@ -83,3 +87,6 @@ class CreditSource:
         if self.name == "signed_rollout":
             return credit.signed_rollout(taken, response)
         return credit.gradient_weights(score, taken, response)
+
+
+ATTENTION = CreditSource()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from attnshape import masked
 from attnshape.config import MaskSemantics, ShapingConfig
 from attnshape.types import Advantages, Response, compute_dtype, decay, float32_rounded
 from attnshape.vectorized.layout import Mask, Rows, at_column, in_blocks, product_dtype
@@ -193,4 +194,5 @@ def gae(
         lost = rows.live & rows.invalid[:, None]
         advantages, returns = (x.masked_fill(lost, math.nan) for x in (advantages, returns))
         moments = moments.masked_fill(lost.any(1, keepdim=True), math.nan)
-    return Advantages(rows.restore(advantages), rows.restore(returns), moments.to(dtype))
+    out = Advantages(rows.restore(advantages), rows.restore(returns), moments.to(dtype))
+    return masked.carried(out, values, response.mask, config)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attnshape import masked
 from attnshape.config import ScoreIndex, ShapingConfig
 from attnshape.types import (
     KL,
@@ -227,7 +228,7 @@ def shape_rewards(
     stats = [y.to(dtype).masked_fill(~usable, 0.0) for y in (x.entropy, x.last_share, x.mass, x.error)]
     attention = not isinstance(credit, Tensor | str)
     restored = [rows.restore(y) for y in outputs]
-    return ShapedRewards(
+    shaped = ShapedRewards(
         rewards=restored[0],
         advantages=restored[1],
         returns=restored[2],
@@ -242,3 +243,4 @@ def shape_rewards(
             score_error=stats[3],
         ),
     )
+    return masked.filled(shaped, tokens.values, response.mask, config)

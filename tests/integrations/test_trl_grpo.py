@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -145,9 +144,8 @@ def close(got: Tensor, want: Tensor) -> None:
 @pytest.mark.parametrize("form", ["text", "messages"])
 def test_an_advantage_is_spread_by_credit(world: World, form: str) -> None:
     inputs = world.inputs(form)
-    plain = world.trainer(
-        [AutoModelForSequenceClassification.from_pretrained(world.reward).eval()], FakeTrainer
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(world.reward).eval()
+    plain = world.trainer([model], FakeTrainer)
     plain.reward_processing_classes = [AutoTokenizer.from_pretrained(world.reward)]
     own = plain._generate_and_score_completions(inputs)["advantages"]
     trainer = world.trainer(credit=CreditModel(world.reward), dense_share=0.8)
@@ -181,9 +179,8 @@ def test_rules_stay_uniform(world: World, scale: Any, monkeypatch: pytest.Monkey
     trainer.reward_weights = torch.tensor([1.0, 2.0])
     out = trainer._generate_and_score_completions(inputs)
     weighted = (trainer.given * trainer.reward_weights).nan_to_num().double()
-    own, part = (
-        x - x.view(-1, GROUP).mean(1).repeat_interleave(GROUP) for x in (weighted.sum(1), weighted[:, 1])
-    )
+    sums = (weighted.sum(1), weighted[:, 1])
+    own, part = (x - x.view(-1, GROUP).mean(1).repeat_interleave(GROUP) for x in sums)
     if scale in ("group", True):
         std = weighted.sum(1).view(-1, GROUP).std(1).repeat_interleave(GROUP) + 1e-4
         own, part = own / std, part / std
@@ -205,7 +202,7 @@ def test_leave_one_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_turns_around_a_tools(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each run of the policy's tokens is one turn, found in its place though the same words stand elsewhere."""
+    """Each run of the policy's tokens is a turn, found in its place though its words stand elsewhere too."""
     said = ["good film", "the plot", "the plot was good"]
     prompt = [{"role": "user", "content": "the plot"}]
     completion = [
@@ -215,8 +212,8 @@ def test_the_turns_around_a_tools(world: World, monkeypatch: pytest.MonkeyPatch)
     ]
     end = world.policy.eos_token_id
     parts = [[*world.ids(said[0]), end], world.ids("tool the plot was good"), [*world.ids(said[2]), end]]
-    ids = sum(parts, [])
-    mask = sum(([own] * len(part) for own, part in zip((1, 0, 1), parts, strict=True)), [])
+    ids = [i for part in parts for i in part]
+    mask = [own for own, part in zip((1, 0, 1), parts, strict=True) for _ in part]
     inputs = [(prompt, completion, ids), (prompt, completion[:1], parts[0])] * 2
     rows = [mask, [1] * len(parts[0])] * 2
     tool_mask = torch.tensor([row + [0] * (len(ids) + 1 - len(row)) for row in rows])
@@ -268,11 +265,8 @@ def test_signed_weights_keep_the_mean_and_punish_what_lowered_the_score(world: W
     scored = judge(PROMPTS, [ids for *_, ids in inputs], world.policy)
     torch.testing.assert_close(scored.score, trainer.given[:, 0], rtol=1e-4, atol=1e-5)
     for i, (*_, ids) in enumerate(inputs):
-        row, w, n = (
-            out["advantages"][i, : len(ids)].double(),
-            scored.weights[i, : len(ids)].double(),
-            len(ids),
-        )
+        n = len(ids)
+        row, w = out["advantages"][i, :n].double(), scored.weights[i, :n].double()
         own = row.mean()
         w = w / w.abs().sum()
         close(row, own + 0.8 * own.abs() * n * (w - w.mean()))
@@ -303,9 +297,8 @@ def test_advantages_made_otherwise_are_refused(world: World) -> None:
 
 
 @pytest.fixture
-def sequence_level(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def sequence_level(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeTrainer, "importance_sampling_level", "sequence")
-    yield
 
 
 @pytest.mark.usefixtures("sequence_level")
@@ -346,5 +339,5 @@ def test_older_versions_are_refused(found: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_missing_trl_is_said() -> None:
-    with pytest.raises(RuntimeError, match="trl is not installed, want trl 1.0 or later"):
+    with pytest.raises(RuntimeError, match=r"trl is not installed, want trl 1.0 or later"):
         _ = trl.GRPOTrainer

@@ -101,11 +101,8 @@ class World:
         # Sampled text is to be text: whole characters, no special tokens but the last, not only spaces.
         pieces = [self.tokenizer.decode([i]) for i in range(len(self.tokenizer))]
         end = self.tokenizer.eos_token_id
-        self.unwanted = [
-            i
-            for i, s in enumerate(pieces)
-            if i != end and not (s.isascii() and s.isprintable() and s.strip())
-        ]
+        wanted = [bool(s.isascii() and s.isprintable() and s.strip()) for s in pieces]
+        self.unwanted = [i for i, is_text in enumerate(wanted) if not is_text and i != end]
         with torch.no_grad():  # some completions are to end early: the embedding is tied to the head
             policy.transformer.wte.weight[end] = 0.6 * policy.transformer.ln_f.weight / 32**0.5
         # TRL loads the reference model of the KL from where the policy is from.
@@ -240,9 +237,11 @@ def test_advantages_are_the_credit_of_eager_attention(world: World, form: str) -
         n = seen["completion_mask"].sum(1)
         close(seen["advantages"].sum(1) / n, own)
         lengths |= set(n.tolist())
-    assert len(lengths) > 2 and TOKENS in lengths  # some were cut off, some ended
+    assert len(lengths) > 2  # some ended, some were cut off
+    assert TOKENS in lengths
     log = trainer.state.log_history[0]
-    assert log["credit/fallback"] == 0 and 0 < log["credit/response_attention"] < 1
+    assert log["credit/fallback"] == 0
+    assert 0 < log["credit/response_attention"] < 1
 
 
 def test_it_learns_otherwise_than_without_credit(world: World) -> None:

@@ -1,0 +1,488 @@
+"""Section 2.1 of the specification: one row of attention, read from the keys where they lie.
+
+A thread takes whole rows. Everything is counted from a row's own first visible key: the bits of a row do not
+depend on its batch or padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attnshape.cpu import lanes
+from attnshape.cpu.arithmetic import exp, fold, log
+from attnshape.cpu.jit import entry, inner
+from attnshape.cpu.layout import BLOCK, bounds_of
+from attnshape.cpu.memory import (
+    ADDRESS,
+    BF16,
+    F16,
+    F32,
+    F64,
+    HEAD,
+    KIND,
+    KINDS,
+    OTHER,
+    ROW,
+    TOKEN,
+    fill,
+    load,
+    load_index,
+    load_mask,
+    scratch_of,
+    start_of,
+    store,
+    widened,
+)
+from attnshape.cpu.threads import over_rows
+from attnshape.types import AttentionInputs, Response, compute_dtype
+
+# Rows of a layer's table of places; then of the response's.
+QUERY, KEY, KEY_MASK, MASK_ROW, LSE, KEY_START, POSITION = range(7)
+MASK, START, INDEX, OUT = range(4)
+# What a layer is, in integers and in numbers.
+HEADS, KEY_HEADS, WIDTH, LENGTH, WINDOW, CAUSAL, AT = range(7)
+SCALING, SOFTCAP = range(2)
+LAST_VISIBLE, GIVEN, LAST_RESPONSE = range(3)  # AT
+
+NONE_VISIBLE, LOST = -1, -2
+WORK = 1 << 6
+"""Products of a query's and a key's element that take about as long as a token of the loop over rows."""
+Array: TypeAlias = Any
+NO_BOUNDS, NO_SINKS, NO_INDICES = np.empty((0, 2), np.int64), np.empty(0), np.empty(0, np.int64)
+
+
+# A row --------------------------------------------------------------------------------------------------
+
+
+@inner
+def visible_keys(
+    places: Any, layer: Any, b: int, base: int, length: int, last_response: int, s: Any
+) -> tuple[int, int, int]:  # fmt: skip
+    """Position of the query, first visible key and the one after the last; ``s[t]`` is 1 where it is visible.
+
+    The position is ``LOST`` where an index is out of range, ``NONE_VISIBLE`` where there is nothing to see.
+    """
+    start = 0 if places[KEY_START, ADDRESS] == 0 else load_index(places, KEY_START, 0, b)
+    if not 0 <= start <= length:
+        return LOST, 0, 0
+    if places[KEY_MASK, ADDRESS] != 0:
+        load_mask(places, KEY_MASK, start_of(places, KEY_MASK, b, base), length, s, 0)
+    else:
+        for t in range(length):
+            s[t] = 1.0
+    p = -1
+    if layer[AT] == GIVEN:
+        p = load_index(places, POSITION, 0, b)
+    elif layer[AT] == LAST_RESPONSE:
+        p = last_response
+    else:
+        p = length - 1
+        while p > 0 and (s[p] == 0.0 or p < start):
+            p -= 1
+        p = max(p, 0)
+    if length == 0:
+        return NONE_VISIBLE, 0, 0
+    if not 0 <= p < length:
+        return LOST, 0, 0
+    first, end = start, length
+    if layer[CAUSAL] != 0:
+        end = p + 1
+    if layer[WINDOW] > 0:
+        first, end = max(first, p - layer[WINDOW] + 1), min(end, p + layer[WINDOW])
+    while first < end and s[first] == 0.0:
+        first += 1
+    while first < end and s[end - 1] == 0.0:
+        end -= 1
+    return (p if first < end else NONE_VISIBLE), first, end
+
+
+@inner
+def dots_of(
+    places: Any, count: int, width: int, key: int, first: int, end: int, queries: int, row: int, s: Any,
+    o: int, apart: int,
+) -> None:  # fmt: skip
+    """``s[o + h * apart + t]``: products of ``count`` queries with the keys that are visible.
+
+    Args:
+        width: of a head, made up to whole lanes where the queries stand.
+        key: index of the element where the head's keys begin.
+        row: memory for one key.
+    """
+    keys, kind, step = places[KEY, ADDRESS], places[KEY, KIND], places[KEY, OTHER]
+    padded = width + -width % lanes.LANES
+    copied = width != padded or places[KEY, TOKEN] != 1
+    fours = count - count % 4
+    for t in range(first, end):
+        if s[t] == 0.0:
+            continue
+        k, at, kind_now = key + t * step, keys, kind
+        if copied:
+            widened(places, KEY, k, width, padded, row)
+            k, at, kind_now = 0, row, (F64 if kind == F64 else F32)
+        for h in range(0, fours, 4):
+            if kind_now == BF16:
+                x = lanes.four_bf16(queries, padded, h * padded, at, k, padded)
+            elif kind_now == F32:
+                x = lanes.four_f32(queries, padded, h * padded, at, k, padded)
+            elif kind_now == F16:
+                x = lanes.four_f16(queries, padded, h * padded, at, k, padded)
+            else:
+                x = lanes.four_f64(queries, padded, h * padded, at, k, padded)
+            to = o + h * apart + t
+            s[to], s[to + apart], s[to + 2 * apart], s[to + 3 * apart] = x
+        for h in range(fours, count):
+            if kind_now == BF16:
+                y = lanes.one_bf16(queries, h * padded, at, k, padded)
+            elif kind_now == F32:
+                y = lanes.one_f32(queries, h * padded, at, k, padded)
+            elif kind_now == F16:
+                y = lanes.one_f16(queries, h * padded, at, k, padded)
+            else:
+                y = lanes.one_f64(queries, h * padded, at, k, padded)
+            s[o + h * apart + t] = y
+
+
+@inner
+def softcapped(cap: float, first: int, end: int, s: Any, o: int) -> None:
+    """``cap * tanh(x / cap)``."""
+    for t in range(first, end):
+        s[o + t] = cap - 2.0 * cap / (exp(2.0 * (s[o + t] / cap)) + 1.0)
+
+
+@inner
+def denominator(sink: float, first: int, end: int, s: Any, seen: int, x: int, sums: int) -> Any:
+    """Replaces scores by ``exp(score - their maximum)``, 0 where not seen; their sum, the sink's too.
+
+    Lane ``t % BLOCK`` counted from ``first``; ``sums`` is where the lanes stand.
+    """
+    for j in range(BLOCK):
+        s[sums + j] = -np.inf
+    for t in range(first, end, BLOCK):
+        for j in range(min(BLOCK, end - t)):
+            score = s[x + t + j]
+            higher = (score > s[sums + j]) & (s[seen + t + j] != 0.0)
+            s[sums + j] = score if higher else s[sums + j]
+    top = sink
+    for j in range(BLOCK):
+        top = max(top, s[sums + j])
+        s[sums + j] = 0.0
+    for t in range(first, end, BLOCK):
+        for j in range(min(BLOCK, end - t)):
+            p = exp(s[x + t + j] - top)
+            p = p if s[seen + t + j] != 0.0 else 0.0
+            s[x + t + j] = p
+            s[sums + j] += p
+    total = fold(BLOCK, s, sums)
+    return total if sink == -np.inf else total + exp(sink - top)
+
+
+@inner
+def log_add_exp(x: float, y: float) -> float:
+    top = x if x > y else y
+    if top == -np.inf or x != x or y != y:
+        return x + y
+    return top + log(exp(x - top) + exp(y - top))
+
+
+@inner
+def attend_row(
+    places: Any, layer: Any, numbers: Any, heads: Any, sinks: Any, b: int, base: int, p: int, first: int,
+    end: int, queries: int, row: int, s: Any, out: Any, o: int, share: float,
+) -> None:  # fmt: skip
+    """Adds ``share`` times the mean over heads of the attention row to ``out[o + t]``."""
+    length, width = layer[LENGTH], layer[WIDTH]
+    padded, size = width + -width % lanes.LANES, 8 if places[KEY, KIND] == F64 else 4
+    seen_by_head, sums, scores = length, 2 * length, 2 * length + BLOCK
+    group, done = layer[HEADS] // layer[KEY_HEADS], 0
+    mask_kind = places[MASK_ROW, ADDRESS] != 0
+    share = share / max(len(heads), 1)
+    while done < len(heads):
+        g = heads[done] // group
+        count = 0
+        while done + count < len(heads) and heads[done + count] // group == g:
+            h = heads[done + count]
+            q = b * places[QUERY, ROW] + h * places[QUERY, HEAD] + (base + p) * places[QUERY, OTHER]
+            widened(places, QUERY, q, width, padded, queries + count * padded * size)
+            count += 1
+        key = b * places[KEY, ROW] + g * places[KEY, HEAD] + base * places[KEY, OTHER]
+        dots_of(places, count, width, key, first, end, queries, row, s, scores, length)
+        for i in range(count):
+            h, x, seen = heads[done + i], scores + i * length, 0
+            for t in range(first, end):
+                s[x + t] = numbers[SCALING] * s[x + t]
+            if numbers[SOFTCAP] > 0.0:
+                softcapped(numbers[SOFTCAP], first, end, s, x)
+            if mask_kind:
+                seen = seen_by_head
+                added = (
+                    b * places[MASK_ROW, ROW]
+                    + h * places[MASK_ROW, HEAD]
+                    + (base + first) * places[MASK_ROW, TOKEN]
+                )
+                load(places, MASK_ROW, added, end - first, s, seen + first)
+                for t in range(first, end):
+                    hidden = s[seen + t] == -np.inf
+                    s[x + t] += s[seen + t]
+                    s[seen + t] = 0.0 if hidden else s[t]
+            factor = share
+            if places[LSE, ADDRESS] != 0:
+                at = b * places[LSE, ROW] + h * places[LSE, HEAD] + (base + p) * places[LSE, OTHER]
+                load(places, LSE, at, 1, s, sums)
+                lse = s[sums] if len(sinks) == 0 else log_add_exp(s[sums], sinks[h])
+                for t in range(first, end):
+                    s[x + t] = exp(s[x + t] - lse)
+            else:
+                factor = share / denominator(
+                    -np.inf if len(sinks) == 0 else sinks[h], first, end, s, seen, x, sums
+                )
+            for t in range(first, end):
+                out[o + t] += s[x + t] * factor if s[seen + t] != 0.0 else 0.0
+        done += count
+
+
+@entry
+def attend(
+    places: Any, bounds: Any, lost: Any, layer: Any, numbers: Any, heads: Any, sinks: Any, last: Any,
+    share: float, scratch: Any, typed: Any, means: Any, low: int, high: int,
+) -> None:  # fmt: skip
+    """Adds ``share`` times a layer's head mean of rows ``low:high`` to ``means``; notes rows that are lost.
+
+    Args:
+        places: int64 ``[7, 6]``, by the names above.
+        bounds, lost: see ``rows.sweep``; ``lost`` of all rows.
+        heads: those that count, int64. sinks: float64 ``[Hq]``, or ``[0]``. last: int64 ``[B]``, or ``[0]``.
+        scratch: room for ``[2 + group, S] + BLOCK`` numbers. typed: bytes for ``group + 1`` heads.
+        means: float64 ``[high - low, S]``, flat.
+    """
+    s, out = scratch_of(scratch), scratch_of(means)
+    row = typed.ctypes.data
+    queries = row + 8 * (layer[WIDTH] + lanes.LANES)
+    for b in range(low, high):
+        base, length = 0, layer[LENGTH]
+        if len(bounds) > 0:
+            base, length = bounds[b, 0], bounds[b, 1]
+        p, first, end = visible_keys(places, layer, b, base, length, last[b] if len(last) > 0 else -1, s)
+        if p == LOST:
+            lost[b] = 1
+        if p >= 0 and lost[b] == 0:
+            attend_row(
+                places, layer, numbers, heads, sinks, b, base, p, first, end, queries, row, s, out,
+                (b - low) * layer[LENGTH], share,
+            )  # fmt: skip
+
+
+# What becomes of the rows -------------------------------------------------------------------------------
+
+
+@entry
+def write_rows(places: Any, bounds: Any, lost: Any, length: int, means: Any, low: int, high: int) -> None:
+    """Rows ``low:high`` to the output; NaN where lost."""
+    s = scratch_of(means)
+    for b in range(low, high):
+        base, n = 0, length
+        if len(bounds) > 0:
+            base, n = bounds[b, 0], bounds[b, 1]
+        at = start_of(places, OUT, b, base)
+        if lost[b] != 0:
+            fill(places, OUT, at, n, np.nan)
+        else:
+            o = (b - low) * length
+            store(places, OUT, at, n, s, o, o)
+
+
+@inner
+def key_of(places: Any, b: int, base: int, t: int) -> Any:
+    """Key position of a response token."""
+    if places[INDEX, ADDRESS] != 0:
+        return load_index(places, INDEX, b, base + t)
+    return load_index(places, START, 0, b) + t
+
+
+@entry
+def write_responses(
+    places: Any, bounds: Any, of_keys: Any, lost: Any, length: int, keys: int, means: Any, scratch: Any,
+    low: int, high: int,
+) -> None:  # fmt: skip
+    """Weights of response tokens, 0 where masked or without a key; notes rows that point outside their keys.
+
+    Args:
+        bounds: of the packed response; of_keys: of the packed keys.
+        length: tokens of a padded response; keys: padded ones.
+    """
+    s, out = scratch_of(scratch), scratch_of(means)
+    lowest = -1 if places[INDEX, ADDRESS] != 0 else 0
+    for b in range(low, high):
+        base, n, limit = 0, length, keys
+        if len(bounds) > 0:
+            base, n = bounds[b, 0], bounds[b, 1]
+        if len(of_keys) > 0:
+            limit = of_keys[b, 1]
+        outside, any_live = False, False
+        for t in range(0, n, BLOCK):
+            m = min(BLOCK, n - t)
+            load_mask(places, MASK, start_of(places, MASK, b, base + t), m, s, 0)
+            for j in range(m):
+                x = 0.0
+                if s[j] != 0.0:
+                    any_live = True
+                    k = key_of(places, b, base, t + j)
+                    outside |= k < lowest or k >= limit
+                    if 0 <= k < limit:
+                        x = out[(b - low) * keys + k]
+                s[BLOCK + j] = x
+            store(places, OUT, start_of(places, OUT, b, base + t), m, s, BLOCK, 0)
+        lost[b] = any_live and (outside or lost[b] != 0)
+
+
+@entry
+def last_keys(places: Any, bounds: Any, length: int, scratch: Any, out: Any) -> None:
+    """Key position of each row's last unmasked response token, -1 where there is none."""
+    s = scratch_of(scratch)
+    for b in range(len(out)):
+        base, n = 0, length
+        if len(bounds) > 0:
+            base, n = bounds[b, 0], bounds[b, 1]
+        out[b] = -1
+        for i in range(n):
+            t = n - 1 - i
+            if load_mask(places, MASK, start_of(places, MASK, b, base + t), 1, s, 0) != 0:
+                out[b] = key_of(places, b, base, t)
+                break
+
+
+# What the loops are told --------------------------------------------------------------------------------
+
+
+def _place(x: Tensor | None, *axes: int | None) -> tuple[int, ...]:
+    """A place whose strides along ``ROW``, ``TOKEN``, ``HEAD`` and ``OTHER`` are those of these axes."""
+    if x is None:
+        return (0,) * 6
+    return x.data_ptr(), KINDS[x.dtype], *(0 if axis is None else x.stride(axis) for axis in axes)
+
+
+def _counted(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.dtype in KINDS else x != 0
+
+
+class Layer:
+    """One layer as the loop takes it."""
+
+    def __init__(self, x: AttentionInputs) -> None:
+        packed, whole = x.packed, x.has_all_queries
+        rows, keys_axis = (None, 0) if packed else (0, 2)
+        tokens, heads_axis = (0, 1) if packed else (1, 1)
+        mask, position = _counted(x.attention_mask), x.query_position
+        self.held = (x, mask)
+        given = position if isinstance(position, Tensor) else None
+        row = x.mask_row
+        by_head = row is not None and row.ndim > (1 if packed else 2)
+        query_rows = None if packed and whole else 0
+        query_tokens = (0 if packed else 2) if whole else None
+        lse_tokens = query_tokens
+        mask_heads = heads_axis if by_head else None
+        mask_tokens = 0 if packed else (2 if by_head else 1)
+        self.places = np.array(
+            [
+                _place(x.query, query_rows, x.query.ndim - 1, 1, query_tokens),
+                _place(x.key, rows, x.key.ndim - 1, 1, keys_axis),
+                _place(mask, rows, tokens, None, None),
+                _place(row, rows, mask_tokens, mask_heads, None),
+                _place(x.lse, query_rows, None, 1, lse_tokens),
+                _place(x.key_start, None, 0, None, None),
+                _place(given, None, 0, None, None),
+            ],
+            np.int64,
+        )
+        heads, self.width = x.query.shape[1], x.key.shape[-1]
+        self.keys = x.key.shape[0] if packed else x.key.shape[2]
+        self.group = heads // x.key.shape[1]
+        at = GIVEN if given is not None else LAST_VISIBLE if position is None else LAST_RESPONSE
+        self.choices = np.array(
+            [heads, x.key.shape[1], self.width, self.keys, x.sliding_window or 0, x.causal, at], np.int64
+        )
+        self.numbers = np.array([x.scaling, x.softcap or 0.0])
+        self.heads = np.arange(heads) if x.head_mask is None else (x.head_mask != 0).numpy().nonzero()[0]
+        self.sinks = NO_SINKS if x.sinks is None else x.sinks.detach().double().numpy()
+        self.bounds, self.lost = NO_BOUNDS, np.zeros(x.batch_size, np.uint8)
+        if x.cu_seqlens is not None:
+            self.bounds, self.lost = bounds_of(x.cu_seqlens, self.keys)
+            self.keys = int(self.bounds[:, 1].max(initial=0))
+            self.choices[LENGTH] = self.keys
+
+    def attend(self, lost: Array, last: Array, share: float, means: Array, low: int, high: int) -> None:
+        scratch = np.empty((2 + self.group) * self.keys + BLOCK)
+        typed = np.empty(8 * (self.group + 1) * (self.width + lanes.LANES), np.uint8)
+        attend(
+            self.places, self.bounds, lost, self.choices, self.numbers, self.heads, self.sinks, last, share,
+            scratch, typed, means, low, high,
+        )  # fmt: skip
+
+
+def _over_rows(layers: Sequence[Layer], last: Array, finish: Any) -> Array:
+    """``finish(lost, means, low, high)`` of all rows; the rows that are lost."""
+    first = layers[0]
+    batch, keys = len(first.lost), first.keys
+    lost = np.bitwise_or.reduce([layer.lost for layer in layers])
+
+    def compute(low: int, high: int) -> None:
+        means = np.zeros((high - low) * keys)
+        for layer in layers:
+            layer.attend(lost, last, 1.0 / len(layers), means, low, high)
+        finish(lost, means, low, high)
+
+    work = sum(keys * layer.choices[HEADS] * layer.width for layer in layers) // WORK
+    over_rows(compute, batch, work)
+    return lost
+
+
+def attention_row(inputs: Sequence[AttentionInputs]) -> Tensor:
+    first = inputs[0]
+    dtype = compute_dtype(*(x for layer in inputs for x in (layer.query, layer.key)))
+    layers = [Layer(x) for x in inputs]
+    shape = first.key.shape[:1] if first.packed else (first.key.shape[0], first.key.shape[2])
+    out = (torch.zeros if first.packed else torch.empty)(shape, dtype=dtype)
+    places = np.array(
+        [(0,) * 6] * OUT + [_place(out, None if first.packed else 0, out.ndim - 1, None, None)], np.int64
+    )
+
+    def finish(lost: Array, means: Array, low: int, high: int, held: object = out) -> None:
+        write_rows(places, layers[0].bounds, lost, layers[0].keys, means, low, high)
+
+    _over_rows(layers, NO_INDICES, finish)
+    return out
+
+
+def raw_credit(inputs: Sequence[AttentionInputs], response: Response, bounds: Array, out: Tensor) -> Array:
+    """Writes the attention row at the response tokens to ``out``; rows out of range, uint8 ``[B]``."""
+    layers = [Layer(x) for x in inputs]
+    mask = response.mask if response.mask.dtype in KINDS else response.mask != 0
+    held = (mask, response.index, response.start, out)
+    rows = 0 if mask.ndim == 2 else None
+    tokens = mask.ndim - 1
+    places = np.array(
+        [
+            _place(mask, rows, tokens, None, None),
+            _place(response.start, None, 0, None, None),
+            _place(response.index, rows, tokens, None, None),
+            _place(out, rows, tokens, None, None),
+        ],
+        np.int64,
+    )
+    width = mask.shape[-1]
+    last = NO_INDICES
+    if any(isinstance(x.query_position, str) for x in inputs):
+        last = np.empty(inputs[0].batch_size, np.int64)
+        last_keys(places, bounds, width, np.empty(1), last)
+
+    def finish(lost: Array, means: Array, low: int, high: int, held: object = held) -> None:
+        scratch = np.empty(2 * BLOCK)
+        write_responses(
+            places, bounds, layers[0].bounds, lost, width, layers[0].keys, means, scratch, low, high
+        )
+
+    return _over_rows(layers, last, finish)

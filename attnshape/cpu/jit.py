@@ -1,0 +1,107 @@
+"""How the loops are compiled, where the compiled code is kept, and which threads run them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+from numba import extending
+from numba.core import caching
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# No fast-math flag and no contraction into fused multiply-adds: every operation is rounded as it is written,
+# so the bits are those of any machine. Division by zero gives infinity, as in PyTorch.
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": False}
+
+
+def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is given as the code of the compiler."""
+    return extending.intrinsic(function)  # type: ignore[no-any-return]
+
+
+def inner(function: F) -> F:
+    """Compiled as a part of what calls it."""
+    return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)(function)  # type: ignore[no-any-return]
+
+
+def entry(function: F) -> F:
+    """Called from Python: compiled at its first call ever, read from a folder afterwards."""
+    compiled = numba.njit(no_cfunc_wrapper=True, **OPTIONS)(function)
+    if _folder() is not None:
+        compiled._cache = _Cache(function)
+    return compiled  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _folder() -> Path | None:
+    """Where compiled code of exactly these sources is kept; None where nothing can be written."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    kept = Path(chosen) if chosen else _user_caches() / "attnshape"
+    folder = kept / f"cpu-{digest}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{os.getpid()}"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError:
+        return None
+    return folder
+
+
+def _user_caches() -> Path:
+    home = Path.home()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local"))
+    if sys.platform == "darwin":
+        return home / "Library" / "Caches"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+
+
+class _Locator(caching._CacheLocator):  # type: ignore[misc]
+    """One folder for all functions: its name stands for all sources, those of the callees too."""
+
+    def __init__(self, line: int) -> None:
+        self.line = line
+
+    @classmethod
+    def from_function(cls, py_func: Any, py_file: str) -> _Locator:
+        return cls(py_func.__code__.co_firstlineno)
+
+    def get_cache_path(self) -> str:
+        return str(_folder())
+
+    def get_source_stamp(self) -> str:
+        return ""
+
+    def get_disambiguator(self) -> str:
+        return str(self.line)
+
+
+class _Implementation(caching.CompileResultCacheImpl):  # type: ignore[misc]
+    _locator_classes = (_Locator,)
+
+
+class _Cache(caching.FunctionCache):  # type: ignore[misc]
+    """numba's cache; a file that cannot be read or written costs a compilation and nothing else."""
+
+    _impl_class = _Implementation
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # whatever a truncated file makes of unpickling
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().save_overload(sig, data)

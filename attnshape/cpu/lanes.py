@@ -1,0 +1,167 @@
+"""Dot products in sixteen lanes, whatever the machine's vectors hold: the same bits on every one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import models, register_model
+
+from attnshape.cpu.jit import inner, intrinsic
+
+LANES = 16
+
+
+class _Lanes(types.Type):
+    def __init__(self, element: Any) -> None:
+        super().__init__(f"Lanes({element})")
+        self.element = element
+
+    @property
+    def vector(self) -> ir.Type:
+        return ir.VectorType(ir.FloatType() if self.element == types.float32 else ir.DoubleType(), LANES)
+
+
+LANES_F32, LANES_F64 = _Lanes(types.float32), _Lanes(types.float64)
+
+
+@register_model(_Lanes)
+class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, dmm: Any, fe_type: Any) -> None:
+        super().__init__(dmm, fe_type, fe_type.vector)
+
+
+def _vector(element: ir.Type) -> ir.Type:
+    return ir.VectorType(element, LANES)
+
+
+def _splat(value: Any, element: ir.Type) -> ir.Constant:
+    return ir.Constant(_vector(element), [value] * LANES)
+
+
+def _as_it_is(builder: Any, x: Any) -> Any:
+    return x
+
+
+def _from_bfloat16(builder: Any, x: Any) -> Any:
+    i32 = ir.IntType(32)
+    bits = builder.shl(builder.zext(x, _vector(i32)), _splat(16, i32))
+    return builder.bitcast(bits, _vector(ir.FloatType()))
+
+
+def _from_float16(builder: Any, x: Any) -> Any:
+    i32, f32 = ir.IntType(32), ir.FloatType()
+    bits = builder.zext(x, _vector(i32))
+    sign = builder.shl(builder.and_(bits, _splat(0x8000, i32)), _splat(16, i32))
+    size = builder.and_(bits, _splat(0x7FFF, i32))
+    shifted = builder.shl(size, _splat(13, i32))
+    normal = builder.add(shifted, _splat(112 << 23, i32))
+    special = builder.or_(shifted, _splat(0x7F800000, i32))
+    small = builder.fmul(builder.uitofp(size, _vector(f32)), _splat(2.0**-24, f32))
+    small = builder.bitcast(small, _vector(i32))
+    found = builder.select(builder.icmp_unsigned(">=", size, _splat(0x7C00, i32)), special, normal)
+    found = builder.select(builder.icmp_unsigned("<", size, _splat(0x400, i32)), small, found)
+    return builder.bitcast(builder.or_(found, sign), _vector(f32))
+
+
+def _reader(lanes: _Lanes, stored: ir.Type, decode: Callable[[Any, Any], Any], size: int) -> Any:
+    """``read(address, index)``: sixteen elements from ``index`` on."""
+
+    @intrinsic
+    def read(typingctx: Any, address: Any, index: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            address, index = arguments
+            base = builder.inttoptr(address, ir.PointerType(stored))
+            at = builder.bitcast(builder.gep(base, [index], inbounds=True), ir.PointerType(_vector(stored)))
+            return decode(builder, builder.load(at, align=size))
+
+        return lanes(types.int64, types.int64), codegen
+
+    return read
+
+
+@intrinsic
+def multiply_add(typingctx: Any, total: Any, x: Any, y: Any) -> Any:
+    """``total + x * y``, rounded twice."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        total, x, y = arguments
+        return builder.fadd(total, builder.fmul(x, y))
+
+    return total(total, total, total), codegen
+
+
+@intrinsic
+def fold_lanes(typingctx: Any, x: Any) -> Any:
+    """Sum of the lanes, halves onto each other, as float64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        [total] = arguments
+        width = LANES // 2
+        while width:
+            i32 = ir.IntType(32)
+            low = ir.Constant(ir.VectorType(i32, width), list(range(width)))
+            high = ir.Constant(ir.VectorType(i32, width), list(range(width, 2 * width)))
+            total = builder.fadd(
+                builder.shuffle_vector(total, total, low), builder.shuffle_vector(total, total, high)
+            )
+            width //= 2
+        one = builder.extract_element(total, ir.Constant(ir.IntType(32), 0))
+        return one if x.element == types.float64 else builder.fpext(one, ir.DoubleType())
+
+    return types.float64(x), codegen
+
+
+def _zero(lanes: _Lanes) -> Any:
+    @intrinsic
+    def zero(typingctx: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return ir.Constant(lanes.vector, [0.0] * LANES)
+
+        return lanes(), codegen
+
+    return zero
+
+
+def _dots(read_query: Any, read_key: Any, zero: Any) -> tuple[Any, Any]:
+    """Products of a key with four queries, or with one.
+
+    Args of both: address of the queries, elements from one query to the next, index of the first; address of
+    the keys and index of the key; a width that is a multiple of 16. What they return is float64.
+    """
+
+    @inner
+    def four(
+        queries: int, apart: int, q: int, keys: int, k: int, width: int
+    ) -> tuple[float, float, float, float]:
+        a, b, c, d = zero(), zero(), zero(), zero()
+        for i in range(0, width, LANES):
+            key = read_key(keys, k + i)
+            a = multiply_add(a, read_query(queries, q + i), key)
+            b = multiply_add(b, read_query(queries, q + apart + i), key)
+            c = multiply_add(c, read_query(queries, q + 2 * apart + i), key)
+            d = multiply_add(d, read_query(queries, q + 3 * apart + i), key)
+        return fold_lanes(a), fold_lanes(b), fold_lanes(c), fold_lanes(d)
+
+    @inner
+    def one(queries: int, q: int, keys: int, k: int, width: int) -> Any:
+        a = zero()
+        for i in range(0, width, LANES):
+            a = multiply_add(a, read_query(queries, q + i), read_key(keys, k + i))
+        return fold_lanes(a)
+
+    return four, one
+
+
+_zero_f32, _zero_f64 = _zero(LANES_F32), _zero(LANES_F64)
+_read_f32 = _reader(LANES_F32, ir.FloatType(), _as_it_is, 4)
+_read_f64 = _reader(LANES_F64, ir.DoubleType(), _as_it_is, 8)
+_read_bf16 = _reader(LANES_F32, ir.IntType(16), _from_bfloat16, 2)
+_read_f16 = _reader(LANES_F32, ir.IntType(16), _from_float16, 2)
+
+four_f32, one_f32 = _dots(_read_f32, _read_f32, _zero_f32)
+four_f64, one_f64 = _dots(_read_f64, _read_f64, _zero_f64)
+four_bf16, one_bf16 = _dots(_read_f32, _read_bf16, _zero_f32)
+four_f16, one_f16 = _dots(_read_f32, _read_f16, _zero_f32)

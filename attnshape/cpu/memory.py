@@ -1,0 +1,338 @@
+"""Tensors read and written where they lie, whatever their dtype and strides, a block of tokens at a time.
+
+A loop is compiled once, not once for each combination of dtypes: it is given places (``place_of``), and its
+blocks are float64. What is read is upcast, which is exact; what is written is rounded once.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba.core import types
+from numba.extending import models, overload, register_model
+from torch import Tensor
+
+from attnshape.cpu.jit import inner, intrinsic
+
+ADDRESS, KIND, ROW, TOKEN, HEAD, OTHER = 0, 1, 2, 3, 4, 5
+"""Columns of a table of places: where the first element is, its dtype, and strides in elements. The last two
+are those of queries and keys."""
+
+F32, F64, BF16, F16, I8, I16, I32, I64 = 1, 2, 3, 4, 5, 6, 7, 8
+KINDS: dict[torch.dtype, int] = {
+    torch.float32: F32,
+    torch.float64: F64,
+    torch.bfloat16: BF16,
+    torch.float16: F16,
+    torch.bool: I8,
+    torch.uint8: I8,
+    torch.int8: I8,
+    torch.int16: I16,
+    torch.int32: I32,
+    torch.int64: I64,
+}
+NOWHERE = (0, 0, 0, 0)
+
+
+def place_of(x: Tensor | None) -> tuple[int, int, int, int]:
+    """A row of a table of places; of ``[B, R]``, ``[M]`` or ``[B]``. Without a tensor its address is 0.
+
+    Whoever passes a place holds the tensor until the loop has ended.
+    """
+    if x is None:
+        return NOWHERE
+    kind, strides = KINDS[x.dtype], x.stride()
+    if len(strides) == 1:
+        return x.data_ptr(), kind, 0, strides[0]
+    return x.data_ptr(), kind, strides[0], strides[1]
+
+
+def table_of(tensors: Sequence[Tensor | None]) -> np.ndarray:
+    return np.array([place_of(x) for x in tensors], np.int64)
+
+
+def _pointer_access(dtype: Any, element: ir.Type) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """``read(address, index)`` and ``write(address, index, value)`` of elements of a dtype."""
+
+    def pointer(builder: Any, address: Any, index: Any) -> Any:
+        base = builder.inttoptr(address, ir.PointerType(element))
+        return builder.gep(base, [index], inbounds=True)
+
+    @intrinsic
+    def read(typingctx: Any, address: Any, index: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.load(pointer(builder, *arguments))
+
+        return dtype(types.int64, types.int64), codegen
+
+    @intrinsic
+    def write(typingctx: Any, address: Any, index: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            address, index, value = arguments
+            builder.store(value, pointer(builder, address, index))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, dtype), codegen
+
+    return read, write
+
+
+read_f32, write_f32 = _pointer_access(types.float32, ir.FloatType())
+read_f64, write_f64 = _pointer_access(types.float64, ir.DoubleType())
+read_i8, _ = _pointer_access(types.int8, ir.IntType(8))
+read_i16, _ = _pointer_access(types.int16, ir.IntType(16))
+read_i32, write_i32 = _pointer_access(types.int32, ir.IntType(32))
+read_i64, _ = _pointer_access(types.int64, ir.IntType(64))
+
+
+@intrinsic
+def as_f32(typingctx: Any, bits: Any) -> Any:
+    """The float32 of these bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), codegen
+
+
+@intrinsic
+def as_f64(typingctx: Any, bits: Any) -> Any:
+    """The float64 of these bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.DoubleType())
+
+    return types.float64(types.int64), codegen
+
+
+@intrinsic
+def bits_of(typingctx: Any, x: Any) -> Any:
+    """The bits of a float64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(64))
+
+    return types.int64(types.float64), codegen
+
+
+@inner
+def widened(places: Any, name: int, start: int, n: int, padded: int, out: int) -> None:
+    """Elements along ``TOKEN`` to the memory at ``out``, then zeros: float32, of float64 float64."""
+    address, kind, stride = places[name, ADDRESS], places[name, KIND], places[name, TOKEN]
+    if kind == F64:
+        for t in range(n):
+            write_f64(out, t, read_f64(address, start + t * stride))
+        for t in range(n, padded):
+            write_f64(out, t, 0.0)
+        return
+    if kind == F32:
+        for t in range(n):
+            write_f32(out, t, read_f32(address, start + t * stride))
+    elif kind == BF16:
+        for t in range(n):
+            write_f32(out, t, as_f32(np.int32(read_i16(address, start + t * stride)) << 16))
+    else:
+        for t in range(n):
+            write_f32(out, t, half(read_i16(address, start + t * stride)))
+    for t in range(n, padded):
+        write_f32(out, t, np.float32(0.0))
+
+
+# Scratch memory --------------------------------------------------------------------------------------
+
+
+class _Scratch(types.Type):
+    def __init__(self) -> None:
+        super().__init__("Scratch")
+
+
+SCRATCH = _Scratch()
+
+
+@register_model(_Scratch)
+class _ScratchModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, dmm: Any, fe_type: Any) -> None:
+        super().__init__(dmm, fe_type, ir.PointerType(ir.DoubleType()))
+
+
+@intrinsic
+def scratch_of(typingctx: Any, array: Any) -> Any:
+    """The memory of a float64 array, whose indices are taken as they are: none counts from the end.
+
+    Only then are loops with sums of several variables as their index vectorised.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.make_array(signature.args[0])(context, builder, arguments[0]).data
+
+    return SCRATCH(array), codegen
+
+
+@intrinsic
+def _get(typingctx: Any, scratch: Any, index: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load(builder.gep(arguments[0], [arguments[1]], inbounds=True))
+
+    return types.float64(SCRATCH, types.int64), codegen
+
+
+@intrinsic
+def _put(typingctx: Any, scratch: Any, index: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.store(arguments[2], builder.gep(arguments[0], [arguments[1]], inbounds=True))
+        return context.get_dummy_value()
+
+    return types.void(SCRATCH, types.int64, types.float64), codegen
+
+
+@overload(operator.getitem)
+def _getitem(scratch, index):  # type: ignore[no-untyped-def]
+    if isinstance(scratch, _Scratch):
+        return lambda scratch, index: _get(scratch, index)
+    return None
+
+
+@overload(operator.setitem)
+def _setitem(scratch, index, value):  # type: ignore[no-untyped-def]
+    if isinstance(scratch, _Scratch):
+        return lambda scratch, index, value: _put(scratch, index, value)
+    return None
+
+
+# Blocks of tokens ------------------------------------------------------------------------------------
+
+
+@inner
+def start_of(places: Any, name: int, row: int, token: int) -> Any:
+    """Index of a token's element: of a row of ``[B, R]``, or of ``[M]``, whose rows have no stride."""
+    return row * places[name, ROW] + token * places[name, TOKEN]
+
+
+@inner
+def half(bits: Any) -> Any:
+    """The number that these bits of a float16 stand for."""
+    sign, size = (np.int32(bits) & 0x8000) << 16, np.int32(bits) & 0x7FFF
+    normal = as_f32(sign | ((size << 13) + (112 << 23)))
+    small = np.float32(size) * np.float32(2.0**-24)
+    special = as_f32(sign | (size << 13) | 0x7F800000)
+    if size >= 0x7C00:
+        return special
+    if size >= 0x400:
+        return normal
+    return -small if sign != 0 else small
+
+
+@inner
+def load(places: Any, name: int, start: int, n: int, s: Any, o: int) -> None:
+    """``s[o : o + n]``, float64, becomes the elements of a float tensor from ``start`` on."""
+    address, kind, stride = places[name, ADDRESS], places[name, KIND], places[name, TOKEN]
+    if kind == F32:
+        for t in range(n):
+            s[o + t] = read_f32(address, start + t * stride)
+    elif kind == F64:
+        for t in range(n):
+            s[o + t] = read_f64(address, start + t * stride)
+    elif kind == BF16:
+        for t in range(n):
+            s[o + t] = as_f32(np.int32(read_i16(address, start + t * stride)) << 16)
+    else:
+        for t in range(n):
+            s[o + t] = half(read_i16(address, start + t * stride))
+
+
+@inner
+def load_mask(places: Any, name: int, start: int, n: int, s: Any, o: int) -> int:
+    """``s[o : o + n]`` becomes 1 where the mask is not zero, else 0; how many are 1."""
+    address, kind, stride = places[name, ADDRESS], places[name, KIND], places[name, TOKEN]
+    count = 0
+    if kind == I8:
+        for t in range(n):
+            live = read_i8(address, start + t * stride) != 0
+            s[o + t] = live
+            count += live
+    elif kind == I64:
+        for t in range(n):
+            live = read_i64(address, start + t * stride) != 0
+            s[o + t] = live
+            count += live
+    elif kind == I32:
+        for t in range(n):
+            live = read_i32(address, start + t * stride) != 0
+            s[o + t] = live
+            count += live
+    elif kind == F32:
+        for t in range(n):
+            live = read_f32(address, start + t * stride) != 0
+            s[o + t] = live
+            count += live
+    elif kind == F64:
+        for t in range(n):
+            live = read_f64(address, start + t * stride) != 0
+            s[o + t] = live
+            count += live
+    elif kind == I16:
+        for t in range(n):
+            live = read_i16(address, start + t * stride) != 0
+            s[o + t] = live
+            count += live
+    else:
+        for t in range(n):
+            live = (read_i16(address, start + t * stride) & 0x7FFF) != 0
+            s[o + t] = live
+            count += live
+    return count
+
+
+@inner
+def load_index(places: Any, name: int, row: int, token: int) -> Any:
+    """Element of a tensor of int32 or int64, ``[B]`` or ``[B, R]``."""
+    at = start_of(places, name, row, token)
+    if places[name, KIND] == I64:
+        return read_i64(places[name, ADDRESS], at)
+    return np.int64(read_i32(places[name, ADDRESS], at))
+
+
+@inner
+def store(places: Any, name: int, start: int, n: int, s: Any, o: int, live: int) -> bool:
+    """Writes ``s[o : o + n]``, rounded once, from the element at ``start`` on; outputs are contiguous.
+
+    Whether the written elements are finite where ``s[live : live + n]`` is not 0.
+    """
+    address, lost = places[name, ADDRESS], 0
+    if places[name, KIND] == F32:
+        for t in range(n):
+            x = np.float32(s[o + t])
+            write_f32(address, start + t, x)
+            lost += (not abs(x) < np.float32(np.inf)) & (s[live + t] != 0.0)
+    else:
+        for t in range(n):
+            x = s[o + t]
+            write_f64(address, start + t, x)
+            lost += (not abs(x) < np.inf) & (s[live + t] != 0.0)
+    return lost == 0
+
+
+@inner
+def store_one(places: Any, name: int, index: int, x: float) -> None:
+    if places[name, KIND] == F32:
+        write_f32(places[name, ADDRESS], index, np.float32(x))
+    else:
+        write_f64(places[name, ADDRESS], index, x)
+
+
+@inner
+def fill(places: Any, name: int, start: int, n: int, x: float) -> None:
+    address = places[name, ADDRESS]
+    if address == 0:
+        return
+    if places[name, KIND] == F32:
+        for t in range(n):
+            write_f32(address, start + t, np.float32(x))
+    else:
+        for t in range(n):
+            write_f64(address, start + t, x)

@@ -1,0 +1,296 @@
+"""One loop over rows of tokens, from credit and a score to rewards, advantages and everything beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from attnshape.cpu import layout
+from attnshape.cpu.advantages import (
+    WAYS,
+    add_moments,
+    advantages_of,
+    carry,
+    delta_of,
+    finish,
+    keep_masked,
+    prepare,
+)
+from attnshape.cpu.arithmetic import fold
+from attnshape.cpu.jit import entry, inner
+from attnshape.cpu.layout import BLOCK, HELD, LIVE, survey
+from attnshape.cpu.memory import (
+    ADDRESS,
+    fill,
+    load,
+    load_index,
+    load_mask,
+    scratch_of,
+    start_of,
+    store,
+    store_one,
+    write_i32,
+)
+from attnshape.cpu.rewards import clamp, credit_of, entropy_of, kl_of, mass_of, rewards_of
+from attnshape.types import MIN_MASS, Status
+
+# Rows of the table of places. Tokens that are read, [B, R] or packed [M]; of rows, [B]; and what is written.
+MASK, RAW, VALUES, LOGPROBS, REF_LOGPROBS, KL, TOKEN_REWARDS = range(7)
+SCORE, TERMINAL, BOOTSTRAP, GL, GL_VALUE, SCORE_INDEX = range(7, 13)
+REWARDS, CREDIT, KL_OUT, ADVANTAGES, RETURNS = range(13, 18)
+STATUS, STATS, MOMENTS = range(18, 21)
+PLACES = 21
+
+# What the loop is told beside the tensors, in integers and in numbers.
+LENGTH, SOURCE, NORMALIZATION, KL_KIND, SCORE_AT, SKIP, KEEP_MASKED, ZERO_LOST, DECOUPLED, SHAPED = range(10)
+SHARE, GAMMA, GL_ALL, GL_VALUE_ALL, SCORE_LOW, SCORE_HIGH, KL_INPUT, KL_OUTPUT, KL_COEF = range(9)
+
+WEIGHTS, UNIFORM, SPARSE = 0, 1, 2  # SOURCE
+TO_ONE, TO_LENGTH, AS_IS = 0, 1, 2  # NORMALIZATION
+LAST_UNMASKED, LAST_TOKEN, INDEXED = 0, 1, 2  # SCORE_AT
+
+# What is known of each row in flight, in integers and in numbers.
+BASE, WIDTH, ANCHOR, BEGIN, END, COUNT, LAST, AT, ON_SCORE, TOP, BLOCKS, FLAGS, FINITE, KEEP = range(14)
+SCALE, HOT, SCORE_SHARE, SCORE_TOKEN, AFTER, NEAR = range(6)
+
+FALLBACK, EMPTY, SCORE_MASKED, OUT_OF_RANGE, NONFINITE, NEGATIVE = [int(flag) for flag in Status]
+
+
+ROW_INTEGERS, ROW_NUMBERS = 14, 6
+
+
+# A row --------------------------------------------------------------------------------------------------
+
+
+@inner
+def fill_row(places: Any, b: int, token: int, n: int, x: float) -> None:
+    for name in range(REWARDS, RETURNS + 1):
+        fill(places, name, start_of(places, name, b, token), n, x)
+
+
+@inner
+def open_row(
+    places: Any, choices: Any, b: int, base: int, length: int, lost: bool, row: Any, i: int, s: Any
+) -> None:
+    """Finds the row's tokens and cuts them into blocks; outputs are 0 outside."""
+    at = length - 1 if choices[SCORE_AT] == LAST_TOKEN else -1
+    if choices[SCORE_AT] == INDEXED:
+        at = load_index(places, SCORE_INDEX, 0, b)
+    first, end, count, on_score = survey(places, MASK, b, base, length, at, s, i * HELD + LIVE)
+    if choices[SCORE_AT] == LAST_UNMASKED:
+        at, on_score = end - 1, 1
+    lost = lost or (count > 0 and not 0 <= at < length)
+    row[i, BASE], row[i, WIDTH], row[i, ANCHOR], row[i, COUNT], row[i, LAST] = (
+        base,
+        length,
+        first,
+        count,
+        end - 1,
+    )
+    row[i, AT], row[i, ON_SCORE], row[i, FINITE], row[i, BLOCKS] = at, on_score, 1, 0
+    row[i, FLAGS] = OUT_OF_RANGE if lost else (EMPTY if count == 0 else (0 if on_score else SCORE_MASKED))
+    row[i, KEEP] = choices[KEEP_MASKED] if not lost else 0
+    row[i, BEGIN], row[i, END] = (0, length) if row[i, KEEP] != 0 else (first, end)
+    if row[i, BEGIN] < row[i, END]:
+        row[i, TOP] = (row[i, END] - 1 - first) // BLOCK
+        row[i, BLOCKS] = row[i, TOP] + 1 + (first - row[i, BEGIN] + BLOCK - 1) // BLOCK
+    fill_row(places, b, base, row[i, BEGIN], 0.0)
+    fill_row(places, b, base + row[i, END], length - row[i, END], 0.0)
+
+
+@inner
+def weigh_row(
+    places: Any, choices: Any, numbers: Any, b: int, row: Any, of: Any, given: Any, stats: Any, i: int, s: Any
+) -> None:  # fmt: skip
+    """From the row's raw weights to the factors that give each token's credit and share of the score."""
+    count, on_score = row[i, COUNT], row[i, ON_SCORE] != 0
+    total = 1.0 * count if choices[NORMALIZATION] == TO_LENGTH else 1.0
+    source, mass, entropy, last_share, weight = choices[SOURCE], 0.0, 0.0, 0.0, 0.0
+    of[i, SCALE], of[i, HOT] = 0.0, 0.0
+    if source == WEIGHTS:
+        mass, xlogx, last = mass_of(
+            places, MASK, RAW, b, row[i, BASE], row[i, ANCHOR], row[i, LAST] + 1, s, i * HELD
+        )  # fmt: skip
+        if mass == -np.inf:
+            row[i, FLAGS] |= NEGATIVE
+        if mass == -np.inf or (choices[NORMALIZATION] != AS_IS and mass < MIN_MASS):
+            row[i, FLAGS] |= FALLBACK
+            source = SPARSE
+        else:
+            of[i, SCALE] = 1.0 if choices[NORMALIZATION] == AS_IS else total / mass
+            weight = mass * of[i, SCALE]
+            entropy = entropy_of(mass, xlogx)
+            last_share = last / mass if mass != 0.0 else 0.0
+    elif source == UNIFORM:
+        of[i, SCALE] = total / count
+        weight = total
+        entropy = np.log(1.0 * count)
+        last_share = 1.0 / count
+    if source == SPARSE and on_score:
+        of[i, HOT] = weight = total
+        last_share = 1.0 if row[i, AT] == row[i, LAST] else 0.0
+    score = clamp(given[i, SCORE], numbers[SCORE_LOW], numbers[SCORE_HIGH])
+    rest = (1.0 - numbers[SHARE]) * score if on_score else 0.0
+    of[i, SCORE_SHARE] = numbers[SHARE] * score
+    of[i, SCORE_TOKEN] = rest
+    if on_score and places[TERMINAL, ADDRESS] != 0:
+        of[i, SCORE_TOKEN] = rest + given[i, TERMINAL]
+    stats[i, 0], stats[i, 1], stats[i, 2] = entropy, last_share, mass
+    stats[i, 3] = abs(of[i, SCORE_SHARE] * weight + rest - score)
+
+
+@inner
+def close_row(places: Any, choices: Any, b: int, row: Any, of: Any, stats: Any, i: int, s: Any) -> None:
+    """Status, stats and moments of a row that has been swept."""
+    count = row[i, COUNT]
+    total, squares = fold(BLOCK, s, i * HELD + layout.SUM), fold(BLOCK, s, i * HELD + layout.SUM_2)
+    mean, m2 = 0.0, 0.0
+    if count > 0:
+        mean = of[i, NEAR] + total / count
+        m2 = squares - total * (total / count)
+        m2 = 0.0 if m2 < 0.0 else m2
+    if row[i, FINITE] == 0:
+        row[i, FLAGS] |= NONFINITE
+        if choices[ZERO_LOST] != 0:
+            fill_row(places, b, row[i, BASE], row[i, WIDTH], 0.0)
+            mean = m2 = 0.0
+    if places[STATUS, ADDRESS] != 0:
+        write_i32(places[STATUS, ADDRESS], b, row[i, FLAGS])
+        for j in range(4):
+            store_one(places, STATS, 4 * b + j, stats[i, j])
+    if places[MOMENTS, ADDRESS] != 0:
+        store_one(places, MOMENTS, 3 * b, count)
+        store_one(places, MOMENTS, 3 * b + 1, mean)
+        store_one(places, MOMENTS, 3 * b + 2, m2)
+
+
+# A block of a row's tokens ------------------------------------------------------------------------------
+
+
+@inner
+def tokens_of(row: Any, i: int, step: int) -> tuple[int, int]:
+    """First token and number of tokens of a row's block, the last block first."""
+    low = row[i, ANCHOR] + (row[i, TOP] - step) * BLOCK
+    t = max(low, row[i, BEGIN])
+    return t, min(low + BLOCK, row[i, END]) - t
+
+
+@inner
+def write_block(places: Any, names: Any, b: int, t: int, n: int, row: Any, i: int, s: Any) -> None:
+    """Writes the block's outputs of these names, and notes whether all are finite."""
+    for name in range(names[0], names[1] + 1):
+        if places[name, ADDRESS] != 0:
+            field = i * HELD + layout.REWARDS + (name - REWARDS) * BLOCK
+            start = start_of(places, name, b, row[i, BASE] + t)
+            if not store(places, name, start, n, s, field, i * HELD + LIVE):
+                row[i, FINITE] = 0
+
+
+@inner
+def open_block(
+    places: Any, choices: Any, numbers: Any, b: int, t: int, n: int, row: Any, of: Any, i: int, s: Any
+) -> None:  # fmt: skip
+    """Reads a block, computes and writes its credit, KL and rewards."""
+    o, at, token = i * HELD, row[i, AT] - t, row[i, BASE] + t
+    weighted = choices[SOURCE] == WEIGHTS and row[i, FLAGS] & FALLBACK == 0
+    load_mask(places, MASK, start_of(places, MASK, b, token), n, s, o + LIVE)
+    for name in range(RAW, TOKEN_REWARDS + 1):
+        if places[name, ADDRESS] != 0 and (name != RAW or weighted):
+            load(places, name, start_of(places, name, b, token), n, s, o + name * BLOCK)
+    if choices[SHAPED] == 0:
+        for j in range(n):
+            s[o + layout.REWARDS + j] = s[o + layout.TOKEN_REWARDS + j] if s[o + LIVE + j] != 0.0 else 0.0
+    else:
+        if not weighted:
+            for j in range(n):
+                s[o + layout.RAW + j] = 1.0
+        credit_of(n, of[i, SCALE], of[i, HOT], at, s, o)
+        if places[KL_OUT, ADDRESS] != 0:
+            kl_of(n, choices[KL_KIND], numbers[KL_INPUT], numbers[KL_OUTPUT], s, o)
+        rewards_of(n, of[i, SCORE_SHARE], of[i, SCORE_TOKEN], at, numbers[KL_COEF], s, o)
+    if row[i, FLAGS] & OUT_OF_RANGE != 0:
+        for field in (layout.REWARDS, layout.CREDIT, layout.KL_OUT):
+            for j in range(n):
+                s[o + field + j] = np.nan if s[o + LIVE + j] != 0.0 else 0.0
+    write_block(places, (REWARDS, KL_OUT), b, t, n, row, i, s)
+    if 0 <= row[i, LAST] - t < n:
+        s[o + layout.REWARDS + row[i, LAST] - t] += of[i, AFTER]
+    delta_of(n, s, o)
+
+
+@inner
+def close_block(
+    places: Any, choices: Any, b: int, t: int, n: int, row: Any, of: Any, later: Any, i: int, s: Any
+) -> None:
+    """Advantages and returns of a block, once the chains have run over it."""
+    o, last = i * HELD, row[i, LAST] - t
+    advantages_of(n, choices[DECOUPLED], s, o)
+    if row[i, KEEP] != 0:
+        keep_masked(n, choices[SKIP] != 0, later[i], s, o)
+    else:
+        finish(n, s, o)
+    write_block(places, (ADVANTAGES, RETURNS), b, t, n, row, i, s)
+    if 0 <= last < n:
+        of[i, NEAR] = s[o + layout.ADVANTAGES + last]
+    add_moments(n, of[i, NEAR], s, o)
+
+
+@entry
+def sweep(
+    places: Any, bounds: Any, lost: Any, choices: Any, numbers: Any, scratch: Any, low: int, high: int
+) -> None:  # fmt: skip
+    """Rows ``low:high``, ``WAYS`` of them side by side; each is read from its last block to its first.
+
+    Args:
+        places: int64 ``[PLACES, 4]``, see ``memory.place_of``.
+        bounds: first token and length of each packed row, int64 ``[B, 2]``; ``[0, 2]`` where rows are padded.
+        lost: uint8 ``[B]``, rows whose indices are out of range; ``[0]`` for none.
+        choices, numbers: by the names above.
+        scratch: ``[WAYS * HELD]`` zeros.
+    """
+    s = scratch_of(scratch)
+    row, of = np.zeros((WAYS, ROW_INTEGERS), np.int64), np.zeros((WAYS, ROW_NUMBERS))
+    given, stats, later, w = (
+        np.zeros((WAYS, PLACES)),
+        np.zeros((WAYS, 4)),
+        np.zeros((WAYS, 2)),
+        np.zeros((2, WAYS)),
+    )
+    chains = 0 if places[ADVANTAGES, ADDRESS] == 0 else 1 + choices[DECOUPLED]
+    skip = choices[SKIP] != 0
+    for b in range(low, high, WAYS):
+        ways, steps = min(WAYS, high - b), 0
+        for i in range(ways):
+            w[0, i] = w[1, i] = later[i, 0] = later[i, 1] = 0.0
+            stats[i, 0] = stats[i, 1] = stats[i, 2] = stats[i, 3] = 0.0
+            base, length = 0, choices[LENGTH]
+            if len(bounds) > 0:
+                base, length = bounds[b + i, 0], bounds[b + i, 1]
+            bad = len(lost) > 0 and lost[b + i] != 0
+            given[i, GL], given[i, GL_VALUE] = numbers[GL_ALL], numbers[GL_VALUE_ALL]
+            for name in range(SCORE, GL_VALUE + 1):
+                if places[name, ADDRESS] != 0:
+                    load(places, name, start_of(places, name, 0, b + i), 1, s, i * HELD)
+                    given[i, name] = s[i * HELD]
+            of[i, AFTER] = numbers[GAMMA] * given[i, BOOTSTRAP]
+            open_row(places, choices, b + i, base, length, bad, row, i, s)
+            if choices[SHAPED] != 0 and row[i, FLAGS] & (EMPTY | OUT_OF_RANGE) == 0:
+                weigh_row(places, choices, numbers, b + i, row, of, given, stats, i, s)
+            steps = max(steps, row[i, BLOCKS])
+        for step in range(steps):
+            for i in range(ways):
+                if step >= row[i, BLOCKS]:
+                    continue
+                t, n = tokens_of(row, i, step)
+                open_block(places, choices, numbers, b + i, t, n, row, of, i, s)
+                if chains > 0:
+                    prepare(n, numbers[GAMMA], given[i, GL], given[i, GL_VALUE], chains, skip, s, i * HELD)
+            for k in range(chains):
+                carry(s, w, k)
+            for i in range(ways):
+                if chains > 0 and step < row[i, BLOCKS]:
+                    t, n = tokens_of(row, i, step)
+                    close_block(places, choices, b + i, t, n, row, of, later, i, s)
+        for i in range(ways):
+            close_row(places, choices, b + i, row, of, stats, i, s)

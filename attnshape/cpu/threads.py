@@ -1,0 +1,67 @@
+"""Which threads run the loops: as many as PyTorch was given, each with some rows at a time."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+TOKENS = 1 << 16
+"""Work that a thread takes at once, and below which one thread is enough: some 50 us."""
+
+_pool: ThreadPoolExecutor | None = None
+_lock = threading.Lock()
+
+
+def _forget() -> None:
+    """A forked child has the pool's memory but none of its threads."""
+    global _pool, _lock
+    _pool, _lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _helpers(count: int) -> ThreadPoolExecutor:
+    global _pool
+    with _lock:
+        if _pool is None or _pool._max_workers < count:
+            _pool = ThreadPoolExecutor(count, thread_name_prefix="attnshape")
+        return _pool
+
+
+def over_rows(compute: Callable[[int, int], None], rows: int, work: int, multiple: int = 1) -> None:
+    """``compute(low, high)`` for all rows, in any order, by this thread and by others that have time.
+
+    ``compute`` lets go of the interpreter's lock, and keeps alive what it reads and writes.
+
+    Args:
+        work: tokens of a row.
+        multiple: of rows, that are taken at once.
+    """
+    step = max(TOKENS // max(work, 1) // multiple, 1) * multiple
+    pieces = -(-rows // step)
+    threads = min(torch.get_num_threads(), pieces)
+    if threads <= 1:
+        compute(0, rows)
+        return
+    taken = itertools.count()  # its `next` is atomic
+    stopped = False
+
+    def share() -> None:
+        while not stopped and (piece := next(taken)) < pieces:
+            compute(piece * step, min(piece * step + step, rows))
+
+    futures: list[Future[None]] = [_helpers(threads - 1).submit(share) for _ in range(threads - 1)]
+    try:
+        share()
+        for future in futures:
+            if not future.cancel():  # one that has not begun is not needed any more
+                future.result()
+    finally:
+        stopped = True
