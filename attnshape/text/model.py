@@ -232,7 +232,7 @@ class CreditModel:
             raise ValueError(f"source: {self.source.name!r} has signs, and credit has none")
         with self.source.opened(self.tap):  # opened anew: a forward that failed has left its traces in it
             return score_examples(
-                self.model, self.tap, examples, self.score_fn, self.query_position, source=self.source
+                self.model, self.tap, examples, self.score_fn, self.query_position, self.source
             )
 
 
@@ -243,7 +243,6 @@ def score_examples(
     examples: Sequence[Example],
     score_fn: ScoreFn,
     query_position: QueryPosition = "pooled",
-    *,
     source: CreditSource = ATTENTION,
 ) -> list[Scored]:
     """One forward of the model, which the tap is open on."""
