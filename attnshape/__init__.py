@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from attnshape import credit, reference
 from attnshape.config import GroupConfig, ShapingConfig, Whitening
+from attnshape.metrics import log_metrics
 from attnshape.ops import (
     attention_column_credit,
     attention_credit,
@@ -60,6 +61,7 @@ __all__ = [
     "decoded_spans",
     "gae",
     "group_advantages",
+    "log_metrics",
     "redistribute",
     "reference",
     "shape_rewards",

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from attnshape.config import ShapingConfig
 from attnshape.integrations.framework import require_least, require_parameters, require_version
+from attnshape.metrics import log_metrics
 from attnshape.ops import DEFAULT_CONFIG, gae, shape_rewards, whiten
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def shaped_trainer(base: type[Any], takes_masks: bool = True) -> type[Any]:
                 )
             self._shaping = ShapingConfig(dense_share=dense_share)
             self._credit: Tensor | None = None
-            self._metrics: dict[str, Tensor] = {}
+            self._metrics: dict[str, float] = {}
 
         def step(
             self,
@@ -142,7 +143,7 @@ def shaped_trainer(base: type[Any], takes_masks: bool = True) -> type[Any]:
                 stats: dict[str, Any] = super().step(queries, responses, scores, response_masks)
             finally:
                 self._credit = None
-            return stats | {f"attnshape/{name}": value.item() for name, value in self._metrics.items()}
+            return stats | self._metrics
 
         def compute_rewards(
             self, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, masks: Tensor
@@ -161,7 +162,7 @@ def shaped_trainer(base: type[Any], takes_masks: bool = True) -> type[Any]:
             # A row's unmasked positions are its response's unmasked tokens in order, on either padding side.
             placed = credit.new_zeros(masks.shape).masked_scatter_(live, credit)
             shaped = shape_rewards(scores.to(credit.dtype), placed, masks, config=self._shaping)
-            self._metrics = shaped.metrics
+            self._metrics = log_metrics(shaped)
             return rewards + shaped.rewards, *rest
 
         def compute_advantages(self, values: Tensor, rewards: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
