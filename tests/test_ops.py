@@ -96,7 +96,7 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
         TypeError,
         "response.cu_seqlens: got torch.int64",
     ),
-    ({"backend": "cuda"}, ValueError, "backend: got 'cuda', want one of 'auto', 'triton', 'torch'"),
+    ({"backend": "cuda"}, ValueError, "backend: got 'cuda', want one of 'auto', 'triton', 'cpu', 'torch'"),
     ({"config": {"dense_share": 1}}, TypeError, "config: got dict, want ShapingConfig"),
 ]
 BAD_CONFIGS = [
