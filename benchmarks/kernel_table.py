@@ -6,15 +6,14 @@ know, some two seconds each, and prints how many there are. With ``all`` it comp
 
 The rest is what the tests ask, in a process of its own, since Triton's interpreter leaves nothing to compile:
 ``found`` prints what is found, ``anew`` the lines for ``kernels.jsonl`` without a look at what it knows, both
-for every target and case or as in ``found sm_90,gfx942 "^sweep"``. ``count`` prints the specialisations that
-200 random shapes need; ``kinds`` and a target, how many stand behind each key of the launcher.
+for every target and case or as in ``found sm_90,gfx942 "^sweep"``. ``kinds sm_90 gfx942`` prints which
+specialisations 200 random shapes need, and how many stand behind each key of the launcher.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
@@ -388,25 +387,25 @@ def found_of(
     return {"variants": list(variants.values()), "launches": in_order}
 
 
-def specialisations(target: str = "sm_90") -> list[dict[str, Any]]:
-    """Those that ``random_calls`` need."""
-    gpu, found = gpu_of(target), {}
-    for launch in captured_launches(random_calls()):
-        variant = launch.variant(gpu)
-        found[variant.key] = {"kernel": variant.kernel.__name__, **variant.constants}
-    return list(found.values())
-
-
-def specialisations_per_key(target: str) -> list[int]:
-    """For each key that the launcher gives any of the calls: how many Triton would tell apart."""
+def specialisations(*targets: str) -> dict[str, Any]:
+    """What random shapes need on the first target; how many stand behind each key of the launcher on each."""
     from csrc_triton.host.attention import LAUNCHER
 
-    gpu, found = gpu_of(target), {}
-    for launch in captured_launches(itertools.chain(calls(), random_calls())):
-        if launch.kernel is LAUNCHER.kernel:
-            named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=True))
-            found.setdefault(LAUNCHER.key(named, launch.options), set()).add(launch.variant(gpu).key)
-    return [len(variants) for variants in found.values()]
+    needed: dict[str, dict[str, Any]] = {}
+    behind: dict[str, dict[Any, set[str]]] = {target: {} for target in targets}
+    for some in (calls(), random_calls()):
+        needed.clear()  # of the last
+        for launch in captured_launches(some):
+            variants = {target: launch.variant(gpu_of(target)) for target in targets}
+            first = variants[targets[0]]
+            needed[first.key] = {"kernel": first.kernel.__name__, **first.constants}
+            if launch.kernel is LAUNCHER.kernel:
+                named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=True))
+                key = LAUNCHER.key(named, launch.options)
+                for target, variant in variants.items():
+                    behind[target].setdefault(key, set()).add(variant.key)
+    counts = {target: [len(keys) for keys in found.values()] for target, found in behind.items()}
+    return {"needed": list(needed.values()), "behind": counts}
 
 
 def printed_apart(*arguments: str, root: Path = ROOT) -> Any:
@@ -494,8 +493,7 @@ def main() -> None:
     apart = {
         "found": lambda of=every, *wanted: measured(read(), of.split(","), *wanted)[0],
         "anew": lambda of=every, *wanted: written(measured({}, of.split(","), *wanted)[1]),
-        "count": specialisations,
-        "kinds": specialisations_per_key,
+        "kinds": specialisations,
     }
     match sys.argv[1:]:
         case [what, *arguments] if what in apart:
