@@ -7,16 +7,7 @@ from typing import Any
 import numpy as np
 
 from attnshape.cpu import layout
-from attnshape.cpu.advantages import (
-    WAYS,
-    add_moments,
-    advantages_of,
-    carry,
-    delta_of,
-    finish,
-    keep_masked,
-    prepare,
-)
+from attnshape.cpu.advantages import WAYS, add_moments, carry, prepare, settle, settle_all
 from attnshape.cpu.arithmetic import fold
 from attnshape.cpu.jit import entry, inner
 from attnshape.cpu.layout import BLOCK, HELD, LIVE, survey
@@ -216,7 +207,6 @@ def open_block(
     write_block(places, (REWARDS, KL_OUT), b, t, n, row, i, s)
     if 0 <= row[i, LAST] - t < n:
         s[o + layout.REWARDS + row[i, LAST] - t] += of[i, AFTER]
-    delta_of(n, s, o)
 
 
 @inner
@@ -225,11 +215,10 @@ def close_block(
 ) -> None:
     """Advantages and returns of a block, once the chains have run over it."""
     o, last = i * HELD, row[i, LAST] - t
-    advantages_of(n, choices[DECOUPLED], s, o)
     if row[i, KEEP] != 0:
-        keep_masked(n, choices[SKIP] != 0, later[i], s, o)
+        settle_all(n, choices[DECOUPLED] != 0, choices[SKIP] != 0, later[i], s, o)
     else:
-        finish(n, s, o)
+        settle(n, choices[DECOUPLED] != 0, s, o)
     write_block(places, (ADVANTAGES, RETURNS), b, t, n, row, i, s)
     if 0 <= last < n:
         of[i, NEAR] = s[o + layout.ADVANTAGES + last]
