@@ -6,11 +6,29 @@ reference on the same inputs, upcast. Non-finite values of it leave the bounds o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 CREDIT_SUM = 1e-6
 """Largest ``|sum - 1|`` of a row of credit normalised with ``"sum_to_one"``."""
+
+
+_OUTPUT = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+_FLOAT32_PRODUCTS = {"tf32": 4e-3, "bf16": 3e-2}
+
+
+def output_bound(device: torch.device, *dtypes: torch.dtype) -> float:
+    """Largest share of a row's attention that rounding moves, in a layer that computes in these dtypes.
+
+    Looser where torch has been told to multiply float32 with fewer bits (``fp32_precision``).
+    """
+    bound = max(_OUTPUT[dtype] for dtype in dtypes)
+    if torch.float32 in dtypes:
+        backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+        bound = max(bound, _FLOAT32_PRODUCTS.get(backend.matmul.fp32_precision, 0.0))
+    return bound
 
 
 def credit_bound(expected: Tensor, max_logit: float | Tensor = 0.0) -> Tensor:

@@ -43,8 +43,6 @@ def unsupported(layers: Sequence[AttentionInputs], *tensors: Tensor | None) -> s
     if any(x.dtype == torch.float64 for x in given):
         return "the kernels compute in float32 and a tensor is torch.float64"
     for layer in layers:
-        if layer.mask_row is not None or not layer.causal:
-            return "they know neither mask_row nor causal=False"
         width, group = layer.key.shape[-1], layer.query.shape[1] // layer.key.shape[1]
         if width > MAX_HEAD_DIM:
             return f"the head width is {width}, the kernels' limit {MAX_HEAD_DIM}"

@@ -16,6 +16,7 @@ from csrc_triton.device.scan import (
     affine_before,
     affine_scan,
     compose_affine,
+    composed_group,
     look_back,
 )
 
@@ -109,10 +110,11 @@ def carry_into(board, a, b, k, n_chunks, SECOND: tl.constexpr):
     tl.store(p_a - k, a)
     tl.store(p_b - k, b)
     publish(p_flags - k)
-    state = look_back(p_a, p_b, p_flags, p_group_a, p_group_b, p_group_flags, k)
     if k % GROUP == GROUP - 1:
-        group_a, group_b = compose_affine(state.a, state.b, a, b)
+        # Before this program waits for other groups, or each would wait for the one before it.
+        group_a, group_b = composed_group(p_a, p_b, p_flags, k)
+        group_a, group_b = compose_affine(group_a, group_b, a, b)
         tl.store(p_group_a - k, group_a)
         tl.store(p_group_b - k, group_b)
         publish(p_group_flags - k)
-    return state.carry
+    return look_back(p_a, p_b, p_flags, p_group_a, p_group_b, p_group_flags, k)

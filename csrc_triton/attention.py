@@ -9,6 +9,7 @@ import triton.language as tl
 from csrc_triton.advantages import Board
 from csrc_triton.device.attention import (
     Attended,
+    MaskRow,
     Terms,
     attend,
     fold_chunks,
@@ -103,6 +104,10 @@ def shape_kernel(
     p_attention_mask,
     stride_mb,
     stride_mt,
+    p_mask_row,
+    stride_ab,
+    stride_ah,
+    stride_at,
     window,
     scaling,
     softcap,
@@ -152,6 +157,7 @@ def shape_kernel(
     ROLL: tl.constexpr,
     STRIDE_QD: tl.constexpr,
     STRIDE_KD: tl.constexpr,
+    CAUSAL: tl.constexpr,
     FAR: tl.constexpr,
     QUERY_UNIT: tl.constexpr,
     KEY_UNIT: tl.constexpr,
@@ -208,7 +214,7 @@ def shape_kernel(
     keys = None
     terms = None
     if (MODE == "attend") or (SOURCE == "terms"):
-        keys = keys_of_row(p_cu, n_rows, keys_width, p_key_start, p_position, window, i_b, KEYS)
+        keys = keys_of_row(p_cu, n_rows, keys_width, p_key_start, p_position, window, i_b, CAUSAL, KEYS)
         slots = slots_of_row(
             stride_mb,
             stride_mt,
@@ -225,7 +231,13 @@ def shape_kernel(
             TERM_SPARE,
             KEYS,
         )
-        terms = Terms(p_terms, p_factor, p_attention_mask, stride_mt, slots)
+        p_added = p_mask_row
+        if p_mask_row is not None:
+            p_added += (keys.bos + keys.first) * stride_at
+            if p_cu is None:
+                p_added += row * stride_ab
+        mask_row = MaskRow(p_added, stride_ah, stride_at)
+        terms = Terms(p_terms, p_factor, p_attention_mask, stride_mt, mask_row, slots)
 
     finishing = i_p >= 0
     if MODE == "attend":
@@ -243,15 +255,17 @@ def shape_kernel(
                 stop = tl.minimum(stop, tl.minimum(slots.kept + slots.n_kept, stop).to(tl.int32))
             if p_head_mask is not None:
                 stop = tl.where(tl.max(weight) == 0.0, begin, stop)
-            at_query = row * (stride_qb * QUERY_UNIT) + (keys.bos + keys.end - 1) * (stride_qt * QUERY_UNIT)
-            at_key = row * (stride_kb * KEY_UNIT) + keys.first * (stride_kt * KEY_UNIT)
-            if p_cu is not None:
-                at_key = (keys.bos + keys.first) * (stride_kt * KEY_UNIT)
+            # Products with 64 bits from the left, the unit last: a stride itself may need them.
+            at_query = row * stride_qb * QUERY_UNIT + (keys.bos + keys.position) * stride_qt * QUERY_UNIT
+            at_query += head * G * stride_qh * QUERY_UNIT
+            at_key = (keys.bos + keys.first) * stride_kt * KEY_UNIT + head * stride_kh * KEY_UNIT
+            if p_cu is None:
+                at_key += row * stride_kb * KEY_UNIT
             attend(
-                p_query + at_query + head * G * (stride_qh * QUERY_UNIT),
-                stride_qh * QUERY_UNIT,
-                p_key + at_key + head * (stride_kh * KEY_UNIT),
-                stride_kt * KEY_UNIT,
+                p_query + at_query,
+                stride_qh,
+                p_key + at_key,
+                stride_kt,
                 p_largest,
                 p_sum,
                 keys,
@@ -270,6 +284,8 @@ def shape_kernel(
                 ROLL,
                 STRIDE_QD,
                 STRIDE_KD,
+                QUERY_UNIT,
+                KEY_UNIT,
                 FAR,
                 UPCAST,
                 KEYS,
@@ -283,7 +299,7 @@ def shape_kernel(
                     sink = tl.load(p_sinks + o_h, mask=o_g < G, other=0.0).to(tl.float32) * LOG2E
                 lse = None
                 if p_lse is not None:
-                    p_row_lse = p_lse + row * stride_lb + (keys.bos + keys.end - 1) * stride_lt
+                    p_row_lse = p_lse + row * stride_lb + (keys.bos + keys.position) * stride_lt
                     lse = tl.load(p_row_lse + o_h * stride_lh, mask=(o_g < G) & (keys.end > 0), other=0.0)
                     lse = lse.to(tl.float32) * LOG2E
                 fold_chunks(

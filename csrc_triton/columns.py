@@ -133,11 +133,16 @@ def tile_scores(
 
 
 @triton.jit
-def is_seen(query, key, window):
-    """Whether the query at a position sees the key at another."""
-    seen = key <= query
+def is_seen(query, key, window, CAUSAL: tl.constexpr):
+    """Whether the query at a position (none: -1) sees the key at another (none: NOWHERE)."""
+    if CAUSAL:
+        seen = key <= query
+    else:
+        seen = (query >= 0) & (key < NOWHERE)
     if window is not None:
         seen = seen & (query - key < window)
+        if not CAUSAL:
+            seen = seen & (key - query < window)
     return seen
 
 
@@ -266,6 +271,7 @@ def rows_kernel(
     p_mask,
     stride_mb,
     stride_mt,
+    CAUSAL: tl.constexpr,
     LAST_RESPONSE: tl.constexpr,
     LOWEST: tl.constexpr,  # position a response token may have
     SHIFT: tl.constexpr,
@@ -274,9 +280,9 @@ def rows_kernel(
     """The entries of a row, and whether an index of the row is out of range."""
     i_b = tl.program_id(0)
     row = i_b.to(tl.int64)
-    keys = keys_of_row(p_cu, n_rows, keys_width, p_key_start, p_position, None, i_b, 1)
+    keys = keys_of_row(p_cu, n_rows, keys_width, p_key_start, p_position, None, i_b, CAUSAL, 1)
     first = keys.first
-    position = keys.end - 1
+    position = keys.position
     if p_mask is not None:
         mask_offset = row * stride_mb + keys.bos * stride_mt
         first, last = attended_range(p_mask, mask_offset, stride_mt, keys.first, keys.length, SCAN)
@@ -311,7 +317,10 @@ def rows_kernel(
             asked_from = position * 0
             position = tl.load(p_top + row)
         base = at_key + first
-        count = tl.where(busy, tl.maximum(position + 1 - first, 0), 0)
+        end = position + 1
+        if not CAUSAL:
+            end = keys.length
+        count = tl.where(busy, tl.maximum(end - first, 0), 0)
         asked_to = count
     p_row = p_rows + row * 7
     tl.store(p_row, keys.bos)
@@ -364,6 +373,7 @@ def normalizer_kernel(
     STRIDE_QD: tl.constexpr,
     STRIDE_KD: tl.constexpr,
     STRIDE_WT: tl.constexpr,
+    CAUSAL: tl.constexpr,
     QUERY_UNIT: tl.constexpr,
     KEY_UNIT: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -391,15 +401,20 @@ def normalizer_kernel(
     if (p_lse is None) or (p_moved is not None):
         queries = Operand(
             p_query
-            + row * (stride_qb * QUERY_UNIT)
-            + head * (stride_qh * QUERY_UNIT)
-            + (entries.bos + position)[:, None] * (stride_qt * QUERY_UNIT),
+            + row * stride_qb * QUERY_UNIT
+            + head * stride_qh * QUERY_UNIT
+            + (entries.bos + position)[:, None] * stride_qt * QUERY_UNIT,
             asked,
         )
         held = held_part(queries, D, BLOCK_D, STRIDE_QD)
-        p_row_key = p_key + row * (stride_kb * KEY_UNIT) + head // G * (stride_kh * KEY_UNIT)
+        p_row_key = p_key + row * stride_kb * KEY_UNIT + head // G * stride_kh * KEY_UNIT
         at_query = tl.where(asked, position, -1)
-        end = tl.max(at_query) + 1
+        latest = tl.max(at_query)
+        end = latest + 1
+        if not CAUSAL:
+            end = entries.end
+            if window is not None:
+                end = tl.minimum(end, latest + window)
         start = entries.first
         if window is not None:
             earliest = tl.min(tl.where(asked, position, NOWHERE)) - window + 1
@@ -408,12 +423,12 @@ def normalizer_kernel(
             t = t0 + tl.arange(0, STEP)
             mask_offset = row * stride_mb + entries.bos * stride_mt
             visible = is_visible(p_mask, mask_offset, stride_mt, t, entries.first, end)
-            keys = Operand(p_row_key + (entries.bos + t)[:, None] * (stride_kt * KEY_UNIT), t < end)
+            keys = Operand(p_row_key + (entries.bos + t)[:, None] * stride_kt * KEY_UNIT, t < end)
             scores = tile_scores(
                 held, queries, keys, scaling, softcap, D, BLOCK_D, STRIDE_QD, STRIDE_KD, UPCAST
             )
             at_key = tl.where(visible, t, NOWHERE)
-            seen = is_seen(at_query[:, None], at_key[None, :], window)
+            seen = is_seen(at_query[:, None], at_key[None, :], window, CAUSAL)
             scores = tl.where(seen, scores, -INF)
             larger = tl.maximum(largest, tl.max(scores, axis=1))
             reference = finite_reference(larger)
@@ -469,6 +484,8 @@ def column_kernel(
     softcap,
     window,
     ORDERED: tl.constexpr,  # whether positions rise with the entries
+    LATER: tl.constexpr,  # whether a key counts only for queries from its own entry on
+    CAUSAL: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -480,7 +497,7 @@ def column_kernel(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """What BLOCK keys get of one head's queries from their own entry on."""
+    """What BLOCK keys get of one head's queries."""
     i_h = tl.program_id(0) % heads
     i_b, i_c = row_of_slot(tl.program_id(0) // heads, p_cu, n_rows, slots_per_row, BLOCK)
     row = i_b.to(tl.int64)
@@ -499,16 +516,20 @@ def column_kernel(
     at_key = tl.where(visible, t, NOWHERE)
     keys = Operand(
         p_key
-        + row * (stride_kb * KEY_UNIT)
-        + head // G * (stride_kh * KEY_UNIT)
-        + (entries.bos + t)[:, None] * (stride_kt * KEY_UNIT),
+        + row * stride_kb * KEY_UNIT
+        + head // G * stride_kh * KEY_UNIT
+        + (entries.bos + t)[:, None] * stride_kt * KEY_UNIT,
         inside,
     )
     held = held_part(keys, D, BLOCK_D, STRIDE_KD)
-    p_row_query = p_query + row * (stride_qb * QUERY_UNIT) + head * (stride_qh * QUERY_UNIT)
+    p_row_query = p_query + row * stride_qb * QUERY_UNIT + head * stride_qh * QUERY_UNIT
     p_row_normalizer = p_normalizer + head * total + entries.base
-    start = tl.maximum(j0, entries.asked_from // STEP * STEP)
+    start = entries.asked_from // STEP * STEP
     stop = entries.asked_to
+    if LATER:
+        start = tl.maximum(start, j0)
+    elif window is not None:
+        start = tl.maximum(start, tl.maximum(j0 - window + 1, 0).to(tl.int32) // STEP * STEP)
     if ORDERED:  # noqa: SIM102
         if window is not None:
             stop = tl.minimum(stop, j0 + (BLOCK - 1) + window).to(tl.int32)
@@ -516,12 +537,12 @@ def column_kernel(
     for i0 in range(start, stop, STEP):
         i = i0 + tl.arange(0, STEP)
         position, weight, asked = queries_of(entries, p_order, p_weight, i)
-        queries = Operand(p_row_query + (entries.bos + position)[:, None] * (stride_qt * QUERY_UNIT), asked)
+        queries = Operand(p_row_query + (entries.bos + position)[:, None] * stride_qt * QUERY_UNIT, asked)
         # Loaded before the product, whose time hides it.
         normalizer = tl.load(p_row_normalizer + i, mask=asked, other=0.0)
         scores = tile_scores(held, keys, queries, scaling, softcap, D, BLOCK_D, STRIDE_KD, STRIDE_QD, UPCAST)
-        seen = is_seen(tl.where(asked, position, -1)[None, :], at_key[:, None], window)
-        if not ORDERED:
+        seen = is_seen(tl.where(asked, position, -1)[None, :], at_key[:, None], window, CAUSAL)
+        if LATER and not (ORDERED and CAUSAL):
             seen = seen & (j[:, None] <= i[None, :])
         terms = tl.exp2(scores - normalizer[None, :])
         if p_weight is not None:

@@ -6,6 +6,7 @@ import inspect
 import operator
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -43,9 +44,8 @@ class Launcher:
     """Starts a kernel with what was compiled for arguments of the same kinds.
 
     Triton finds that out anew at every launch, parameter by parameter. Kinds are those of ``kernel``:
-    constants, dtypes, what is None, and of ``aligned`` pointers whether they are, and whether 32 bits reach
-    all of their memory. Pointers are named ``p_``; of the other parameters that are not constants, those
-    whose default is None may be None, and are of one type else.
+    constants, dtypes, the types of numbers, what is None, and of ``aligned`` pointers whether they are, and
+    whether 32 bits reach all of their memory. Pointers are named ``p_``.
     """
 
     def __init__(self, kernel: Any, defaults: dict[str, Any], aligned: Sequence[str]) -> None:
@@ -61,7 +61,7 @@ class Launcher:
         self.in_order = chosen(constant)
         self.constants = chosen(name for name in constant if constant[name])
         self.pointers = chosen(name for name in constant if name.startswith("p_"))
-        self.optional = chosen(name for name in numbers if defaults[name] is None)
+        self.numbers = chosen(numbers)
         self.integers = chosen(name for name in numbers if type(defaults[name]) is int)
         self.aligned = chosen(aligned)
 
@@ -93,7 +93,7 @@ class Launcher:
             tuple([None if x is None else x.dtype for x in pointers]),
             tuple([x is None or x.data_ptr() % 16 == 0 for x in aligned]),
             tuple([x is None or x.untyped_storage().nbytes() < 2**31 for x in aligned]),  # AMD
-            tuple([x is None for x in self.optional(arguments)]),
+            tuple([type(x) for x in self.numbers(arguments)]),
             max(self.integers(arguments)) < 2**31,  # others are passed in 64 bits
             self.constants(arguments),
             *options.values(),
@@ -142,6 +142,22 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+def _zeros_for_good(count: int, device: torch.device) -> Tensor:
+    """Zeros that outlive the call, whatever memory pool it runs in, and that every stream may read at once.
+
+    A CUDA graph of inductor's owns what the calling thread allocates; what another thread does, it does not.
+    """
+
+    def make() -> Tensor:
+        zeros = torch.zeros(count, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        return zeros
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
+
+
 class Counters:
     """Zeroed int32 counters by which programs of a launch find each other; each launch leaves them zero.
 
@@ -164,11 +180,11 @@ class Counters:
             return self._for_graph(device, count)
         counters = self._of_stream.get((device, stream))
         if counters is None or len(counters) < count:
-            counters = torch.zeros(padded(max(count, 4096)), dtype=torch.int32, device=device)
+            counters = _zeros_for_good(padded(max(count, 4096)), device)
             with self._lock:
                 self._of_stream[device, stream] = counters
                 if on_gpu and device not in self._spare:
-                    self._spare[device] = torch.zeros(self.SPARE, dtype=torch.int32, device=device)
+                    self._spare[device] = _zeros_for_good(self.SPARE, device)
         return counters
 
     def _for_graph(self, device: torch.device, count: int) -> Tensor:

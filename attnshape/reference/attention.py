@@ -77,8 +77,10 @@ def keys_of_row(inputs: AttentionInputs, b: int, last_response: int | None = Non
 
 def attend(inputs: AttentionInputs, seq: KeysOfRow, p: int) -> Tensor:
     """``a[h, t]`` of the query at position ``p``: ``[Hq, S]``."""
-    query = seq.query if seq.query.ndim == 2 else seq.query[:, p]
     t = torch.arange(seq.key.shape[1], device=seq.key.device)
+    if len(t) == 0:
+        return seq.key.new_zeros(seq.key.shape[:2])
+    query = seq.query if seq.query.ndim == 2 else seq.query[:, p]
     visible = seq.attended & (t <= p) if inputs.causal else seq.attended
     if inputs.sliding_window is not None:
         visible = visible & ((p - t).abs() < inputs.sliding_window)

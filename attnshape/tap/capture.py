@@ -3,43 +3,85 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from attnshape.tap import check
 from attnshape.tap.find import EAGER, AttentionFunction, Mask
 from attnshape.tap.flow import Norms, Pulls
+from attnshape.tap.sight import Extent, Sight, sight_of
 from attnshape.types import AttentionInputs, SignedInputs
+from attnshape.vectorized.attention import attend, padded_layer, query_chunk
 
-QueryPosition: TypeAlias = Literal["pooled", "last_visible", "last_response", "all"] | Tensor
+QueryPosition: TypeAlias = Literal["pooled", "last_visible", "last_response", "mean", "all"] | Tensor
+Pooling: TypeAlias = Literal["first", "first_visible", "last", "last_visible", "mean"]
+"""Which tokens a head scores, where it does not go by their ids; ``"mean"``: all that are visible."""
+
+SAMPLED = 4
+"""Queries of a sequence that are checked where every query is handed out."""
+
+_EVERY = ("all", "last_response", "mean")
 
 
 @dataclass
 class Attended:
     """One call of a layer's attention function, on its way to ``AttentionInputs``."""
 
+    module: nn.Module
+    function: AttentionFunction
     query: Tensor
     key: Tensor
     scaling: float
     options: dict[str, Any]
-    position: QueryPosition
+    position: Pooling | QueryPosition
     pooled: Tensor | None
+    """The query in the place of ``position`` where the input is not packed."""
     whole: bool
-    """Whether every query is kept."""
-    mask: Tensor | None
-    square_mask: Mask
-    """``[B, 1, S, S]``: given in the place of ``mask``."""
+    """Whether every query is kept, whatever the position."""
+    given: Tensor | None
+    """The caller's own mask ``[B, S]``."""
+    sight: Sight
+    sight_kind: Hashable
+    drops: bool
+    """Whether dropout is active, so that the output is not that of the row."""
+    apart: bool
+    """Whether the function keeps packed sequences apart without a mask."""
     cu_seqlens: Tensor | None
     position_ids: Tensor | None
     """``[B, S]``, until searched for restarts."""
-    joined: Tensor | None
-    """bool ``[B, S - 1]``: whether a token sees the one before it, as none does across packed sequences."""
+    mask: Tensor | None = None
+    mask_row: Tensor | None = None
+    key_start: Tensor | None = None
+    extent: Extent | None = None
+    crosses: Tensor | None = None
+    """Whether packed sequences see each other."""
+    value: Tensor | None = None
+    """Of a call that is to be checked."""
+    output: Tensor | None = None
+    """Its heads at the queries that are checked, ``[B, n, Hq, Dv]``; all, until the queries are known."""
+
+    @property
+    def kind(self) -> Hashable:
+        """What tells calls apart for the check, which the first of a kind passes for the others."""
+        sinks = self.options.get("sinks") is not None
+        length = self.key.shape[0 if self.key.ndim == 3 else 2]
+        tensors = self.query.dtype, self.key.dtype, self.key.device.type, length.bit_length()
+        scores = self.scaling, self.options.get("softcap"), sinks
+        return self.function, self.sight_kind, scores, tensors, self.every, self.cu_seqlens is not None
+
+    @property
+    def every(self) -> bool:
+        """Whether every query is handed out, not one row per sequence."""
+        return self.whole or (isinstance(self.position, str) and self.position in _EVERY)
 
     def locate(self) -> None:
         """Find the sequences and the queries that are read, and keep those queries only."""
@@ -50,75 +92,219 @@ class Attended:
             self._locate_padded()
         else:
             self._locate_packed(self.cu_seqlens)
+        self.sight = self.sight.without_tensors()
 
     def _locate_padded(self) -> None:
         batch, _, length, _ = self.key.shape
-        position = self.position
-        every = isinstance(position, str) and position in ("all", "last_response")
-        if (every or self.whole) and self.square_mask is not None:
-            wanted = f"query_position={position!r}" if every else "a rollout"
-            raise ValueError(f"attention_mask: got 4-D, want [B, S] for {wanted}")
-        if every:
-            return
         keys = torch.arange(length, device=self.key.device)
-        if isinstance(position, str) and position == "pooled" and self.pooled is not None:
-            position = self.pooled
-        if isinstance(position, str):
-            visible = torch.ones_like(keys, dtype=torch.bool).expand(batch, -1)
-            if self.mask is not None:
-                visible = self.mask.to(keys.device) != 0
-            elif self.square_mask is not None:
-                visible = _sees(self.square_mask, keys, keys, batch)
-            position = (visible * keys).argmax(-1).to(torch.int32)
-        self.position = _checked(position, batch).to(keys.device)
-        if self.whole:
+        self.mask = self.sight.padding
+        if self.pooled is not None:
+            self.position = self.pooled
+        if isinstance(self.position, str) and self.position not in _EVERY:
+            visible = torch.ones_like(keys).expand(batch, -1)
+            if self.position in ("last_visible", "first_visible"):
+                visible = self._visible(batch, keys)
+            place = keys if self.position.startswith("last") else length - 1 - keys
+            self.position = (visible * (place + 1)).argmax(-1).to(torch.int32)
+        if isinstance(self.position, Tensor):
+            self.position = _checked(self.position, batch).to(keys.device)
+        if self.every:
+            self._extend(torch.zeros_like(keys), batch)
             return
+        assert isinstance(self.position, Tensor)
         rows = self.position.clamp(0, length - 1)
-        if self.square_mask is not None:
-            self.mask, self.square_mask = _sees(self.square_mask, rows[:, None], keys, batch), None
+        added = self.sight.rows(rows[:, None], length)
+        if added is not None:
+            self.mask_row = added[:, 0, 0] if added.shape[1] == 1 else added[:, :, 0]
+            # Kernels count their chunks from here, whatever the padding.
+            self.key_start = (added[:, :, 0] != -math.inf).any(1).int().argmax(-1).to(torch.int32)
         self.query = self.query[torch.arange(batch, device=keys.device), :, rows]
 
-    def _locate_packed(self, cu_seqlens: Tensor) -> None:
-        self.query, self.key = self.query[0].transpose(0, 1), self.key[0].transpose(0, 1)
-        if isinstance(self.position, str):
-            if self.position in ("all", "last_response"):
-                return
-            self.position = cu_seqlens.diff() - 1
-        self.position = _checked(self.position, len(cu_seqlens) - 1).to(self.key.device)
-        if self.whole:
-            return
-        rows = cu_seqlens[:-1] + self.position
-        self.query = self.query[rows.clamp(0, len(self.key) - 1)]
+    def _visible(self, batch: int, keys: Tensor) -> Tensor:
+        if self.given is not None:
+            return self.given.to(keys.device) != 0
+        if self.mask is not None:
+            return self.mask != 0
+        return self.sight.sees_itself(batch, len(keys), keys.device)
 
-    def inputs(self) -> AttentionInputs:
+    def _locate_packed(self, cu_seqlens: Tensor) -> None:
+        tokens = torch.arange(self.key.shape[2], device=self.key.device)
+        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
+        self.query, self.key = self.query[0].transpose(0, 1), self.key[0].transpose(0, 1)
+        if isinstance(self.position, str) and self.position not in _EVERY:
+            lengths = cu_seqlens.diff()
+            self.position = lengths * 0 if self.position.startswith("first") else lengths - 1
+        if isinstance(self.position, Tensor):
+            self.position = _checked(self.position, len(cu_seqlens) - 1).to(self.key.device)
+        if self.sight.square is None and not self.apart and len(cu_seqlens) > 2:
+            self.crosses = torch.ones((), dtype=torch.bool, device=self.key.device)
+        if self.every:
+            self._extend(sequence, 1)
+            return
+        assert isinstance(self.position, Tensor)
+        rows = (cu_seqlens[:-1] + self.position).clamp(0, len(tokens) - 1)
+        added = self.sight.rows(rows[None], len(tokens))
+        if added is not None:
+            if self.sight.square is not None:
+                own = torch.arange(len(rows), device=rows.device)[:, None] == sequence
+                starts = cu_seqlens[1:-1]
+                first = self.sight.rows(starts[None], len(tokens))
+                assert first is not None
+                # What is read, and what the first token of a sequence sees: by it the rest would be reached.
+                across = ((added[0] != -math.inf) & ~own).any()
+                self.crosses = across | ((first[0] != -math.inf) & (tokens < starts[:, None])).any()
+            self.mask_row = added[0].transpose(0, 1)[sequence.clamp(max=len(rows) - 1), :, tokens]
+            if self.mask_row.shape[1] == 1:
+                self.mask_row = self.mask_row[:, 0]
+        self.query = self.query[rows]
+
+    def _extend(self, sequence: Tensor, batch: int) -> None:
+        """What every query sees, where a square mask or a bias says it."""
+        if self.sight.square is not None or self.sight.bias is not None:
+            self.extent = self.sight.extent(self.given, sequence, batch)
+            self.crosses = self.extent.crosses if self.cu_seqlens is not None else None
+            self.mask = self.extent.attended if self.cu_seqlens is None else None
+
+    def returned(self, value: Tensor, output: Any) -> None:
+        """The attention function was given ``value`` and returned ``output``: keep what the check needs."""
+        output = (output[0] if isinstance(output, tuple) else output).detach()
+        length = self.key.shape[2 if self.key.ndim == 4 else 0]
+        if output.ndim != 4 or (*output.shape[:2], output.shape[-1]) != (len(value), length, value.shape[-1]):
+            raise ValueError(
+                f"attention: gave {list(output.shape)} for values {list(value.shape)}, want [B, S, Hq, Dv]"
+            )
+        self.value = value.detach()
+        self.output = output if self.position_ids is not None else self._at_checked(output)
+
+    def _at_checked(self, output: Tensor) -> Tensor:
+        positions = self._checked_positions()
+        if self.cu_seqlens is not None:
+            return output[0][(self.cu_seqlens[:-1, None] + positions).clamp(0, output.shape[1] - 1)]
+        rows = torch.arange(len(output), device=output.device)[:, None]
+        return output[rows, positions.clamp(0, output.shape[1] - 1)]
+
+    def _checked_positions(self) -> Tensor:
+        """int ``[B, n]``, counted within each sequence."""
+        if not self.every:
+            assert isinstance(self.position, Tensor)
+            return self.position[:, None].long()
+        share = torch.arange(1, SAMPLED + 1, device=self.key.device)
+        if self.cu_seqlens is not None:
+            return -(-self.cu_seqlens.diff()[:, None] * share // SAMPLED) - 1
+        batch, _, length, _ = self.key.shape
+        live = torch.ones(batch, length, device=self.key.device) if self.mask is None else self.mask != 0
+        count = live.to(torch.long).cumsum(1)
+        wanted = -(-count[:, -1:] * share // SAMPLED)
+        return torch.searchsorted(count, wanted.clamp(min=1)).clamp(max=length - 1)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether no call of this kind has been checked yet."""
+        return check.is_due(self.module, self.kind)
+
+    def take(self, name: str, *, always: bool) -> AttentionInputs:
+        """What is handed out, once it has been checked; ``always``: every call, not the first of its kind."""
         if self.position_ids is not None:
             self.locate()
-        if self.cu_seqlens is not None and self.joined is not None:
-            starts = self.cu_seqlens[1:-1].long()
-            if self.joined[0, starts - 1].any():
+            self.output = None if self.output is None else self._at_checked(self.output)
+        inputs = self._inputs(name)
+        if self.output is not None and (always or self.is_due):
+            self._check(name, inputs)
+        return self._mean(inputs) if self.position == "mean" and not self.whole else inputs
+
+    def _inputs(self, name: str) -> AttentionInputs:
+        if self.crosses is not None and bool(self.crosses):
+            raise ValueError(
+                "packed input: the layer attended across sequences; transformers keeps them apart in "
+                "flash attention, and elsewhere where position_ids restart and use_cache=False"
+            )
+        causal, window = self.sight.causal, self.sight.window
+        if self.extent is not None:
+            if self.extent.differs:
                 raise ValueError(
-                    "packed input: the layer attended across sequences; transformers keeps them apart in "
-                    "flash attention, and elsewhere where position_ids restart and use_cache=False"
+                    f"attention_mask: {name} has a square mask that says more of its queries than which "
+                    "keys are padding, a window and whether later keys are seen; want one query "
+                    "('pooled', 'last_visible' or given positions) or source='gradient_embedding'"
                 )
+            causal, window = bool(self.extent.causal), int(self.extent.window)
+            window = None if window > self.key.shape[2 if self.key.ndim == 4 else 0] else window
+        position: Tensor | Literal["last_response"] | None = None
         if isinstance(self.position, Tensor):
-            position: Tensor | Literal["last_response"] | None = self.position
-        else:
-            position = "last_response" if self.position == "last_response" else None
+            position = self.position
+        elif self.position == "last_response":
+            position = "last_response"
         return AttentionInputs(
             self.query,
             self.key,
             self.scaling,
+            key_start=self.key_start,
             query_position=position,
             attention_mask=self.mask,
+            mask_row=self.mask_row,
+            causal=causal,
+            sliding_window=window,
             cu_seqlens=self.cu_seqlens,
             **self.options,
         )
 
-    def with_flow(self, moved: Norms | Pulls) -> AttentionInputs | SignedInputs:
+    @torch.no_grad()
+    def _check(self, name: str, inputs: AttentionInputs) -> None:
+        assert self.value is not None
+        assert self.output is not None
+        with torch.autocast(self.key.device.type, enabled=False):
+            layer = padded_layer(_without_position(inputs))
+            weights = attend(layer, self._checked_positions().clamp(min=0))
+            values = self.value
+            if layer.packing is not None:
+                values = layer.packing.pad(values[0].transpose(0, 1)).transpose(1, 2)
+            weights = weights.masked_fill(layer.invalid[:, None, None, None], 0.0)
+            wrong = check.failure(name, weights, values, self.output.transpose(1, 2))
+        if wrong is None:
+            check.passed(self.module, self.kind)
+        elif wrong:
+            raise ValueError(
+                f"{wrong}; want source='gradient_embedding', which reads no attention, or check='never' to "
+                "have the row as it is"
+            )
+
+    @torch.no_grad()
+    def _mean(self, inputs: AttentionInputs) -> AttentionInputs:
+        """The mean row over the queries that are visible: in the place of scores, as its logarithm."""
+        layer = padded_layer(_without_position(inputs))
+        batch, length = layer.attended.shape
+        place = torch.arange(length, device=inputs.key.device)
+        total = torch.zeros((), dtype=layer.dtype, device=inputs.key.device)
+        for queries in torch.split(place, query_chunk(layer)):
+            rows = attend(layer, queries.expand(batch, -1))
+            total = total + rows.masked_fill(~layer.attended[:, None, queries, None], 0.0).sum(2)
+        row = (total / layer.attended.sum(1).clamp(min=1)[:, None, None]).log()
+        heads, width = inputs.query.shape[1], inputs.query.shape[-1]
+        if inputs.cu_seqlens is not None:
+            tokens = torch.arange(len(inputs.key), device=row.device)
+            sequence = torch.searchsorted(inputs.cu_seqlens[1:].contiguous(), tokens, right=True)
+            sequence = sequence.clamp(max=batch - 1)
+            row = row[sequence, :, (tokens - inputs.cu_seqlens[sequence]).clamp(max=length - 1)]
+        return dataclasses.replace(
+            inputs,
+            query=inputs.query.new_zeros(batch, heads, width),
+            mask_row=row,
+            causal=False,
+            softcap=None,
+            sliding_window=None,
+            sinks=None,
+            lse=row.new_zeros(batch, heads),
+        )
+
+    def with_flow(self, inputs: AttentionInputs, moved: Norms | Pulls) -> AttentionInputs | SignedInputs:
         """``inputs`` with what the layer moved."""
-        inputs = self.inputs()
+        if moved.strange:
+            raise ValueError(
+                f"source: {type(self.module).__name__} is part of a layer that adds something else to its "
+                "residual stream than a multiple of what the attention gives; want source='attention' or a "
+                "gradient source"
+            )
         packed = inputs.packed
-        first, second = (x[0] if packed else x for x in moved)
+        first, second = (x[0] if packed else x for x in moved[:2])
         if isinstance(moved, Pulls):
             if packed:
                 first, second = first.transpose(0, 1), second.transpose(0, 1)
@@ -126,13 +312,42 @@ class Attended:
         return dataclasses.replace(inputs, value_norm=first.T if packed else first, residual_norm=second)
 
 
-def differentiable(x: Tensor) -> Tensor | ValueError:
+def _without_position(inputs: AttentionInputs) -> AttentionInputs:
+    position = inputs.query_position
+    return dataclasses.replace(inputs, query_position=position if isinstance(position, Tensor) else None)
+
+
+def differentiable(x: Tensor) -> Tensor:
     """``x``, or the same numbers as the place where a graph begins."""
     if not torch.is_grad_enabled():
-        return ValueError(
+        raise ValueError(
             "source: a gradient source wants a forward under torch.enable_grad(), got one without"
         )
     return x if x.requires_grad else x.detach().requires_grad_()
+
+
+def embedded_again(first: Tensor, ids: Tensor, again: Tensor, other_ids: Tensor) -> Tensor:
+    """What a second embedding of a forward's tokens goes on with: the first, so that its gradient has both.
+
+    Decoders beside an encoder embed the same tokens, most of them one position later.
+    """
+    if ids.shape == other_ids.shape:
+        if torch.equal(ids, other_ids) and torch.equal(first, again):
+            return first.clone()
+        if torch.equal(ids[:, :-1], other_ids[:, 1:]) and torch.equal(first[:, :-1], again[:, 1:]):
+            return torch.cat([again[:, :1], first[:, :-1]], 1)
+    raise ValueError("input_ids: the model embeds other tokens as well, so no one tensor has the gradient")
+
+
+def last_non_pad(head: PreTrainedModel, input_ids: Tensor | None, query: Tensor) -> Tensor:
+    """The tokens that transformers' sequence-classification heads score, int32 ``[B]``."""
+    batch, _, length, _ = query.shape
+    pad = head.config.get_text_config().pad_token_id
+    if pad is None or input_ids is None:
+        return torch.full((batch,), length - 1, dtype=torch.int32, device=query.device)
+    tokens = (input_ids != pad).to(query.device, torch.int32)
+    position: Tensor = (torch.arange(length, device=query.device) * tokens).argmax(-1)
+    return position.to(torch.int32)
 
 
 def attended_by(
@@ -144,11 +359,17 @@ def attended_by(
     options: dict[str, Any],
     *,
     given: dict[str, Any],
-    position: QueryPosition,
+    position: Pooling | QueryPosition,
     pooled: Tensor | None,
     whole: bool,
 ) -> Attended:
-    """What the layer attended with, if ``AttentionInputs`` can express it; else ``ValueError``."""
+    """What the layer attended with, if ``AttentionInputs`` can express it; else ``ValueError``.
+
+    Args:
+        given: what the model was called with.
+        position, pooled: the query that is read; ``pooled`` in its place where the input is not packed.
+        whole: whether every query is kept, whatever the position.
+    """
     if isinstance(key, DTensor):
         raise ValueError("key: sharded over devices (ring or context parallel), want every key on one device")
     batch, _, length, _ = key.shape
@@ -157,36 +378,34 @@ def attended_by(
             f"query: the layer had {query.shape[2]} queries for {length} keys; a tapped forward takes whole "
             "sequences, without earlier past_key_values or a static cache"
         )
-    if options.get("position_bias") is not None:
-        raise ValueError("position_bias: the layer adds one to its scores, which cannot be expressed")
-    mask, square_mask = given.get("attention_mask"), None
-    if mask is not None and not _is_padding_mask(mask):
-        # Of masks prepared by the caller the model picks one per layer.
-        mask, square_mask = (layer_mask, None) if _is_padding_mask(layer_mask) else (None, layer_mask)
-    if mask is not None and mask.shape != (batch, length):
-        raise ValueError(f"attention_mask: got {list(mask.shape)}, want [B, S] = {[batch, length]}")
-    if square_mask is not None and square_mask.shape[1] != 1:
-        raise ValueError(f"attention_mask: got {list(square_mask.shape)}, want [B, 1, S, S]")
-    unmasked = mask is None and square_mask is None
-    cu_seqlens = given.get("cu_seq_lens_q") if unmasked else None
+    sight = sight_of(module, function, layer_mask, options)
+    if sight.padding is not None and sight.padding.shape != (batch, length):
+        raise ValueError(f"attention_mask: got {list(sight.padding.shape)}, want [B, S] = {[batch, length]}")
+    mask = given.get("attention_mask")
+    cu_seqlens = given.get("cu_seq_lens_q") if mask is None else None
     if cu_seqlens is not None and batch != 1:
         raise ValueError(f"cu_seq_lens_q: got a batch of {batch}, want 1")
-    position_ids = given.get("position_ids") if unmasked and cu_seqlens is None else None
+    position_ids = given.get("position_ids") if mask is None and cu_seqlens is None else None
     if position_ids is not None and position_ids.ndim != 2:
         position_ids = None
+    fits = isinstance(mask, Tensor) and mask.shape == (batch, length)
     attended = Attended(
-        query,
-        key,
-        _scaling(module, function, query, options.get("scaling")),
-        _score_options(function, options),
-        position,
-        pooled,
-        whole,
-        mask,
-        square_mask,
-        None if cu_seqlens is None else cu_seqlens.to(key.device, torch.int32),
-        position_ids,
-        _joined(module, layer_mask, key) if cu_seqlens is not None or position_ids is not None else None,
+        module=module,
+        function=function,
+        query=query,
+        key=key,
+        scaling=_scaling(module, function, query, options.get("scaling")),
+        options=_score_options(function, options),
+        position=position,
+        pooled=pooled,
+        whole=whole,
+        given=mask if fits else None,
+        sight=sight,
+        sight_kind=sight.kind,
+        drops=options.get("dropout", 0.0) > 0 and (module.training or not function.__name__.endswith(EAGER)),
+        apart="flash" in str(getattr(module.config, "_attn_implementation", "")),
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(key.device, torch.int32),
+        position_ids=position_ids,
     )
     # A graph cannot depend on how many sequences there are: that waits for take().
     if position_ids is None or not torch.compiler.is_compiling():
@@ -208,38 +427,11 @@ def _scaling(module: Any, function: AttentionFunction, query: Tensor, scaling: f
 
 def _score_options(function: AttentionFunction, options: dict[str, Any]) -> dict[str, Any]:
     """What else goes into the scores, by the names of ``AttentionInputs``."""
+    if inspect.unwrap(function) is sdpa_attention_forward:
+        # It knows neither: transformers 4.57 hands it a soft cap, which it drops.
+        return {}
     sinks = options.get("s_aux")
-    return {
-        # transformers 4.57 hands sdpa a soft cap, which it drops.
-        "softcap": None if function is sdpa_attention_forward else options.get("softcap"),
-        "sliding_window": options.get("sliding_window"),
-        "sinks": None if sinks is None else sinks.detach(),
-    }
-
-
-def _is_padding_mask(mask: Any) -> bool:
-    return isinstance(mask, Tensor) and mask.ndim == 2
-
-
-def _sees(mask: Tensor | BlockMask, queries: Tensor, keys: Tensor, batch: int) -> Tensor:
-    """bool ``[B, n]``: what a mask ``[B, 1, S, S]`` says of queries and keys that broadcast to ``[B, n]``."""
-    rows = torch.arange(batch, device=keys.device)[:, None]
-    if isinstance(mask, BlockMask):
-        seen: Tensor = mask.mask_mod(rows, torch.zeros_like(rows), queries, keys)
-        return seen.expand(batch, -1)
-    values = mask.expand(batch, -1, -1, -1)[rows, 0, queries, keys]
-    # An additive mask holds 0 where a key is seen.
-    return values if values.dtype == torch.bool else values == 0
-
-
-def _joined(module: Any, layer_mask: Mask, key: Tensor) -> Tensor | None:
-    """``Attended.joined`` by the layer's mask; None in flash attention, which goes by the arguments."""
-    if "flash" in str(module.config._attn_implementation):
-        return None
-    keys = torch.arange(key.shape[2], device=key.device)
-    if layer_mask is None:
-        return torch.ones_like(keys[1:], dtype=torch.bool).expand(key.shape[0], -1)
-    return _sees(layer_mask, keys[1:], keys[:-1], key.shape[0])
+    return {"softcap": options.get("softcap"), "sinks": None if sinks is None else sinks.detach()}
 
 
 def _sequences(position_ids: Tensor, batch: int) -> Tensor | None:
@@ -258,14 +450,3 @@ def _checked(position: Tensor, rows: int) -> Tensor:
     if len(position) != rows:
         raise ValueError(f"query_position: got {len(position)} positions for {rows} sequences")
     return position
-
-
-def pooled_position(head: PreTrainedModel, input_ids: Tensor | None, query: Tensor) -> Tensor:
-    """The tokens that transformers' sequence-classification heads score, int32 ``[B]``."""
-    batch, _, length, _ = query.shape
-    pad = head.config.get_text_config().pad_token_id
-    if pad is None or input_ids is None:
-        return torch.full((batch,), length - 1, dtype=torch.int32, device=query.device)
-    tokens = (input_ids != pad).to(query.device, torch.int32)
-    position: Tensor = (torch.arange(length, device=query.device) * tokens).argmax(-1)
-    return position.to(torch.int32)

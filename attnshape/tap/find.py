@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +19,8 @@ Mask: TypeAlias = Tensor | BlockMask | None
 EAGER = "eager_attention_forward"
 _METHOD, _METHOD_CLASSES = "_attn", ("GPTJAttention",)
 """Attention that is a method of its module, and goes through no interface."""
+_CROSS = ("encoder_attn", "cross")
+"""Names of attention to an encoder, which a decoder on its own has and does not call."""
 _SHARDS_KEYS = ("ring_flash_attn", "deepspeed")
 
 
@@ -43,7 +45,8 @@ def lookups(module: Any) -> list[tuple[dict[str, Any], str, AttentionFunction]]:
     """The entries, as (table, name, function), one of which an attention layer calls."""
     if has_method(type(module)):
         return [(vars(module), _METHOD, getattr(module, _METHOD))]
-    interface, name = _interface(type(module).forward), module.config._attn_implementation
+    interface = _interface(type(module).forward)
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
     found = []
     if interface is not None and name in interface:
         found.append((interface._local_mapping, name, interface[name]))
@@ -51,6 +54,61 @@ def lookups(module: Any) -> list[tuple[dict[str, Any], str, AttentionFunction]]:
     forward = inspect.unwrap(type(module).forward)
     names = [n for n in forward.__code__.co_names if n.endswith(EAGER)]
     return found + [(forward.__globals__, n, forward.__globals__[n]) for n in names]
+
+
+def embeddings(models: Sequence[PreTrainedModel]) -> list[nn.Module]:
+    """The modules that embed the models' tokens: one, or several with the same weight."""
+    for model in models:
+        try:
+            embedding: Any = model.get_input_embeddings()
+        except NotImplementedError:
+            continue
+        if isinstance(embedding, nn.Module):
+            same = (m for m in models[0].modules() if isinstance(m, nn.Embedding) and m is not embedding)
+            return [embedding, *(m for m in same if m.weight is getattr(embedding, "weight", None))]
+    return []
+
+
+def attention_layers(model: nn.Module, models: Mapping[str, PreTrainedModel]) -> list[str]:
+    """The names of the attention layers that read the text and can be tapped, the lowest first.
+
+    Of a model that also sees or hears, those of the model that has the token embeddings. Where some are
+    causal the others attend to something else (cross attention); where none is the model is an encoder.
+
+    Args:
+        models: every transformers model inside ``model`` by name, the outermost first.
+    """
+    kind = type(model).__name__
+    outermost = next(iter(models.values()))
+    if outermost.config.is_encoder_decoder:
+        raise ValueError(
+            f"model: {type(outermost).__name__} reads the text in an encoder and a decoder, so that no one "
+            "row of attention is behind its score; want source='gradient_embedding'"
+        )
+    modules = dict(model.named_modules())
+    found = [name for name, module in modules.items() if can_tap(type(module))]
+    text = embeddings(list(models.values()))
+    if text:
+        reads_text = {name: any(m is text[0] for m in inner.modules()) for name, inner in models.items()}
+        found = [n for n in found if reads_text[max((p for p in models if is_inside(n, p)), key=len)]]
+    found = [n for n in found if not any(cross in n.rpartition(".")[2] for cross in _CROSS)]
+    names = [n for n in found if getattr(modules[n], "is_causal", True)] or found
+    if not names:
+        raise ValueError(
+            f"model: {kind} has no attention layer that takes its function from transformers' "
+            "AttentionInterface, so its queries and keys cannot be tapped; want source='gradient_embedding'"
+        )
+    return names
+
+
+def top_layer(model: nn.Module, attention: nn.Module) -> nn.Module:
+    """The last of the list of layers that an attention module stands in."""
+    parts = next(name for name, module in model.named_modules() if module is attention).split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        layers = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(layers, nn.ModuleList):
+            return layers[-1]
+    raise ValueError(f"{type(attention).__name__} is in no list of layers")
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -72,31 +130,32 @@ def choose(names: Sequence[str], layer: int | Sequence[int]) -> list[str]:
 
 
 def check_layer(name: str, module: Any) -> None:
-    """``ValueError`` for attention that no ``AttentionInputs`` can express."""
-    kinds, index = getattr(module.config, "layer_types", None), getattr(module, "layer_idx", None)
-    kind = "" if kinds is None or index is None else kinds[index]
-    if hasattr(module, "indexer") or any(word in kind for word in ("chunked", "sparse", "compressed")):
-        raise ValueError(f"layer: {name!r} attends to chosen keys only ({kind or 'indexer'})")
+    """``ValueError`` for attention that shards its keys."""
     for _, _, function in lookups(module):
         if inspect.unwrap(function).__module__.split(".")[0] in _SHARDS_KEYS:
-            raise ValueError(f"model: {function.__module__} shards the keys over devices (ring attention)")
+            raise ValueError(
+                f"model: {name} calls {function.__module__}, which shards the keys over devices (ring)"
+            )
 
 
 def is_inside(name: str, parent: str) -> bool:
     return parent == "" or name.startswith(f"{parent}.")
 
 
-def pooling_head(models: Sequence[PreTrainedModel]) -> PreTrainedModel | str | None:
-    """The model whose head scores what ``_pooled`` says; the class of one that differs; None for no head."""
+def classifier(models: Sequence[PreTrainedModel]) -> tuple[PreTrainedModel, bool] | None:
+    """The sequence classifier among the models, and whether it scores the last token that is no pad token.
+
+    None where there is none; that of any other is not known from its code.
+    """
     for model in models:
         kinds = [kind for kind in type(model).__mro__ if "forward" in vars(kind)]
         for kind in kinds:
             code = inspect.unwrap(vars(kind)["forward"]).__code__
             # The one name that all heads of transformers give to the last token that is not padding.
             if "last_non_pad_token" in code.co_varnames:
-                return type(model).__name__ if model.config.is_encoder_decoder else model
+                return model, True
             if "super" not in code.co_names:
                 break
         if any(kind.__name__.endswith("ForSequenceClassification") for kind in type(model).__mro__):
-            return type(model).__name__
+            return model, False
     return None

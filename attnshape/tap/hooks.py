@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from attnshape.tap.find import AttentionFunction, Mask
+from attnshape.tap.find import AttentionFunction, Mask, lookups
 
 _PROBES = "_attention_probes"
 _HOOKS = "_attention_hooks"
+
+_lock = threading.Lock()
 
 
 class Watcher(Protocol):
@@ -41,11 +47,35 @@ class Probe:
     index: int
 
 
-def attach(module: nn.Module, probe: Probe) -> None:
+def watch(models: Collection[nn.Module], layers: Collection[nn.Module], tap: Watcher) -> list[Entry]:
+    """Have the modules tell the tap; ``unwatch`` undoes it."""
+    with _lock:
+        for level, model in enumerate(models):
+            _attach(model, Probe(tap, level))
+            _hook(model)
+        for index, layer in enumerate(layers):
+            _attach(layer, Probe(tap, index))
+        return [_install(*lookup) for layer in layers for lookup in lookups(layer)]
+
+
+def unwatch(
+    models: Collection[nn.Module], layers: Collection[nn.Module], tap: Watcher, entries: list[Entry]
+) -> None:
+    with _lock:
+        while entries:
+            _uninstall(entries.pop())
+        for layer in layers:
+            _detach(layer, tap)
+        for model in models:
+            if not _detach(model, tap):
+                _unhook(model)
+
+
+def _attach(module: nn.Module, probe: Probe) -> None:
     setattr(module, _PROBES, (*getattr(module, _PROBES, ()), probe))
 
 
-def detach(module: nn.Module, tap: Watcher) -> bool:
+def _detach(module: nn.Module, tap: Watcher) -> bool:
     """Take the tap off the module; whether any other is left."""
     left = tuple(probe for probe in getattr(module, _PROBES, ()) if probe.tap is not tap)
     if left:
@@ -56,23 +86,25 @@ def detach(module: nn.Module, tap: Watcher) -> bool:
 
 
 def _on_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for probe in getattr(module, _PROBES, ()):
-        probe.tap.on_call(probe.index, args, kwargs)
+    if not in_trial():
+        for probe in getattr(module, _PROBES, ()):
+            probe.tap.on_call(probe.index, args, kwargs)
 
 
 def _on_return(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    for probe in getattr(module, _PROBES, ()):
-        probe.tap.on_return(probe.index)
+    if not in_trial():
+        for probe in getattr(module, _PROBES, ()):
+            probe.tap.on_return(probe.index)
 
 
-def hook(module: nn.Module) -> None:
+def _hook(module: nn.Module) -> None:
     # The same functions for every tap: with a function of its own each tap would be compiled anew.
     if not hasattr(module, _HOOKS):
         before = module.register_forward_pre_hook(_on_call, with_kwargs=True)
         setattr(module, _HOOKS, (before, module.register_forward_hook(_on_return)))
 
 
-def unhook(module: nn.Module) -> None:
+def _unhook(module: nn.Module) -> None:
     for handle in vars(module).pop(_HOOKS):
         handle.remove()
 
@@ -84,6 +116,10 @@ def _watched(function: AttentionFunction) -> AttentionFunction:
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Mask, **options: Any
     ) -> Any:
+        if in_trial():
+            if module in _trials[threading.get_ident()]:
+                return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None
+            return function(module, query, key, value, attention_mask, **options)
         probes = getattr(module, _PROBES, ())
         for probe in probes:
             value = probe.tap.on_attention(probe.index, function, query, key, value, attention_mask, options)
@@ -104,15 +140,42 @@ def _watched_method(method: MethodType) -> AttentionFunction:
     module: Any = method.__self__
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask = None, *rest: Any) -> Any:
-        def function(_: Any, query: Tensor, key: Tensor, value: Tensor, mask: Mask, **options: Any) -> Any:
+        def eager_attention_forward(
+            _: Any, query: Tensor, key: Tensor, value: Tensor, mask: Mask, **options: Any
+        ) -> Any:
             heads, weights = method(query, key, value, mask, *rest)
             return heads.transpose(1, 2), weights
 
         scaling = 1 / float(module.scale_attn)
-        heads, weights = _watched(function)(module, query, key, value, mask, scaling=scaling)
+        heads, weights = _watched(eager_attention_forward)(module, query, key, value, mask, scaling=scaling)
         return heads.transpose(1, 2), weights
 
     return attend
+
+
+_trials: dict[int, frozenset[nn.Module]] = {}
+"""Of each thread whose forward is a trial: the modules whose attention moves nothing in it."""
+
+
+def in_trial() -> bool:
+    """Whether this forward is a trial of the tap's own, of which no tap is told."""
+    # A compiled graph cannot ask which thread runs it; trials do not run compiled.
+    return not torch.compiler.is_compiling() and threading.get_ident() in _trials
+
+
+@contextlib.contextmanager
+def trial(still: Collection[nn.Module] = ()) -> Iterator[None]:
+    """Forwards of this thread are trials; the attention of ``still`` gives each token its own value."""
+    with _lock:
+        entries = [_install(*lookup) for module in still for lookup in lookups(module)]
+    _trials[threading.get_ident()] = frozenset(still)
+    try:
+        yield
+    finally:
+        del _trials[threading.get_ident()]
+        with _lock:
+            for entry in entries:
+                _uninstall(entry)
 
 
 @dataclass(eq=False)
@@ -129,7 +192,7 @@ class Entry:
 _entries: list[Entry] = []
 
 
-def install(table: dict[str, Any], name: str, function: AttentionFunction) -> Entry:
+def _install(table: dict[str, Any], name: str, function: AttentionFunction) -> Entry:
     entry = next((e for e in _entries if e.table is table and e.name == name), None)
     if entry is None:
         replacement = _watched_method(function) if isinstance(function, MethodType) else _tapped(function)
@@ -140,7 +203,7 @@ def install(table: dict[str, Any], name: str, function: AttentionFunction) -> En
     return entry
 
 
-def uninstall(entry: Entry) -> None:
+def _uninstall(entry: Entry) -> None:
     entry.users -= 1
     if entry.users:
         return

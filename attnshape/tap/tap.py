@@ -14,32 +14,42 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from attnshape.tap.capture import Attended, QueryPosition, attended_by, differentiable, pooled_position
+from attnshape.tap.capture import (
+    Attended,
+    Pooling,
+    QueryPosition,
+    attended_by,
+    differentiable,
+    embedded_again,
+    last_non_pad,
+)
 from attnshape.tap.find import (
     AttentionFunction,
     Mask,
-    can_tap,
+    attention_layers,
     check_layer,
     choose,
+    classifier,
+    embeddings,
     has_method,
     is_compiled,
     is_inside,
-    lookups,
-    pooling_head,
 )
-from attnshape.tap.flow import Flow
-from attnshape.tap.hooks import Entry, Probe, attach, detach, hook, install, unhook, uninstall
+from attnshape.tap.flow import Flow, Norms, Pulls
+from attnshape.tap.hooks import Entry, in_trial, unwatch, watch
+from attnshape.tap.trial import SCORED, Scored, mixes_elsewhere, scored_tokens
 from attnshape.types import AttentionInputs, SignedInputs
 
 Source: TypeAlias = Literal["attention", "rollout", "signed_rollout", "gradient_value", "gradient_embedding"]
+Check: TypeAlias = Literal["first", "always", "never"]
 Taken: TypeAlias = AttentionInputs | SignedInputs | Tensor
 
 _SOURCES = ("attention", "rollout", "signed_rollout", "gradient_value", "gradient_embedding")
 _ROLLOUTS = ("rollout", "signed_rollout")
-_POSITIONS = ("pooled", "last_visible", "last_response", "all")
+_NO_OTHER_MIXING = ("rollout", "signed_rollout", "gradient_value")
+_CHECKS = ("first", "always", "never")
+_POSITIONS = ("pooled", "last_visible", "last_response", "mean", "all")
 _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q")
-
-_lock = threading.Lock()
 
 
 class AttentionTap:
@@ -63,11 +73,16 @@ class AttentionTap:
             whose hidden state gave the score, which is the sequence-classification head's choice, or the
             last visible key where there is no such head. ``"last_visible"``. Int ``[B]``: these positions.
             ``"all"``: every query, kept by reference. ``"last_response"``: the same, and the position is
-            resolved where the response is known.
+            resolved where the response is known. ``"mean"``: the mean row over the visible queries, for
+            heads that average their hidden states (``"pooled"`` finds out by itself).
+        check: when a layer's row is held to what the layer did: the row times the values must be its own
+            attention output at that query, per head, within ``tolerance.output_bound``. ``"first"``: at the
+            first call of each kind (mask, dtypes, scores, about the same length), remembered for all taps on
+            the layer; a few queries where every query is taken. Not while dropout is active.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind; no such layer; attention that bypasses the
-            interface or shards the keys; ``"pooled"`` with a head whose choice is not known.
+            interface or shards the keys; an encoder-decoder.
     """
 
     def __init__(
@@ -77,34 +92,39 @@ class AttentionTap:
         *,
         source: Source = "attention",
         query_position: QueryPosition = "pooled",
+        check: Check = "first",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if source not in _SOURCES:
             raise ValueError(f"source: got {source!r}, want one of {_SOURCES}")
+        if check not in _CHECKS:
+            raise ValueError(f"check: got {check!r}, want one of {_CHECKS}")
         modules = dict(model.named_modules())
-        names = [n for n, m in modules.items() if can_tap(type(m)) and getattr(m, "is_causal", True)]
-        if not names:
-            raise ValueError(
-                f"model: {type(model).__name__} has no causal attention layer that takes its function from "
-                "transformers' AttentionInterface, so its queries and keys cannot be tapped"
-            )
-        self._source = source
-        layer = _layer_of(source, layer, len(names))
-        self._single = isinstance(layer, int)
-        self._layers = [_Layer(name, modules[name]) for name in choose(names, layer)]
+        models = {n: m for n, m in modules.items() if isinstance(m, PreTrainedModel)}
+        if not models:
+            raise ValueError(f"model: {type(model).__name__} holds no transformers.PreTrainedModel")
+        self._source, self._check = source, check
+        self._embeddings: list[nn.Module] = []
+        self._attention: list[nn.Module] = []
+        if source == "gradient_embedding":
+            _layer_of(source, layer, 0)
+            self._single = True
+            self._embeddings = embeddings(list(models.values()))
+            if not self._embeddings:
+                raise ValueError(f"model: {type(model).__name__} has no token embeddings of its own")
+            read = [name for name, module in modules.items() if module is self._embeddings[0]]
+        else:
+            names = attention_layers(model, models)
+            self._attention = [modules[name] for name in names]
+            self._last = modules[names[-1]]
+            chosen = _layer_of(source, layer, len(names))
+            self._single = isinstance(chosen, int)
+            read = choose(names, chosen)
+        self._layers = [_Layer(name, modules[name]) for name in read]
+        self._is_compiled = any(is_compiled(m) for m in modules.values())
         for tapped in self._layers:
-            check_layer(tapped.name, tapped.module)
-        if any(is_compiled(m) for m in modules.values()):
-            if source != "attention":
-                raise ValueError(
-                    f"model: compiled, want source='attention', or the model as it was, for {source!r}"
-                )
-            for tapped in self._layers:
-                if has_method(type(tapped.module)):
-                    raise ValueError(
-                        f"model: compiled, want the model as it was for {type(tapped.module).__name__}"
-                    )
+            self._check_layer(tapped)
         self._flows = [
             Flow(
                 modules[t.name],
@@ -117,17 +137,27 @@ class AttentionTap:
         ]
         self._models = [
             _Model(m, tuple(inspect.signature(m.forward).parameters))
-            for n, m in modules.items()
-            if isinstance(m, PreTrainedModel) and any(is_inside(t.name, n) for t in self._layers)
+            for n, m in models.items()
+            if any(is_inside(t.name, n) for t in self._layers)
         ]
-        if not self._models:
-            raise ValueError(f"model: {type(model).__name__} holds no transformers.PreTrainedModel")
-        self._head = pooling_head([m.module for m in self._models])
+        self._head = classifier([m.module for m in self._models])
+        self._scored: Scored | str | None = None
+        self._mixes: bool | str = False
         self._call: _Call | None = None
         self._entries: list[Entry] = []
+        self._handles: list[RemovableHandle] = []
         self._thread: int | None = None
-        self._embedding_hook: RemovableHandle | None = None
         self.query_position = query_position
+
+    def _check_layer(self, layer: _Layer) -> None:
+        if self._source != "gradient_embedding":
+            check_layer(layer.name, layer.module)
+        if self._is_compiled and self._source != "attention":
+            raise ValueError(
+                f"model: compiled, want source='attention', or the model as it was, for {self._source!r}"
+            )
+        if self._is_compiled and has_method(type(layer.module)):
+            raise ValueError(f"model: compiled, want the model as it was for {type(layer.module).__name__}")
 
     @property
     def query_position(self) -> QueryPosition:
@@ -140,51 +170,37 @@ class AttentionTap:
                 raise ValueError(
                     f"query_position: got {value.dtype} {list(value.shape)}, want int32 or int64 [B]"
                 )
-        elif value not in _POSITIONS:
+        elif value not in _POSITIONS or (value == "mean" and self._source in _ROLLOUTS):
             raise ValueError(f"query_position: got {value!r}, want one of {_POSITIONS} or an int tensor [B]")
-        elif value == "pooled" and isinstance(self._head, str):
-            raise ValueError(
-                f"query_position='pooled': which token {self._head} scores is not known; want "
-                "'last_visible', 'last_response', 'all' or the positions as an int tensor [B]"
-            )
         self._query_position = value
 
     def __enter__(self) -> AttentionTap:
         if self._thread is not None:
             raise RuntimeError("this AttentionTap is open already; make a second one")
         self._reset()
+        if self._is_compiled:
+            # Nothing can be tried while a graph is traced.
+            self._try_model()
         self._thread = threading.get_ident()
-        with _lock:
-            for level, model in enumerate(self._models):
-                attach(model.module, Probe(self, level))
-                hook(model.module)
-            for index, layer in enumerate(self._layers):
-                attach(layer.module, Probe(self, index))
-                self._entries += [install(*lookup) for lookup in lookups(layer.module)]
+        self._entries = watch(*self._watched(), self)
         for flow in self._flows:
             flow.open()
-        if self._source == "gradient_embedding":
-            embedding = self._models[0].module.get_input_embeddings()
-            self._embedding_hook = embedding.register_forward_hook(self._on_embedding)
+        self._handles = [m.register_forward_hook(self._on_embedding) for m in self._embeddings]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with _lock:
-            while self._entries:
-                uninstall(self._entries.pop())
-            for layer in self._layers:
-                detach(layer.module, self)
-            for model in self._models:
-                if not detach(model.module, self):
-                    unhook(model.module)
+        unwatch(*self._watched(), self, self._entries)
         for flow in self._flows:
             flow.close()
-        if self._embedding_hook is not None:
-            self._embedding_hook.remove()
-            self._embedding_hook = None
+        while self._handles:
+            self._handles.pop().remove()
         self._thread = None
+
+    def _watched(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        layers = [] if self._embeddings else [layer.module for layer in self._layers]
+        return [model.module for model in self._models], layers
 
     def take(self) -> Any:
         """What the one forward since the last ``take`` used; works after the block too.
@@ -203,7 +219,8 @@ class AttentionTap:
 
         Raises:
             RuntimeError: no forward ran since the last ``take``, or more than one.
-            ValueError: the forward did what ``AttentionInputs`` cannot express; the message names it.
+            ValueError: the forward did what ``AttentionInputs`` cannot express, or the check failed, or other
+                modules mix tokens where the source takes it that attention alone does; the message says what.
         """
         attended = [layer.attended for layer in self._layers]
         forwards = [layer.forwards for layer in self._layers]
@@ -215,17 +232,46 @@ class AttentionTap:
                     f"take() wants exactly one forward since the last take(), inside the block and in the "
                     f"thread that entered it; layer {layer.name!r} ran {count}"
                 )
+        if self._source in _NO_OTHER_MIXING:
+            self._refuse_other_mixing()
+        always = self._check == "always"
         taken: list[Taken] = []
-        for found, flow in zip(attended, moved, strict=True):
-            if isinstance(found, ValueError):
-                raise found
-            if isinstance(flow, ValueError):
-                raise flow
+        for layer, found, flow in zip(self._layers, attended, moved, strict=True):
+            for trouble in (found, flow):
+                if isinstance(trouble, Exception):
+                    raise _told(layer.name, trouble)
             if isinstance(found, Tensor):
                 taken.append(found)
-            elif found is not None:
-                taken.append(found.inputs() if flow is None else found.with_flow(flow))
+            elif isinstance(found, Attended) and not self._flows:
+                taken.append(found.take(layer.name, always=always))
+            elif isinstance(found, Attended) and isinstance(flow, Norms | Pulls):
+                taken.append(found.with_flow(found.take(layer.name, always=always), flow))
+            else:
+                raise ValueError(f"layer: what {layer.name!r} moves was not seen; want source='attention'")
         return taken[0] if self._single else tuple(taken)
+
+    def _refuse_other_mixing(self) -> None:
+        if self._mixes is not False:
+            kind = type(self._models[-1].module).__name__
+            why = self._mixes if isinstance(self._mixes, str) else f"{kind} has other modules that do"
+            raise ValueError(
+                f"source: {self._source!r} takes it that attention alone moves information between tokens, "
+                f"and {why}; want source='gradient_embedding', or 'attention' for the row itself"
+            )
+
+    def _try_model(self) -> None:
+        """Find out what has to be tried, with the weights at hand; what is known is not tried again."""
+        if self._source in _NO_OTHER_MIXING:
+            self._mixes = mixes_elsewhere(self._models[-1].module, self._attention)
+        if self._reads_pooled() and self._head is not None and not self._head[1]:
+            self._scored = scored_tokens(self._head[0], self._last)
+
+    def _reads_pooled(self) -> bool:
+        return (
+            self._source not in ("gradient_value", "gradient_embedding")
+            and isinstance(self._query_position, str)
+            and self._query_position == "pooled"
+        )
 
     def _reset(self) -> None:
         self._call = None
@@ -245,6 +291,8 @@ class AttentionTap:
             self._call = _Call(call.outermost, level, given | call.given, call.seen)
         else:
             self._call = _Call(level, level, given, [False] * len(self._layers))
+            if not torch.compiler.is_compiling():
+                self._try_model()
 
     def on_return(self, level: int) -> None:
         """A model returns; what its layers do later is gradient checkpointing, which runs them again."""
@@ -274,43 +322,92 @@ class AttentionTap:
         layer.attended = None
         if layer.forwards > 1:
             return value
-        if self._source == "gradient_value":
-            layer.attended = differentiable(value)
-            return value if isinstance(layer.attended, ValueError) else layer.attended
-        pooled, position = None, self._query_position
-        if isinstance(position, str) and position == "pooled" and isinstance(self._head, PreTrainedModel):
-            pooled = pooled_position(self._head, call.given.get("input_ids"), query)
+        # The forward goes on, whatever happens; take() says why there is nothing to give.
         try:
-            layer.attended = attended_by(
-                layer.module,
-                function,
-                query.detach(),
-                key.detach(),
-                mask,
-                options,
-                given=call.given,
-                position=position,
-                pooled=pooled,
-                whole=self._source in _ROLLOUTS,
-            )
-        except ValueError as error:
-            # The forward goes on; take() says why there is nothing to give.
-            layer.attended = error
+            if self._source == "gradient_value":
+                layer.attended = value = differentiable(value)
+            else:
+                position, pooled = self._position(call.given.get("input_ids"), query)
+                layer.attended = attended_by(
+                    layer.module,
+                    function,
+                    query.detach(),
+                    key.detach(),
+                    mask,
+                    options,
+                    given=call.given,
+                    position=position,
+                    pooled=pooled,
+                    whole=self._source in _ROLLOUTS,
+                )
+        except Exception as error:
+            layer.attended = _kept(error)
         return value
+
+    def _position(
+        self, input_ids: Tensor | None, query: Tensor
+    ) -> tuple[Pooling | QueryPosition, Tensor | None]:
+        """The query position of a forward, "pooled" resolved, and that of padded input by its ids."""
+        if not self._reads_pooled():
+            return self._query_position, None
+        if self._head is None:
+            return "last_visible", None
+        head, is_known = self._head
+        scored = "last_non_pad" if is_known else self._scored
+        if scored == "last_non_pad":
+            return "last", last_non_pad(head, input_ids, query)
+        if scored not in SCORED:
+            raise ValueError(
+                f"query_position='pooled': which token {type(head).__name__} scores is not known"
+                f"{f': {scored}' if scored else ''}; want 'last_visible', 'last_response', 'mean', 'all' or "
+                "the positions as an int tensor [B]"
+            )
+        if scored == "mean" and self._source in _ROLLOUTS:
+            raise ValueError(
+                f"query_position='pooled': {type(head).__name__} averages its tokens, and a rollout starts "
+                "from one; want a position, or source='gradient_embedding'"
+            )
+        return scored, None  # type: ignore[return-value]
 
     def on_attended(self, index: int, value: Tensor, output: Any) -> None:
         """The attention function of a tapped layer returned."""
-        if self._flows and self._is_watched() and self._layers[index].forwards == 1:
-            self._flows[index].attended(value, output[0])
+        layer = self._layers[index]
+        found = layer.attended
+        if not self._is_watched() or layer.forwards != 1 or not isinstance(found, Attended):
+            return
+        try:
+            if self._flows:
+                self._flows[index].attended(value, output[0])
+            if self._check == "never" or found.drops:
+                return
+            # Graphs keep what a check needs: they cannot know whether one is due.
+            if self._check == "always" or torch.compiler.is_compiling() or found.is_due:
+                found.returned(value, output)
+        except Exception as error:
+            layer.attended = _kept(error)
 
     def _on_embedding(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """The token embeddings of a forward, which it goes on with."""
-        if self._call is None or self._is_other_thread():
+        call = self._call
+        if call is None or self._is_other_thread() or in_trial():
             return output
         layer = self._layers[0]
-        layer.forwards += 1
-        layer.attended = differentiable(output)
-        return output if isinstance(layer.attended, ValueError) else layer.attended
+        if not call.seen[0]:
+            call.seen[0] = True
+            layer.forwards += 1
+            call.embedded = args[0]
+            try:
+                layer.attended = embedded = differentiable(output)
+                # Some models add positions in place, which must not reach what is handed out.
+                output = embedded.clone()
+            except Exception as error:
+                layer.attended = _kept(error)
+        elif isinstance(layer.attended, Tensor):
+            try:
+                output = embedded_again(layer.attended, call.embedded, output, args[0])
+            except Exception as error:
+                layer.attended = _kept(error)
+        return output
 
     def _is_watched(self) -> bool:
         """Whether this thread is inside a forward of the tapped model."""
@@ -319,6 +416,23 @@ class AttentionTap:
     def _is_other_thread(self) -> bool:
         # A compiled graph cannot ask which thread runs it.
         return not torch.compiler.is_compiling() and threading.get_ident() != self._thread
+
+
+def _kept(error: Exception) -> Exception:
+    """An error that waits for ``take``; its traceback would hold on to the forward's tensors."""
+    return error if torch.compiler.is_compiling() else error.with_traceback(None)
+
+
+def _told(name: str, error: Exception) -> ValueError:
+    """An error that happened inside a forward, as ``take`` raises it."""
+    if isinstance(error, ValueError):
+        return error
+    told = ValueError(
+        f"layer: {name!r} could not be read ({type(error).__name__}: {error}); want "
+        "source='gradient_embedding', which reads no attention"
+    )
+    told.__cause__ = error
+    return told
 
 
 @dataclass
@@ -332,7 +446,7 @@ class _Layer:
     name: str
     module: nn.Module
     forwards: int = 0
-    attended: Attended | Tensor | ValueError | None = None
+    attended: Attended | Tensor | Exception | None = None
 
 
 @dataclass
@@ -343,6 +457,8 @@ class _Call:
     level: int
     given: dict[str, Any]
     seen: list[bool]
+    embedded: Any = None
+    """The ids whose embeddings were taken."""
 
 
 def _layer_of(source: Source, layer: int | Sequence[int] | None, layers: int) -> int | Sequence[int]:

@@ -29,11 +29,20 @@ class Slots(NamedTuple):
     n_kept: Any  # how many may be
 
 
+class MaskRow(NamedTuple):
+    """What a layer's own mask adds to the scores, at the row's first visible key."""
+
+    p_added: Any  # or None
+    stride_h: Any
+    stride_t: Any
+
+
 class Terms(NamedTuple):
     p_terms: Any  # [term slots, Hq, CHUNK]
     p_factor: Any  # [slots, Hq]
     p_mask: Any  # the attention mask, or None
     stride_mask: Any
+    mask_row: Any
     slots: Any
 
 
@@ -73,9 +82,9 @@ def slots_of_row(
 @triton.jit
 def chunk_scores(
     p_query,  # of this row and key head
-    stride_qh,
+    stride_qh,  # in QUERY_UNIT
     p_key,  # of this row and key head, at the chunk's first key
-    stride_kt,
+    stride_kt,  # in KEY_UNIT
     inside,  # [N] which keys may be read
     scale,
     softcap,
@@ -86,6 +95,8 @@ def chunk_scores(
     ROLL: tl.constexpr,
     STRIDE_QD: tl.constexpr,
     STRIDE_KD: tl.constexpr,
+    QUERY_UNIT: tl.constexpr,
+    KEY_UNIT: tl.constexpr,
     FAR: tl.constexpr,
     UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
@@ -100,8 +111,8 @@ def chunk_scores(
     o_n = tl.arange(0, inside.shape[0])
     if FAR:
         o_n = o_n.to(tl.int64)
-    p_q = p_query + o_g[:, None] * stride_qh
-    p_k = p_key + o_n[:, None] * stride_kt
+    p_q = p_query + o_g.to(tl.int64)[:, None] * stride_qh * QUERY_UNIT
+    p_k = p_key + o_n[:, None] * stride_kt * KEY_UNIT
     m_q = (o_g < G)[:, None]
     m_k = inside[:, None]
     scores = tl.zeros([M, inside.shape[0]], dtype=tl.float32)
@@ -152,6 +163,20 @@ def add_product(
 
 
 @triton.jit
+def mask_values(mask_row, head, i, read):
+    """What the layer's mask adds for some heads and keys."""
+    offset = head.to(tl.int64) * mask_row.stride_h + i.to(tl.int64) * mask_row.stride_t
+    return tl.load(mask_row.p_added + offset, mask=read, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def masked_scores(scores, mask_row, head, i, read):
+    """Scores with what the layer's mask adds; -inf where it hides a key, whatever its score."""
+    added = mask_values(mask_row, head, i, read)
+    return tl.where(added == -INF, -INF, scores + added * LOG2E)
+
+
+@triton.jit
 def softmax_partial(scores, visible):
     """Per head, the largest visible score [M], the sum of ``exp2(score - largest)`` [M], its terms [M, N]."""
     largest = tl.max(tl.where(visible[None, :], scores, -INF), axis=1)
@@ -189,6 +214,8 @@ def attend(
     ROLL: tl.constexpr,
     STRIDE_QD: tl.constexpr,
     STRIDE_KD: tl.constexpr,
+    QUERY_UNIT: tl.constexpr,
+    KEY_UNIT: tl.constexpr,
     FAR: tl.constexpr,
     UPCAST: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -204,7 +231,7 @@ def attend(
         scores = chunk_scores(
             p_query,
             stride_qh,
-            p_key + (slot - slots.first) * CHUNK * stride_kt,
+            p_key + (slot - slots.first) * CHUNK * stride_kt * KEY_UNIT,
             stride_kt,
             i < keys.end - keys.first,
             scaling,
@@ -216,10 +243,15 @@ def attend(
             ROLL,
             STRIDE_QD,
             STRIDE_KD,
+            QUERY_UNIT,
+            KEY_UNIT,
             FAR,
             UPCAST,
             STAGES,
         )
+        if terms.mask_row.p_added is not None:
+            read = visible[None, :] & m_h[:, None]
+            scores = masked_scores(scores, terms.mask_row, o_h[:, None], i[None, :], read)
         largest, sums, found = softmax_partial(scores, visible)
         tl.store(p_largest + slot * heads + o_h, largest, mask=m_h)
         tl.store(p_sum + slot * heads + o_h, sums, mask=m_h)
@@ -262,7 +294,7 @@ def fold_chunks(
             at, inside = partials_of(slot, start, n_chunks, heads, o_h, m_h, FOLD)
             chunk = tl.load(p_largest + at, mask=inside, other=-INF, cache_modifier=".cg")
             sums = tl.load(p_sum + at, mask=inside, other=0.0, cache_modifier=".cg")
-            terms += sums * tl.exp2(finite_reference(chunk) - reference[:, None])
+            terms += sums * chunk_factor(chunk, reference)
         total += tl.sum(terms, axis=1)
     else:
         total += tl.exp2(lse - reference)
@@ -270,8 +302,14 @@ def fold_chunks(
     for start in range(0, n_chunks, FOLD):
         at, inside = partials_of(slot, start, n_chunks, heads, o_h, m_h, FOLD)
         chunk = tl.load(p_largest + at, mask=inside, other=-INF, cache_modifier=".cg")
-        factor = tl.exp2(finite_reference(chunk) - reference[:, None]) * share[:, None]
+        factor = chunk_factor(chunk, reference) * share[:, None]
         tl.store(p_factor + at, tl.where((weight > 0.0)[:, None], factor, 0.0), mask=inside)
+
+
+@triton.jit
+def chunk_factor(largest, reference):
+    """From terms relative to each chunk's largest score ([M, FOLD]) to the row's; 0 of chunks without any."""
+    return tl.where(largest == -INF, 0.0, tl.exp2(largest - reference[:, None]))
 
 
 @triton.jit
@@ -288,6 +326,8 @@ def group_mean(
     kept,  # the first chunk that has a term slot
     i,  # [N] int32, keys
     seen,  # [N]
+    mask_row,
+    head,  # the first of them
     heads,
     G: tl.constexpr,
     H: tl.constexpr,
@@ -306,6 +346,9 @@ def group_mean(
         factor = tl.load(
             p_factor + (chunk[None, :] * heads + o_g[:, None]), mask=read, other=0.0, cache_modifier=".cg"
         )
+        if mask_row.p_added is not None:
+            hidden = mask_values(mask_row, (head + o_g)[:, None], i[None, :], read) == -INF
+            factor = tl.where(hidden, 0.0, factor)
         # A head that is not chosen must not spread a NaN.
         mean += tl.sum(tl.where(factor == 0.0, 0.0, terms * factor), axis=0)
     return mean
@@ -322,7 +365,8 @@ def mean_of_group(terms, keys, live, t, i_h, heads, G: tl.constexpr, H: tl.const
     seen = seen & (i // CHUNK - kept < slots.n_kept)
     head = i_h * G
     p_terms = terms.p_terms + (slots.term * heads + head) * CHUNK
-    return group_mean(p_terms, terms.p_factor + slots.first * heads + head, kept, i, seen, heads, G, H, CHUNK)
+    p_factor = terms.p_factor + slots.first * heads + head
+    return group_mean(p_terms, p_factor, kept, i, seen, terms.mask_row, head, heads, G, H, CHUNK)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ class Bounds(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """The keys that the query of a row sees: ``[first, end)`` of ``length``, counted from ``bos``."""
+    """The keys that the query of a row may see: ``[first, end)`` of ``length``, counted from ``bos``."""
 
     bos: Any
     length: Any
@@ -102,7 +102,9 @@ def row_of_slot(i_slot, p_cu, n_rows, slots_per_row, chunk):
 
 
 @triton.jit
-def keys_of_row(p_cu, n_rows, width, p_start, p_position, window, i_b, CHUNK: tl.constexpr):
+def keys_of_row(
+    p_cu, n_rows, width, p_start, p_position, window, i_b, CAUSAL: tl.constexpr, CHUNK: tl.constexpr
+):
     row = i_b.to(tl.int64)
     bounds = bounds_of_row(p_cu, n_rows, width, i_b)
     length = tl.where(bounds.whole, bounds.length, 0)
@@ -115,10 +117,14 @@ def keys_of_row(p_cu, n_rows, width, p_start, p_position, window, i_b, CHUNK: tl
     sound = bounds.whole & (start >= 0) & (start <= length)
     sound = sound & ((length == 0) | ((position >= 0) & (position < length)))
     position = tl.where(sound, position, -1)
-    end = tl.minimum(position + 1, length)
+    end = position + 1
+    if not CAUSAL:
+        end = tl.where(sound, length, 0)
+    end = tl.minimum(end, length)
     first = tl.where(sound, start, 0)
     if window is not None:
-        first = tl.maximum(first, end - window)
+        first = tl.maximum(first, position + 1 - window)
+        end = tl.minimum(end, tl.maximum(position + window, 0))
     n_chunks = (tl.maximum(end - first, 0) + CHUNK - 1) // CHUNK
     return Keys(bounds.lo, length, first, end, position, n_chunks.to(tl.int32), bounds.whole, sound)
 

@@ -95,6 +95,21 @@ def advance(state, a, b, k):
 
 
 @triton.jit
+def composed_group(p_a, p_b, p_flags, k):
+    """The chunks of the ``k``-th chunk's group right of it, composed; ``k`` is the last of its group."""
+    o_g = tl.arange(0, GROUP)
+    start = k // GROUP * GROUP
+    wait_for(p_flags - start - o_g, start + o_g < k, k - start)
+    composed_a = tl.full([], 1.0, tl.float64)
+    composed_b = tl.full([], 0.0, tl.float64)
+    for i in tl.static_range(GROUP - 1):
+        a = tl.load(p_a - start - i, cache_modifier=".cg")
+        b = tl.load(p_b - start - i, cache_modifier=".cg")
+        composed_a, composed_b = compose_affine(composed_a, composed_b, a, b)
+    return composed_a, composed_b
+
+
+@triton.jit
 def look_back(p_a, p_b, p_flags, p_group_a, p_group_b, p_group_flags, k):
     """The carry into the ``k``-th chunk from the right, from what the chunks right of it published.
 
@@ -116,17 +131,12 @@ def look_back(p_a, p_b, p_flags, p_group_a, p_group_b, p_group_flags, k):
     start = n_groups * GROUP
     wait_for(p_flags - start - o_g, start + o_g < k, k - start)
     carry = group
-    composed_a = tl.full([], 1.0, tl.float64)
-    composed_b = tl.full([], 0.0, tl.float64)
     for i in tl.static_range(GROUP - 1):
         there = start + i < k
         a = tl.load(p_a - start - i, mask=there, other=1.0, cache_modifier=".cg")
         b = tl.load(p_b - start - i, mask=there, other=0.0, cache_modifier=".cg")
-        next_a, next_b = compose_affine(composed_a, composed_b, a, b)
         carry = tl.where(there, a * carry + b, carry)
-        composed_a = tl.where(there, next_a, composed_a)
-        composed_b = tl.where(there, next_b, composed_b)
-    return Carry(carry, group, composed_a, composed_b)
+    return carry
 
 
 # Sums over the chunks of a row, in an order that does not depend on who adds: chunk i goes to lane i % LANES.

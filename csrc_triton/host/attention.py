@@ -58,6 +58,12 @@ class LayerInputs(Protocol):
     def attention_mask(self) -> Tensor | None: ...
 
     @property
+    def mask_row(self) -> Tensor | None: ...
+
+    @property
+    def causal(self) -> bool: ...
+
+    @property
     def cu_seqlens(self) -> Tensor | None: ...
 
     @property
@@ -198,6 +204,9 @@ def layer_arguments(layer: LayerInputs, n_layers: int, shape: dict[str, Any], fi
     lse_strides = (0, 0, 0)
     if lse is not None:
         lse_strides = _position_strides(lse.unsqueeze(-1), cu is not None, keys)
+    mask_row, mask_row_strides = layer.mask_row, (0, 0, 0)
+    if mask_row is not None:
+        mask_row_strides = _mask_row_strides(mask_row, cu is not None)
     half = key.element_size() < 4
     wide = key_unit > 1 and key.data_ptr() % 16 == 0
     # Parts of 16 fit registers where operands are wide, or loaded element by element. Tensor cores add 16 by
@@ -219,9 +228,13 @@ def layer_arguments(layer: LayerInputs, n_layers: int, shape: dict[str, Any], fi
         "p_attention_mask": mask,
         "stride_mb": 0 if mask is None else row_stride(mask),
         "stride_mt": 0 if mask is None else mask.stride(-1),
+        "p_mask_row": mask_row,
+        "stride_ab": mask_row_strides[0],
+        "stride_ah": mask_row_strides[1],
+        "stride_at": mask_row_strides[2],
         "window": None if layer.sliding_window is None else min(layer.sliding_window, keys),
         "scaling": float(layer.scaling),
-        "softcap": layer.softcap,
+        "softcap": None if layer.softcap is None else float(layer.softcap),
         "p_sinks": contiguous(layer.sinks),
         "p_lse": lse,
         "stride_lb": lse_strides[0],
@@ -253,6 +266,7 @@ def layer_arguments(layer: LayerInputs, n_layers: int, shape: dict[str, Any], fi
         "ROLL": heavy or not wide,
         "STRIDE_QD": query.stride(-1),
         "STRIDE_KD": stride_kd,
+        "CAUSAL": layer.causal,
         "FAR": stride_kt * chunk >= 2**31,
         "QUERY_UNIT": query_unit,
         "KEY_UNIT": key_unit,
@@ -314,6 +328,13 @@ def _position_strides(x: Tensor, packed: bool, keys: int) -> tuple[int, int, int
     if not packed:
         return (x.stride(0), x.stride(1), x.stride(2) if x.ndim == 4 else 0)
     return (0, x.stride(1), x.stride(0)) if x.shape[0] == keys else (x.stride(0), x.stride(1), 0)
+
+
+def _mask_row_strides(x: Tensor, packed: bool) -> tuple[int, int, int]:
+    """Strides per row, head and key; 0 per head if ``x`` is the same for all."""
+    if packed:
+        return 0, x.stride(1) if x.ndim == 2 else 0, x.stride(0)
+    return x.stride(0), x.stride(1) if x.ndim == 3 else 0, x.stride(-1)
 
 
 def launch(arguments: dict[str, Any]) -> None:

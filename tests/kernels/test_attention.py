@@ -1,3 +1,5 @@
+import math
+import mmap
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -31,14 +33,19 @@ def raw(inputs: AttentionInputs, mask: Tensor, start=None, index=None, cu=None) 
 
 def exact(inputs: AttentionInputs) -> AttentionInputs:
     """The same numbers in float64."""
-    floats = {n: getattr(inputs, n) for n in ("query", "key", "sinks", "lse")}
+    floats = {n: getattr(inputs, n) for n in ("query", "key", "sinks", "lse", "mask_row")}
     return replace(inputs, **{n: None if x is None else x.double() for n, x in floats.items()})
 
 
 def max_logit(inputs: AttentionInputs) -> float:
     """No score of any query is larger."""
+    if not inputs.query.numel() or not inputs.key.numel():
+        return 0.0
     q, k = (torch.nan_to_num(x.double(), 0, 0, 0).norm(dim=-1).max() for x in (inputs.query, inputs.key))
-    return float(inputs.scaling * q * k)
+    added = 0.0
+    if inputs.mask_row is not None:
+        added = torch.nan_to_num(inputs.mask_row.double(), 0, 0, 0).abs().max()
+    return float(inputs.scaling * q * k + added)
 
 
 def assert_close(actual: Tensor, expected: Tensor, inputs: AttentionInputs) -> None:
@@ -90,6 +97,13 @@ def layers(draw: st.DrawFn) -> AttentionInputs:
         mask = mask.to(draw(st.sampled_from([torch.bool, torch.int64, torch.float32])))
     if draw(st.booleans()):
         position = (torch.rand(batch, generator=generator) * lengths).to(torch.int64)
+    mask_row = None
+    if draw(st.booleans()):
+        per_head = (heads,) if draw(st.booleans()) else ()
+        mask_row = randn(key.shape[0], *per_head) if packed else randn(batch, *per_head, length)
+        hidden = torch.rand(mask_row.shape, generator=generator) < draw(st.sampled_from([0.2, 1.0]))
+        mask_row = (mask_row * 2).masked_fill(hidden, -math.inf)
+        mask_row = mask_row.to(draw(st.sampled_from(DTYPES)))
     inputs = AttentionInputs(
         query.to(dtype),
         key.to(dtype),
@@ -97,6 +111,8 @@ def layers(draw: st.DrawFn) -> AttentionInputs:
         key_start=key_start,
         query_position=position,
         attention_mask=mask,
+        mask_row=mask_row,
+        causal=draw(st.booleans()),
         cu_seqlens=cu,
         softcap=draw(st.sampled_from([None, 2.0])),
         sliding_window=draw(st.sampled_from([None, 3, 140])),
@@ -138,8 +154,9 @@ def test_credit_at_response_tokens_is_the_reference(inputs: AttentionInputs, dat
     if index is not None:
         start = None
     where = [None if x is None else x.to(DEVICE) for x in (mask, start, index, cu)]
+    place = Response(where[0], start=where[1], index=where[2], cu_seqlens=where[3])
     actual, status = raw(inputs, *where)
-    expected, invalid = reference.raw_credit(exact(inputs), *where)
+    expected, invalid = reference.attention.raw_credit(exact(inputs), place)
     assert_close(actual, expected, inputs)
     assert ((status == OUT_OF_RANGE) == invalid).all()
 
@@ -202,7 +219,7 @@ def test_last_response_is_the_last_unmasked_tokens_query() -> None:
     mask = torch.ones(2, 20, device=DEVICE)
     mask[1, 15:] = 0
     start = ints(200, 30)
-    expected, _ = reference.raw_credit(exact(inputs), mask, start, None, None)
+    expected, _ = reference.attention.raw_credit(exact(inputs), Response(mask, start=start))
     index = start[:, None] + torch.arange(20, device=DEVICE)
     assert_close(raw(inputs, mask, start)[0], expected, inputs)
     assert_close(raw(inputs, mask, index=index)[0], expected, inputs)
@@ -216,7 +233,7 @@ def test_given_lse_only_response_keys_are_read(sinks: bool) -> None:
     lse = torch.cat([scores, second], 1).logsumexp(-1)
     inputs = replace(inputs, lse=lse.float(), sinks=torch.ones(6, device=DEVICE) if sinks else None)
     mask, start = torch.ones(2, 100, device=DEVICE), ints(500, 490)
-    expected, _ = reference.raw_credit(exact(inputs), mask, start, None, None)
+    expected, _ = reference.attention.raw_credit(exact(inputs), Response(mask, start=start))
     inputs.key[:, :, :256] = float("nan")
     assert_close(raw(inputs, mask, start)[0], expected, replace(inputs, key=inputs.key[:, :, 256:]))
 
@@ -228,6 +245,67 @@ def test_keys_outside_the_window_are_not_read() -> None:
     actual = row(inputs)
     assert_close(actual, expected, replace(inputs, key=inputs.key[:, :, 200:]))
     assert (actual[:, :200] == 0).all()
+
+
+def test_a_window_that_looks_both_ways() -> None:
+    inputs = layer(300, sliding_window=30, causal=False, query_position=ints(150, 290))
+    expected = reference.attention_row(exact(inputs))
+    assert (expected[0].nonzero().flatten() == torch.arange(121, 180, device=DEVICE)).all()
+    inputs.key[0, :, :121] = inputs.key[0, :, 180:] = float("nan")
+    actual = row(inputs)
+    assert_close(actual, expected, replace(inputs, key=torch.nan_to_num(inputs.key)))
+    assert (actual[0, :121] == 0).all()
+
+
+def test_a_chunk_without_a_key_that_is_seen_adds_nothing_to_low_scores() -> None:
+    """Relative to scores of -1000, the 0 that stands for no score at all would be infinite."""
+    key = torch.full((1, 1, 300, 16), -1000.0, device=DEVICE)
+    mask = torch.ones(1, 300, device=DEVICE)
+    mask[:, :140] = 0
+    mask[:, 0] = 1
+    mask[:, 150:290] = 0
+    inputs = AttentionInputs(torch.ones(1, 1, 16, device=DEVICE), key, 0.1, attention_mask=mask)
+    for added in (None, torch.where(mask == 1, 0.0, -math.inf)):
+        masked = replace(inputs, mask_row=added, attention_mask=mask if added is None else None)
+        assert_close(row(masked), mask.double() / mask.sum(), inputs)
+
+
+@pytest.mark.parametrize("hidden", [0, 1])
+def test_a_hidden_key_is_hidden_whatever_it_holds(hidden: int) -> None:
+    added = torch.zeros(2, 6, 300, device=DEVICE)
+    added[:, hidden, 17] = -math.inf
+    inputs = layer(300, mask_row=added, head_mask=(torch.arange(6, device=DEVICE) == hidden))
+    inputs.key[:, 0, 17] = float("nan")
+    inputs.query[:] = inputs.query[:, :1]
+    actual = row(inputs)
+    assert (actual[:, 17] == 0).all()
+    assert_close(actual, reference.attention_row(exact(inputs)), inputs)
+
+
+def far_apart(x: Tensor, *strides: int) -> Tensor:
+    """The same numbers with these strides, in memory that is there where it was written."""
+    span = sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True)) + 1
+    if DEVICE.type == "cuda":
+        flat = torch.empty(span, dtype=x.dtype, device=DEVICE)
+    else:
+        kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+        flat = torch.frombuffer(mmap.mmap(-1, span * x.element_size(), flags=kind), dtype=x.dtype)
+    return flat.as_strided(x.shape, strides).copy_(x)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_strides_beyond_32_bits(axis: int) -> None:
+    """Products of the kernel's own arithmetic, of strides that pass through 32 bits themselves."""
+    strides = [300 * 40, 2 * 300 * 40, 40, 1]
+    strides[axis] = 2**31 + 64 if axis < 2 else 2**24
+    small = layer(300, dtype=torch.float16, query_position=ints(299, 200))
+    key = far_apart(small.key, *strides)
+    assert row(replace(small, key=key)).equal(row(small))
+    query = torch.zeros(2, 6, 300, 40, dtype=torch.float16, device=DEVICE)
+    query[0, :, 299], query[1, :, 200] = small.query[0], small.query[1]
+    strides = [300 * 40, 2 * 300 * 40, 40, 1]
+    strides[axis] = 2**31 + 64 if axis < 2 else 2**24
+    assert row(replace(small, query=far_apart(query, *strides))).equal(row(small))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

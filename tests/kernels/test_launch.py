@@ -1,5 +1,7 @@
 """The launcher that starts a kernel with what was compiled before, and the counters of a launch."""
 
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,11 +74,13 @@ def test_the_like_is_compiled_once_and_gets_its_own_arguments(launcher: Launcher
         {"p_in": torch.empty(64)[1:]},
         {"p_in": torch.empty(2**29, device="meta")},
         {"window": 7},
+        {"window": 30.5},
+        {"scale": 1},
         {"n": 2**31},
         {"BLOCK": 256},
         {"num_warps": 8},
     ],
-    ids=["dtype", "absent", "misaligned", "far", "present", "wide", "constant", "option"],
+    ids=["dtype", "absent", "misaligned", "far", "present", "float", "int", "wide", "constant", "option"],
 )
 def test_what_differs_in_kind_is_compiled_anew(launcher: Launcher, other: dict[str, Any]) -> None:
     launcher(4, base(), {"num_warps": 4})
@@ -97,22 +101,51 @@ def test_a_name_that_is_no_parameters_is_refused(launcher: Launcher) -> None:
     assert not launcher.kernel.compiled
 
 
-def test_counters_of_a_graph_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    counters, cuda = Counters(), torch.device("cuda", 0)
-    zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda n, dtype, device: zeros(n, dtype=dtype))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: type("S", (), {"cuda_stream": 7}))
-    capturing = [False]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    eager = counters.take(cuda, 10)
-    assert counters.take(cuda, 100).data_ptr() == eager.data_ptr()
-    assert len(counters.take(cuda, 10_000)) >= 10_000
-    capturing[0] = True
-    first, second = counters.take(cuda, 10), counters.take(cuda, 10)
+class Gpu:
+    """Streams, capture and memory pools as torch has them on a GPU; a pool is a thread's."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.device, self.capturing, self.pools = torch.device("cuda", 0), False, {}
+        zeros = torch.zeros
+
+        def made(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+            x = zeros(n, dtype=dtype)
+            self.pools[x.untyped_storage().data_ptr()] = threading.get_ident()
+            return x
+
+        stream = SimpleNamespace(cuda_stream=7, synchronize=lambda: None)
+        monkeypatch.setattr(torch, "zeros", made)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+
+    def in_pool_of_this_thread(self, x: torch.Tensor) -> bool:
+        return self.pools[x.untyped_storage().data_ptr()] == threading.get_ident()
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    return Gpu(monkeypatch)
+
+
+def test_counters_of_a_graph_are_its_own(gpu: Gpu) -> None:
+    counters = Counters()
+    eager = counters.take(gpu.device, 10)
+    assert counters.take(gpu.device, 100).data_ptr() == eager.data_ptr()
+    assert len(counters.take(gpu.device, 10_000)) >= 10_000
+    gpu.capturing = True
+    first, second = counters.take(gpu.device, 10), counters.take(gpu.device, 10)
     assert not {x.data_ptr() for x in (first, second)} & {eager.data_ptr()}
     assert first.data_ptr() != second.data_ptr()
     assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
-    assert len(counters.take(cuda, 2 * Counters.SPARE)) == 2 * Counters.SPARE
+    assert len(counters.take(gpu.device, 2 * Counters.SPARE)) == 2 * Counters.SPARE
+
+
+def test_counters_are_not_in_the_pool_of_a_graph_that_warms_up(gpu: Gpu) -> None:
+    """``torch.compile(mode="reduce-overhead")`` frees or overwrites what its first call allocates."""
+    counters = Counters()
+    assert not gpu.in_pool_of_this_thread(counters.take(gpu.device, 10))
+    gpu.capturing = True
+    assert not gpu.in_pool_of_this_thread(counters.take(gpu.device, 10))
 
 
 def test_counters_grow_and_are_discarded() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.problems import Problem, check_shaped, make_problem, mapped, pack, problems, to_float64
@@ -16,7 +18,8 @@ from triton.runtime.errors import InterpreterError
 
 import attnshape
 from attnshape import AttentionInputs, Response, ShapedRewards, ShapingConfig
-from csrc_triton.device import layout
+from csrc_triton import advantages
+from csrc_triton.device import layout, scan
 from csrc_triton.host import attention, rewards
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -239,6 +242,48 @@ def test_programs_may_run_in_any_order(
     monkeypatch.setattr(builder, "set_grid_idx", lambda self, x, *rest: set_grid_idx(self, order[x], *rest))
     assert_same_bits(shaped(problem), want)
     assert order != sorted(order)
+
+
+def test_short_chunks_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests here cut rows into chunks of 16 tokens, and so do the kernels that they start."""
+    sizes = []
+    launcher = attention.LAUNCHER
+
+    def recorded(programs: int, arguments: dict[str, Any], options: dict[str, Any]) -> None:
+        sizes.append(arguments["CHUNK"])
+        launcher(programs, arguments, options)
+
+    monkeypatch.setattr(attention, "LAUNCHER", recorded)
+    shaped(long_problem(8))
+    assert sizes == [16]
+
+
+@INTERPRETED
+def test_a_group_is_published_before_another_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunk 31 ends the second group of 16; of the first group nothing is there yet."""
+    n, flags = 48, torch.zeros(4, 48, dtype=torch.int32)
+    right = n - 1
+    flags[0, right - 30 : right - 15] = 1  # chunks 16 to 30
+    doubles = torch.full((advantages.DOUBLES, n), 0.5, dtype=torch.float64)
+
+    def no_wait(p_counters: Any, wanted: Any, count: Any) -> None:
+        there = tl.load(p_counters, mask=wanted, other=0)
+        if tl.sum(there).handle.data.item() < count.handle.data.item():
+            raise TimeoutError
+
+    monkeypatch.setattr(scan, "wait_for", no_wait)
+    with pytest.raises(InterpreterError, match="TimeoutError"):
+        carry_kernel[(1,)](doubles, flags, n, 31)
+    assert flags[1, right - 31] == 1
+    assert doubles[3, right - 31] == 0.5**16
+    assert doubles[4, right - 31] == sum(0.5**i for i in range(1, 17))
+
+
+@triton.jit
+def carry_kernel(p_doubles, p_flags, n, k):
+    board = advantages.Board(p_doubles, p_doubles, n, p_flags, p_flags, p_flags)
+    half = tl.full([], 0.5, tl.float64)
+    advantages.carry_into(board, half, half, k, n, 0)
 
 
 @INTERPRETED

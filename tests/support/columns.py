@@ -96,6 +96,8 @@ def layouts(draw: st.DrawFn, **fixed: Any) -> Problem:
         "head_mask": draw(st.booleans()),
         "dtype": dtype,
     }
+    if draw(st.booleans()):  # keys of padding are only hidden by a mask
+        arguments |= {"causal": False, "lse": False, "attention_mask": True}
     problem = make_problem(draw(st.integers(0, 2**16)), whole_query=True, **(arguments | fixed))
     return pack(problem) if draw(st.booleans()) else problem
 

@@ -9,6 +9,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from attnshape.reference import attention_row
+from attnshape.types import AttentionInputs
+
 VOCABULARY, PAD, EOS = 64, 0, 2
 LENGTH = 14
 
@@ -254,3 +257,36 @@ def reference_attention(
     else:
         weights = scores.softmax(-1)
     return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """What a tap could leave behind in a model."""
+    return {
+        name: (
+            set(vars(m)),
+            dict(m._forward_hooks),
+            dict(m._forward_pre_hooks),
+            dict(m._forward_pre_hooks_with_kwargs),
+        )
+        for name, m in model.named_modules()
+    }
+
+
+def positions_of(mask: Tensor) -> list[int]:
+    return [int(row.nonzero().max()) for row in mask]
+
+
+def square(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The causal mask ``[B, 1, S, S]`` of ``mask [B, S]``: bool, or added to the scores."""
+    seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril() & mask.bool()[:, None, None]
+    return seen if dtype == torch.bool else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def assert_row(inputs: AttentionInputs, expected: Tensor) -> None:
+    torch.testing.assert_close(attention_row(inputs).double(), expected, rtol=2e-4, atol=2e-6)
+
+
+def assert_same(a: AttentionInputs, b: AttentionInputs) -> None:
+    assert torch.equal(a.query, b.query)
+    assert torch.equal(a.key, b.key)
+    assert torch.equal(a.query_position, b.query_position)

@@ -356,11 +356,3 @@ def test_gptj_gets_its_method_back_and_is_not_tapped_compiled():
 def test_stablelm_bypassed_the_interface():
     with pytest.raises(ValueError, match="StableLmForSequenceClassification"):
         AttentionTap(build("stablelm"))
-
-
-def test_bidirectional_attention_is_refused():
-    config = transformers.BertConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32
-    )
-    with pytest.raises(ValueError, match="BertForSequenceClassification has no causal attention"):
-        AttentionTap(transformers.BertForSequenceClassification(config))

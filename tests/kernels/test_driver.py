@@ -1,0 +1,83 @@
+"""What reaches the driver: Triton's launcher over one that launches nothing, byte by byte."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import driver
+
+import csrc_triton
+
+triton_nvidia = pytest.importorskip("triton.backends.nvidia.driver")
+INCLUDE = Path(triton_nvidia.__file__).parent / "include"
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("gcc"), reason="no gcc to compile the driver that launches nothing"),
+    pytest.mark.skipif(not (INCLUDE / "cuda.h").exists(), reason="this Triton has no headers of CUDA"),
+]
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("driver")
+    source = Path(driver.__file__).with_name("libcuda.c")
+    library = folder / "libcuda.so.1"
+    built = [
+        "gcc",
+        "-shared",
+        "-fPIC",
+        "-w",
+        f"-I{INCLUDE}",
+        str(source),
+        "-o",
+        str(library),
+        "-Wl,-soname,libcuda.so.1",
+    ]
+    subprocess.run(built, check=True, capture_output=True)
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    log = folder / "log"
+    environment |= {
+        "TRITON_LIBCUDA_PATH": str(folder),
+        "TRITON_CACHE_DIR": str(folder / "cache"),
+        "CUDA_LOG": str(log),
+    }
+    command = [sys.executable, "-m", "support.driver", str(log)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_every_parameter_is_what_was_passed(launches: list[dict]) -> None:
+    assert [launch for launch in launches if launch["wrong"]] == []
+
+
+def test_every_kernel_was_launched(launches: list[dict]) -> None:
+    """But ``share_kernel``, of rollouts with norms, and ``fold_kernel``, of many parts."""
+    written = set()
+    for path in Path(csrc_triton.__file__).parent.rglob("*.py"):
+        written |= set(re.findall(r"^@kernel\(.*\)\ndef (\w+)\(", path.read_text(), re.MULTILINE))
+    found = {launch["kernel"] for launch in launches}
+    assert found == written - {"share_kernel", "fold_kernel"} | {"mixed_kernel"}
+
+
+def test_the_like_is_not_compiled_again(launches: list[dict]) -> None:
+    how: dict[str, list[str]] = {}
+    for launch in launches:
+        if launch["kernel"] == "shape_kernel":
+            how.setdefault(launch["call"], []).append(launch["how"])
+    assert how["attend"] == how["rows"] == how["chunks"] == ["compiled", "again"]
+    mixed = [launch["how"] for launch in launches if launch["kernel"] == "mixed_kernel"]
+    assert [i for i, x in enumerate(mixed) if x == "again"] == [1, 5, 10]
+
+
+def test_numbers_keep_their_kinds(launches: list[dict]) -> None:
+    kinds = [launch["numbers"] for launch in launches if launch["kernel"] == "mixed_kernel"]
+    assert kinds[0] == ["i32", "fp32"]
+    assert ["i32", "i32", "fp32"] in kinds
+    assert ["fp32", "i32", "fp32"] in kinds
+    assert kinds[6] == ["i32", "i32"]
+    assert kinds[7] == kinds[8] == ["i64", "fp32"]

@@ -1,0 +1,412 @@
+"""Every causal and sequence-classification class of transformers, and what the tap gives of it.
+
+    python -m tests.model_sweep --part 1/8      # tries an eighth of the classes, but those already tried
+    python -m tests.model_sweep --table         # writes attnshape/tap/MODELS.md
+
+A tiny random model of each class runs on rows of 14, 9 and 5 tokens, not padded, padded left, padded right.
+What a source hands out is held to the model with eager attention (``output_attentions=True``), to what each
+head gives when the others are silenced, or to finite differences of the score.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import attnshape
+from attnshape.credit import gradient_weights
+from attnshape.tap import AttentionTap
+from attnshape.tap.find import attention_layers, lookups, top_layer
+from tests.support import zoo
+
+ROOT = Path(__file__).parents[1]
+TABLE = ROOT / "attnshape" / "tap" / "MODELS.md"
+RESULTS = ROOT / "model_sweep.jsonl"
+
+SOURCES = ("attention", "columns", "rollout", "signed_rollout", "gradient_value", "gradient_embedding")
+LENGTH, LENGTHS = 14, (14, 9, 5)
+EQUAL = "equal"
+DONE = "equal to what eager attention does, which is not all that it reports"
+
+
+class Differs(AssertionError):
+    """What was handed out is not what the model did."""
+
+
+# A model and its input ---------------------------------------------------------------------------------
+
+
+def batch(padding: str, model: Any) -> dict[str, Tensor]:
+    ids = torch.randint(5, 60, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    for row, length in enumerate(LENGTHS if padding != "none" else ()):
+        gone = slice(None, LENGTH - length) if padding == "left" else slice(length, None)
+        ids[row, gone], mask[row, gone] = zoo.PAD, 0
+    if model.config.is_encoder_decoder:  # their heads score the end of the text
+        last = (mask * torch.arange(LENGTH)).argmax(-1)
+        ids[torch.arange(3), last] = zoo.EOS
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def attention_of(model: Any) -> dict[str, nn.Module]:
+    models = {n: m for n, m in model.named_modules() if isinstance(m, transformers.PreTrainedModel)}
+    try:
+        names = attention_layers(model, models)
+    except ValueError:
+        return {}
+    return {name: model.get_submodule(name) for name in names}
+
+
+def sharpen(model: Any) -> None:
+    """Attention far from uniform."""
+    generator = torch.Generator().manual_seed(0)
+    for module in attention_of(model).values():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim > 1:
+                parameter.data.normal_(0, 0.4, generator=generator)
+            elif "bias" in name or "sink" in name:
+                parameter.data.normal_(0, 0.1, generator=generator)
+
+
+def scores(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """A number per row: the classifier's score, or a logit of the last token."""
+    logits = model(**inputs).logits
+    return logits[:, 0] if logits.ndim == 2 else logits[:, -1, 7]
+
+
+@contextmanager
+def eager(model: Any) -> Iterator[None]:
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def eager_attention(model: Any, inputs: dict[str, Tensor], *, done: bool = False) -> list[Tensor]:
+    """Of every layer, ``[B, Hq, S, S]``, float64: what eager attention reports, or what it has ``done``.
+
+    What it has done is what it gives of values that are one where the key is and zero elsewhere.
+    """
+    layers, reported, found = attention_of(model), {}, {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor):
+                reported[name] = output[1].double()
+
+        return hook
+
+    def pick(name: str) -> Callable[..., Any]:
+        def attend(value: Tensor, call: Callable[[Tensor], Any]) -> Any:
+            batch, heads, length, _ = value.shape
+            given = call(torch.eye(length).to(value).expand(batch, heads, -1, -1))[0]
+            found[name] = given.transpose(1, 2).double()
+            return call(value)
+
+        return attend
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(eager(model))
+        for name, module in layers.items():
+            handle = module.register_forward_hook(keep(name))
+            stack.callback(handle.remove)
+            if done:
+                stack.enter_context(replaced_attention(module, pick(name)))
+        given = model(**inputs, output_attentions=True, **_no_cache(model))
+    if done:
+        return [found[name] for name in layers]
+    if len(reported) == len(layers):
+        return [reported[name] for name in layers]
+    attentions = [a.double() for a in getattr(given, "attentions", None) or () if a is not None]
+    if len(attentions) != len(layers):
+        raise Differs(f"eager attention reports {len(attentions)} of {len(layers)} layers")
+    return attentions
+
+
+def _no_cache(model: Any) -> dict[str, bool]:
+    return {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
+
+
+# What each source is held to ---------------------------------------------------------------------------
+
+
+def held(what: str, actual: Tensor, expected: Tensor, rtol: float = 5e-4, atol: float = 5e-6) -> None:
+    if not torch.allclose(actual.double(), expected.double(), rtol=rtol, atol=atol):
+        error = (actual.double() - expected.double()).abs().max()
+        raise Differs(f"{what} differs by {error:.2g} of {expected.abs().max():.2g}")
+
+
+def scored_positions(model: Any, inputs: dict[str, Tensor]) -> list[list[int]]:
+    """Of each row, where the last layer's output has a gradient of the score."""
+    if model(**inputs).logits.ndim != 2:
+        return [[int(row.nonzero().max())] for row in inputs["attention_mask"]]
+    streams: list[Tensor] = []
+
+    def leaf(module: nn.Module, args: Any, output: Any) -> Any:
+        stream = (output[0] if isinstance(output, tuple) else output).detach().requires_grad_()
+        streams.append(stream)
+        return (stream, *output[1:]) if isinstance(output, tuple) else stream
+
+    layer = top_layer(model, list(attention_of(model).values())[-1])
+    handle = layer.register_forward_hook(leaf)
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(scores(model, inputs).sum(), streams[-1])
+    handle.remove()
+    return [row.abs().amax(-1).nonzero().flatten().tolist() for row in gradient]
+
+
+def expected_rows(attention: Tensor, positions: list[list[int]]) -> Tensor:
+    return torch.stack([attention[b, :, p].mean((0, 1)) for b, p in enumerate(positions)])
+
+
+def check_attention(model: Any, inputs: dict[str, Tensor], *, done: bool) -> None:
+    with torch.no_grad(), AttentionTap(model, check="always") as tap:
+        model(**inputs, **_no_cache(model))
+    row, positions = attnshape.attention_row(tap.take()), scored_positions(model, inputs)
+    live = [b for b, p in enumerate(positions) if inputs["attention_mask"][b, p].any()]  # not of padding
+    expected = expected_rows(eager_attention(model, inputs, done=done)[-1], positions)
+    held("the row", row[live], expected[live])
+
+
+def check_queries(layer: Any, attention: Tensor, mask: Tensor) -> None:
+    """Every query that is not padding."""
+    for p in range(LENGTH):
+        live = mask[:, p] != 0
+        at = dataclasses.replace(layer, query_position=torch.full((len(mask),), p, dtype=torch.int32))
+        held(f"query {p}", attnshape.attention_row(at)[live], attention[live, :, p].mean(1))
+
+
+def check_columns(model: Any, inputs: dict[str, Tensor], *, done: bool) -> None:
+    with torch.no_grad(), AttentionTap(model, query_position="all", check="always") as tap:
+        model(**inputs, **_no_cache(model))
+    check_queries(tap.take(), eager_attention(model, inputs, done=done)[-1], inputs["attention_mask"])
+
+
+@contextmanager
+def replaced_attention(module: nn.Module, attend: Callable[..., Any]) -> Iterator[None]:
+    """``attend(function, value, call)`` in the place of the module's attention function."""
+    entries = [(table, name, table.get(name), function) for table, name, function in lookups(module)]
+
+    def wrapped(function: Any) -> Any:
+        def call(given: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+            if given is not module:
+                return function(given, query, key, value, *args, **options)
+            return attend(value, lambda v: function(given, query, key, v, *args, **options))
+
+        call.__name__ = function.__name__
+        return call
+
+    for table, name, _, function in entries:
+        table[name] = wrapped(function)
+    try:
+        yield
+    finally:
+        for table, name, before, _ in entries:
+            if before is None:
+                del table[name]
+            else:
+                table[name] = before
+
+
+def head_norms(model: Any, module: nn.Module, heads: int, inputs: dict[str, Tensor]) -> Tensor:
+    """``|W_O,h v[h, t]|``, by what the module gives when one head passes its values on, and no other."""
+
+    def given(head: int | None) -> Tensor:
+        out: list[Tensor] = []
+
+        def alone(value: Tensor, call: Any) -> Any:
+            own = value.repeat_interleave(heads // value.shape[1], 1).transpose(1, 2)
+            picked = torch.zeros_like(own)
+            if head is not None:
+                picked[:, :, head] = own[:, :, head]
+            return picked, None
+
+        handle = module.register_forward_hook(
+            lambda m, a, o: out.append((o[0] if isinstance(o, tuple) else o).double())
+        )
+        with replaced_attention(module, alone), torch.no_grad():
+            model(**inputs, **_no_cache(model))
+        handle.remove()
+        return out[0]
+
+    nothing = given(None)
+    return torch.stack([(given(head) - nothing).norm(dim=-1) for head in range(heads)], 1)
+
+
+def check_rollout(model: Any, inputs: dict[str, Tensor], source: str, *, done: bool) -> None:
+    with torch.no_grad(), AttentionTap(model, source=source, check="always") as tap:  # type: ignore[arg-type]
+        model(**inputs, **_no_cache(model))
+    taken, attentions = tap.take(), eager_attention(model, inputs, done=done)
+    live = inputs["attention_mask"].bool()
+    for layer, attention, module in zip(taken, attentions, attention_of(model).values(), strict=True):
+        of = layer if source == "rollout" else layer.inputs
+        check_queries(of, attention, inputs["attention_mask"])
+        if source == "rollout" and inputs["attention_mask"].all():
+            norms = head_norms(model, module, of.query.shape[1], inputs).transpose(1, 2)
+            held("a head's norm", layer.value_norm.transpose(1, 2)[live], norms[live], rtol=1e-3, atol=1e-5)
+
+
+def differences(score: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Of the score by a factor on each token, ``[B, S]``, and where it has one (experts may change)."""
+
+    def difference(t: int, step: float) -> Tensor:
+        factors = torch.ones(2, LENGTH, dtype=torch.float64)
+        factors[:, t] += torch.tensor([step, -step])
+        up, down = map(score, factors)
+        return (up - down) / (2 * step)
+
+    wide, near = (torch.stack([difference(t, step) for t in range(LENGTH)], 1) for step in (1 / 64, 1 / 128))
+    return (4 * near - wide) / 3, (near - wide).abs() < 0.02 * near.abs().max()
+
+
+def check_gradient(model: Any, inputs: dict[str, Tensor], source: str) -> None:
+    if not inputs["attention_mask"].all():
+        return
+    with torch.enable_grad(), AttentionTap(model, source=source) as tap:  # type: ignore[arg-type]
+        score = scores(model, inputs)
+    response = attnshape.Response(inputs["attention_mask"], start=torch.zeros(3, dtype=torch.int32))
+    got = gradient_weights(score, tap.take(), response)
+    ids = inputs["input_ids"]
+
+    def scaled(factors: Tensor) -> Tensor:
+        def embedded(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            own = factors
+            if not torch.equal(args[0], ids):  # a decoder's, one position later
+                own = torch.cat([torch.ones(1, dtype=torch.float64), factors[:-1]])
+            return output * own[:, None].to(output)
+
+        with torch.no_grad(), ExitStack() as stack:
+            if source == "gradient_value":
+                module = next(iter(attention_of(model).values()))
+                change = replaced_attention(module, lambda v, call: call(v * factors[:, None].to(v)))
+                stack.enter_context(change)
+            else:
+                embedding = model.get_input_embeddings()
+                same = (m for m in model.modules() if getattr(m, "weight", None) is embedding.weight)
+                for module in {embedding, *(m for m in same if isinstance(m, nn.Embedding))}:
+                    stack.callback(module.register_forward_hook(embedded).remove)
+            return scores(model, inputs).double()
+
+    expected, smooth = differences(scaled)
+    if smooth.double().mean() < 0.5:
+        raise Differs("the gradient: its score has no derivative at half of the tokens")
+    held("the gradient", got[smooth], expected[smooth], rtol=2e-2, atol=1e-2 * float(expected.abs().max()))
+
+
+# All of it ---------------------------------------------------------------------------------------------
+
+
+def tried(model: Any, source: str) -> str:
+    """``EQUAL``, or why the source is refused."""
+    if source.startswith("gradient"):
+        return verdict(model, lambda inputs: check_gradient(model, inputs, source))
+    check = {"attention": check_attention, "columns": check_columns}.get(
+        source, lambda *args, **options: check_rollout(*args, source, **options)
+    )
+    found = verdict(model, lambda inputs: check(model, inputs, done=False))
+    if (
+        found.startswith("differs")
+        and verdict(model, lambda inputs: check(model, inputs, done=True)) == EQUAL
+    ):
+        return DONE
+    return found
+
+
+def verdict(model: Any, check: Callable[[dict[str, Tensor]], None]) -> str:
+    for padding in ("none", "left", "right"):
+        try:
+            check(batch(padding, model))
+        except Differs as error:
+            return f"differs: {error} ({padding} padding)"
+        except ValueError as error:
+            return f"refused: {reason(str(error))}"
+    return EQUAL
+
+
+def in_float64(model: Any) -> None:
+    """Where its forward can do that: differences lose digits."""
+    experts = getattr(model.config, "_experts_implementation", None)
+    model.double().set_experts_implementation("eager")  # others know no float64
+    try:
+        with torch.no_grad():
+            model(**batch("none", model))
+    except Exception:
+        model.float().set_experts_implementation(experts)
+
+
+def reason(message: str) -> str:
+    """What went before the advice, without names that differ from layer to layer."""
+    message = message.split("; want")[0].replace("\n", " ")
+    message = re.sub(r"[\w.]*\.\d+\.[\w.]*", "a layer", message)
+    return re.sub(r"[\d.e-]+ of head \d+'s attention is elsewhere, at most [\d.e-]+ is rounding", "", message)
+
+
+def sweep(name: str) -> dict[str, str]:
+    """A verdict for every source, or ``{"model": "not built: …"}``."""
+    try:
+        model = zoo.build(name)
+        sharpen(model)
+        with torch.no_grad():
+            logits = model(**batch("none", model)).logits
+        if not logits.isfinite().all():
+            return {"model": "not built: its logits are not finite"}
+    except Exception as error:
+        return {"model": f"not built: {type(error).__name__}: {str(error).splitlines()[0][:100]}"}
+    found = {}
+    for source in SOURCES:
+        if source == "gradient_value":
+            in_float64(model)
+        try:
+            found[source] = tried(model, source)
+        except Exception as error:
+            found[source] = f"differs: {type(error).__name__}: {error}"
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.model_sweep", description=__doc__)
+    parser.add_argument("--part", default="1/1", help="which of how many equal parts")
+    parser.add_argument("--only", nargs="*", help="these classes")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="write the table of what was found")
+    given = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    known = {}
+    if given.results.exists():
+        known = dict(json.loads(line) for line in given.results.read_text().splitlines())
+    if given.table:
+        TABLE.write_text(table(known))
+        return
+    part, of = (int(x) for x in given.part.split("/"))
+    for name in given.only or list(zoo.classes())[part - 1 :: of]:
+        if name in known and not given.only:
+            continue
+        found = sweep(name)
+        with given.results.open("a") as file:
+            file.write(json.dumps([name, found]) + "\n")
+        print(name, json.dumps(found, indent=1), flush=True)
+
+
+def table(known: dict[str, dict[str, str]]) -> str:
+    return ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Sources other than attention."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+import pytest
+import torch
+from support.tap_models import (
+    Adapted,
+    ValueHead,
+    assert_same,
+    batch,
+    build,
+    state,
+)
+
+from attnshape import Response
+from attnshape.credit import gradient_weights
+from attnshape.problems import mapped
+from attnshape.tap import AttentionTap
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+SOURCES = ["rollout", "signed_rollout", "gradient_value", "gradient_embedding"]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_sources_keep_the_logits_and_leave_the_model_as_it_was(source, implementation):
+    model = build("llama", implementation=implementation)
+    before = state(model)
+    ids, mask = batch("left")
+    with torch.enable_grad():
+        bare = model(ids, attention_mask=mask).logits
+        with AttentionTap(model, source=source) as tap:
+            assert torch.equal(model(ids, attention_mask=mask).logits, bare)
+            tap.take()
+            with pytest.raises(RuntimeError, match="ran 0"):
+                tap.take()
+            model(ids, attention_mask=mask)
+            model(ids, attention_mask=mask)
+            with pytest.raises(RuntimeError, match="ran 2"):
+                tap.take()
+    assert state(model) == before
+    handle = model.model.norm.register_forward_hook(lambda *_: 1 / 0)
+    with torch.enable_grad(), pytest.raises(ZeroDivisionError), AttentionTap(model, source=source):
+        model(ids, attention_mask=mask)
+    handle.remove()
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_sources_through_wrappers(source):
+    model = build("llama", head=False)
+    ids, mask = batch("right")
+    score, wrapped = ValueHead(model), ValueHead(Adapted(model))
+    wrapped.value = score.value
+    taken = []
+    for module in (score, wrapped):
+        with torch.enable_grad(), AttentionTap(module, source=source) as tap:
+            module(ids, mask)
+        taken.append(tap.take())
+    if source == "rollout":
+        for plain, adapted in zip(*taken, strict=True):
+            assert_same(plain, adapted)
+            assert torch.equal(plain.value_norm, adapted.value_norm)
+            assert torch.equal(plain.residual_norm, adapted.residual_norm)
+    elif source == "signed_rollout":
+        for plain, adapted in zip(*taken, strict=True):
+            assert_same(plain.inputs, adapted.inputs)
+            assert torch.equal(plain.pull, adapted.pull)
+    else:
+        assert torch.equal(*taken)
+
+
+@pytest.mark.parametrize("source", ["gradient_value", "gradient_embedding"])
+def test_gradients_are_those_of_a_row_alone(source):
+    model = build("llama")
+    ids, mask = batch("right")
+    response = Response(mask[:, 2:], start=torch.full((3,), 2))
+    rows = []
+    with torch.enable_grad(), AttentionTap(model, source=source) as tap:
+        score = model(ids, attention_mask=mask).logits[:, 0]
+        together = gradient_weights(score, tap.take(), response)
+        for b in range(3):
+            score = model(ids[b : b + 1], attention_mask=mask[b : b + 1]).logits[:, 0]
+            alone = mapped(response, lambda x, b=b: x[b : b + 1])
+            rows.append(gradient_weights(score, tap.take(), alone))
+    torch.testing.assert_close(together, torch.cat(rows))
+
+
+@pytest.mark.parametrize("source", ["gradient_value", "gradient_embedding"])
+def test_training_goes_on_through_what_is_taken(source):
+    model = build("llama")
+    ids, mask = batch("left")
+    gradients = []
+    for tapped in (False, True):
+        model.zero_grad()
+        with torch.enable_grad():
+            if tapped:
+                with AttentionTap(model, source=source):
+                    loss = model(ids, attention_mask=mask).logits.sum()
+            else:
+                loss = model(ids, attention_mask=mask).logits.sum()
+            loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+@pytest.mark.parametrize("source", ["gradient_value", "gradient_embedding"])
+def test_a_gradient_source_needs_a_graph(source):
+    model = build("llama")
+    ids, mask = batch("left")
+    with AttentionTap(model, source=source) as tap:
+        model(ids, attention_mask=mask)
+        with pytest.raises(ValueError, match=r"forward under torch.enable_grad\(\), got one without"):
+            tap.take()
+        with torch.enable_grad():
+            model(ids, attention_mask=mask)
+        assert tap.take().requires_grad
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_sources_see_the_forwards_of_their_own_thread(source):
+    model = build("llama")
+    ids, mask = batch("left")
+
+    def elsewhere():
+        with torch.enable_grad():
+            model(ids, attention_mask=mask)
+
+    with torch.enable_grad(), AttentionTap(model, source=source) as tap:
+        model(ids, attention_mask=mask)
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+    tap.take()
+
+
+@pytest.mark.parametrize("source", ["rollout", "signed_rollout"])
+def test_a_rollout_keeps_keys_by_reference_and_no_hidden_states(source):
+    model = build("llama")
+    ids, mask = batch("left")
+    streams = []
+    handle = model.model.layers[1].register_forward_pre_hook(
+        lambda m, args: streams.append(weakref.ref(args[0]))
+    )
+    with AttentionTap(model, source=source) as tap:
+        cache = model(ids, attention_mask=mask).past_key_values
+        taken = [x if source == "rollout" else x.inputs for x in tap.take()]
+        assert streams[0]() is None
+    handle.remove()
+    assert [x.key.data_ptr() for x in taken] == [layer.keys.data_ptr() for layer in cache.layers]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("compile_", ["torch.compile", "Module.compile"])
+def test_other_sources_than_attention_refuse_compiled_models(source, compile_):
+    model = build("llama")
+    if compile_ == "torch.compile":
+        model = torch.compile(model, backend="eager")
+    else:
+        model.compile(backend="eager")
+    with pytest.raises(ValueError, match=f"model: compiled.*{source}"):
+        AttentionTap(model, source=source)
+
+
+@pytest.mark.parametrize(
+    ("source", "layer", "message"),
+    [
+        ("attn", None, "source: got 'attn', want one of"),
+        ("rollout", -1, "layer: got -1, want none for source='rollout'"),
+        ("signed_rollout", [0, 1], "layer: got"),
+        ("gradient_embedding", 0, "layer: got 0, want none"),
+        ("gradient_value", [0], r"layer: got \[0\], want int"),
+        ("gradient_value", 2, "layer: got 2, the model has 2"),
+    ],
+)
+def test_sources_and_layers_that_do_not_fit(source, layer, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        AttentionTap(build("llama"), layer, source=source)
