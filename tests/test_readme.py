@@ -129,6 +129,14 @@ def test_a_framework_s_numbers(names: dict[str, Any]) -> None:
     torch.testing.assert_close(names["advantages"].std(), torch.tensor(1.0))
 
 
+def test_groups_without_a_critic(names: dict[str, Any]) -> None:
+    names |= {"score": torch.tensor([1.0, 0.0, 0.5, 0.5]), "credit": torch.rand(B, R)}
+    exec(block("GroupConfig.grpo("), names)
+    a = 0.5 / (0.5**0.5 + 1e-4)
+    torch.testing.assert_close(names["shaped"].completion, torch.tensor([a, -a, 0.0, 0.0]))
+    torch.testing.assert_close(names["shaped"].advantages.mean(1), names["shaped"].completion)
+
+
 def test_scores_over_http(names: dict[str, Any]) -> None:
     asked: list[Any] = []
     words = Tokenizer(models.WordLevel({"good": 0, "plot": 1}, unk_token="good"))
