@@ -129,3 +129,24 @@ def test_nothing_is_contracted() -> None:
     y = x.copy()
     y[16] = -(1 + 2.0**-29)
     assert products(x, y, 0.0) == 0.0  # fused: 2 ** -60
+
+
+def test_a_lost_row_leaves_nothing_behind() -> None:
+    """Found by the soak: the memory of a row out of range serves the fourth row after it."""
+    mask, index = torch.ones(6, 4), torch.tensor([9, 0, -1, 1, 2, 3])
+    config = ShapingConfig(score_index=index)
+    credit, score = golden.numbers(24, 1).view(6, 4).abs(), golden.numbers(6, 2)
+    out = attnshape.shape_rewards(score, credit, mask, config=config, backend="cpu")
+    assert out.status.tolist() == [24, 0, 24, 0, 0, 0]
+    assert out.rewards[[1, 3, 4, 5]].isfinite().all()
+
+
+def test_a_row_without_tokens_takes_nothing_over() -> None:
+    """Found by the soak: where masked tokens are kept, an empty row is swept too."""
+    mask = torch.ones(5, 3)
+    mask[4] = 0
+    config = ShapingConfig(score_index="last_token", carry_masked=True)
+    out = attnshape.shape_rewards(torch.ones(5), "uniform", mask, config=config, backend="cpu")
+    assert out.status.tolist() == [0, 0, 0, 0, 2]
+    assert not out.rewards[4].any()
+    assert not out.credit[4].any()
