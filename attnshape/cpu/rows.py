@@ -8,7 +8,7 @@ import numpy as np
 
 from attnshape.cpu import layout
 from attnshape.cpu.advantages import WAYS, add_moments, carry, prepare, settle, settle_all
-from attnshape.cpu.arithmetic import fold
+from attnshape.cpu.arithmetic import fold, log
 from attnshape.cpu.jit import entry, inner
 from attnshape.cpu.layout import BLOCK, HELD, LIVE, survey
 from attnshape.cpu.memory import (
@@ -115,7 +115,7 @@ def weigh_row(
     elif source == UNIFORM:
         of[i, SCALE] = total / count
         weight = total
-        entropy = np.log(1.0 * count)
+        entropy = log(1.0 * count)
         last_share = 1.0 / count
     if source == SPARSE and on_score:
         of[i, HOT] = weight = total
