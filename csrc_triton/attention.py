@@ -8,9 +8,11 @@ import triton.language as tl
 
 from csrc_triton.advantages import Board
 from csrc_triton.device.attention import (
+    FEW,
     Attended,
     MaskRow,
     Terms,
+    Tile,
     attend,
     fold_chunks,
     group_means,
@@ -119,8 +121,7 @@ def shape_kernel(
     p_head_mask,
     kv_heads,
     n_layers,
-    p_largest,  # what its programs tell each other
-    p_sum,
+    p_partials,  # what its programs tell each other
     p_factor,
     p_terms,
     p_groups,
@@ -154,7 +155,6 @@ def shape_kernel(
     M: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    ROLL: tl.constexpr,
     STRIDE_QD: tl.constexpr,
     STRIDE_KD: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -266,8 +266,7 @@ def shape_kernel(
                 stride_qh,
                 p_key + at_key,
                 stride_kt,
-                p_largest,
-                p_sum,
+                p_partials,
                 keys,
                 terms,
                 begin,
@@ -279,17 +278,8 @@ def shape_kernel(
                 softcap,
                 G,
                 M,
-                D,
-                BLOCK_D,
-                ROLL,
-                STRIDE_QD,
-                STRIDE_KD,
-                QUERY_UNIT,
-                KEY_UNIT,
-                FAR,
-                UPCAST,
                 KEYS,
-                STAGES,
+                Tile(D, BLOCK_D, STRIDE_QD, STRIDE_KD, QUERY_UNIT, KEY_UNIT, FAR, UPCAST, STAGES),
             )
             p_counter = p_counters + row * (kv_heads + 1)
             if arrive(p_counter + head) == n_splits - 1:
@@ -303,11 +293,10 @@ def shape_kernel(
                     lse = tl.load(p_row_lse + o_h * stride_lh, mask=(o_g < G) & (keys.end > 0), other=0.0)
                     lse = lse.to(tl.float32) * LOG2E
                 fold_chunks(
-                    p_largest,
-                    p_sum,
+                    p_partials,
                     p_factor,
-                    slots.first,
-                    keys.n_chunks,
+                    slots.first * (KEYS // FEW),
+                    keys.n_chunks * (KEYS // FEW),
                     heads,
                     o_h,
                     o_g < G,
