@@ -15,7 +15,8 @@ from attnshape.ops import (
     shape_rewards,
     whiten,
 )
-from attnshape.text.align import Alignment, align, align_texts, decoded_spans
+from attnshape.text.align import Alignment, align
+from attnshape.text.texts import TextAlignment, align_texts, decoded_spans
 from attnshape.types import (
     KL,
     Advantages,
@@ -45,6 +46,7 @@ __all__ = [
     "ShapingConfig",
     "SignedInputs",
     "Status",
+    "TextAlignment",
     "Whitening",
     "align",
     "align_texts",

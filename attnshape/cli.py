@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -10,6 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
+import attnshape
+from attnshape.files import whole_file
+from attnshape.text.load import RewardModelConfig, check_device, parse_query_position
+from attnshape.text.score_fn import parse_score_fn
 from attnshape.types import Backend
 
 try:
@@ -17,6 +22,7 @@ try:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.table import Table
+    from typer.core import TyperGroup
 except ModuleNotFoundError:
     sys.exit("the command line needs: pip install 'attnshape[demo]'")
 
@@ -24,7 +30,33 @@ if TYPE_CHECKING:
     from attnshape.bench.measure import Measurement
     from attnshape.compare import Case, Worst
 
+# Some releases of typer bring a click of their own.
+_UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+INTERRUPTED = 130
+
+
+class _OneLineErrors(TyperGroup):
+    """Commands whose errors of usage are one line each."""
+
+    def main(self, *args: Any, **settings: Any) -> Any:
+        standalone = settings.pop("standalone_mode", True)
+        settings["standalone_mode"] = False
+        if not standalone:
+            return super().main(*args, **settings)
+        try:
+            status = super().main(*args, **settings)
+        except _UsageError as error:
+            message = error.format_message()
+            is_help = type(error).__name__ == "NoArgsIsHelpError"
+            errors.print(message if is_help else " ".join(message.split()), style=None if is_help else "red")
+            sys.exit(error.exit_code)
+        except typer.Abort:
+            sys.exit(INTERRUPTED)
+        sys.exit(status if isinstance(status, int) else 0)
+
+
 app = typer.Typer(
+    cls=_OneLineErrors,
     help="Dense rewards for PPO from the reward model's own attention.",
     no_args_is_help=True,
     add_completion=False,
@@ -36,19 +68,78 @@ def main() -> None:
     app()
 
 
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, …")]
-DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
 
 def _fail(message: object) -> typer.Exit:
-    errors.print(str(message), style="red")
+    errors.print(" ".join(str(message).split()), style="red")
     return typer.Exit(1)
 
 
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     return Progress(*columns, console=errors, transient=True)
+
+
+def _checked_device(device: str | None) -> str | None:
+    if device is not None:
+        try:
+            check_device(device)
+        except ValueError as error:
+            raise _fail(error) from error
+    return device
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"attnshape {attnshape.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Dense rewards for PPO from the reward model's own attention."""
+
+
+# The options that several commands have.
+DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_DEVICE = typer.Option(callback=_checked_device, help="Where to compute: cpu, cuda, cuda:1, …")
+Device = Annotated[str, _DEVICE]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Reward model: a folder or hub name of a sequence classifier.")
+]
+ScoreFnText = Annotated[str, typer.Option(help="The score, such as 'logit[1] - logit[0]'.")]
+Layer = Annotated[int, typer.Option(help="Attention layer that is read, negative from the last.")]
+Position = Annotated[
+    str,
+    typer.Option(
+        metavar="POSITION",
+        help="Token that gives the score, whose attention is read: pooled (the head's own), last_visible, "
+        "last_response, or an integer from the first (0) or the last (-1).",
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run Python files that the model's folder or repository brings, as you."
+    ),
+]
+
+
+def _reward_model(
+    model: str, score_fn: str, layer: int, query_position: str, trust_remote_code: bool
+) -> RewardModelConfig:
+    return RewardModelConfig(
+        model=model,
+        score_fn=parse_score_fn(score_fn),
+        layer=layer,
+        query_position=parse_query_position(query_position),
+        trust_remote_code=trust_remote_code,
+    )
 
 
 @app.command()
@@ -141,12 +232,8 @@ def bench(
 
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise _fail(f"there is no folder {json_file.resolve().parent}")
-    try:
-        where = torch.device(device)
-        cases = list(quick_cases(where))
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise _fail(f"{device}: {str(error).splitlines()[0]}") from error
+    where = torch.device(device)
+    cases = list(quick_cases(where))
     measured: list[Measurement] = []
     wrong: list[str] = []
     with _progress() as progress:
@@ -197,76 +284,118 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
 
 
+STANDARD = Path("-")
+
+
 @app.command()
 def credit(
-    model: Annotated[
-        str, typer.Argument(help="Reward model: a folder or hub name of a sequence classifier.")
-    ],
+    model: Model,
     source: Annotated[
         Path,
         typer.Argument(
             metavar="JSONL",
-            exists=True,
-            dir_okay=False,
-            help='One {"prompt": …, "response": …} or {"messages": […]} per line.',
+            help='One {"prompt": …, "response": …} or {"messages": […]} per line; - for standard input.',
         ),
     ],
     *,
     out: Annotated[
-        Path | None, typer.Option(help="JSONL to write; by default JSONL's name + .credit.jsonl.")
+        Path | None,
+        typer.Option(
+            help="JSONL to write, - for standard output; by default JSONL's name + .credit.jsonl, or - for -."
+        ),
     ] = None,
     html: Annotated[
         Path | None, typer.Option(help="Page to write, each token coloured by its credit.")
     ] = None,
-    score_fn: Annotated[str, typer.Option(help="The score, such as 'logit[1] - logit[0]'.")] = "logit",
-    layer: Annotated[int, typer.Option(help="Attention layer that is read, negative from the last.")] = -1,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on behind what an interrupted run with these options wrote.")
+    ] = False,
+    score_fn: ScoreFnText = "logit",
+    layer: Layer = -1,
+    query_position: Position = "pooled",
+    trust_remote_code: TrustRemoteCode = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Completions per forward.")] = 16,
     device: Device = DEFAULT_DEVICE,
 ) -> None:
     """Score completions with a reward model and write each token's credit.
 
     Lines that cannot be read or scored are named with their number and skipped; the exit status is then 1.
+    Ctrl-C keeps what is written, in a file of its own whose name is said.
     """
-    from attnshape.text.file import credit_file
-    from attnshape.text.reader import load_reward_model
-    from attnshape.text.score_fn import parse_score_fn
+    from attnshape.text.file import credit_file, credit_lines
+    from attnshape.text.model import CreditModel
+    from attnshape.text.partial import Partial
 
-    out = out or source.with_suffix(".credit.jsonl")
-    targets = [path.resolve() for path in (source, out, html) if path is not None]
-    if len(set(targets)) < len(targets):
-        raise _fail("the files that are read and written must be different ones")
-    for path in targets[1:]:
-        if not path.parent.is_dir():
-            raise _fail(f"there is no folder {path.parent}")
+    if out is None:
+        out = STANDARD if source == STANDARD else source.with_suffix(".credit.jsonl")
+    _check_files(source, out, html, resume)
+    partial: Partial | None = None
     try:
-        score = parse_score_fn(score_fn)
-        reward_model, tokenizer = load_reward_model(model, device)
-        with _progress() as progress:
-            task = progress.add_task(source.name, total=source.stat().st_size)
-            counts = credit_file(
-                reward_model,
-                tokenizer,
-                source,
-                out,
-                score_fn=score,
-                html=html,
-                batch_size=batch_size,
-                layer=layer,
-                on_skip=lambda line, reason: errors.print(f"{source}:{line}: skipped: {reason}"),
-                on_read=lambda size: progress.advance(task, size),
-            )
+        config = _reward_model(model, score_fn, layer, query_position, trust_remote_code)
+        if out != STANDARD:
+            # Lines are known by their numbers, so only in a file that is the same.
+            read = [] if source == STANDARD else [source.resolve(), *_state(source)]
+            settings = {**vars(config), "source": read, "page": html is not None}
+            partial = Partial(out, html, settings, resumable=source != STANDARD)
+            partial.check(resume)
+        credit_model = CreditModel.load(config, device)
+        credit_model.probe()
+        with _progress() as progress, contextlib.ExitStack() as stack:
+            total = None if source == STANDARD else source.stat().st_size
+            task = progress.add_task(source.name, total=total)
+            lines = sys.stdin.buffer if source == STANDARD else stack.enter_context(source.open("rb"))
+            options: dict[str, Any] = {
+                "title": f"Credit of {source.name}",
+                "batch_size": batch_size,
+                "on_skip": lambda line, reason: errors.print(f"{source}:{line}: skipped: {reason}"),
+                "on_read": lambda size: progress.advance(task, size),
+            }
+            if partial is not None:
+                counts = credit_file(credit_model, lines, partial, **options)
+            else:
+                page = None if html is None else stack.enter_context(whole_file(html))
+                counts = credit_lines(credit_model, lines, sys.stdout, page, **options)
     except (ValueError, OSError) as error:
         raise _fail(error) from error
-    errors.print(f"{counts.written} completions written to {out}, {counts.skipped} lines skipped")
+    except KeyboardInterrupt:
+        message = "interrupted"
+        if partial is not None and partial.path.exists():
+            message += f"; what is written is in {partial.path}"
+            message += ", --resume goes on behind it" if partial.resumable else ""
+        errors.print(message)
+        raise typer.Exit(INTERRUPTED) from None
+    changed = f", {counts.changed} of them changed by the chat template" if counts.changed else ""
+    errors.print(f"{counts.written} completions written to {out}{changed}, {counts.skipped} lines skipped")
     if counts.skipped:
         raise typer.Exit(1)
 
 
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _check_files(source: Path, out: Path, html: Path | None, resume: bool) -> None:
+    """Before work starts."""
+    paths = [path for path in (source, out, html) if path is not None and path != STANDARD]
+    if html == STANDARD:
+        raise _fail("--html: got -, want a file")
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise _fail("the files that are read and written must be different ones")
+    if source != STANDARD and not source.is_file():
+        raise _fail(f"{source}: there is no such file")
+    for path in paths[source != STANDARD :]:
+        if not path.resolve().parent.is_dir():
+            raise _fail(f"there is no folder {path.parent}")
+        if path.is_dir():
+            raise _fail(f"{path} is a folder, want a file")
+    if resume and STANDARD in (source, out):
+        raise _fail("--resume: want files; standard input cannot be read again")
+
+
 @app.command()
 def serve(
-    model: Annotated[
-        str, typer.Argument(help="Reward model: a folder or hub name of a sequence classifier.")
-    ],
+    model: Model,
     *,
     host: Annotated[
         str, typer.Option(help="Address to listen on; whoever reaches it can use the model.")
@@ -276,8 +405,16 @@ def serve(
         str | None,
         typer.Option(help="One worker process each: cuda:0,cuda:1 or cpu; by default every GPU."),
     ] = None,
-    score_fn: Annotated[str, typer.Option(help="The score, such as 'logit[1] - logit[0]'.")] = "logit",
-    layer: Annotated[int, typer.Option(help="Attention layer that is read, negative from the last.")] = -1,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="ATTNSHAPE_API_KEY", help="Token that requests must bring as 'Authorization: Bearer'."
+        ),
+    ] = None,
+    score_fn: ScoreFnText = "logit",
+    layer: Layer = -1,
+    query_position: Position = "pooled",
+    trust_remote_code: TrustRemoteCode = False,
     max_batch_tokens: Annotated[
         int, typer.Option(min=1, help="Of a batch, padding included; longer completions are refused.")
     ] = 16384,
@@ -296,19 +433,18 @@ def serve(
         if error.name not in ("fastapi", "prometheus_client", "uvicorn"):
             raise
         raise _fail("attnshape serve needs: pip install 'attnshape[serve]'") from error
-    from attnshape.text.score_fn import parse_score_fn
 
     every = devices or ",".join(f"cuda:{i}" for i in range(torch.cuda.device_count())) or "cpu"
     try:
         config = ServeConfig(
-            model=model,
-            score_fn=parse_score_fn(score_fn),
+            **vars(_reward_model(model, score_fn, layer, query_position, trust_remote_code)),
             devices=tuple(device.strip() for device in every.split(",")),
-            layer=layer,
             max_batch_tokens=max_batch_tokens,
             max_pending=max_pending,
             max_body_bytes=max_body_bytes,
+            api_key=api_key,
         )
+        errors.print(f"loading {model} on {every}")
         run(config, host, port, lambda url: errors.print(f"{model} on {every} is served at {url}"))
     except (ValueError, OSError) as error:
         raise _fail(error) from error
@@ -345,14 +481,19 @@ def demo(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that share the runs.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where trained models are kept.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, …")] = None,
+    device: Annotated[str | None, _DEVICE] = None,
 ) -> None:
     """Train a small reward model and run PPO with sparse and with attention-based credit.
 
     With --policy, --reward-model and --prompts the same is run on those.
     """
-    from attnshape.demo.ppo import PPOConfig
-    from attnshape.demo.run import DemoConfig, run_demo
+    try:
+        from attnshape.demo.ppo import PPOConfig
+        from attnshape.demo.run import DemoConfig, run_demo
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise _fail("attnshape demo needs: pip install 'attnshape[demo]'") from error
 
     def given(**options: Any) -> dict[str, Any]:
         return {name: value for name, value in options.items() if value is not None}

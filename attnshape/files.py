@@ -22,6 +22,22 @@ def whole_file(path: Path) -> Iterator[TextIO]:
         part.unlink(missing_ok=True)
 
 
+@contextmanager
+def kept_file(path: Path, part: Path) -> Iterator[TextIO]:
+    """A UTF-8 text file, written behind what ``part`` holds, that becomes ``path`` when the block ends.
+
+    If the block raises, what was written stays in ``part``; one that is empty vanishes.
+    """
+    try:
+        with part.open("a", encoding="utf-8", newline="\n") as file:
+            yield file
+    except BaseException:
+        if not part.stat().st_size:
+            part.unlink()
+        raise
+    part.replace(path)
+
+
 def json_rows(value: Any, levels: int = 1) -> str:
     """JSON with a line for each row: what holds a number, a text or null beside whatever else.
 

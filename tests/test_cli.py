@@ -14,10 +14,14 @@ from support.reward_models import LIMIT, save, tokenizer
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 from typer.testing import CliRunner, Result
 
+import attnshape
 from attnshape.cli import app
 from attnshape.demo.ppo import PPOConfig
 from attnshape.demo.run import DemoConfig
-from attnshape.text import file, reader
+from attnshape.text import file
+from attnshape.text import model as text_model
+from attnshape.text.load import RewardModelConfig, load_reward_model
+from attnshape.text.model import CreditModel
 
 RECORDS: list[dict[str, Any]] = [
     {"prompt": "How was the film? ", "response": "It was great, not bad at all!"},
@@ -119,8 +123,14 @@ def test_lines_that_cannot_be_read_are_named_and_skipped(llama: Path, tmp_path: 
         b"{": "Expecting property name",
         b"\xff\xfe": "can't decode byte",
         b"[1]": "want a JSON object, got list",
-        b'{"prompt": "a"}': '"response" must be a string, got null',
-        b'{"prompt": 1, "response": "a"}': '"prompt" must be a string, got 1',
+        b'{"prompt": "a"}': "want prompt and response, or messages, got prompt",
+        b'{"prompt": 1, "response": "a"}': '"prompt" must be a string, got int',
+        b'{"prompt": "a", "response": "b", "messages": []}': "got messages and prompt and response",
+        b'{"prompt": "a", "response": "b", "id": "\\ud800"}': '"id" cannot be written again',
+        b'{"prompt": "a", "response": "b", "id": {"a": ["\\udfff"]}}': '"id" cannot be written again',
+        b'{"prompt": "a", "response": "b", "id": NaN}': '"id" cannot be written again',
+        b'{"prompt": "a", "response": "b", "id": [1e999]}': '"id" cannot be written again',
+        b'{"prompt": "a", "response": "b", "id": ' + b"9" * 5000 + b"}": "digits",
         b'{"prompt": "a", "response": ""}': "the response has no token",
         b'{"prompt": "a", "response": "\\ud800"}': "surrogates not allowed",
         b'{"messages": []}': 'must end with one whose role is "assistant"',
@@ -207,57 +217,170 @@ def test_page_shows_every_completion(llama: Path, source: Path, tmp_path: Path) 
 
 
 def test_reads_no_further_than_a_batch(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tok = reader.load_reward_model(str(llama), "cpu")
-    source = tmp_path / "in.jsonl"
-    source.write_text((json.dumps(RECORDS[0]) + "\n") * 10)
+    model = CreditModel.load(RewardModelConfig(model=str(llama)), "cpu")
+    lines = [(json.dumps(RECORDS[0]) + "\n").encode()] * 10
     read_sizes: list[int] = []
     ahead: list[int] = []
-    score = file.score_examples
+    score = CreditModel.score_each
 
     def spy(*args: Any) -> Any:
         ahead.append(len(read_sizes))
         return score(*args)
 
-    monkeypatch.setattr(file, "score_examples", spy)
-    counts = file.credit_file(
-        model,
-        tok,
-        source,
-        tmp_path / "out.jsonl",
-        score_fn=file.ScoreFn(((1.0, None),)),
-        batch_size=4,
-        on_read=read_sizes.append,
-    )
-    assert counts == (10, 0)
+    monkeypatch.setattr(CreditModel, "score_each", spy)
+    with (tmp_path / "out.jsonl").open("w") as out:
+        counts = file.credit_lines(model, lines, out, batch_size=4, on_read=read_sizes.append)
+    assert counts == (10, 0, 0)
     assert ahead == [4, 8, 10]
-    assert sum(read_sizes) == source.stat().st_size
+    assert sum(read_sizes) == sum(map(len, lines))
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interruption_leaves_no_file(
-    llama: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
-) -> None:
-    old = tmp_path / "out.jsonl"
-    old.write_text("as before")
-    score, calls = file.score_examples, []
+def interrupt(monkeypatch: pytest.MonkeyPatch, error: type[BaseException], calls: int) -> None:
+    """The given call of the model raises; those before it score."""
+    score, done = text_model.score_examples, []
 
     def interrupted(*args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
+        done.append(1)
+        if len(done) == calls + 1:  # the first is the probe
             raise error
         return score(*args)
 
-    monkeypatch.setattr(file, "score_examples", interrupted)
-    result = invoke(llama, source, "--out", old, "--html", tmp_path / "page.html", "--batch-size", 1)
-    assert result.exit_code != 0
-    assert len(calls) == 3
-    assert old.read_text() == "as before"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["completions.jsonl", "out.jsonl"]
+    monkeypatch.setattr(text_model, "score_examples", interrupted)
 
 
-def test_a_model_without_padding_token_takes_its_tokenizers(tmp_path: Path) -> None:
-    model, _ = reader.load_reward_model(str(save(tmp_path, "no_pad")), "cpu")
-    assert model.config.pad_token_id == 1
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("with_page", [False, True])
+def test_what_an_interrupted_run_wrote_is_gone_on_with(
+    llama: Path,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
+    with_page: bool,
+) -> None:
+    with source.open("a", encoding="utf-8") as lines:
+        lines.write("\n{\n" + "".join(json.dumps(record) + "\n" for record in RECORDS))
+    out, page = tmp_path / "out.jsonl", tmp_path / "page.html"
+    arguments = [llama, source, "--batch-size", 1, *(["--html", page] if with_page else [])]
+    whole = invoke(*arguments, "--out", out)
+    assert "8 completions written" in whole.stderr
+    want, want_page = out.read_text(), page.read_text() if with_page else None
+    out.write_text("as before")
+    with monkeypatch.context() as patched:
+        interrupt(patched, error, 3)
+        result = invoke(*arguments, "--out", out)
+    assert result.exit_code == (130 if error is KeyboardInterrupt else 1)
+    assert out.read_text() == "as before"
+    (part,) = tmp_path.glob("out.jsonl.*.partial")
+    assert part.read_text() == "".join(want.splitlines(keepends=True)[:2])
+    if error is KeyboardInterrupt:
+        assert f"interrupted; what is written is in {part}, --resume goes on behind it" in result.stderr
+
+    again = invoke(*arguments, "--out", out)
+    assert again.exit_code == 1
+    assert f"{part} holds what an interrupted run has written: --resume goes on" in again.stderr
+    other = invoke(*arguments, "--out", out, "--resume", "--layer", "0")
+    assert other.exit_code == 1
+    assert f"--resume: {part} is of another model, input or other options" in other.stderr
+    scored: list[int] = []
+    score = text_model.score_examples
+    monkeypatch.setattr(
+        text_model, "score_examples", lambda *args: scored.append(len(args[2])) or score(*args)
+    )
+    result = invoke(*arguments, "--out", out, "--resume")
+    assert len(scored) == 1 + 6  # the probe
+    assert result.exit_code == 1  # of the line that is no JSON
+    assert f"{source}:6: skipped" in result.stderr
+    assert "6 completions written" in result.stderr
+    assert out.read_text() == want
+    if with_page:
+        assert page.read_text() == want_page
+    assert not [*tmp_path.glob("*.partial")]
+
+
+def test_a_line_torn_off_is_written_anew(llama: Path, source: Path, tmp_path: Path) -> None:
+    """As after a power cut: the two files end somewhere, the page before the other."""
+    out, page = tmp_path / "out.jsonl", tmp_path / "page.html"
+    arguments = [llama, source, "--out", out, "--html", page]
+    assert invoke(*arguments).exit_code == 0
+    want, want_page = out.read_bytes(), page.read_bytes()
+    with pytest.MonkeyPatch.context() as patched:
+        interrupt(patched, KeyboardInterrupt, 2)
+        assert invoke(*arguments, "--batch-size", 1).exit_code == 130
+    (part,) = tmp_path.glob("out.jsonl.*.partial")
+    (page_part,) = tmp_path.glob("page.html.*.partial")
+    second = want_page.index(b'<section id="c2"')
+    for end in (want_page.index(b"</section>"), second + 20, second, 40, len(want_page) - 20):
+        part.write_bytes(want[: want.index(b"\n") + 30] if end != second else want[:-30])
+        page_part.write_bytes(want_page[:end])
+        assert invoke(*arguments, "--resume").exit_code == 0
+        assert out.read_bytes() == want
+        assert page.read_bytes() == want_page
+
+
+def test_resuming_what_was_never_begun_is_a_beginning(llama: Path, source: Path, tmp_path: Path) -> None:
+    result = invoke(llama, source, "--resume")
+    assert result.exit_code == 0
+    assert "4 completions written" in result.stderr
+
+
+def test_an_interruption_before_anything_is_written_leaves_nothing(
+    llama: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(monkeypatch, KeyboardInterrupt, 1)
+    result = invoke(llama, source)
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (130, "interrupted")
+    assert [path.name for path in tmp_path.iterdir()] == ["completions.jsonl"]
+
+
+def test_standard_input_and_output(llama: Path, source: Path, tmp_path: Path) -> None:
+    assert invoke(llama, source).exit_code == 0
+    want = (tmp_path / "completions.credit.jsonl").read_text(encoding="utf-8")
+    for arguments, written in [
+        ((llama, "-"), None),
+        ((llama, "-", "--out", tmp_path / "other.jsonl"), tmp_path / "other.jsonl"),
+        ((llama, source, "--out", "-"), None),
+    ]:
+        command = ["credit", *map(str, arguments), "--device", "cpu"]
+        result = CliRunner().invoke(app, command, input=source.read_bytes())
+        assert result.exit_code == 0
+        assert (result.stdout if written is None else written.read_text(encoding="utf-8")) == want
+        assert "4 completions written to" in result.stderr
+
+
+def test_a_conversation_that_the_template_changes_is_flagged(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", "llama")
+    tok = tokenizer()
+    tok.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['content'].split('</think>')[-1] | trim }}{% endfor %}"
+        "<|im_end|>Was it polite?"
+    )
+    tok.save_pretrained(folder)
+    reply = "<think>polite</think>\n\npolite"
+    source, page = tmp_path / "in.jsonl", tmp_path / "page.html"
+    source.write_text(json.dumps({"messages": [{"role": "assistant", "content": reply}]}) + "\n")
+    result = invoke(folder, source, "--html", page)
+    assert result.exit_code == 0
+    assert "1 completions written" in result.stderr
+    assert "1 of them changed by the chat template" in result.stderr
+    (row,) = read(tmp_path / "in.credit.jsonl")
+    assert row["metrics"]["changed"] is True
+    assert [reply[start:end] for start, end in row["offsets"]] == row["tokens"]
+    assert row["offsets"][0][0] == len(reply) - len("polite")
+    assert "".join(row["tokens"]) == "polite"
+    text = page.read_text(encoding="utf-8")
+    assert "what it dropped has no credit" in text
+    assert 'title="0">&lt;think&gt;polite&lt;/think&gt;' in text
+
+
+def test_batches_need_no_padding_token(tmp_path: Path, source: Path) -> None:
+    """Scores are those of a batch of one, as the checkpoint has them, also where a text ends in any token."""
+    folder, out = save(tmp_path / "model", "no_pad"), tmp_path / "out.jsonl"
+    model, _ = load_reward_model(str(folder), "cpu")
+    assert model.config.pad_token_id is None
+    assert invoke(folder, source, "--out", out, "--batch-size", 4).exit_code == 0
+    for row, record in zip(read(out), RECORDS, strict=True):
+        assert row["score"] == pytest.approx(eager(folder, record)[0], rel=1e-4, abs=1e-5)
 
 
 def test_empty_file(llama: Path, tmp_path: Path) -> None:
@@ -271,17 +394,31 @@ def test_what_cannot_work_is_one_line(llama: Path, source: Path, tmp_path: Path)
     causal = save(tmp_path / "causal", "causal")
     for arguments, message in [
         ((causal, source), "is no reward model: it lacks score.weight"),
-        ((tmp_path / "nothing", source), "nothing"),
+        ((tmp_path / "nothing", source), "nothing: there is no such folder"),
+        ((source, source), "is a file, want a model's folder"),
+        ((tmp_path, source), "is no model: it holds no config.json"),
+        ((llama, tmp_path / "no.jsonl"), "no.jsonl: there is no such file"),
+        ((llama, tmp_path), "there is no such file"),
+        ((llama, source, "--device", "foo"), "device: got 'foo', want cpu, cuda, cuda:1"),
+        ((llama, source, "--device", "meta"), "device: got 'meta'"),
+        ((llama, source, "--batch-size", "0"), "'--batch-size'"),
+        ((llama, source, "--batch-size", "many"), "'--batch-size'"),
+        ((llama, source, "--bath-size", "3"), "No such option"),
+        ((llama,), "JSONL"),
+        ((llama, source, "--query-position", "first"), "query_position: got 'first', want pooled"),
+        ((llama, source, "--out", tmp_path), "is a folder, want a file"),
+        ((llama, source, "--html", "-"), "--html: got -, want a file"),
+        ((llama, "-", "--resume"), "--resume: want files"),
         ((llama, source, "--out", source), "must be different ones"),
         ((llama, source, "--html", tmp_path / "completions.credit.jsonl"), "must be different ones"),
         ((llama, source, "--out", tmp_path / "no" / "out.jsonl"), "there is no folder"),
         ((llama, source, "--score-fn", "logit +"), "score_fn: got 'logit +'"),
         ((llama, source, "--layer", "7"), "layer"),
     ]:
-        result = invoke(*arguments)
-        assert result.exit_code == 1, result.output
-        assert message in result.stderr.replace("\n", " "), result.stderr
-        assert "Traceback" not in result.output
+        result = CliRunner().invoke(app, ["credit", *map(str, arguments)])
+        assert result.exit_code in (1, 2), result.output
+        (said,) = result.stderr.splitlines()
+        assert message in said
     assert source.read_text(encoding="utf-8").count("\n") == len(RECORDS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["causal", "completions.jsonl"]
 
@@ -323,6 +460,42 @@ def test_demo_options_that_do_not_fit_are_one_line() -> None:
     assert result.exit_code == 1
     assert "policy, reward_model and prompts go together" in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_the_demo_says_at_once_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnshape.demo.run._prepare", lambda *_: pytest.fail("work has begun"))
+    file = tmp_path / "file"
+    file.touch()
+    for arguments, message in [
+        (("--out", file), "out: got"),
+        (("--out", file / "folder"), "a file, want a folder"),
+        (("--device", "foo"), "device: got 'foo'"),
+        (("--score-fn", "logit +"), "score_fn: got 'logit +'"),
+    ]:
+        result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "out"), *map(str, arguments)])
+        assert result.exit_code == 1
+        (said,) = result.stderr.splitlines()
+        assert message in said
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; "
+        f"from attnshape.cli import app; app(['demo', '--out', {str(tmp_path / 'out')!r}])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr == "attnshape demo needs: pip install 'attnshape[demo]'\n"
+
+
+def test_the_version() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"attnshape {attnshape.__version__}\n")
+
+
+def test_other_commands_name_a_bad_device_in_one_line() -> None:
+    for command in ("compare", "bench"):
+        result = CliRunner().invoke(app, [command, "--device", "cuda:x"])
+        assert result.exit_code == 1
+        (said,) = result.stderr.splitlines()
+        assert "device: got 'cuda:x'" in said
 
 
 def test_without_the_extra_it_says_what_to_install() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
 import attnshape
@@ -77,34 +77,47 @@ def test_both_shapes_of_loop_agree(names: dict[str, Any]) -> None:
 
 
 def test_credit_of_another_tokenizer(names: dict[str, Any]) -> None:
-    vocabulary = ["<pad>", "good", "plot", "but", "slow", "user", "assistant"]
+    vocabulary = ["<pad>", "<s>", "good", "plot", "but", "slow", "user", "assistant"]
     by_word = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<pad>"))
-    by_word.pre_tokenizer = pre_tokenizers.Whitespace()
+    by_word.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    by_word.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     by_letter = Tokenizer(models.BPE({letter: i for i, letter in enumerate("godpltbuswĠ")}, []))
     by_letter.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     by_letter.decoder = decoders.ByteLevel()
-    reward_tokenizer = PreTrainedTokenizerFast(tokenizer_object=by_word, pad_token="<pad>")
+    reward_tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=by_word, bos_token="<s>", pad_token="<pad>", padding_side="right"
+    )
     policy_tokenizer = PreTrainedTokenizerFast(tokenizer_object=by_letter)
-    texts = ["user plot assistant good plot", "user plot assistant slow but good"]
-    batch = reward_tokenizer(texts, padding=True, return_tensors="pt")
-    responses = [policy_tokenizer(text.split("assistant ")[1])["input_ids"] for text in texts]
+    # As Llama 3's and Gemma's, it adds a token; here it comes out of the template too, with an instruction.
+    reward_tokenizer.chat_template = (
+        "<s> {% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %} user good"
+    )
+    texts = ["good plot", "slow but good"]
+    conversations = [
+        [{"role": "user", "content": "plot good"}, {"role": "assistant", "content": text}] for text in texts
+    ]
+    responses = [policy_tokenizer(text)["input_ids"] for text in texts]
     width = max(map(len, responses))
     names |= {
-        "input_ids": batch["input_ids"],
-        "mask": batch["attention_mask"],
-        "templated_texts": texts,
+        "conversations": conversations,
         "response_ids": responses,
         "reward_tokenizer": reward_tokenizer,
         "policy_tokenizer": policy_tokenizer,
         "zeros": torch.zeros(2, dtype=torch.int32),
     }
-    first_lines = block("# a Hugging Face reward model").split("out =")[0]
-    exec(first_lines, names)
     names["response_mask"] = torch.tensor([[i < len(ids) for i in range(width)] for ids in responses])
     exec(block("# its tokens"), names)
     torch.testing.assert_close(names["out"].rewards.sum(1), names["score"])
-    # Letters of one word share that word's credit equally: "good" of the first response.
-    word = names["credit"][0, 3]
+    # Letters of one word share that word's credit equally: "good" of the first response, at its place.
+    ids = names["alignment"].input_ids
+    assert ids[0].tolist()[:7] == reward_tokenizer("user plot good assistant good plot")["input_ids"]
+    with torch.no_grad():
+        eager = names["reward_model"]
+        eager.set_attn_implementation("eager")
+        row = eager(ids[:1], attention_mask=names["alignment"].attention_mask[:1], output_attentions=True)
+    last = int(names["alignment"].attention_mask[0].sum()) - 1
+    weights = row.attentions[-1][0, :, last, 5:7].mean(0)
+    word = weights[0] / weights.sum()
     torch.testing.assert_close(names["out"].credit[0, :4], (word / 4).expand(4))
 
 
@@ -114,6 +127,14 @@ def test_a_framework_s_numbers(names: dict[str, Any]) -> None:
     kl = 0.001 * (names["logprobs"] - names["ref_logprobs"])
     torch.testing.assert_close(names["out"].rewards.sum(1), names["score"] - kl.sum(1))
     torch.testing.assert_close(names["advantages"].std(), torch.tensor(1.0))
+
+
+def test_groups_without_a_critic(names: dict[str, Any]) -> None:
+    names |= {"score": torch.tensor([1.0, 0.0, 0.5, 0.5]), "credit": torch.rand(B, R)}
+    exec(block("GroupConfig.grpo("), names)
+    a = 0.5 / (0.5**0.5 + 1e-4)
+    torch.testing.assert_close(names["shaped"].completion, torch.tensor([a, -a, 0.0, 0.0]))
+    torch.testing.assert_close(names["shaped"].advantages.mean(1), names["shaped"].completion)
 
 
 def test_scores_over_http(names: dict[str, Any]) -> None:
@@ -152,7 +173,6 @@ def test_credit_for_trl(names: dict[str, Any]) -> None:
     test_credit_of_another_tokenizer(names)
     given: list[Any] = []
     names |= {
-        "texts": names["templated_texts"],
         "tokenizer": names["policy_tokenizer"],
         "queries": [torch.ones(1, dtype=torch.long)] * 2,
         "responses": [torch.tensor(ids) for ids in names["response_ids"]],

@@ -22,7 +22,7 @@ import attnshape
 from attnshape.demo.agreement import mean_agreement
 from attnshape.demo.sampling import can_sample, sample_gpt2
 from attnshape.tap import AttentionTap
-from attnshape.text.align import align_texts
+from attnshape.text.texts import align_texts, decoded_spans
 
 Method: TypeAlias = Literal["sparse", "ABC", "uniform", "ABC-D mean", "ABC-D last"]
 ScoreFunction: TypeAlias = Callable[[Tensor], Tensor]
@@ -243,18 +243,20 @@ class Judge:
                 logits = self.model(input_ids=ids, attention_mask=mask).logits
             credit = tap.take()
             if not self.same_tokens:
-                credit = self._carried(credit, texts, rollout)
+                credit = self._carried(credit, texts, ids, rollout)
         return Judgement(self.standardized(logits), credit, response_start)
 
     def _text(self, ids: Tensor, mask: Tensor) -> str:
         return str(self.policy_tokenizer.decode(ids[mask.bool()], skip_special_tokens=True))
 
-    def _carried(self, attention: Any, texts: list[str], rollout: Rollout) -> Tensor:
+    def _carried(self, attention: Any, texts: list[str], read: Tensor, rollout: Rollout) -> Tensor:
         responses = [
             ids[mask] for ids, mask in zip(rollout.responses.cpu(), rollout.response_mask.cpu(), strict=True)
         ]
+        spoken = [decoded_spans(self.policy_tokenizer, ids)[0] for ids in responses]
+        starts = [len(text) - len(end) for text, end in zip(texts, spoken, strict=True)]
         alignment = align_texts(
-            self.tokenizer, texts, self.policy_tokenizer, responses, add_special_tokens=True
+            self.tokenizer, texts, self.policy_tokenizer, responses, start=starts, input_ids=read
         )
         mask = alignment.source_mask.to(self.model.device)
         start = torch.zeros(len(texts), dtype=torch.int32, device=self.model.device)

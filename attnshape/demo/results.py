@@ -192,11 +192,7 @@ def _cell(value: float | None) -> str:
 
 
 def write_results(results: Results, folder: Path) -> None:
-    """``results.json``, ``learning_curves.png`` and ``credit.html``; each replaces an older one at once."""
-    curves = {
-        method: [{name: run.curve(name) for name in run.records[0]} for run in results.of(method)]
-        for method in results.config.methods
-    }
+    """``results.json``, ``credit.html``, then ``learning_curves.png``; each replaces an older one at once."""
     items = [
         CreditItem(c.prompt, c.tokens, c.credit, c.score, _note(run, c))
         for method in reversed(results.config.methods)
@@ -206,14 +202,19 @@ def write_results(results: Results, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as scratch:
         new = Path(scratch)
-        last = results.of(results.config.methods[-1])[0].completions[0]
-        title = "PPO with sparse reward and with attention-based credit"
-        learning_curves(curves, last, new / "learning_curves.png", title=title)
         page = credit_page("Completions after PPO, coloured by credit", items)
         (new / "credit.html").write_text(page, encoding="utf-8")
         (new / "results.json").write_text(json_rows(results.to_json(), levels=2))
-        for file in new.iterdir():
-            file.replace(folder / file.name)
+        for name in ("results.json", "credit.html"):
+            (new / name).replace(folder / name)
+        curves = {
+            method: [{name: run.curve(name) for name in run.records[0]} for run in results.of(method)]
+            for method in results.config.methods
+        }
+        last = results.of(results.config.methods[-1])[0].completions[0]
+        title = "PPO with sparse reward and with attention-based credit"
+        learning_curves(curves, last, new / "learning_curves.png", title=title)
+        (new / "learning_curves.png").replace(folder / "learning_curves.png")
 
 
 def _note(run: Run, completion: Completion) -> str:

@@ -42,7 +42,7 @@ from attnshape.demo.models import (
 )
 from attnshape.demo.ppo import ActorCritic, Judge, Method, PPOConfig, Record, Truth, train
 from attnshape.demo.results import Results, Run, write_results
-from attnshape.text.reader import load_reward_model
+from attnshape.text.load import load_reward_model
 from attnshape.text.score_fn import parse_score_fn
 
 REFERENCE_SAMPLES = 256
@@ -156,6 +156,10 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> Results:
 
 def _run_demo(config: DemoConfig, console: Console) -> Results:
     start = time.perf_counter()
+    # What would fail at the end is seen at the start.
+    parse_score_fn(config.score_fn)
+    if any(path.is_file() for path in (config.out, *config.out.parents)):
+        raise ValueError(f"out: got {config.out}, a file, want a folder")
     with bars_on(console, TextColumn("{task.fields[status]}")) as progress:
         setup, training = _prepare(config, progress)
         mean, std, initial_reward, _ = setup.reference(config.ppo)

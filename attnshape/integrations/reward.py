@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import os
 import random
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeGuard
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
@@ -19,10 +21,10 @@ from torch import Tensor
 
 from attnshape.config import ShapingConfig
 from attnshape.ops import shape_rewards
-from attnshape.tap import AttentionTap
-from attnshape.text.align import decoded_spans
-from attnshape.text.reader import Reader, Scored, load_reward_model, score_examples
+from attnshape.text.load import RewardModelConfig, parse_query_position
+from attnshape.text.model import CreditModel, Scored
 from attnshape.text.score_fn import parse_score_fn
+from attnshape.text.texts import decoded_spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +38,9 @@ REQUESTS = 128
 ATTEMPTS, FIRST_PAUSE, LAST_PAUSE = 8, 1.0, 30.0
 """Of a request, and seconds between them: two minutes in all, or less."""
 ASK_AGAIN = (408, 429)
+API_KEY = "ATTNSHAPE_API_KEY"
+SHOWN = 200
+"""Characters of an answer in an error."""
 CHECK_SECONDS, LOADING_SECONDS, ANSWER_SECONDS = 10.0, 600.0, 600.0
 
 
@@ -46,19 +51,15 @@ class RewardModel(Protocol):
 
 
 class LocalRewardModel:
-    """A sequence classifier of this process; completions are scored one after another on one thread.
+    """A reward model of this process; completions are scored one after another on one thread.
 
     Args:
-        name: folder or hub name.
-        score_fn: the score, such as ``"logit[1] - logit[0]"``.
-        layer: the attention layer that is read, negative from the last.
+        device: where it runs.
     """
 
-    def __init__(self, name: str, score_fn: str, layer: int, device: str) -> None:
-        self._score_fn, self._layer = parse_score_fn(score_fn), layer
-        self._model, tokenizer = load_reward_model(name, device)
-        self._score_fn.check(self._model.config.num_labels)
-        self._reader = Reader(tokenizer, self._model.config)
+    def __init__(self, config: RewardModelConfig, device: str) -> None:
+        self._model = CreditModel.load(config, device)
+        self._reader = self._model.reader()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward model")
 
     async def __call__(self, prompt: Prompt, response: str, offsets: Sequence[Span]) -> Scored:
@@ -71,8 +72,7 @@ class LocalRewardModel:
         else:
             messages = [*prompt, {"role": "assistant", "content": response}]
             example = self._reader.read_messages(messages, offsets)
-        with AttentionTap(self._model, self._layer) as tap:
-            (scored,) = score_examples(self._model, tap, [example], self._score_fn)
+        (scored,) = self._model.score([example])
         if not scored.finite:
             raise ValueError("the reward model's score or attention is not finite")
         return scored
@@ -82,10 +82,15 @@ class ServedRewardModel:
     """``attnshape serve`` at ``url``, asked without a proxy.
 
     A server that is overloaded, not there or starting again is asked again, ``ATTEMPTS`` times in all.
+
+    Args:
+        api_key: the server's ``--api-key``; by default the environment's ``ATTNSHAPE_API_KEY``.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, api_key: str | None = None) -> None:
         self._url = url.rstrip("/")
+        api_key = api_key or os.environ.get(API_KEY)
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._open = build_opener(ProxyHandler({})).open
         self._threads = ThreadPoolExecutor(REQUESTS, thread_name_prefix="reward model")
 
@@ -94,8 +99,11 @@ class ServedRewardModel:
         deadline = time.monotonic() + LOADING_SECONDS
         while True:
             try:
-                with self._open(f"{self._url}/health", timeout=CHECK_SECONDS):
+                with self._open(f"{self._url}/health", timeout=CHECK_SECONDS) as answer:
+                    body = answer.read()
+                if json_object(f"{self._url}/health", body).get("status") == "ready":
                     return
+                raise ValueError(f"got {_shown(body)}")
             except (OSError, HTTPException, ValueError) as error:
                 loading = isinstance(error, HTTPError) and error.code == 503
                 if not loading or time.monotonic() > deadline:
@@ -111,54 +119,117 @@ class ServedRewardModel:
         else:
             request["messages"] = [*prompt, {"role": "assistant", "content": response}]
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._ask, json.dumps(request).encode())
+        body = json.dumps(request).encode()
+        return await loop.run_in_executor(self._threads, self._ask, body, len(offsets))
 
-    def _ask(self, body: bytes) -> Scored:
-        request = Request(f"{self._url}/score", body, {"Content-Type": "application/json"})
+    def _ask(self, body: bytes, tokens: int) -> Scored:
+        url = f"{self._url}/score"
+        request = Request(url, body, {"Content-Type": "application/json", **self._headers})
         for attempt in range(ATTEMPTS):
             if attempt:
                 time.sleep(min(FIRST_PAUSE * 2**attempt, LAST_PAUSE) * random.uniform(0.5, 1.0))
             try:
                 with self._open(request, timeout=ANSWER_SECONDS) as answer:
-                    found = json.load(answer)
-                if "error" in found:
-                    raise ValueError(f"{self._url}/score: {found['error']}")
-                return Scored(found["score"], found["credit"], found["metrics"])
+                    found = answer.read()
+                return read_answer(url, found, tokens)
             except HTTPError as error:
-                problem = f"{error.code} {error.read().decode(errors='replace')}"
+                problem = f"{error.code} {_shown(error.read())}"
                 if error.code < 500 and error.code not in ASK_AGAIN:
-                    raise ValueError(f"{self._url}/score: {problem}") from error
+                    raise ValueError(f"{url}: {problem}") from error
             except (OSError, HTTPException) as error:
                 problem = str(error)
-        raise RuntimeError(f"{self._url}/score: {problem}, {ATTEMPTS} times")
+        raise RuntimeError(f"{url}: {problem}, {ATTEMPTS} times")
+
+
+def read_answer(url: str, body: bytes, tokens: int) -> Scored:
+    """What a reward server answers to one completion with spans of so many of the policy's tokens.
+
+    Raises:
+        ValueError: it is something else, or says that there is no score; the message names the URL.
+    """
+    found = json_object(url, body)
+    if "error" in found:
+        raise ValueError(f"{url}: {found['error']}")
+    score, credit, metrics = (found.get(name) for name in ("score", "credit", "metrics"))
+    if isinstance(score, bool) or not _is_finite(score):
+        raise ValueError(f"{url}: want a finite number as score, got {_shown(body)}")
+    if not isinstance(credit, list) or len(credit) != tokens:
+        raise ValueError(f"{url}: want credit of {tokens} tokens, got {_shown(body)}")
+    if not all(_is_finite(weight) and weight >= 0 for weight in credit):
+        raise ValueError(f"{url}: want credit that is finite and not negative, got {_shown(body)}")
+    if not isinstance(metrics, dict) or not all(map(_is_finite, metrics.values())):
+        raise ValueError(f"{url}: want metrics that are finite numbers by name, got {_shown(body)}")
+    return Scored(float(score), [float(weight) for weight in credit], metrics)
+
+
+def json_object(url: str, body: bytes) -> dict[str, Any]:
+    """Raises ValueError, which names the URL and shows how the answer begins, if it is none."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{url}: want a JSON object, got {_shown(body)}")
+    return found
+
+
+def _is_finite(x: object) -> TypeGuard[float]:
+    return isinstance(x, (int, float)) and abs(x) <= sys.float_info.max
+
+
+def _shown(body: bytes) -> str:
+    """How an answer begins, in one line."""
+    text = " ".join(body[: 4 * SHOWN].decode(errors="replace").split())
+    return f"{text[:SHOWN]}…" if len(text) > SHOWN or len(body) > 4 * SHOWN else text or "nothing"
 
 
 def reward_model(
     *,
     url: str | None = None,
+    api_key: str | None = None,
     model: str | None = None,
     score_fn: str = "logit",
     layer: int = -1,
+    query_position: str = "pooled",
+    trust_remote_code: bool = False,
     device: str = "cpu",
 ) -> RewardModel:
     """The reward model served at ``url``, or ``model`` in this process; the same one for the same settings.
+
+    Args:
+        api_key: of the server.
+        model, score_fn, layer, query_position, trust_remote_code: as in ``RewardModelConfig``, the score
+            function and the position as on the command line.
+        device: of ``model``.
 
     Raises:
         ValueError: not one of ``url`` and ``model``, or ``model`` is no reward model.
         RuntimeError: nothing answers at ``url``.
     """
-    return _reward_model(url, model, score_fn, layer, device)
-
-
-@functools.cache
-def _reward_model(url: str | None, model: str | None, score_fn: str, layer: int, device: str) -> RewardModel:
     if (url is None) == (model is None):
         raise ValueError(f"want either url or model of the reward model, got url={url!r}, model={model!r}")
     if url is not None:
-        served = ServedRewardModel(url)
-        served.check()
-        return served
-    return LocalRewardModel(str(model), score_fn, layer, device)
+        return _served(url, api_key)
+    config = RewardModelConfig(
+        model=str(model),
+        score_fn=parse_score_fn(score_fn),
+        layer=layer,
+        query_position=parse_query_position(str(query_position)),
+        trust_remote_code=trust_remote_code,
+    )
+    return _local(config, device)
+
+
+@functools.cache
+def _served(url: str, api_key: str | None) -> RewardModel:
+    served = ServedRewardModel(url, api_key)
+    served.check()
+    return served
+
+
+@functools.cache
+def _local(config: RewardModelConfig, device: str) -> RewardModel:
+    return LocalRewardModel(config, device)
 
 
 def spans_of(

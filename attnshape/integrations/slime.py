@@ -43,6 +43,8 @@ TESTED = ("0.3.1",)
 MODULE = "attnshape.integrations.slime"
 CREDIT = "attnshape_credit"
 """Key of ``Sample.metadata``, which stays in the rollout process."""
+METRICS = "attnshape_metrics"
+"""Another: where the reward model looked, and whether its chat template changed the response."""
 
 
 async def custom_rm(args: Namespace, sample: Any, **_: Any) -> Any:
@@ -67,7 +69,7 @@ async def _scored(judge: RewardModel, tokenizer: PreTrainedTokenizerBase, sample
     ids = sample.tokens[len(sample.tokens) - sample.response_length :]
     response, offsets = await asyncio.to_thread(spans_of, tokenizer, ids, _mask(sample))
     scored = await judge(sample.prompt, response, offsets)
-    sample.metadata = {**(sample.metadata or {}), CREDIT: scored.credit}
+    sample.metadata = {**(sample.metadata or {}), CREDIT: scored.credit, METRICS: scored.metrics}
     return scored.score
 
 

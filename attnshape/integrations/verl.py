@@ -62,7 +62,10 @@ async def compute_score(
     model: str | None = None,
     score_fn: str = "logit",
     layer: int = -1,
+    query_position: str = "pooled",
+    trust_remote_code: bool = False,
     device: str = "cpu",
+    api_key: str | None = None,
     reward_router_address: str | None = None,
     reward_model_tokenizer: Any = None,
 ) -> dict[str, Any]:
@@ -75,8 +78,10 @@ async def compute_score(
         url: of ``attnshape serve``; or
         model: folder or hub name of a sequence classifier, loaded in every reward worker
             (``reward.num_workers``), one completion per forward.
-        score_fn, layer, device: of ``model``: the score, such as ``"logit[1] - logit[0]"``; the attention
-            layer that is read; and where it runs. verl's reward workers see no GPU.
+        score_fn, layer, query_position, trust_remote_code, device: of ``model``: the score, such as
+            ``"logit[1] - logit[0]"``; the attention layer that is read, and its query; whether Python files
+            of the checkpoint are run; and where it runs. verl's reward workers see no GPU.
+        api_key: of the server; by default ``ATTNSHAPE_API_KEY`` in the environment of the reward workers.
         reward_router_address, reward_model_tokenizer: of verl's own reward server, not used.
 
     Returns:
@@ -84,7 +89,16 @@ async def compute_score(
     """
     if REQUEST not in extra_info:
         raise RuntimeError(f"reward.reward_manager: compute_score needs name=RewardManager of pkg://{MODULE}")
-    judge = reward_model(url=url, model=model, score_fn=score_fn, layer=layer, device=device)
+    judge = reward_model(
+        url=url,
+        api_key=api_key,
+        model=model,
+        score_fn=score_fn,
+        layer=layer,
+        query_position=query_position,
+        trust_remote_code=trust_remote_code,
+        device=device,
+    )
     scored = await judge(**extra_info[REQUEST])
     return {"score": scored.score, "credit": scored.credit, **scored.metrics}
 

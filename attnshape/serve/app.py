@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import hmac
+import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,49 +18,57 @@ from typing import Any
 
 import torch
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from attnshape.serve.batching import BatchQueue
 from attnshape.serve.metrics import Metrics
 from attnshape.serve.process import Job, work
 from attnshape.serve.protocol import BODY, Answer, Completion, Failure, answer, parse
 from attnshape.serve.workers import Pool, State
-from attnshape.text.reader import Example, Reader, load_tokenizer
-from attnshape.text.score_fn import ScoreFn
+from attnshape.text.load import RewardModelConfig, check_device, load_reading
+from attnshape.text.reader import Example, Reader
 
 BODIES = 16
 """Times the largest body that all bodies being read may hold together."""
 READ_SECONDS = 60.0
 """A body that is not here by then is refused: it keeps others out."""
+HEAD_SECONDS = 20.0
+"""A connection whose request has not begun by then, or that reads its answer no further, is closed."""
+CLOSE = {"Connection": "close"}
 RETRY_AFTER = {"Retry-After": "1"}
+CHALLENGE = {"WWW-Authenticate": "Bearer"}
 CLIENT_GONE = 499
 """In the metrics; nobody is there to see it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig:
+class ServeConfig(RewardModelConfig):
     """What ``attnshape serve`` serves, and how much at once.
 
     Args:
-        model: a folder or hub name of a sequence classifier with a trained head.
         devices: one worker each; a device may be named several times.
-        layer: the attention layer that is read, negative from the last.
         max_batch_tokens: of a batch, padding included; longer completions are refused.
         max_pending: completions that may wait or be scored at once; more are asked to come again.
         max_body_bytes: of a request.
+        api_key: a token that ``POST /score`` wants as ``Authorization: Bearer``.
     """
 
-    model: str
-    score_fn: ScoreFn
     devices: tuple[str, ...] = ("cpu",)
-    layer: int = -1
     max_batch_tokens: int = 16384
     max_pending: int = 2048
     max_body_bytes: int = 4 << 20
+    api_key: str | None = None
+
+    def __post_init__(self) -> None:
+        # It travels in a header, where spaces and what is not ASCII would be lost.
+        if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
+            raise ValueError("api_key: want visible ASCII characters without spaces, at least one")
 
 
 class Door:
@@ -75,7 +86,7 @@ class Door:
         # Also keeps web pages from posting here unasked: for this type a browser asks the server first.
         if media_type != "application/json":
             raise HTTPException(415, f"content-type: got {media_type!r}, want 'application/json'")
-        too_long = HTTPException(413, f"the body is longer than {self.max_body_bytes} bytes")
+        too_long = HTTPException(413, f"the body is longer than {self.max_body_bytes} bytes", CLOSE)
         if int(request.headers.get("content-length", 0)) > self.max_body_bytes:
             raise too_long
         body = bytearray()
@@ -90,7 +101,7 @@ class Door:
                         if self._bytes > BODIES * self.max_body_bytes:
                             raise HTTPException(429, "too many requests at once", RETRY_AFTER)
             except TimeoutError:
-                raise HTTPException(408, f"the body took longer than {READ_SECONDS:g} s") from None
+                raise HTTPException(408, f"the body took longer than {READ_SECONDS:g} s", CLOSE) from None
             yield bytes(body)
         finally:
             self._bytes -= len(body)
@@ -109,36 +120,46 @@ class Door:
             self.pending -= count
 
 
-def build(config: ServeConfig, on_failure: Callable[[], None] = lambda: None) -> tuple[FastAPI, Pool]:
+def build(
+    config: ServeConfig,
+    on_failure: Callable[[], None] = lambda: None,
+    on_ready: Callable[[], None] = lambda: None,
+) -> tuple[FastAPI, Pool]:
     """The application, and the workers that it needs, not yet started.
 
     Raises:
-        ValueError, OSError: there is no such model, or its tokenizer is not a fast one.
+        ValueError: there is no such model or device, or the model's tokenizer is not a fast one.
     """
-    from transformers import AutoConfig
-
-    model_config = AutoConfig.from_pretrained(config.model)
-    reader = Reader(load_tokenizer(config.model), model_config, config.max_batch_tokens)
+    for device in dict.fromkeys(config.devices):
+        check_device(device)
+    reader = Reader(
+        *load_reading(config.model, trust_remote_code=config.trust_remote_code), config.max_batch_tokens
+    )
     cpus = config.devices.count("cpu")
     threads = max(1, torch.get_num_threads() // max(1, cpus))
-    targets = [
-        (device, functools.partial(work, Job(config.model, device, config.score_fn, config.layer, threads)))
-        for device in config.devices
-    ]
-    queue = BatchQueue(config.max_batch_tokens, pads=reader.pads)
-    pool = Pool(targets, queue, Metrics(), on_failure=on_failure)
+    targets = [(device, functools.partial(work, Job(config, device, threads))) for device in config.devices]
+    queue = BatchQueue(config.max_batch_tokens)
+    pool = Pool(targets, queue, Metrics(), on_failure=on_failure, on_ready=on_ready)
     return create_app(config, reader, pool), pool
 
 
 def create_app(config: ServeConfig, reader: Reader, pool: Pool) -> FastAPI:
     """The endpoints in front of a pool."""
-    app = FastAPI(title="attnshape", description="Score and credit per token of a reward model.")
+    # FastAPI's pages of documentation fetch their scripts from elsewhere.
+    app = FastAPI(
+        title="attnshape",
+        description="Score and credit per token of a reward model.",
+        docs_url=None,
+        redoc_url=None,
+    )
     door = Door(config.max_pending, config.max_body_bytes)
     pool.metrics.gauge("pending_completions", "Completions accepted, not yet answered.", lambda: door.pending)
     # One thread: a tokenizer is not to be shared, and this one needs little time beside the model.
     reading = ThreadPoolExecutor(1, "reading")
 
     async def scored(request: Request) -> Response:
+        if config.api_key is not None and not _is_let_in(request, config.api_key):
+            raise HTTPException(401, "want the header 'Authorization: Bearer' with the API key", CHALLENGE)
         if not pool.count(State.READY):
             raise HTTPException(503, "no worker is ready", RETRY_AFTER)
         with contextlib.ExitStack() as room:
@@ -160,7 +181,8 @@ def create_app(config: ServeConfig, reader: Reader, pool: Pool) -> FastAPI:
     @app.post(
         "/score",
         response_model=Answer | Failure | list[Answer | Failure],
-        responses={status: {"model": Failure} for status in (400, 408, 413, 415, 422, 429, 503)},
+        responses={status: {"model": Failure} for status in (400, 401, 408, 413, 415, 422, 429, 503)},
+        dependencies=[] if config.api_key is None else [Depends(HTTPBearer(auto_error=False))],
         openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": BODY}}}},
     )
     async def score(request: Request) -> Response:
@@ -193,6 +215,7 @@ def create_app(config: ServeConfig, reader: Reader, pool: Pool) -> FastAPI:
                 "state": worker.state,
                 "pid": worker.pid,
                 "restarts": worker.restarts,
+                "failure": worker.failure,
             }
             for worker in pool.workers
         ]
@@ -209,6 +232,11 @@ def create_app(config: ServeConfig, reader: Reader, pool: Pool) -> FastAPI:
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
     return app
+
+
+def _is_let_in(request: Request, api_key: str) -> bool:
+    kind, _, key = request.headers.get("authorization", "").partition(" ")
+    return kind.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), api_key.encode())
 
 
 def read_all(completions: Sequence[Completion], reader: Reader) -> list[Example]:
@@ -251,27 +279,85 @@ def run(config: ServeConfig, host: str, port: int, on_listen: Callable[[str], No
 
     Args:
         port: 0 for any free one.
-        on_listen: called with the address when connections are taken; the workers are loading then.
+        on_listen: called with the address, from another thread, when the first worker is ready to answer.
 
     Raises:
         ValueError, OSError: as ``build``; the address cannot be had; a worker cannot load the model.
     """
+    said = threading.Event()
 
     def stop() -> None:
         server.should_exit = True
 
-    app, pool = build(config, stop)
-    # Kept open for longer than clients do, which then never send into a connection that is just closing.
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=75)
-    )
-    with socket.create_server((host, port), family=_family(host)) as listener:
-        shown = f"[{host}]" if ":" in host else host
-        on_listen(f"http://{shown}:{listener.getsockname()[1]}")
-        with _signals_obeyed(), pool:
-            server.run(sockets=[listener])
+    def ready() -> None:
+        while not (server.started or server.should_exit):
+            time.sleep(0.01)
+        if server.started and not said.is_set():
+            said.set()
+            on_listen(f"http://{shown}:{listener.getsockname()[1]}")
+
+    app, pool = build(config, stop, ready)
+    server = uvicorn.Server(http_config(app))
+    shown = f"[{host}]" if ":" in host else host
+    try:
+        listener = socket.create_server((host, port), family=_family(host))
+    except OSError as error:
+        raise OSError(f"http://{shown}:{port}: {error.strerror or error}") from error
+    with listener, _signals_obeyed(), pool:
+        server.run(sockets=[listener])
     if pool.failure is not None:
         raise ValueError(pool.failure)
+
+
+def http_config(app: FastAPI) -> uvicorn.Config:
+    """Of the HTTP server in front of the application."""
+    return uvicorn.Config(
+        app,
+        http=Impatient,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        # Kept open for longer than clients do, which then never send into a connection that is just closing.
+        timeout_keep_alive=75,
+    )
+
+
+class Impatient(H11Protocol):
+    """HTTP that closes connections of clients who dribble: bytes of a request's head, or an answer unread."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._wait()
+        else:
+            self._wait_no_more()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._wait()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._wait_no_more()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._wait_no_more()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+
+    def _wait_no_more(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from attnshape.text.reader import Example, Scored
+    from attnshape.text.model import Scored
+    from attnshape.text.reader import Example
 
 
 TWO_DIED = "two workers died while scoring it"
@@ -43,11 +44,10 @@ class BatchQueue:
     Args:
         max_batch_tokens: of a batch, padding to its longest completion included; none may be longer.
         window: seconds that a completion waits for others to fill its batch.
-        pads: whether a batch may hold more than one.
     """
 
-    def __init__(self, max_batch_tokens: int, *, window: float = 0.005, pads: bool = True) -> None:
-        self.max_batch_tokens, self.window, self.pads = max_batch_tokens, window, pads
+    def __init__(self, max_batch_tokens: int, *, window: float = 0.005) -> None:
+        self.max_batch_tokens, self.window = max_batch_tokens, window
         self._waiting: list[Item] = []
         self._changed = threading.Condition()
         self._closed: str | None = None
@@ -66,8 +66,8 @@ class BatchQueue:
                 self._changed.notify_all()
         return item.answer
 
-    def put_back(self, items: Sequence[Item]) -> None:
-        """After their worker died. Whoever has seen a second one die is answered."""
+    def put_back(self, items: Sequence[Item], reason: str) -> None:
+        """After their worker died of ``reason``. Whoever has seen a second one die is answered."""
         with self._changed:
             again = [item for item in items if item.attempts < 2 and self._closed is None]
             self._waiting[:0] = again
@@ -78,7 +78,7 @@ class BatchQueue:
             if self._closed is not None:
                 item.answer.set_exception(Unavailable(self._closed))
             else:  # a client that came again would kill a third
-                item.answer.set_result(TWO_DIED)
+                item.answer.set_result(f"{TWO_DIED}: {reason}")
 
     def take(self, timeout: float) -> list[Item]:
         """A batch, or nothing if none came within ``timeout`` seconds.
@@ -89,7 +89,7 @@ class BatchQueue:
         with self._changed:
             if not self._changed.wait_for(lambda: self._waiting or self._closed is not None, timeout):
                 return []
-            if self._waiting and self.pads:
+            if self._waiting:
                 patience = self._waiting[0].arrived + self.window - time.monotonic()
                 self._changed.wait_for(self._is_full, max(patience, 0))
             self._waiting = [item for item in self._waiting if not item.answer.cancelled()]
@@ -124,7 +124,7 @@ class BatchQueue:
 
     def _choose(self) -> list[Item]:
         oldest = self._waiting[0]
-        if oldest.attempts or not self.pads:  # those that come again stand before all others
+        if oldest.attempts:  # those that come again stand before all others
             return [oldest]
         items = sorted(self._waiting, key=lambda item: item.tokens)
         tokens_before = [0, *itertools.accumulate(item.tokens for item in items)]

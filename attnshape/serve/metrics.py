@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 if TYPE_CHECKING:
-    from attnshape.text.reader import Scored
+    from attnshape.text.model import Scored
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -33,6 +33,7 @@ class Metrics:
         self.tokens = counter("tokens", "Tokens scored.")
         self.padding = counter("padding_tokens", "Padding scored beside them.")
         self.fallbacks = counter("fallback_completions", "Completions whose response got no attention.")
+        self.changed = counter("changed_completions", "Completions that the chat template changed.")
         self.nonfinite = counter("nonfinite_completions", "Completions with a score or credit not finite.")
         self.retries = counter("retried_completions", "Completions scored again after their worker died.")
         self.restarts = counter("worker_restarts", "Workers that died and were started again.", "device")
@@ -49,6 +50,7 @@ class Metrics:
         self.padding.inc(max(lengths) * len(lengths) - sum(lengths))
         scored = [answer for answer in answers if not isinstance(answer, str)]
         self.fallbacks.inc(sum(bool(answer.metrics["fallback"]) for answer in scored))
+        self.changed.inc(sum(bool(answer.metrics["changed"]) for answer in scored))
         self.nonfinite.inc(sum(not answer.finite for answer in scored))
 
     def text(self) -> bytes:

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from attnshape.text.reader import Example, Reader, Scored
+from attnshape.text.model import Scored
+from attnshape.text.reader import Example, Reader, check_form
 
 SHOWN_PROBLEMS = 3
 
@@ -34,19 +35,12 @@ class Completion(BaseModel):
 
     @model_validator(mode="after")
     def _has_one_form(self) -> Self:
-        given = {name for name in ("prompt", "response", "messages") if getattr(self, name) is not None}
-        if given not in ({"prompt", "response"}, {"messages"}):
-            got = " and ".join(sorted(given)) or "neither"
-            raise ValueError(f"want prompt and response, or messages, got {got}")
+        check_form(dict(self))
         return self
 
     def read(self, reader: Reader) -> Example:
         """Raises ValueError if it cannot be scored."""
-        if self.messages is not None:
-            return reader.read_messages(self.messages, self.offsets)
-        assert self.prompt is not None
-        assert self.response is not None
-        return reader.read(self.prompt, self.response, self.offsets)
+        return reader.read_record(dict(self), self.offsets)
 
 
 class Metrics(BaseModel):
@@ -56,6 +50,9 @@ class Metrics(BaseModel):
     last_share: Annotated[float, Field(description="The credit on the last token.")]
     response_attention: Annotated[float, Field(description="Share of the attention on the response.")]
     fallback: Annotated[bool, Field(description="It was nothing: all credit is on the last token.")]
+    changed: Annotated[
+        bool, Field(description="The chat template changed the response; what it dropped has no credit.")
+    ]
 
 
 class Answer(BaseModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +13,13 @@ from enum import StrEnum
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from attnshape.serve.batching import BatchQueue, Item
 from attnshape.serve.metrics import Metrics
+
+if TYPE_CHECKING:
+    from attnshape.text.model import Scored
 
 Target: TypeAlias = Callable[[Connection], None]
 """What a process runs, such as ``process.work``."""
@@ -38,6 +42,10 @@ class LoadError(Exception):
     """A worker cannot load its model."""
 
 
+class Died(Exception):
+    """A worker's process ended; the message says of what."""
+
+
 class Worker(threading.Thread):
     """Feeds one process from the queue, and starts it again when it dies."""
 
@@ -47,6 +55,8 @@ class Worker(threading.Thread):
         self.state = State.LOADING
         self.restarts = 0
         self.pid: int | None = None
+        self.failure: str | None = None
+        """Why the last process ended."""
         self._held: list[Item] = []
 
     def run(self) -> None:
@@ -56,9 +66,10 @@ class Worker(threading.Thread):
                 with self._process() as (process, pipe):
                     self._await_load(process, pipe)
                     self.state, was_ready, delay = State.READY, True, 0.0
+                    self.pool.on_ready()
                     self._feed(process, pipe)
             except LoadError as error:
-                self.state = State.DEAD
+                self.state, self.failure = State.DEAD, str(error)
                 if not was_ready:
                     self.pool.fail(str(error))
                     return
@@ -66,10 +77,10 @@ class Worker(threading.Thread):
                 self.pool.refuse_if_dead(str(error))
                 delay = min(2 * delay + 1, LONGEST_DELAY)
             except Exception as error:
-                self.state = State.DEAD
+                self.state, self.failure = State.DEAD, str(error)
                 logger.warning("%s died: %s", self.name, error)
                 self.pool.metrics.retries.inc(sum(item.attempts == 1 for item in self._held))
-            self.pool.queue.put_back(self._held)
+            self.pool.queue.put_back(self._held, self.failure or "")
             self._held = []
             if not self.pool.stopping.is_set():
                 self.restarts += 1
@@ -101,8 +112,7 @@ class Worker(threading.Thread):
         try:
             reason = pipe.recv()
         except (EOFError, OSError):
-            process.join()
-            reason = f"{self.device}: the process died with exit code {process.exitcode}"
+            reason = f"{self.device}: the process died: {_end_of(process)}"
         if reason is not None:
             raise LoadError(reason)
 
@@ -111,22 +121,44 @@ class Worker(threading.Thread):
         while not self.pool.stopping.is_set():
             self._held = self.pool.queue.take(POLL)
             if not process.is_alive():
-                raise RuntimeError(f"exit code {process.exitcode}")
+                raise Died(_end_of(process))
             if not self._held:
                 continue
             started = time.monotonic()
-            pipe.send([item.example for item in self._held])
-            while not pipe.poll(POLL):
-                if self.pool.stopping.is_set():
-                    return
-                if time.monotonic() - started > self.pool.batch_timeout:
-                    raise TimeoutError(f"killed after {self.pool.batch_timeout:g} s without an answer")
-            answers = pipe.recv()
+            try:
+                answers = self._ask(pipe, started)
+            except (EOFError, ConnectionError):
+                raise Died(_end_of(process)) from None
+            if answers is None:
+                return
+            if isinstance(answers, str):
+                raise Died(answers)
             tokens = [item.tokens for item in self._held]
             self.pool.metrics.observe_batch(tokens, answers, time.monotonic() - started)
             for item, answer in zip(self._held, answers, strict=True):
                 item.answer.set_result(answer)
             self._held = []
+
+    def _ask(self, pipe: Connection, started: float) -> list[Scored | str] | str | None:
+        """Answers of the process to what is held, why it ends, or None if the server stops meanwhile."""
+        pipe.send([item.example for item in self._held])
+        while not pipe.poll(POLL):
+            if self.pool.stopping.is_set():
+                return None
+            if time.monotonic() - started > self.pool.batch_timeout:
+                raise TimeoutError(f"killed after {self.pool.batch_timeout:g} s without an answer")
+        answers: list[Scored | str] | str = pipe.recv()
+        return answers
+
+
+def _end_of(process: BaseProcess) -> str:
+    """How a process ended that has closed its pipe."""
+    process.join()
+    code = process.exitcode or 0
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name
+    return f"{name}, as when memory runs out" if name == "SIGKILL" else name
 
 
 class Pool:
@@ -137,6 +169,7 @@ class Pool:
         batch_timeout: seconds after which a worker that does not answer is killed.
         on_failure: called from a worker's thread when it cannot load its model at the start; ``failure`` then
             says why.
+        on_ready: called from a worker's thread whenever it is ready.
     """
 
     def __init__(
@@ -147,9 +180,10 @@ class Pool:
         *,
         batch_timeout: float = 600.0,
         on_failure: Callable[[], None] = lambda: None,
+        on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         self.queue, self.metrics = queue, metrics
-        self.batch_timeout, self.on_failure = batch_timeout, on_failure
+        self.batch_timeout, self.on_failure, self.on_ready = batch_timeout, on_failure, on_ready
         self.stopping = threading.Event()
         self.failure: str | None = None
         self.workers = [Worker(self, device, target) for device, target in targets]

@@ -9,22 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Spans: TypeAlias = Sequence[tuple[int, int]]
 """``(start, end)`` of each token in characters, as ``return_offsets_mapping=True`` gives them."""
 Offsets: TypeAlias = Spans | Sequence[Spans] | Tensor
 """One sequence's spans, or one list of them per sequence; as a tensor ``[S, 2]`` or ``[B, S, 2]``."""
-Target: TypeAlias = str | Sequence[int] | Tensor
-"""A response: its text, or its token ids."""
-
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,144 +207,3 @@ def _rows(offsets: Offsets, name: str) -> tuple[list[Tensor], tuple[int, ...]]:
                 f"{name}: token {int(bad[0])} of sequence {b} is ({start}, {end}), not 0 <= start <= end"
             )
     return [row.long() for row in rows], (len(rows), length) if batched else (length,)
-
-
-def align_texts(
-    source_tokenizer: PreTrainedTokenizerBase,
-    source_text: str | Sequence[str],
-    target_tokenizer: PreTrainedTokenizerBase,
-    target: Target | Sequence[Target],
-    *,
-    add_special_tokens: bool = False,
-) -> Alignment:
-    """``align`` for a response inside a longer text of another tokenizer, such as a chat template.
-
-    The response is found in the source text verbatim or, as templates strip it, without the whitespace around
-    it. If it occurs more than once, the last occurrence counts that does not lie inside a special token.
-
-        alignment = align_texts(reward_tokenizer, texts, policy_tokenizer, response_ids)
-        mask = alignment.source_mask.to(device)
-        credit = attention_credit(tap.take(), Response(mask, start=zeros))  # [B, S]
-        out = shape_rewards(score, alignment(credit), ...)  # [B, R]
-
-    Args:
-        source_tokenizer: a fast tokenizer; a batch is padded on its own ``padding_side``.
-        source_text: what the reward model reads: one text, or a batch of them.
-        target_tokenizer: the policy's tokenizer; a fast one where ``target`` is text.
-        target: the response, one per source text: its text, tokenised without special tokens, or the sampled
-            token ids, int ``[R]``, whose spans are found by decoding (special tokens have zero width).
-        add_special_tokens: whether the source tokenizer adds its special tokens; chat templates hold them.
-
-    Raises:
-        ValueError: a source text does not contain its response, the two are not as many, or a tokenizer that
-            must give offsets is not a fast one.
-
-    Example:
-        >>> from tokenizers import Tokenizer, models, pre_tokenizers
-        >>> from transformers import PreTrainedTokenizerFast
-        >>> words = Tokenizer(models.WordLevel({"[user]": 0, "good": 1, "film": 2}, unk_token="[user]"))
-        >>> words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
-        >>> align_texts(tokenizer, "[user] good film", tokenizer, "good film").source_mask
-        tensor([False,  True,  True])
-    """
-    single = isinstance(source_text, str)
-    texts = [source_text] if isinstance(source_text, str) else list(source_text)
-    targets = cast("list[Target]", [target] if single else list(target))
-    if len(texts) != len(targets):
-        raise ValueError(f"source_text and target must be as many, got {len(texts)} and {len(targets)}")
-    _require_fast(source_tokenizer, "source_tokenizer")
-    encoded = source_tokenizer(
-        texts, add_special_tokens=add_special_tokens, padding=len(texts) > 1, return_offsets_mapping=True
-    )
-    source_offsets: list[Spans] = encoded["offset_mapping"]
-    target_offsets = []
-    for b, (text, response) in enumerate(zip(texts, targets, strict=True)):
-        if isinstance(response, str):
-            _require_fast(target_tokenizer, "target_tokenizer")
-            spans = target_tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)[
-                "offset_mapping"
-            ]
-        else:
-            response, spans = decoded_spans(target_tokenizer, response)
-        found = find_response(source_tokenizer, text, response, encoded["input_ids"][b], source_offsets[b])
-        if found is None:
-            raise ValueError(
-                f"source_text {b} does not contain its response: {response!r} is not in {text!r}"
-            )
-        low, high = found
-        shift = low - response.find(text[low:high])
-        target_offsets.append([(_clip(s + shift, low, high), _clip(e + shift, low, high)) for s, e in spans])
-    return align(source_offsets[0], target_offsets[0]) if single else align(source_offsets, target_offsets)
-
-
-def _require_fast(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"{name} must be a fast tokenizer, which gives offsets, got {type(tokenizer).__name__}"
-        )
-
-
-def find_response(
-    tokenizer: PreTrainedTokenizerBase, text: str, response: str, ids: Sequence[int], offsets: Spans
-) -> tuple[int, int] | None:
-    """Span of the last occurrence in ``text`` that cuts through no special token, or None.
-
-    Where there is none, of the response without the whitespace around it, which templates strip.
-    ``ids`` and ``offsets`` are the text's tokens.
-    """
-    added = tokenizer.added_tokens_decoder
-    special_ids = {i for i, token in added.items() if token.special and i != tokenizer.unk_token_id}
-    special = [span for i, span in zip(ids, offsets, strict=True) if i in special_ids]
-    for part in (response, response.strip()):
-        start = text.rfind(part)
-        while start >= 0:
-            end = start + len(part)
-            if not any(s < end and start < e and not (start <= s and e <= end) for s, e in special):
-                return start, end
-            start = text.rfind(part, 0, end - 1)
-    return None
-
-
-def _clip(x: int, low: int, high: int) -> int:
-    return min(max(x, low), high)
-
-
-def decoded_spans(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | Tensor
-) -> tuple[str, list[tuple[int, int]]]:
-    """The text of sampled tokens, and the span of each in it: what they have in place of an offset mapping.
-
-    Every token is decoded behind the last ones that gave text, so that spaces survive; tokens that hold parts
-    of a character share it; special tokens have zero width.
-
-    Args:
-        ids: of one sequence, int ``[R]``.
-
-    Example:
-        >>> from tokenizers import Tokenizer, models
-        >>> from transformers import PreTrainedTokenizerFast
-        >>> words = Tokenizer(models.WordLevel({"good": 0, "film": 1}, unk_token="good"))
-        >>> decoded_spans(PreTrainedTokenizerFast(tokenizer_object=words), [0, 1])
-        ('good film', [(0, 4), (4, 9)])
-    """
-    ids = list(map(int, ids))
-
-    def decode(part: list[int]) -> str:
-        text: str = tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
-
-    spans: list[tuple[int, int]] = []
-    done = 0  # characters of the text whose tokens are complete
-    context, read, known, fresh = 0, 0, "", ""
-    for i in range(len(ids)):
-        start = done + len(fresh) - fresh.endswith(REPLACEMENT)
-        fresh = decode(ids[context : i + 1])[len(known) :]
-        spans.append((start, max(start + 1, done + len(fresh))) if fresh else (done, done))
-        if fresh and not fresh.endswith(REPLACEMENT):
-            done += len(fresh)
-            # Some decoders write one replacement per byte: a whole character may be shorter than its parts.
-            spans[read:] = [(min(s, done - 1), min(e, done)) if s < e else (s, e) for s, e in spans[read:]]
-            context, read = read, i + 1
-            known, fresh = decode(ids[context:read]), ""
-    return decode(ids), spans

@@ -6,22 +6,20 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
-from attnshape.files import whole_file
-from attnshape.tap import AttentionTap
+from attnshape.files import kept_file
 from attnshape.text.html import PAGE_FOOT, CreditItem, credit_section, page_head
-from attnshape.text.reader import Example, Reader, Scored, score_examples
-from attnshape.text.score_fn import ScoreFn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from attnshape.text.model import CreditModel, Scored
+from attnshape.text.partial import Partial
+from attnshape.text.reader import Example, Reader
 
 
 class Counts(NamedTuple):
     written: int
     skipped: int
+    changed: int
+    """Of those written, how many responses the chat template changed."""
 
 
 class Line(NamedTuple):
@@ -33,73 +31,91 @@ class Line(NamedTuple):
     example: Example
 
 
-def credit_file(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    source: Path,
-    target: Path,
+def credit_lines(
+    model: CreditModel,
+    lines: Iterable[bytes],
+    out: TextIO,
+    page: TextIO | None = None,
     *,
-    score_fn: ScoreFn,
-    html: Path | None = None,
+    title: str = "",
     batch_size: int = 16,
-    layer: int = -1,
+    done: Iterable[int] = (),
     on_skip: Callable[[int, str], None] = lambda line, reason: None,
     on_read: Callable[[int], None] = lambda size: None,
 ) -> Counts:
-    """Writes one JSON object per readable line of ``source``, and the coloured page if ``html`` is given.
+    """Writes one JSON object per readable line, and sections of the coloured page if there is one.
 
     A line is ``{"prompt": str, "response": str}``, read as one text, or ``{"messages": [...]}``, which ends
-    with the assistant's and is rendered with the tokenizer's chat template (``scoring.Reader`` says how); an
-    ``"id"`` is passed on. What is written holds ``line, id, score, tokens, offsets, credit`` and ``metrics``;
-    ``tokens`` are slices of the response and ``offsets`` their characters in it. No file is held in memory,
-    and the new ones appear only when complete.
+    with the assistant's and is rendered with the tokenizer's chat template (``Reader`` says how); an ``"id"``
+    is passed on. What is written holds ``line, id, score, tokens, offsets, credit`` and ``metrics``;
+    ``tokens`` are slices of the response and ``offsets`` their characters in it. No more than a batch is held
+    in memory, and after each batch all of it is written.
 
     Args:
-        batch_size: sequences per forward; 1 if there is no padding token.
-        layer: the attention layer that is read.
+        title: of the page.
+        batch_size: sequences per forward.
+        done: the numbers of lines that are in ``out`` and ``page`` already, in order.
         on_skip: called with the number of a line that cannot be read or scored, and the reason.
-        on_read: called with the number of bytes of ``source`` that were read.
+        on_read: called with the number of bytes that were read.
     """
-    score_fn.check(model.config.num_labels)
-    reader = Reader(tokenizer, model.config)
-    written = skipped = 0
+    written = skipped = changed = 0
 
     def skip(line: int, reason: str) -> None:
         nonlocal skipped
         skipped += 1
         on_skip(line, reason)
 
-    with ExitStack() as stack:
-        lines = stack.enter_context(source.open("rb"))
-        out = stack.enter_context(whole_file(target))
-        page = stack.enter_context(whole_file(html)) if html else None
-        tap = stack.enter_context(AttentionTap(model, layer))
-        if page:
-            page.write(page_head(f"Credit of {source.name}"))
-        readable = _lines(lines, reader, skip, on_read)
-        while batch := list(itertools.islice(readable, batch_size if reader.pads else 1)):
-            examples = [line.example for line in batch]
-            for line, scored in zip(batch, score_examples(model, tap, examples, score_fn), strict=True):
-                if not scored.finite:
-                    skip(line.number, "the model's score or attention is not finite")
-                    continue
-                written += 1
-                out.write(json.dumps(_row(line, scored), ensure_ascii=False) + "\n")
-                if page:
-                    page.write(credit_section(line.number, _item(line.example, scored)))
-        if page:
-            page.write(PAGE_FOOT)
-    return Counts(written, skipped)
+    if page is not None and not page.tell():
+        page.write(page_head(title))
+    readable = _readable(lines, model.reader(), iter(done), skip, on_read)
+    while batch := list(itertools.islice(readable, batch_size)):
+        for line, scored in zip(batch, model.score_each([line.example for line in batch]), strict=True):
+            if isinstance(scored, str):
+                skip(line.number, scored)
+                continue
+            if not scored.finite:
+                skip(line.number, "the model's score or attention is not finite")
+                continue
+            written += 1
+            changed += line.example.changed
+            out.write(json.dumps(_row(line, scored), ensure_ascii=False) + "\n")
+            if page is not None:
+                page.write(credit_section(line.number, _item(line.example, scored)))
+        out.flush()
+        if page is not None:
+            page.flush()
+    if page is not None:
+        page.write(PAGE_FOOT)
+    return Counts(written, skipped, changed)
 
 
-def _lines(
+def credit_file(model: CreditModel, lines: Iterable[bytes], partial: Partial, **options: Any) -> Counts:
+    """``credit_lines`` into the files of ``partial``, which take their names when complete.
+
+    If it is interrupted they stay under the names that they have till then; it goes on behind what they hold.
+    """
+    done = partial.done()
+    with ExitStack() as files:
+        out = files.enter_context(kept_file(partial.target, partial.path))
+        page = None
+        if partial.html is not None and partial.page is not None:  # takes its name before the file
+            page = files.enter_context(kept_file(partial.html, partial.page))
+        return credit_lines(model, lines, out, page, done=done, **options)
+
+
+def _readable(
     lines: Iterable[bytes],
     reader: Reader,
+    done: Iterator[int],
     skip: Callable[[int, str], None],
     on_read: Callable[[int], None],
 ) -> Iterator[Line]:
+    next_done = next(done, None)
     for number, line in enumerate(lines, 1):
         on_read(len(line))
+        if number == next_done:
+            next_done = next(done, None)
+            continue
         if not line.strip():
             continue
         try:
@@ -107,23 +123,18 @@ def _lines(
             if not isinstance(record, dict):
                 raise ValueError(f"want a JSON object, got {type(record).__name__}")
             keys = {"id": record["id"]} if "id" in record else {}
-            yield Line(number, keys, _read(record, reader))
+            _check_id(keys)
+            yield Line(number, keys, reader.read_record(record))
         except (ValueError, RecursionError) as error:
-            skip(number, str(error))
+            skip(number, " ".join(str(error).split()))
 
 
-def _read(record: dict[str, Any], reader: Reader) -> Example:
-    """Raises ValueError if the record is not one that can be scored."""
-    if "messages" in record:
-        return reader.read_messages(record["messages"])
-    return reader.read(_text(record, "prompt"), _text(record, "response"))
-
-
-def _text(record: dict[str, Any], name: str) -> str:
-    if not isinstance(record.get(name), str):
-        raise ValueError(f'"{name}" must be a string, got {json.dumps(record.get(name))[:40]}')
-    text: str = record[name]
-    return text
+def _check_id(keys: dict[str, Any]) -> None:
+    """Raises ValueError for what cannot be written as JSON in UTF-8."""
+    try:
+        json.dumps(keys, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise ValueError(f'"id" cannot be written again: {error}') from None
 
 
 def _row(line: Line, scored: Scored) -> dict[str, Any]:
@@ -140,16 +151,30 @@ def _row(line: Line, scored: Scored) -> dict[str, Any]:
 
 
 def _item(example: Example, scored: Scored) -> CreditItem:
-    """Pieces that tile the response: text without a token joins the next, a shared character is one."""
+    """Pieces that tile the response: text without a token joins the next, a shared character is one.
+
+    Where the chat template changed the response, text without a token is what it dropped, and stands alone.
+    """
     tokens: list[str] = []
     credit: list[float] = []
     shown = 0
-    for (_, end), c in zip(example.offsets, scored.credit, strict=True):
+    for (start, end), c in zip(example.offsets, scored.credit, strict=True):
+        if example.changed and start > shown:
+            tokens.append(example.response[shown:start])
+            credit.append(0.0)
+            shown = start
         if end > shown:
             tokens.append(example.response[shown:end])
             credit.append(c)
             shown = end
-        else:
+        elif credit:
             credit[-1] += c
-    note = "no attention on the response: all credit on its last token" if scored.metrics["fallback"] else ""
+    if example.changed and shown < len(example.response):
+        tokens.append(example.response[shown:])
+        credit.append(0.0)
+    notes = {
+        "the chat template changed the response: what it dropped has no credit": scored.metrics["changed"],
+        "no attention on the response: all credit on its last token": scored.metrics["fallback"],
+    }
+    note = "; ".join(text for text, holds in notes.items() if holds)
     return CreditItem(example.prompt, tokens, credit, scored.score, note)

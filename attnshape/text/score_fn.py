@@ -33,6 +33,10 @@ class ScoreFn:
         return sum((weight * logits[..., label or 0] for weight, label in self.terms), logits.new_zeros(()))
 
 
+LOGIT = ScoreFn(((1.0, None),))
+"""The only logit."""
+
+
 def parse_score_fn(expression: str) -> ScoreFn:
     """The function that ``expression`` writes: a sum of ``[number *] logit`` or ``[number *] logit[index]``.
 

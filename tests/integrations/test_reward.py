@@ -16,7 +16,7 @@ from parity.toys import Offline, save_policy, save_reward_model
 
 from attnshape.integrations import reward
 from attnshape.integrations.reward import ATTEMPTS, reward_model, spans_of, token_rewards
-from attnshape.text.reader import Scored
+from attnshape.text.model import Scored
 
 PROMPTS = {
     "messages": [{"role": "user", "content": "Was the film any good?"}],
@@ -102,11 +102,14 @@ def test_token_rewards() -> None:
         token_rewards(2.0, credit[:3], mask, dense_share=0.75)
 
 
+READY = json.dumps({"status": "ready", "workers": []})
+
+
 class Server:
     """Answers requests with what ``answers`` holds for the path, the last one again and again."""
 
     def __init__(self) -> None:
-        self.answers: dict[str, list[tuple[int, str]]] = {"/health": [(200, "{}")]}
+        self.answers: dict[str, list[tuple[int, str]]] = {"/health": [(200, READY)]}
         self.got: list[dict[str, Any]] = []
         parent = self
 
@@ -166,7 +169,7 @@ def test_a_served_reward_model(server: Server) -> None:
 
 def test_an_overloaded_server_is_asked_again(server: Server) -> None:
     server.answers["/score"] = [(429, "busy"), (503, "starting"), (0, ""), (200, ANSWER)]
-    assert ask(reward_model(url=server.url), "Good? ", "Yes", [(0, 3)]).score == 1.5
+    assert ask(reward_model(url=server.url), "Good? ", "Yes", [(0, 2), (2, 3)]).score == 1.5
     assert len(server.got) == 4
 
 
@@ -188,9 +191,9 @@ def test_a_completion_that_the_server_refuses(server: Server) -> None:
 
 
 def test_a_server_is_waited_for_while_it_loads(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.answers["/health"] = [(503, "loading")] * 3 + [(200, "ready")]
+    server.answers["/health"] = [(503, "loading")] * 3 + [(200, READY)]
     reward_model(url=server.url)
-    assert server.answers["/health"] == [(200, "ready")]
+    assert server.answers["/health"] == [(200, READY)]
     server.answers["/health"] = [(503, "loading")]
     monkeypatch.setattr(reward, "LOADING_SECONDS", 0.05)
     with pytest.raises(RuntimeError, match=r"503.*is `attnshape serve` running there"):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnshape import ShapingConfig, reference
 from attnshape.integrations import framework, slime
-from attnshape.text.reader import Scored
+from attnshape.text.model import Scored
 
 MODULE = "attnshape.integrations.slime"
 
@@ -132,7 +132,7 @@ def test_scores_and_what_the_reward_model_is_asked(monkeypatch: pytest.MonkeyPat
     assert "".join(response[s:e] for s, e in spans) == response
     assert asked["2"] == (response, [(s, e if m else s) for (s, e), m in zip(spans, mask, strict=True)])
     assert asked["3"] == ("", [])
-    assert whole.metadata == {slime.CREDIT: [0.5] * len(ids)}
+    assert whole.metadata == {slime.CREDIT: [0.5] * len(ids), slime.METRICS: {}}
 
 
 @pytest.mark.usefixtures("present")

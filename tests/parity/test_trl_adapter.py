@@ -106,18 +106,19 @@ class World:
             return [torch.tensor(SCALE * score) for score, _ in found], [credit for _, credit in found]
         scores, credits = [], []
         for part in (slice(0, 3), slice(3, BATCH)):
-            texts = [
-                self.reward_tokenizer.apply_chat_template(
-                    [*prompt, {"role": "assistant", "content": self.text(response)}], tokenize=False
-                )
+            conversations = [
+                [*prompt, {"role": "assistant", "content": self.text(response)}]
                 for prompt, response in zip(prompts[part], responses[part], strict=True)
             ]
-            batch = self.reward_tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
-            alignment = attnshape.align_texts(self.reward_tokenizer, texts, self.tokenizer, responses[part])
+            alignment = attnshape.align_texts(
+                self.reward_tokenizer, conversations, self.tokenizer, responses[part]
+            )
             with attnshape.AttentionTap(self.reward_model) as tap:
-                logits = self.reward_model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+                logits = self.reward_model(
+                    alignment.input_ids, attention_mask=alignment.attention_mask
+                ).logits
             scores += SCALE * logits[:, 0]
-            zeros = torch.zeros(len(texts), dtype=torch.int32)
+            zeros = torch.zeros(len(conversations), dtype=torch.int32)
             response = attnshape.Response(alignment.source_mask, start=zeros)
             credit = attnshape.attention_credit(tap.take(), response)
             credits += [row[: len(r)] for row, r in zip(alignment(credit), responses[part], strict=True)]

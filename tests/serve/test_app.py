@@ -17,12 +17,18 @@ from attnshape.serve import app as serve_app
 from attnshape.serve.app import BODIES, ServeConfig, build
 from attnshape.serve.batching import Unavailable
 from attnshape.serve.workers import Pool, State
-from attnshape.text.reader import Scored
+from attnshape.text.model import Scored
 from attnshape.text.score_fn import parse_score_fn
 
 PAIR = {"prompt": "How was it? ", "response": "great"}
 OFFSETS = [[0, 3], [3, 5]]
-METRICS = {"entropy": 0.5, "last_share": 0.25, "response_attention": 0.125, "fallback": False}
+METRICS = {
+    "entropy": 0.5,
+    "last_share": 0.25,
+    "response_attention": 0.125,
+    "fallback": False,
+    "changed": False,
+}
 GOOD = Scored(1.5, [0.75, 0.25], METRICS)
 PATIENCE = 30.0
 
@@ -136,7 +142,7 @@ def test_a_server_that_loads_says_so(folder: Path) -> None:
         server.pool.workers[0].state = State.LOADING
         health = await server.client.get("/health")
         assert health.status_code == 503
-        worker = {"device": "cpu", "state": "loading", "pid": None, "restarts": 0}
+        worker = {"device": "cpu", "state": "loading", "pid": None, "restarts": 0, "failure": None}
         assert health.json() == {"status": "not ready", "model": str(folder), "workers": [worker]}
         response = await server.post(PAIR)
         assert (response.status_code, response.json()) == (503, {"error": "no worker is ready"})
@@ -372,7 +378,7 @@ def test_metrics_count_what_happened(server: Server) -> None:
         await server.has_waiting(3)
         assert (await server.counted())["waiting_completions"] == 3
         tokens = [item.tokens for item in waiting(server.pool)]
-        fell_back = Scored(1.0, [1.0], {**METRICS, "fallback": True})
+        fell_back = Scored(1.0, [1.0], {**METRICS, "fallback": True, "changed": True})
         server.answer(GOOD, fell_back, Scored(float("inf"), [1.0], METRICS))
         await request
         counted = await server.counted()
@@ -382,6 +388,7 @@ def test_metrics_count_what_happened(server: Server) -> None:
         assert counted["tokens_total"] == sum(tokens)
         assert counted["padding_tokens_total"] == 3 * max(tokens) - sum(tokens) > 0
         assert counted["fallback_completions_total"] == 1
+        assert counted["changed_completions_total"] == 1
         assert counted["nonfinite_completions_total"] == 1
 
     run(test)

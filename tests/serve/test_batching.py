@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnshape.serve.batching import TWO_DIED, BatchQueue, Unavailable
-from attnshape.text.reader import Example, Scored
+from attnshape.text.model import Scored
+from attnshape.text.reader import Example
 
 AT_ONCE = 0.0
 FOREVER = 60.0
@@ -71,14 +72,6 @@ def test_the_oldest_decides_which_lengths() -> None:
     assert lengths(queue) == [50]
 
 
-def test_a_model_without_padding_gets_one_at_a_time() -> None:
-    queue = BatchQueue(100, window=FOREVER, pads=False)
-    queue.put(example(3))
-    queue.put(example(3))
-    assert lengths(queue) == [3]
-    assert lengths(queue) == [3]
-
-
 def test_a_batch_waits_until_it_is_full() -> None:
     queue = BatchQueue(10, window=FOREVER)
     taken: list[int] = []
@@ -114,13 +107,13 @@ def test_whoever_saw_a_worker_die_comes_next_and_alone_and_only_once() -> None:
     held = queue.take(AT_ONCE)
     assert [item.tokens for item in held] == [1, 2]
     younger = queue.put(example(3))
-    queue.put_back(held)
+    queue.put_back(held, "SIGKILL")
     first = queue.take(AT_ONCE)
     second = queue.take(AT_ONCE)
     assert [[item.tokens for item in batch] for batch in (first, second)] == [[1], [2]]
     assert lengths(queue) == [3]
-    queue.put_back(first)
-    assert futures[0].result(AT_ONCE) == TWO_DIED
+    queue.put_back(first, "SIGSEGV")
+    assert futures[0].result(AT_ONCE) == f"{TWO_DIED}: SIGSEGV"
     second[0].answer.set_result(Scored(0.0, [], {}))
     assert futures[1].result(AT_ONCE).score == 0
     assert not younger.done()
@@ -133,8 +126,8 @@ def test_the_young_do_not_share_a_batch_with_a_retried_one() -> None:
     queue.put(example(2))
     taken = queue.take(AT_ONCE)
     queue.put(example(3))
-    queue.put_back(held)
-    queue.put_back(taken)
+    queue.put_back(held, "SIGKILL")
+    queue.put_back(taken, "SIGKILL")
     assert [lengths(queue) for _ in range(3)] == [[2], [1], [3]]
 
 
@@ -145,7 +138,7 @@ def test_a_closed_queue_refuses_everybody() -> None:
     waiting, gone = queue.put(example(2)), queue.put(example(3))
     gone.cancel()
     queue.close("the server stops")
-    queue.put_back(held)
+    queue.put_back(held, "SIGKILL")
     for future in (held_by_a_worker, waiting, queue.put(example(4))):
         with pytest.raises(Unavailable, match="the server stops"):
             future.result(AT_ONCE)

@@ -28,7 +28,7 @@ import attnshape
 from attnshape import tolerance
 from attnshape.cli import app
 from attnshape.serve.app import ServeConfig
-from attnshape.text.reader import load_reward_model
+from attnshape.text.load import load_reward_model
 from attnshape.text.score_fn import parse_score_fn
 
 PATIENCE = 180.0
@@ -80,11 +80,12 @@ def serving(folder: Path, *options: str) -> Iterator[Server]:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
-        address = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline())
-        assert address is not None
+        assert process.stderr.readline().startswith(f"loading {folder} on ")
+        while not (address := re.search(r"http://127\.0\.0\.1:\d+", line := process.stderr.readline())):
+            assert line
         limits = httpx2.Limits(max_connections=CLIENTS + 8)
         with httpx2.Client(base_url=address[0], timeout=PATIENCE, limits=limits, trust_env=False) as client:
-            wait_for(lambda: client.get("/health").status_code == 200)
+            assert client.get("/health").status_code == 200
             yield Server(process, client)
     finally:
         process.kill()
@@ -116,7 +117,15 @@ class Offline:
         with torch.no_grad(), attnshape.AttentionTap(self.model) as tap:
             score = self.model(**encoded).logits.item()
         inputs = tap.take()
-        alignment = attnshape.align_texts(self.tokenizer, [text], self.tokenizer, [ids])
+        said, _ = attnshape.decoded_spans(self.tokenizer, ids)
+        alignment = attnshape.align_texts(
+            self.tokenizer,
+            [text],
+            self.tokenizer,
+            [ids],
+            start=[text.rindex(said)],
+            input_ids=encoded["input_ids"],
+        )
         response = attnshape.Response(alignment.source_mask, start=torch.zeros(1, dtype=torch.int32))
         credit = attnshape.attention_credit(inputs, response)
         keys = inputs.key.repeat_interleave(inputs.query.shape[1] // inputs.key.shape[1], 1)
@@ -281,7 +290,8 @@ def test_options_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     assert CliRunner().invoke(app, ["serve", "m", "--devices", "cpu"]).exit_code == 0
     arguments = """
         serve m --host 0.0.0.0 --port 9 --devices cuda:0,cuda:1 --score-fn logit[1] --layer 3
-        --max-batch-tokens 7 --max-pending 8 --max-body-bytes 9
+        --max-batch-tokens 7 --max-pending 8 --max-body-bytes 9 --query-position -1 --trust-remote-code
+        --api-key secret
     """.split()
     assert CliRunner().invoke(app, arguments).exit_code == 0
     default = ServeConfig(model="m", score_fn=parse_score_fn("logit"))
@@ -293,6 +303,9 @@ def test_options_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
         max_batch_tokens=7,
         max_pending=8,
         max_body_bytes=9,
+        query_position=-1,
+        trust_remote_code=True,
+        api_key="secret",
     )
     assert calls == [(default, "127.0.0.1", 8000), (every, "0.0.0.0", 9)]
 
@@ -302,11 +315,22 @@ def test_what_cannot_work_is_one_line(folder: Path, tmp_path: Path) -> None:
         for arguments, message in [
             ((tmp_path / "nothing",), "nothing"),
             ((folder, "--score-fn", "logit +"), "score_fn: got 'logit +'"),
-            ((folder, "--port", taken.getsockname()[1]), "Address already in use"),
+            (
+                (folder, "--port", taken.getsockname()[1]),
+                f":{taken.getsockname()[1]}: Address already in use",
+            ),
+            ((folder, "--port", "70000"), "'--port'"),
+            ((folder, "--port", "http"), "'--port'"),
+            ((folder, "--host", "no.such.host.invalid"), "no.such.host.invalid"),
+            ((folder, "--devices", "cpu,foo"), "device: got 'foo', want cpu, cuda"),
+            ((folder, "--query-position", "first"), "query_position: got 'first', want pooled, last_visible"),
+            ((folder, "--api-key", ""), "api_key: want visible ASCII"),
         ]:
-            result = CliRunner().invoke(app, ["serve", *map(str, arguments), "--devices", "cpu"])
-            assert result.exit_code == 1
-            assert message in result.stderr
+            result = CliRunner().invoke(app, ["serve", "--devices", "cpu", *map(str, arguments)])
+            assert result.exit_code in (1, 2)
+            *_, said = result.stderr.splitlines()
+            assert message in said
+            assert len(result.stderr.splitlines()) <= 2  # what is loaded, and why not
             assert "Traceback" not in result.output
 
 

@@ -18,9 +18,11 @@ from support.reward_models import save, tokenizer
 from transformers import AutoConfig
 
 import attnshape
-from attnshape.serve import process
-from attnshape.serve.process import Job, score_in_parts, work
-from attnshape.text.reader import Example, Reader, Scored, load_reward_model
+from attnshape.serve.process import Job, work
+from attnshape.text import model as text_model
+from attnshape.text.load import RewardModelConfig, load_reward_model
+from attnshape.text.model import CreditModel, Scored
+from attnshape.text.reader import Example, Reader
 from attnshape.text.score_fn import parse_score_fn
 
 PATIENCE = 60.0
@@ -40,7 +42,8 @@ def working(
     model: Path, score_fn: str = "logit", layer: int = -1, device: str = "cpu"
 ) -> Iterator[Connection]:
     ours, pipe = multiprocessing.Pipe()
-    job = Job(str(model), device, parse_score_fn(score_fn), layer, 1)
+    config = RewardModelConfig(model=str(model), score_fn=parse_score_fn(score_fn), layer=layer)
+    job = Job(config, device, 1)
     thread = threading.Thread(target=work, args=(job, pipe), daemon=True)
     thread.start()
     try:
@@ -63,7 +66,7 @@ def answer(pipe: Connection) -> Any:
         ("causal", {}, "cpu: .* is no reward model: it lacks score.weight"),
         ("two_labels", {}, "cpu: score_fn: the model has 2 labels"),
         ("llama", {"layer": 7}, "cpu: layer"),
-        ("llama", {"device": "meta"}, "meta: "),
+        ("llama", {"device": "meta"}, "meta: device: got 'meta'"),
     ],
 )
 def test_it_says_what_is_wrong_and_ends(
@@ -113,7 +116,7 @@ def test_a_batch_that_does_not_fit_the_memory_leaves_no_trace(
             raise torch.OutOfMemoryError("too much")
 
     model.score.register_forward_pre_hook(fits_one)  # after the attention that is tapped
-    monkeypatch.setattr(process, "load_reward_model", lambda name, device: (model, tok))
+    monkeypatch.setattr(text_model, "load_reward_model", lambda *_, **__: (model, tok))
     with working(folder) as pipe:
         assert answer(pipe) is None
         pipe.send(examples)
@@ -122,15 +125,43 @@ def test_a_batch_that_does_not_fit_the_memory_leaves_no_trace(
     assert sizes == [1, 2, 1, 1]
 
 
-def test_only_what_does_not_fit_alone_has_no_answer() -> None:
+@pytest.fixture
+def credit_model(tmp_path: Path) -> CreditModel:
+    return CreditModel.load(RewardModelConfig(model=str(save(tmp_path, "llama"))), "cpu")
+
+
+def of_tokens(*lengths: int) -> list[Example]:
+    return [Example("", "", [0] * length, [], []) for length in lengths]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(torch.OutOfMemoryError("too much"), "out of memory: too much"), (ValueError("no"), "no")],
+)
+def test_only_what_cannot_be_scored_alone_has_no_answer(
+    credit_model: CreditModel, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
     seen: list[int] = []
 
-    def score(examples: Sequence[Example]) -> list[Scored]:
+    def score(self: CreditModel, examples: Sequence[Example]) -> list[Scored]:
         seen.append(len(examples))
         if sum(len(example.input_ids) for example in examples) > 4:
-            raise torch.OutOfMemoryError("too much")
+            raise error
         return [Scored(float(len(example.input_ids)), [1.0], {}) for example in examples]
 
-    answers = score_in_parts([Example("", "", [0] * tokens, [], []) for tokens in (1, 2, 3, 9, 2)], score)
-    assert [a if isinstance(a, str) else a.score for a in answers] == [1, 2, 3, "out of memory: too much", 2]
+    monkeypatch.setattr(CreditModel, "score", score)
+    answers = credit_model.score_each(of_tokens(1, 2, 3, 9, 2))
+    assert [a if isinstance(a, str) else a.score for a in answers] == [1, 2, 3, said, 2]
     assert seen == [5, 2, 3, 1, 2, 1, 1]
+
+
+def test_a_worker_that_cannot_go_on_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with working(save(tmp_path, "llama")) as pipe:
+        assert answer(pipe) is None
+
+        def broken(self: CreditModel, examples: Sequence[Example]) -> list[Scored]:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+        monkeypatch.setattr(CreditModel, "score", broken)
+        pipe.send(of_tokens(2))
+        assert answer(pipe) == "RuntimeError: CUDA error: device-side assert triggered"

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from attnshape.serve.protocol import BODY, Completion, answer, parse
-from attnshape.text.reader import Example, Scored
+from attnshape.text.model import Scored
+from attnshape.text.reader import Example
 
 PAIR = b'{"prompt": "a", "response": "b"}'
 

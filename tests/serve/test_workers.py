@@ -57,7 +57,8 @@ def test_who_kills_two_workers_is_answered_and_its_neighbours_are_scored(pool: P
     with pool.queue._changed:  # in one batch
         neighbours = [put(pool, Act.ANSWER), put(pool, Act.ANSWER)]
         killer = put(pool, Act.DIE)
-    assert killer.result(PATIENCE) == TWO_DIED
+    assert killer.result(PATIENCE) == f"{TWO_DIED}: SIGKILL, as when memory runs out"
+    assert pool.workers[0].failure == "SIGKILL, as when memory runs out"
     assert [future.result(PATIENCE) for future in neighbours] == ["answered", "answered"]
     wait_for(lambda: restarts(pool) == 2)
     text = pool.metrics.text().decode()
@@ -92,7 +93,7 @@ def test_nobody_waits_for_workers_that_may_never_come_back(pool: Pool, notes: Pa
 
 @pytest.mark.parametrize(
     ("note", "reason"),
-    [(LOADS_NO_MORE, LOADS_NO_MORE), (DIES_LOADING, "cpu: the process died with exit code 3")],
+    [(LOADS_NO_MORE, LOADS_NO_MORE), (DIES_LOADING, "cpu: the process died: exit code 3")],
 )
 def test_a_worker_that_cannot_load_at_the_start_fails_the_pool(
     tmp_path: Path, note: str, reason: str

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from attnshape import AttentionTap, Response, attention_credit, reference, shape_rewards
-from attnshape.text.align import align, align_texts, decoded_spans
+from attnshape.text.align import align
+from attnshape.text.texts import align_texts, decoded_spans
 
 CORPUS = [
     "The film was not bad, and the ending was great!",
@@ -46,6 +47,10 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
 )
 PREFIX, SUFFIX = "<|im_start|>user\nIs it good? Yes or no?<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"
+
+
+def conversation(response: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": "Is it good? Yes or no?"}, {"role": "assistant", "content": response}]
 
 
 def _byte_bpe(trim_offsets: bool) -> tuple[Tokenizer, trainers.Trainer]:
@@ -297,12 +302,9 @@ def test_response_in_a_chat_template(reward: str, policy: str) -> None:
     """Credit on the reward model's token that holds a character arrives at the policy token that holds it."""
     reward_tokenizer = tokenizer(reward)
     for text in TEXTS:
-        templated = reward_tokenizer.apply_chat_template(
-            [{"role": "user", "content": "Is it good? Yes or no?"}, {"role": "assistant", "content": text}],
-            tokenize=False,
-        )
+        templated = reward_tokenizer.apply_chat_template(conversation(text), tokenize=False)
         assert templated == PREFIX + text + SUFFIX
-        alignment = align_texts(reward_tokenizer, templated, tokenizer(policy), text)
+        alignment = align_texts(reward_tokenizer, conversation(text), tokenizer(policy), text)
         source, target = offsets(reward, templated), offsets(policy, text)
         assert alignment.source_shape == (len(source),)
         assert alignment.target_shape == (len(target),)
@@ -370,15 +372,18 @@ def test_sampled_ids_that_the_tokenizer_would_not_give() -> None:
 def test_a_batch_of_texts_is_padded_as_its_tokenizers_pad() -> None:
     reward, policy = tokenizer("unigram"), tokenizer("byte_bpe")  # pad on the left; on the right
     texts = [PREFIX + text + SUFFIX for text in TEXTS]
+    conversations = [conversation(text) for text in TEXTS]
     ids = policy(TEXTS, padding=True, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    alignment = align_texts(reward, texts, policy, ids)
+    alignment = align_texts(reward, conversations, policy, ids)
     keys = reward(texts, padding=True, add_special_tokens=False, return_tensors="pt")
+    assert torch.equal(alignment.input_ids, keys["input_ids"])
+    assert torch.equal(alignment.attention_mask, keys["attention_mask"])
     assert alignment.source_shape == tuple(keys["input_ids"].shape)
     assert alignment.target_shape == tuple(ids.shape)
     weights = torch.rand(alignment.source_shape, dtype=torch.float64) * keys["attention_mask"]
     got = alignment(weights)
-    for b, text in enumerate(texts):
-        one = align_texts(reward, text, policy, [i for i in ids[b] if i != policy.pad_token_id])
+    for b, messages in enumerate(conversations):
+        one = align_texts(reward, messages, policy, [i for i in ids[b] if i != policy.pad_token_id])
         n = one.target_shape[0]
         real = keys["attention_mask"][b].bool()
         assert alignment.source_mask[b][real].equal(one.source_mask)
@@ -443,7 +448,7 @@ def _target_spans(policy: PreTrainedTokenizerFast, response: str) -> list[tuple[
 def test_the_response_is_found_where_it_is(response: str, start: int | None) -> None:
     text = PREFIX + response.strip() + SUFFIX
     source = tokenizer("byte_bpe_untrimmed")
-    alignment = align_texts(source, text, source, response)
+    alignment = align_texts(source, conversation(response), source, response)
     offset = [
         span
         for span, kept in zip(offsets("byte_bpe_untrimmed", text), alignment.source_mask, strict=True)
@@ -457,7 +462,7 @@ def test_the_response_is_found_where_it_is(response: str, start: int | None) -> 
 def test_whitespace_that_the_template_strips_gets_nothing() -> None:
     fast = tokenizer("byte_bpe_untrimmed")
     ids = fast.convert_tokens_to_ids([*"ĠĠYesĊ"])
-    alignment = align_texts(tokenizer("wordlevel"), PREFIX + "Yes" + SUFFIX, fast, ids)
+    alignment = align_texts(tokenizer("wordlevel"), PREFIX + "Yes" + SUFFIX, fast, ids, start=len(PREFIX))
     third = 1 / 3
     want = torch.tensor([0, 0, third, third, third, 0], dtype=torch.float64)
     torch.testing.assert_close(alignment(alignment.source_mask.double()), want)
@@ -485,7 +490,7 @@ def test_empty_response() -> None:
 
 def test_a_text_without_its_response_is_an_error() -> None:
     policy = tokenizer("byte_bpe")
-    with pytest.raises(ValueError, match=r"source_text 1 .*'good' is not in 'A bad film'"):
+    with pytest.raises(ValueError, match=r"source 1 .*'good' is not in 'A bad film'"):
         align_texts(policy, ["A good film", "A bad film"], policy, ["good", "good"])
     with pytest.raises(ValueError, match="as many, got 2 and 1"):
         align_texts(policy, ["A good film", "A bad film"], policy, ["good"])

@@ -11,7 +11,9 @@ from support.reward_models import LIMIT, save, tokenizer
 from transformers import LlamaForSequenceClassification
 
 from attnshape.tap import AttentionTap
-from attnshape.text.reader import Example, Reader, Scored, load_reward_model, score_examples
+from attnshape.text.load import load_reward_model
+from attnshape.text.model import Scored, score_examples
+from attnshape.text.reader import Example, Reader
 from attnshape.text.score_fn import parse_score_fn
 
 SCORE = parse_score_fn("logit")
@@ -168,3 +170,72 @@ def test_scores_that_are_not_finite_say_so() -> None:
     assert Scored(0.5, [1.0], {}).finite
     assert not Scored(float("nan"), [1.0], {}).finite
     assert not Scored(0.5, [float("inf")], {}).finite
+
+
+def test_a_completion_by_names(reader: Reader) -> None:
+    record = {"prompt": "How was it? ", "response": "great", "messages": None, "other": 1}
+    assert reader.read_record(record) == reader.read("How was it? ", "great")
+    messages = [{"role": "assistant", "content": "great"}]
+    record = {"prompt": None, "messages": messages}
+    assert reader.read_record(record, [(0, 5)]) == reader.read_messages(messages, [(0, 5)])
+    for bad, message in [
+        ({}, "want prompt and response, or messages, got neither"),
+        ({"prompt": "a", "messages": []}, "got messages and prompt"),
+        ({"prompt": "a", "response": 1}, '"response" must be a string, got int'),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            reader.read_record(bad)
+
+
+def test_a_text_without_tokens(folder: Path) -> None:
+    model, tok = load_reward_model(str(folder), "cpu")
+    tok.add_bos_token = False
+    tok._tokenizer.post_processor = None
+    with pytest.raises(ValueError, match="the text has no token"):
+        Reader(tok, model.config).read("", "", [])
+
+
+THOUGHT = "<think>bad</think>\n\nnot bad"
+
+
+@pytest.fixture
+def thoughtless(folder: Path) -> Reader:
+    """A template that drops thoughts, and asks a question that holds the reply."""
+    model, tok = load_reward_model(str(folder), "cpu")
+    tok.chat_template = (
+        "{% for m in messages %}{{ m['content'].split('</think>')[-1] | trim }}<|im_end|>{% endfor %}not bad?"
+    )
+    return Reader(tok, model.config)
+
+
+def test_credit_of_what_a_template_left(folder: Path, thoughtless: Reader) -> None:
+    """It lies on the reply, not on the question behind it; what was dropped gets none, and it is said."""
+    messages = [{"role": "user", "content": "Was it?"}, {"role": "assistant", "content": THOUGHT}]
+    policy = [(0, 7), (7, 10), (10, 18), (18, 20), (20, 23), (23, 27)]
+    example = thoughtless.read_messages(messages, policy)
+    text = "Was it?<|im_end|>not bad<|im_end|>not bad?"
+    assert example.prompt == "Was it?<|im_end|>"
+    (scored,) = score(folder, example)
+    expected, credit = by_characters(
+        folder, text, len(example.prompt), [(0, 0), (0, 0), (0, 0), (0, 0), (0, 3), (3, 7)]
+    )
+    assert scored.score == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert scored.credit == pytest.approx(credit, rel=2e-4, abs=1e-6)
+    assert scored.credit[:4] == [0.0] * 4
+    assert scored.metrics["changed"] is True
+    assert scored.metrics["fallback"] is False
+    own = thoughtless.read_messages(messages)
+    assert "".join(THOUGHT[start:end] for start, end in own.offsets) == "not bad"
+
+
+@pytest.mark.parametrize("reply", ["", "   ", "<think>not bad</think>"])
+def test_a_reply_of_which_nothing_is_left_is_scored_without_credit(
+    folder: Path, thoughtless: Reader, reply: str
+) -> None:
+    messages = [{"role": "assistant", "content": reply}]
+    example = thoughtless.read_messages(messages, [(0, len(reply)), (len(reply), len(reply))])
+    (scored,) = score(folder, example)
+    assert scored.credit == [0.0, 0.0]
+    assert scored.metrics["fallback"] is True
+    assert scored.metrics["changed"] is (reply != "")
+    assert scored.finite
