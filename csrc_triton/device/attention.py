@@ -413,7 +413,7 @@ def group_means(
     total,
     keys,
     terms,
-    place,
+    response,
     i_h,
     heads,
     G: tl.constexpr,
@@ -422,12 +422,12 @@ def group_means(
     TOKENS: tl.constexpr,
 ):
     """Leaves what key head ``i_h`` adds to the mean over heads at the row's response tokens."""
-    p_out = p_groups + i_h.to(tl.int64) * total + place.lo
-    for start in range(0, place.length, TOKENS):
+    p_out = p_groups + i_h.to(tl.int64) * total + response.place.lo
+    for start in range(0, response.place.length, TOKENS):
         j = start + tl.arange(0, TOKENS)
-        live, t = token_positions(place, j)
+        live, t = token_positions(response, j)
         mean = mean_of_group(terms, keys, live, t, i_h, heads, G, H, CHUNK)
-        tl.store(p_out + j, mean, mask=j < place.length)
+        tl.store(p_out + j, mean, mask=j < response.place.length)
 
 
 class Attended(NamedTuple):
@@ -435,7 +435,7 @@ class Attended(NamedTuple):
 
     keys: Any
     terms: Any
-    place: Any  # of the response tokens
+    response: Any
     p_groups: Any
     total: Any
     kv_heads: Any
@@ -457,10 +457,10 @@ def attention_at(
     Also which tokens count, and whether one of them lies outside its row's keys.
     """
     keys = attended.keys
-    live, t = token_positions(attended.place, j)
-    outside = is_outside(attended.place, keys, live, t) | (keys.sound == 0)
+    live, t = token_positions(attended.response, j)
+    outside = is_outside(attended.response, keys, live, t) | (keys.sound == 0)
     if SOURCE == "groups":
-        p_groups = attended.p_groups + attended.place.lo
+        p_groups = attended.p_groups + attended.response.place.lo
         mean = mean_of_groups(p_groups, attended.total, attended.kv_heads, j, live)
     else:
         mean = mean_of_terms(attended.terms, keys, live, t, attended.kv_heads, G, H, KEYS)
@@ -488,6 +488,6 @@ def store_means(
     for i_c in range(begin, stop):
         j = i_c * CHUNK + tl.arange(0, CHUNK)
         _, mean, outside = attention_at(attended, p_out, j, SOURCE, ADD, G, H, KEYS)
-        tl.store(p_out + j, mean, mask=j < attended.place.length)
+        tl.store(p_out + j, mean, mask=j < attended.response.place.length)
         if p_status is not None:
             tl.store(p_status, OUT_OF_RANGE, mask=outside != 0)

@@ -1,5 +1,4 @@
 import math
-import mmap
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -7,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.memory import far_apart
 from torch import Tensor
 
 from attnshape import reference
@@ -280,17 +280,6 @@ def test_a_hidden_key_is_hidden_whatever_it_holds(hidden: int) -> None:
     actual = row(inputs)
     assert (actual[:, 17] == 0).all()
     assert_close(actual, reference.attention_row(exact(inputs)), inputs)
-
-
-def far_apart(x: Tensor, *strides: int) -> Tensor:
-    """The same numbers with these strides, in memory that is there where it was written."""
-    span = sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True)) + 1
-    if DEVICE.type == "cuda":
-        flat = torch.empty(span, dtype=x.dtype, device=DEVICE)
-    else:
-        kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
-        flat = torch.frombuffer(mmap.mmap(-1, span * x.element_size(), flags=kind), dtype=x.dtype)
-    return flat.as_strided(x.shape, strides).copy_(x)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
