@@ -8,7 +8,7 @@ PARITY ?= .parity
 BIN = $(VENV)/bin
 READY = $(VENV)/ready
 
-.PHONY: demo test lint bench parity gpu clean
+.PHONY: demo test lint kernels bench parity gpu clean
 
 demo: $(READY)
 	$(BIN)/attnshape demo --out demo-out
@@ -20,6 +20,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Every kernel compiled for every target, a quarter of an hour; `python -m benchmarks.kernel_table` alone compiles
+# what it does not know, and `make test` reads what it wrote.
+kernels: $(READY)
+	$(BIN)/python -m benchmarks.kernel_table all
 
 # Every suite on this machine, a GPU if it has one; then what got worse since the committed run of its kind.
 bench: $(READY)

@@ -6,8 +6,9 @@ Each preset is a dictionary of settings with its sources.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeAlias, get_args
 
 from torch import Tensor
@@ -25,16 +26,28 @@ ScoreIndex: TypeAlias = Literal["last_unmasked", "last_token"]
 ESTIMATORS: Mapping[str, str] = {"k1": "k1", "k2": "k2", "k3": "k3"}
 
 
+CLIP = "a positive number or (low, high)"
+TINY = math.ulp(0.0)
+
+
 def check_choice(name: str, x: object, choices: Collection[object]) -> None:
     if x not in choices:
         raise ValueError(f"{name}: got {x!r}, want one of {', '.join(repr(choice) for choice in choices)}")
 
 
+def _check_number(name: str, x: object, low: float, high: float, want: str) -> None:
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        raise TypeError(f"{name}: got {type(x).__name__}, want {want}")
+    if not low <= x <= high:
+        raise ValueError(f"{name}: got {x}, want {want}")
+
+
 def _check_unit(name: str, x: object) -> None:
-    if not isinstance(x, int | float):
-        raise TypeError(f"{name}: got {type(x).__name__}, want a number from 0 to 1")
-    if not 0 <= x <= 1:
-        raise ValueError(f"{name}: got {x}, want a number from 0 to 1")
+    _check_number(name, x, 0.0, 1.0, "a number from 0 to 1")
+
+
+def _check_eps(eps: object) -> None:
+    _check_number("eps", eps, 0.0, sys.float_info.max, "a finite number of 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +69,13 @@ class Whitening:
     whiten_masked: bool = False
 
     def __post_init__(self) -> None:
+        _check_eps(self.eps)
         check_choice("eps_mode", self.eps_mode, get_args(EpsMode))
+
+
+def _whitening() -> Whitening:
+    """The default, by a function: Dynamo cannot trace an instance that is a default argument."""
+    return Whitening()
 
 
 def _kl(framework: str, got: str, names: Mapping[str, str]) -> str:
@@ -301,7 +320,7 @@ class ShapingConfig(_Presets):
     kl_input_clip: float | None = None
     kl_output_clip: float | None = None
     on_nan: OnNaN = "propagate"
-    whitening: Whitening = Whitening()
+    whitening: Whitening = field(default_factory=_whitening)
 
     def __post_init__(self) -> None:
         _check_unit("dense_share", self.dense_share)
@@ -317,12 +336,13 @@ class ShapingConfig(_Presets):
                 f'score_index: got {self.score_index!r}, want "last_unmasked", "last_token" or int [B]'
             )
         for name in ("kl_input_clip", "kl_output_clip"):
-            clip = getattr(self, name)
-            if clip is not None and not clip > 0:
-                raise ValueError(f"{name}: got {clip}, want a positive number or None")
-        low, high = self.score_bounds
-        if not low <= high:
-            raise ValueError(f"score_clip: got {self.score_clip}, want a positive number or (low, high)")
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), TINY, math.inf, "a positive number or None")
+        bounds = self.score_bounds
+        for bound in bounds:
+            _check_number("score_clip", bound, -math.inf, math.inf, CLIP)
+        if len(bounds) != 2 or not bounds[0] <= bounds[1]:
+            raise ValueError(f"score_clip: got {self.score_clip}, want {CLIP}")
         if not isinstance(self.whitening, Whitening):
             raise TypeError(f"whitening: got {type(self.whitening).__name__}, want Whitening")
 
@@ -333,6 +353,7 @@ class ShapingConfig(_Presets):
             return -math.inf, math.inf
         if isinstance(self.score_clip, tuple):
             return self.score_clip
+        _check_number("score_clip", self.score_clip, TINY, math.inf, CLIP)
         return -self.score_clip, self.score_clip
 
     def share(self, credit: object) -> float:
@@ -422,14 +443,13 @@ class GroupConfig(_GroupPresets):
     lone: Literal["score", "zero"] = "zero"
     dense_share: float = 0.8
     signed: bool = False
-    whitening: Whitening = Whitening()
+    whitening: Whitening = field(default_factory=_whitening)
 
     def __post_init__(self) -> None:
         _check_unit("dense_share", self.dense_share)
         check_choice("baseline", self.baseline, get_args(Baseline))
         check_choice("scale", self.scale, get_args(Scale))
         check_choice("lone", self.lone, ("score", "zero"))
-        if not (isinstance(self.eps, int | float) and 0 <= self.eps < math.inf):
-            raise ValueError(f"eps: got {self.eps}, want a finite number of 0 or more")
+        _check_eps(self.eps)
         if not isinstance(self.whitening, Whitening):
             raise TypeError(f"whitening: got {type(self.whitening).__name__}, want Whitening")

@@ -1,9 +1,13 @@
-"""What the kernels compile to, for GPUs that need not be here.
+"""The kernels that the public functions would start on a GPU, and what they compile to there.
 
-``python -m benchmarks.kernel_table`` writes ``results/kernels.json`` and ``kernels.md``. With a target's
-name, and an expression that names of cases match, it prints what it found for that target: each has a process
-of its own, since Triton's interpreter leaves nothing to compile. With ``count`` it prints the specialisations
-that 200 random shapes need; with ``kinds`` and a target, how many stand behind each key of the launcher.
+``python -m benchmarks.kernel_table`` brings ``results/kernels.jsonl`` (`benchmarks.kernel_facts`) and
+``kernels.md`` up to date, after a change to a kernel: it compiles the specialisations that the first does not
+know, some two seconds each, and prints how many there are. With ``all`` it compiles every one of them anew.
+
+The rest is what the tests ask, in a process of its own, since Triton's interpreter leaves nothing to compile:
+``found`` prints what is found, ``anew`` the lines for ``kernels.jsonl`` without a look at what it knows, both
+for every target and case or as in ``found sm_90,gfx942 "^sweep"``. ``count`` prints the specialisations that
+200 random shapes need; ``kinds`` and a target, how many stand behind each key of the launcher.
 """
 
 from __future__ import annotations
@@ -18,22 +22,17 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parents[1]
-TABLE = ROOT / "benchmarks" / "results" / "kernels.json"
+from benchmarks.kernel_facts import STORE, TARGETS, Facts, Variant, digest, facts, gpu_of, read, written
 
-TARGETS = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_89": ("cuda", 89, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "sm_120": ("cuda", 120, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
+ROOT = Path(__file__).parents[1]
+TABLE = STORE.with_suffix(".md")
 
 
 class Limits(NamedTuple):
@@ -74,24 +73,6 @@ def programs_per_multiprocessor(target: str, registers: int, shared: int, warps:
 
 KINDS = ("read", "written", "workspace")
 """A tensor that the caller gave, one that it gets, or one by which programs leave something to each other."""
-
-
-class Variant(NamedTuple):
-    """One specialisation of a kernel, as Triton would look it up."""
-
-    kernel: Any
-    source: Any
-    options: dict[str, Any]
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """Its compile-time constants by name; of its pointers, those that are not there."""
-        parameters, values = self.kernel.params, {path[0]: x for path, x in self.source.constants.items()}
-        return {p.name: values[i] for i, p in enumerate(parameters) if p.is_constexpr}
-
-    @property
-    def key(self) -> str:
-        return f"{self.kernel.__name__} {self.source.hash()} {sorted(self.options.items(), key=str)}"
 
 
 class Launch(NamedTuple):
@@ -315,7 +296,7 @@ def column_calls() -> Calls:
     norms = {"value_norm": torch.empty(2, 32, 300), "residual_norm": torch.empty(2, 300)}
     yield "rollout, norms", rollout, {"layers": [AttentionInputs(query, key, 0.1, **norms)] * 2, **where}
     whiten = functools.partial(attnshape.whiten, backend="triton")
-    x = {"x": torch.empty(2, 50), "mask": mask}
+    x = {"x": torch.empty(2, 50), "response": mask}
     yield "whiten, moments", whiten, {**x, "moments": torch.empty(2, 3)}
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield "whiten, process group", functools.partial(whiten, process_group=torch.distributed.group.WORLD), x
@@ -343,106 +324,73 @@ def random_calls(count: int = 200) -> Calls:
 
 # What it compiles to
 
+Found = dict[str, dict[str, Any]]
+"""By target: ``variants``, each with what it compiles to, and ``launches``, each with its variant's place."""
 
-def measured(target: str, wanted: str = "") -> dict[str, Any]:
-    """The variants that the calls whose names match ``wanted`` launch, compiled, and what launches which."""
-    import triton
-    from triton.backends.compiler import GPUTarget
 
-    gpu = GPUTarget(*TARGETS[target])
+def measured(known: Facts, targets: Iterable[str] = TARGETS, wanted: str = "") -> tuple[Found, Facts]:
+    """The variants that the calls whose names match ``wanted`` launch; and of the facts those that they need.
+
+    What is not ``known`` is compiled.
+    """
+    launches = list(captured_launches(call for call in calls() if re.search(wanted, call[0])))
+    launched = {target: [launch.variant(gpu_of(target)) for launch in launches] for target in targets}
+    needed = {
+        (target, digest(variant, target)): variant
+        for target, variants in launched.items()
+        for variant in {variant.key: variant for variant in variants}.values()
+    }
+    facts_of = {place: known[place] for place in needed if place in known}
+    facts_of |= compiled({place: variant for place, variant in needed.items() if place not in known})
+    by_key = {(place[0], variant.key): facts_of[place] for place, variant in needed.items()}
+    return {target: found_of(target, launches, launched[target], by_key) for target in targets}, facts_of
+
+
+def compiled(missing: dict[tuple[str, str], Variant]) -> Facts:
+    """By target and digest, as ``missing``; what it takes is said on stderr."""
+    if not missing:
+        return {}
+    start, by_kernel = time.monotonic(), Counter(variant.kernel.__name__ for variant in missing.values())
+    counts = ", ".join(f"{n} of {name}" for name, n in sorted(by_kernel.items()))
+    print(f"to be compiled: {counts}", file=sys.stderr, flush=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda place: facts(missing[place], place[0]), missing)
+        facts_of = dict(zip(missing, found, strict=True))
+    print(f"compiled in {time.monotonic() - start:.0f} s", file=sys.stderr)
+    return facts_of
+
+
+def found_of(
+    target: str, launches: Sequence[Launch], launched: Sequence[Variant], facts_of: Facts
+) -> dict[str, Any]:
+    """What tests and the table read; ``launched`` is by launch, ``facts_of`` by target and variant's key."""
     variants: dict[str, dict[str, Any]] = {}
-    launches = []
-    for launch in captured_launches(call for call in calls() if re.search(wanted, call[0])):
-        variant = launch.variant(gpu)
-        if variant.key not in variants:
-            compiled = triton.compile(variant.source, target=gpu, options=variant.options)
-            facts = amd_facts(compiled.asm) if gpu.backend == "hip" else nvidia_facts(compiled.asm)
-            facts["shared"] = compiled.metadata.shared
-            facts["programs"] = programs_per_multiprocessor(
-                target, facts["registers"], facts["shared"], compiled.metadata.num_warps
-            )
-            variants[variant.key] = {
-                "kernel": variant.kernel.__name__,
+    in_order = []
+    for launch, variant in zip(launches, launched, strict=True):
+        known = facts_of[target, variant.key]
+        used = {name for name, use in zip(variant.passed, known["used"], strict=True) if use == "1"}
+        programs = programs_per_multiprocessor(target, *(known[x] for x in ("registers", "shared", "warps")))
+        variants.setdefault(
+            variant.key,
+            {
+                **known,
                 "case": launch.case,
                 "constants": variant.constants,
-                "layouts": layouts_of_reductions(compiled.asm["ttgir"]),
-                "used": used_arguments(variant, compiled.asm["ttir"]),
-                **facts,
-            }
-        used = variants[variant.key]["used"]
+                "used": sorted(used),
+                "programs": programs,
+            },
+        )
         sizes = dict.fromkeys(KINDS, 0)
         for argument, (kind, size) in launch.tensors.items():
             sizes[kind] += size if argument in used else 0
         place = list(variants).index(variant.key)
-        launches.append({"case": launch.case, "variant": place, "programs": launch.programs, **sizes})
-    return {"variants": list(variants.values()), "launches": launches}
-
-
-def used_arguments(variant: Variant, ttir: str) -> list[str]:
-    """Names of the arguments that a specialisation has a use for."""
-    passed = [name for name, kind in variant.source.signature.items() if kind != "constexpr"]
-    head, body = re.search(r"tt\.func public @\w+\((.*?)\) attributes(.*)", ttir, re.DOTALL).groups()
-    values = re.findall(r"(%\w+): ", head)
-    return [name for name, x in zip(passed, values, strict=True) if re.search(rf"{x}\b", body)]
-
-
-def layouts_of_reductions(ttgir: str) -> list[str]:
-    """Operands of every reduction and scan: the layout decides in which order elements are added."""
-    names = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
-    operands = re.findall(r"tt\.(?:reduce|scan).*?\n.*?\}\) : \((.*?)\)", ttgir, re.DOTALL)
-    return [re.sub(r"#\w+", lambda m: names.get(m[0], m[0]), x) for x in operands]
-
-
-def amd_facts(asm: dict[str, Any]) -> dict[str, Any]:
-    code = asm["amdgcn"]
-
-    def count(name: str) -> int:
-        found = re.search(rf"\.{name}: *(\d+)", code)
-        assert found
-        return int(found[1])
-
-    return {
-        "registers": count("vgpr_count"),
-        "spills": count("vgpr_spill_count"),
-        "matrix": len(re.findall("v_mfma", code)),
-        "wide_loads": len(re.findall("(?:global|buffer)_load_dwordx4", code)),
-    }
-
-
-def nvidia_facts(asm: dict[str, Any]) -> dict[str, Any]:
-    import triton
-
-    from benchmarks.sass import atomic_orders, requested_orders
-
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(asm["cubin"])
-
-        def tool(*command: str) -> str:
-            done = subprocess.run([tools / command[0], *command[1:], cubin], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            return done.stdout
-
-        usage, code = tool("cuobjdump", "-res-usage"), tool("nvdisasm", "-c")
-    registers = re.search(r"REG:(\d+)", usage)
-    assert registers
-    return {
-        "registers": int(registers[1]),
-        "spills": len(re.findall(r"\bSTL|\bLDL", code)),
-        "matrix": len(re.findall(r"HMMA|HGMMA|UTC\w*MMA", code)),
-        "wide_loads": len(re.findall(r"LDG(?:STS)?\.E\S*\.128", code)),
-        "atomics": dict(sorted(atomic_orders(code).items())),
-        "requested": dict(sorted(requested_orders(asm["ptx"]).items())),
-    }
+        in_order.append({"case": launch.case, "variant": place, "programs": launch.programs, **sizes})
+    return {"variants": list(variants.values()), "launches": in_order}
 
 
 def specialisations(target: str = "sm_90") -> list[dict[str, Any]]:
     """Those that ``random_calls`` need."""
-    from triton.backends.compiler import GPUTarget
-
-    gpu = GPUTarget(*TARGETS[target])
-    found = {}
+    gpu, found = gpu_of(target), {}
     for launch in captured_launches(random_calls()):
         variant = launch.variant(gpu)
         found[variant.key] = {"kernel": variant.kernel.__name__, **variant.constants}
@@ -451,11 +399,9 @@ def specialisations(target: str = "sm_90") -> list[dict[str, Any]]:
 
 def specialisations_per_key(target: str) -> list[int]:
     """For each key that the launcher gives any of the calls: how many Triton would tell apart."""
-    from triton.backends.compiler import GPUTarget
-
     from csrc_triton.host.attention import LAUNCHER
 
-    gpu, found = GPUTarget(*TARGETS[target]), {}
+    gpu, found = gpu_of(target), {}
     for launch in captured_launches(itertools.chain(calls(), random_calls())):
         if launch.kernel is LAUNCHER.kernel:
             named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=True))
@@ -475,21 +421,13 @@ def printed_apart(*arguments: str, root: Path = ROOT) -> Any:
     return json.loads(done.stdout)
 
 
-def measured_all() -> dict[str, dict[str, Any]]:
-    """Every target, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(TARGETS, pool.map(printed_apart, TARGETS), strict=True))
-
-
 # The table
 
 COLUMNS = ("registers", "shared", "spills", "programs", "wide_loads", "matrix", "atomics")
 
 
-def table_of(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What ``measured`` found for each target, as it is written to the file."""
-    import triton
-
+def table_of(found: Found) -> dict[str, Any]:
+    """What ``measured`` found: a row for each variant, with what it compiles to for each target."""
     first = next(iter(found.values()))
     # Targets specialise on different things, so that the same launch's variant has another place in each.
     launches = zip(*(of_target["launches"] for of_target in found.values()), strict=True)
@@ -503,21 +441,17 @@ def table_of(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
             facts = of_target["variants"][place]
             row[target] = {name: facts[name] for name in COLUMNS if name in facts}
         variants.append(row)
-    limits = {target: limits._asdict() for target, limits in LIMITS.items()}
-    return {
-        "triton": triton.__version__,
-        "limits": limits,
-        "variants": variants,
-        "launches": first["launches"],
-    }
+    return {"variants": variants, "launches": first["launches"]}
 
 
 def markdown(table: dict[str, Any]) -> str:
     """The table to be read."""
+    import triton
+
     lines = [
         "# Kernels, compiled offline",
         "",
-        f"By `python -m benchmarks.kernel_table` with triton {table['triton']}; nothing here was timed.",
+        f"By `python -m benchmarks.kernel_table` with triton {triton.__version__}; nothing here was timed.",
         "",
         "A row per specialisation and target. *Programs*: how many a multiprocessor holds, by registers,",
         "shared memory and warps (CUDA C++ Programming Guide, technical specifications per compute",
@@ -556,14 +490,24 @@ def markdown(table: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        what, *arguments = sys.argv[1:]
-        apart = {"count": specialisations, "kinds": specialisations_per_key}
-        print(json.dumps(apart[what](*arguments) if what in apart else measured(what, *arguments)))
-        return
-    table = table_of(measured_all())
-    TABLE.write_text(json.dumps(table, indent=1) + "\n")
-    TABLE.with_suffix(".md").write_text(markdown(table))
+    every = ",".join(TARGETS)
+    apart = {
+        "found": lambda of=every, *wanted: measured(read(), of.split(","), *wanted)[0],
+        "anew": lambda of=every, *wanted: written(measured({}, of.split(","), *wanted)[1]),
+        "count": specialisations,
+        "kinds": specialisations_per_key,
+    }
+    match sys.argv[1:]:
+        case [what, *arguments] if what in apart:
+            print(json.dumps(apart[what](*arguments)))
+        case [] | ["all"]:
+            with tempfile.TemporaryDirectory() as cache:
+                os.environ["TRITON_CACHE_DIR"] = cache
+                found, facts_of = measured({} if sys.argv[1:] else read())
+            STORE.write_text(written(facts_of))
+            TABLE.write_text(markdown(table_of(found)))
+        case other:
+            sys.exit(f"got {' '.join(other)}; want nothing, all, {', '.join(apart)}: see the docstring")
 
 
 if __name__ == "__main__":

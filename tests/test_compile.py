@@ -139,6 +139,18 @@ def test_a_new_dense_share_compiles_anew() -> None:
     assert compilations() == 3
 
 
+def test_arguments_are_made_where_a_compiler_looks_on() -> None:
+    def advantages(x: Tensor, mask: Tensor) -> Tensor:
+        config = ShapingConfig(dense_share=0.5, lam=0.9, whitening=Whitening(eps=1e-6))
+        kl = KL(x, x + 1, 0.1)
+        shaped = attnshape.shape_rewards(x[:, 0], "uniform", Response(mask), values=x, kl=kl, config=config)
+        steps = attnshape.gae(shaped.rewards, x, mask, ShapingConfig(gamma=0.9))
+        return attnshape.whiten(steps.advantages, mask, config.whitening, moments=steps.moments)
+
+    given = torch.rand(2, 5, device=DEVICE), torch.ones(2, 5, device=DEVICE)
+    assert_same(compiled(advantages, backend="eager")(*given), advantages(*given))
+
+
 def test_inside_a_larger_graph_with_gradients() -> None:
     arguments = drawn()
     arguments.given["values"] = torch.nn.Parameter(arguments.given["values"])

@@ -423,7 +423,7 @@ def signed_rollouts(draw: st.DrawFn) -> tuple[list[SignedInputs], Response]:
         value, pull = normal(batch, kv_heads, keys, 3), normal(batch, heads, keys, 3)
         key, value = (x.masked_fill(~attended[:, None, :, None], math.nan) for x in (key, value))
         if head_mask is not None:
-            pull = pull.masked_fill(head_mask[:, None, None] == 0, math.nan)
+            pull = pull.masked_fill(head_mask[:, None, None] == 0, pick(math.nan, 7.0))
         tokens, bounds = attended, None
         if packed:
             query, key, value, pull = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value, pull))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.backends import each_backend
+from support.backends import BACKENDS, each_backend, here, there
 
 import attnshape
 from attnshape import (
@@ -399,13 +399,24 @@ ROWS_WITH_NEGATIVE_WEIGHTS: list[tuple[list[float], list[int], int]] = [
     ([-0.0, 3.0, 1.0, 0.0], [1, 1, 1, 1], 0),
     ([2.0, -3.0, NAN, 1.0], [1, 1, 0, 1], NEGATIVE),
     ([1.0, -3.0, 1.0, 1.0], [0, 0, 0, 0], Status.EMPTY),
+    ([0.0, 0.0, 0.0, 0.0], [1, 1, 1, 0], Status.FALLBACK),  # nothing to go by, but nothing negative
 ]
 """Weights, mask, and the status that a row gets."""
 
 
+def shaped_by(library: str, *arguments: Any, **options: Any) -> attnshape.ShapedRewards:
+    """By the reference, or by a backend where it runs."""
+    if library == "reference":
+        return reference.shape_rewards(*arguments, **options)
+    return here(attnshape.shape_rewards(*there([*arguments]), **there(options), backend=library))
+
+
+each_library = pytest.mark.parametrize("library", ["reference", *BACKENDS])
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("normalization", ["sum_to_one", "sum_to_length", "none"])
-@pytest.mark.parametrize("library", ["reference", "torch"])
+@each_library
 def test_a_row_with_a_negative_weight_is_shaped_as_sparse(
     library: str, normalization: str, packed: bool
 ) -> None:
@@ -416,13 +427,9 @@ def test_a_row_with_a_negative_weight_is_shaped_as_sparse(
         bounds = torch.arange(0, mask.numel() + 1, 4, dtype=torch.int32)
         weights, response = weights.flatten(), Response(mask.flatten(), cu_seqlens=bounds)
     config = ShapingConfig(normalization=normalization, dense_share=0.75)
-
-    def shaped(credit: Any) -> attnshape.ShapedRewards:
-        if library == "reference":
-            return reference.shape_rewards(score, credit, response, config=config)
-        return attnshape.shape_rewards(score, credit, response, config=config, backend=library)
-
-    out, sparse = shaped(weights), shaped("sparse")
+    if normalization == "none":
+        statuses[-1] = 0
+    out, sparse = (shaped_by(library, score, x, response, config=config) for x in (weights, "sparse"))
     assert out.status.tolist() == statuses
     for name in ("credit", "rewards", "advantages", "returns"):
         got, want = (getattr(x, name).view(mask.shape) for x in (out, sparse))
@@ -440,28 +447,25 @@ def test_a_row_with_a_negative_weight_is_shaped_as_sparse(
     )
     metrics = {name: x.item() for name, x in out.metrics.items()}
     counts = {name: metrics[f"{name}_rows"] for name in ("negative", "fallback", "nan", "empty")}
-    assert counts == {"negative": 3, "fallback": 3, "nan": 2, "empty": 1}
+    fallbacks = 3 if normalization == "none" else 4
+    assert counts == {"negative": 3, "fallback": fallbacks, "nan": 2, "empty": 1}
 
 
-@pytest.mark.parametrize("library", ["reference", "torch"])
+@each_library
 def test_a_negative_weight_and_a_masked_score(library: str) -> None:
     """What would go to the score's token is lost with it, and both are flagged."""
     config = ShapingConfig(score_index=torch.tensor([1]))
     arguments = torch.ones(1), torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([[1, 0, 1]])
-    if library == "reference":
-        out = reference.shape_rewards(*arguments, config=config)
-    else:
-        out = attnshape.shape_rewards(*arguments, config=config, backend=library)
+    out = shaped_by(library, *arguments, config=config)
     assert out.status.tolist() == [NEGATIVE | Status.SCORE_MASKED]
     assert not out.credit.any()
     assert not out.rewards.any()
 
 
-@pytest.mark.parametrize("library", ["reference", "torch"])
+@each_library
 def test_a_nan_in_one_row_hides_no_negative_weight_in_another(library: str) -> None:
     weights = torch.tensor([[NAN, 1.0], [1.0, -1.0], [1.0, 1.0]])
-    shape = reference.shape_rewards if library == "reference" else attnshape.shape_rewards
-    out = shape(torch.ones(3), weights, torch.ones(3, 2))
+    out = shaped_by(library, torch.ones(3), weights, torch.ones(3, 2))
     assert out.status.tolist() == [Status.NONFINITE, NEGATIVE, 0]
 
 
@@ -514,3 +518,31 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPa
     for index in (0, 1, 2):
         assert ops._function("gae", "auto", torch.device("cuda", index), ())(3, 4) == (3, 4)
     assert entered == [torch.device("cuda", 0), torch.device("cuda", 2)]
+
+
+@pytest.mark.parametrize(
+    ("field", "x", "error"),
+    [
+        ("score_clip", "x", "score_clip: got str, want a positive number or"),
+        ("score_clip", [1.0, 2.0], "score_clip: got list, want a positive number or"),
+        ("score_clip", (1.0,), r"score_clip: got \(1.0,\), want a positive number or"),
+        ("score_clip", (1.0, "b"), "score_clip: got str, want"),
+        ("score_clip", torch.ones(()), "score_clip: got Tensor, want"),
+        ("score_clip", -1.0, "score_clip: got -1.0, want"),
+        ("score_clip", float("nan"), "score_clip: got nan, want"),
+        ("kl_input_clip", "a", "kl_input_clip: got str, want a positive number or None"),
+        ("kl_output_clip", 0.0, "kl_output_clip: got 0.0, want a positive number or None"),
+        ("lam", True, "lam: got bool, want a number from 0 to 1"),
+        ("gamma", torch.ones(2), "gamma: got Tensor, want a number from 0 to 1"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_one_sentence(field: str, x: Any, error: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=error):
+        ShapingConfig(**{field: x})
+
+
+@pytest.mark.parametrize("eps", [-1.0, "a", float("nan"), float("inf")])
+def test_eps_is_a_finite_number(eps: Any) -> None:
+    for config in (attnshape.Whitening, attnshape.GroupConfig):
+        with pytest.raises((ValueError, TypeError), match=r"eps: got .* want a finite number of 0 or more"):
+            config(eps=eps)

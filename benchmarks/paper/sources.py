@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -18,6 +19,8 @@ Weights: TypeAlias = tuple[Tensor, Tensor]
 Compute: TypeAlias = Callable[[Any, Tensor, Tensor, Tensor, Tensor, ScoreFunction], Weights]
 """Of a sequence classifier, ``input_ids`` and ``attention_mask`` ``[B, S]``, ``response_mask`` ``[B, R]``,
 ``start`` ``[B]``, the first response token's position, and what makes scores of its logits."""
+Weigh: TypeAlias = Callable[[Tensor, Any, Response], Tensor]
+"""Of scores ``[B]``, what a tap saw and where the response is: weights ``[B, R]``."""
 
 
 def first_label(logits: Tensor) -> Tensor:
@@ -45,55 +48,40 @@ class Source(NamedTuple):
         return self.read(model, ids, mask, response_mask, start, score_of)
 
 
-def _rows(all_layers: bool) -> Compute:
-    @torch.no_grad()
+def _tapped(tap: Callable[[Any], AttentionTap], weigh: Weigh, *, gradients: bool = False) -> Compute:
+    """Weights of what a tap on the model saw of the forward that scores."""
+
     def compute(
         model: Any, ids: Tensor, mask: Tensor, response_mask: Tensor, start: Tensor, score_of: ScoreFunction
     ) -> Weights:
-        layers = range(model.config.num_hidden_layers) if all_layers else -1
-        with AttentionTap(model, layers) as tap:
-            score = score_of(model(ids, attention_mask=mask).logits)
-        return score, credit.attention_credit(tap.take(), Response(response_mask, start=start))
-
-    return compute
-
-
-def _rollout(norms: bool) -> Compute:
-    @torch.no_grad()
-    def compute(
-        model: Any, ids: Tensor, mask: Tensor, response_mask: Tensor, start: Tensor, score_of: ScoreFunction
-    ) -> Weights:
-        with AttentionTap(model, source="rollout") as tap:
-            score = score_of(model(ids, attention_mask=mask).logits)
-        layers = tap.take()
-        if not norms:
-            layers = [dataclasses.replace(x, value_norm=None, residual_norm=None) for x in layers]
-        return score, credit.attention_rollout(layers, Response(response_mask, start=start))
-
-    return compute
-
-
-@torch.no_grad()
-def _signed_rollout(
-    model: Any, ids: Tensor, mask: Tensor, response_mask: Tensor, start: Tensor, score_of: ScoreFunction
-) -> Weights:
-    with AttentionTap(model, source="signed_rollout") as tap:
-        score = score_of(model(ids, attention_mask=mask).logits)
-    shares = credit.signed_rollout(tap.take(), Response(response_mask, start=start))
-    return score, score[:, None] * shares
-
-
-def _gradient(**of: Any) -> Compute:
-    @torch.enable_grad()
-    def compute(
-        model: Any, ids: Tensor, mask: Tensor, response_mask: Tensor, start: Tensor, score_of: ScoreFunction
-    ) -> Weights:
-        with AttentionTap(model, **of) as tap:
-            score = score_of(model(ids, attention_mask=mask).logits)
-        weights = credit.gradient_weights(score, tap.take(), Response(response_mask, start=start))
+        with torch.set_grad_enabled(gradients):
+            with tap(model) as tapped:
+                score = score_of(model(ids, attention_mask=mask).logits)
+            weights = weigh(score, tapped.take(), Response(response_mask, start=start))
         return score.detach(), weights
 
     return compute
+
+
+def _all_layers(model: Any) -> AttentionTap:
+    return AttentionTap(model, range(model.config.num_hidden_layers))
+
+
+def _row(_score: Tensor, seen: Any, response: Response) -> Tensor:
+    return credit.attention_credit(seen, response)
+
+
+def _rollout(_score: Tensor, seen: Any, response: Response) -> Tensor:
+    return credit.attention_rollout(seen, response)
+
+
+def _plain_rollout(score: Tensor, seen: Any, response: Response) -> Tensor:
+    layers = [dataclasses.replace(x, value_norm=None, residual_norm=None) for x in seen]
+    return _rollout(score, layers, response)
+
+
+def _signed_rollout(score: Tensor, seen: Any, response: Response) -> Tensor:
+    return score[:, None] * credit.signed_rollout(seen, response)
 
 
 @torch.no_grad()
@@ -112,15 +100,24 @@ def _incremental(
     return scores[rows, last], rewards
 
 
+def _gradient(**of: Any) -> Compute:
+    return _tapped(partial(AttentionTap, **of), credit.gradient_weights, gradients=True)
+
+
+_norms = partial(AttentionTap, source="rollout")
+_signs = partial(AttentionTap, source="signed_rollout")
+
 SOURCES: dict[str, Source] = {
-    "last row": Source(_rows(all_layers=False)),
-    "mean over layers": Source(_rows(all_layers=True)),
+    "last row": Source(_tapped(AttentionTap, _row)),
+    "mean over layers": Source(_tapped(_all_layers, _row)),
     "value-weighted last row": Source(
         _gradient(layer=-1, source="gradient_value"), signed=True, backward="last layer"
     ),
-    "plain rollout": Source(_rollout(norms=False), forward="attention of every layer"),
-    "norm-weighted rollout": Source(_rollout(norms=True), forward="attention of every layer"),
-    "signed rollout": Source(_signed_rollout, signed=True, forward="attention of every layer, twice"),
+    "plain rollout": Source(_tapped(_norms, _plain_rollout), forward="attention of every layer"),
+    "norm-weighted rollout": Source(_tapped(_norms, _rollout), forward="attention of every layer"),
+    "signed rollout": Source(
+        _tapped(_signs, _signed_rollout), signed=True, forward="attention of every layer, twice"
+    ),
     "gradient x embedding": Source(
         _gradient(source="gradient_embedding"), signed=True, backward="every layer"
     ),

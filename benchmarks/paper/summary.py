@@ -223,10 +223,10 @@ def without_the_truth(results: Results) -> dict[str, Any]:
     last = [model["lengths"][QUALITY_LENGTH]["sources"]["last row"] for model in results.models]
     if len(last) < 2:
         return {}
-    precision = torch.tensor([x["precision_at_k"] for x in last])
+    precision = torch.tensor([x["precision_at_k"] for x in last], dtype=torch.float64)
     out: dict[str, Any] = {"models": len(last)}
     for name, sign in (("entropy", -1), ("overlap", 1)):
-        seen = sign * torch.tensor([x[name] for x in last])
+        seen = sign * torch.tensor([x[name] for x in last], dtype=torch.float64)
         out[name] = {
             "correlation": rank_correlation(seen, precision),
             "below": float(precision[seen <= seen.median()].mean()),

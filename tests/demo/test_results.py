@@ -114,6 +114,7 @@ def test_files(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "results.json").read_text()
     saved = json.loads(text)
     assert sum(line.startswith('  {"method": ') for line in text.splitlines()) == 4  # a line a seed
+    assert '\n  "threshold": 1.0,\n' in text  # and a setting
     assert [(run["method"], run["seed"]) for run in saved["runs"]] == [
         ("sparse", 0),
         ("sparse", 1),

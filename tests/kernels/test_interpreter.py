@@ -50,7 +50,7 @@ def test_an_interpreter_that_is_not_known_is_left_as_it_is(monkeypatch: pytest.M
     from triton.runtime import interpreter
 
     before, scan = vars(interpreter).copy(), interpreter.ScanOps.generic_scan
-    monkeypatch.setattr(fast_interpreter, "digest", lambda _: "another")
+    monkeypatch.setattr(fast_interpreter, "digest", lambda: "another")
     assert "as it is, slowly: its interpreter (another) is not known" in fast_interpreter.install()
     assert vars(interpreter) == before
     assert interpreter.ScanOps.generic_scan is scan

@@ -16,6 +16,9 @@ BACKENDS = ("cpu", "torch", "triton") if DEVICE.type == "cpu" else ("torch", "tr
 COMPILED_EXAMPLES = 12
 """At most, on a GPU: nearly each example needs another specialisation, which takes seconds to compile."""
 
+KEEPS_BITS = tuple(name for name in BACKENDS if name != "torch")
+"""Where a row's bits follow from the row alone. PyTorch chooses code by shape, stride and processor."""
+
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
