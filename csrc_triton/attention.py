@@ -277,8 +277,6 @@ def shape_kernel(
                 heads,
                 scaling,
                 softcap,
-                G,
-                M,
                 KEYS,
                 Tile(D, BLOCK_D, STRIDE_QD, STRIDE_KD, QUERY_UNIT, KEY_UNIT, FAR, UPCAST, STAGES),
             )

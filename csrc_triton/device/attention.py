@@ -97,22 +97,22 @@ def slots_of_row(
 
 
 @triton.jit
-def held_query(p_query, stride_qh, G: tl.constexpr, M: tl.constexpr, tile):
-    """G query heads, [M, BLOCK_D], if one part is their whole width; else nothing."""
+def held_query(p_query, stride_qh, m_q, tile):
+    """The heads ``m_q`` ([M]) of a query, [M, BLOCK_D], if one part is their whole width; else nothing."""
     if tile.BLOCK_D >= tile.D:
-        held = query_part(p_query, stride_qh, 0, G, M, tile)
+        held = query_part(p_query, stride_qh, m_q, 0, tile)
     else:
         held = None
     return held
 
 
 @triton.jit
-def query_part(p_query, stride_qh, start, G: tl.constexpr, M: tl.constexpr, tile):
-    """One part of the width of G query heads, [M, BLOCK_D]."""
-    o_g = tl.arange(0, M)
+def query_part(p_query, stride_qh, m_q, start, tile):
+    """One part of their width, [M, BLOCK_D]."""
+    o_g = tl.arange(0, m_q.shape[0])
     o_d = start + tl.arange(0, tile.BLOCK_D)
     p_q = p_query + o_g.to(tl.int64)[:, None] * stride_qh * tile.QUERY_UNIT + o_d[None, :] * tile.STRIDE_QD
-    return tl.load(p_q, mask=(o_g < G)[:, None] & (o_d < tile.D)[None, :], other=0.0)
+    return tl.load(p_q, mask=m_q[:, None] & (o_d < tile.D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -122,14 +122,13 @@ def chunk_scores(
     stride_qh,  # in QUERY_UNIT
     p_key,  # of this row and key head, at the chunk's first key
     stride_kt,  # in KEY_UNIT
+    m_q,  # [M] which heads there are
     inside,  # [N] which keys may be read
     scale,
     softcap,
-    G: tl.constexpr,
-    M: tl.constexpr,
     tile,
 ):
-    """Scores of a chunk of keys for G query heads, in units of ``log(2)``: [N, M].
+    """Scores of a chunk of keys for the heads that share them, in units of ``log(2)``: [N, M].
 
     The keys are the many rows of the product, which tensor cores want in its first operand.
     """
@@ -137,10 +136,10 @@ def chunk_scores(
     if tile.FAR:
         o_n = o_n.to(tl.int64)
     p_k = p_key + o_n[:, None] * stride_kt * tile.KEY_UNIT
-    scores = tl.zeros([inside.shape[0], M], dtype=tl.float32)
+    scores = tl.zeros([inside.shape[0], m_q.shape[0]], dtype=tl.float32)
     if held is None:
         for start in tl.range(0, tile.D, tile.BLOCK_D, num_stages=tile.STAGES):
-            q = query_part(p_query, stride_qh, start, G, M, tile)
+            q = query_part(p_query, stride_qh, m_q, start, tile)
             scores = add_product(scores, q, p_k, inside[:, None], start, tile)
     else:
         scores = add_product(scores, held, p_k, inside[:, None], 0, tile)
@@ -231,15 +230,14 @@ def attend(
     heads,
     scaling,
     softcap,
-    G: tl.constexpr,
-    M: tl.constexpr,
     CHUNK: tl.constexpr,
     tile,
 ):
     """Softmax partials of some chunks of one key head, and the terms of those that are kept."""
     slots = terms.slots
     o_n = tl.arange(0, CHUNK)
-    held = held_query(p_query, stride_qh, G, M, tile)
+    # A row that sees nothing has no position that its query could be read at.
+    held = held_query(p_query, stride_qh, m_h & (begin < stop), tile)
     for i_c in tl.range(begin, stop, num_stages=tile.STAGES):
         i = i_c * CHUNK + o_n  # counted from the first visible key
         visible = is_visible(terms.p_mask, slots.at_mask, terms.stride_mask, i, 0, keys.end - keys.first)
@@ -247,7 +245,7 @@ def attend(
         p_chunk = p_key + (slot - slots.first) * CHUNK * stride_kt * tile.KEY_UNIT
         inside = i < keys.end - keys.first
         scores = chunk_scores(
-            held, p_query, stride_qh, p_chunk, stride_kt, inside, scaling, softcap, G, M, tile
+            held, p_query, stride_qh, p_chunk, stride_kt, m_h, inside, scaling, softcap, tile
         )
         if terms.mask_row.p_added is not None:
             read = visible[:, None] & m_h[None, :]

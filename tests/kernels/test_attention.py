@@ -310,6 +310,15 @@ def test_a_bad_visible_key_poisons_its_row_only(bad: float) -> None:
     assert actual[0, 17] == 0
 
 
+def test_the_query_of_a_row_that_is_lost_is_not_read() -> None:
+    """Its place would be 16 GB before its tensor."""
+    small = layer(3, dtype=torch.float16, query_position=ints(-1, 2))
+    query = small.query[:, :, None].expand(-1, -1, 3, -1)
+    lost = replace(small, query=far_apart(query, 40, 80, 2**33, 1))
+    assert row(lost)[0].isnan().all()
+    assert row(lost)[1].equal(row(replace(small, query_position=ints(2, 2)))[1])
+
+
 def test_a_row_without_visible_keys_is_zero() -> None:
     mask = torch.zeros(2, 300, device=DEVICE)
     mask[1, 3] = 1
