@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -39,8 +39,8 @@ BODIES = 16
 READ_SECONDS = 60.0
 """A body that is not here by then is refused: it keeps others out."""
 HEAD_SECONDS = 20.0
-"""A connection whose request has not begun by then, or that reads its answer no further, is closed."""
-CLOSE = {"Connection": "close"}
+"""Seconds after which a connection is closed whose request has no head yet, whose answer is not read on, or
+that goes on sending what was refused; not at once, so that the refusal is read."""
 RETRY_AFTER = {"Retry-After": "1"}
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
 CLIENT_GONE = 499
@@ -86,7 +86,7 @@ class Door:
         # Also keeps web pages from posting here unasked: for this type a browser asks the server first.
         if media_type != "application/json":
             raise HTTPException(415, f"content-type: got {media_type!r}, want 'application/json'")
-        too_long = HTTPException(413, f"the body is longer than {self.max_body_bytes} bytes", CLOSE)
+        too_long = HTTPException(413, f"the body is longer than {self.max_body_bytes} bytes")
         if int(request.headers.get("content-length", 0)) > self.max_body_bytes:
             raise too_long
         body = bytearray()
@@ -101,7 +101,7 @@ class Door:
                         if self._bytes > BODIES * self.max_body_bytes:
                             raise HTTPException(429, "too many requests at once", RETRY_AFTER)
             except TimeoutError:
-                raise HTTPException(408, f"the body took longer than {READ_SECONDS:g} s", CLOSE) from None
+                raise HTTPException(408, f"the body took longer than {READ_SECONDS:g} s") from None
             yield bytes(body)
         finally:
             self._bytes -= len(body)
@@ -205,7 +205,7 @@ def create_app(config: ServeConfig, reader: Reader, pool: Pool) -> FastAPI:
             pool.metrics.requests.labels(str(status)).inc()
             pool.metrics.request_seconds.observe(time.monotonic() - started)
 
-    @app.get("/health")
+    @app.get("/health", responses={503: {"description": "No worker is ready."}})
     async def health() -> Response:
         """Whether requests can be answered: 200, or 503 while the model is loaded."""
         ready = pool.count(State.READY) > 0
@@ -222,7 +222,7 @@ def create_app(config: ServeConfig, reader: Reader, pool: Pool) -> FastAPI:
         body = {"status": "ready" if ready else "not ready", "model": config.model, "workers": workers}
         return JSONResponse(body, 200 if ready else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(pool.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -76,8 +76,23 @@ class Failure(BaseModel):
 
 
 _ONE, _MANY = TypeAdapter(Completion), TypeAdapter(list[Completion])
-_SCHEMA = Completion.model_json_schema()
-BODY = {"anyOf": [_SCHEMA, {"type": "array", "items": _SCHEMA, "minItems": 1}]}
+
+
+def _form(*names: str) -> dict[str, Any]:
+    """Schema of a completion that is given by these fields."""
+    every = Completion.model_json_schema()["properties"]
+    given = {name: {**every[name]["anyOf"][0], "title": every[name]["title"]} for name in names}
+    rest = {name: every[name] for name in ("offsets", "label")}
+    return {
+        "type": "object",
+        "properties": given | rest,
+        "required": list(names),
+        "additionalProperties": False,
+    }
+
+
+_FORMS = [_form("prompt", "response"), _form("messages")]
+BODY = {"anyOf": [*_FORMS, {"type": "array", "items": {"anyOf": _FORMS}, "minItems": 1}]}
 """Schema of a request's body."""
 
 

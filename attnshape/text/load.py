@@ -8,7 +8,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from logging import ERROR, getLogger
 from pathlib import Path
@@ -26,6 +26,9 @@ Pooled: TypeAlias = Literal["pooled", "last_visible", "last_response"]
 QueryPosition: TypeAlias = Pooled | int
 """The token whose hidden state gives the score: the head's own choice, the last of the text, the last of the
 response, or one counted from the text's first token (0) or from its last (-1)."""
+
+Sizes: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+"""Of a weight in the checkpoint, and in the model."""
 
 SHOWN_NAMES, SHOWN_CHARACTERS = 4, 300
 CLASSIFIER, BASE = "AutoModelForSequenceClassification", "AutoModel"
@@ -259,7 +262,7 @@ def _load_whole(found: _Found, trust_remote_code: bool, adapter: Adapter | None)
                 ignore_mismatched_sizes=True,
                 trust_remote_code=trust_remote_code,
             )
-        other_sizes = {key: (tuple(there), tuple(here)) for key, there, here in info["mismatched_keys"]}
+        other_sizes = _other_sizes(model, info["mismatched_keys"])
         missing = set(info["missing_keys"]) - set(other_sizes)
         left_over = _left_over(model, set(info["unexpected_keys"]))
         if adapter is not None:
@@ -404,13 +407,23 @@ def _with_biases(kind: type[PreTrainedModel], keys: Sequence[str]) -> type[PreTr
     return WithBiases
 
 
-def _rows_of_head(
-    model: PreTrainedModel, other_sizes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
-) -> int | None:
+def _other_sizes(model: PreTrainedModel, found: Iterable[Any]) -> dict[str, Sizes]:
+    """Weights that have another shape in the checkpoint than in the model, and both shapes."""
+    # transformers 5 tells the shapes too, 4 the names alone.
+    there = {item[0]: tuple(item[1]) for item in found if not isinstance(item, str)}
+    names = {item for item in found if isinstance(item, str)}
+    there |= dict.fromkeys(names, ())
+    there |= {key: tuple(tensor.shape) for key, tensor in _read(model.name_or_path, names)}
+    here = model.state_dict()
+    return {key: (shape, tuple(here[key].shape)) for key, shape in there.items()}
+
+
+def _rows_of_head(model: PreTrainedModel, other_sizes: dict[str, Sizes]) -> int | None:
     """The number of labels that the head's weights have, if that is all that differs."""
     rows = set()
     for key, (there, here) in other_sizes.items():
-        if _is_in_base(model, key) or there[1:] != here[1:] or here[0] != model.config.num_labels:
+        is_head = not _is_in_base(model, key) and here[0] == model.config.num_labels
+        if not is_head or not there or there[1:] != here[1:]:
             return None
         rows.add(there[0])
     return rows.pop() if len(rows) == 1 else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -111,6 +112,7 @@ class Server:
     def __init__(self) -> None:
         self.answers: dict[str, list[tuple[int, str]]] = {"/health": [(200, READY)]}
         self.got: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
         parent = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -126,6 +128,7 @@ class Server:
 
             def do_POST(self) -> None:
                 parent.got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                parent.keys.append(self.headers["Authorization"])
                 assert self.headers["Content-Type"] == "application/json"
                 self.do_GET()
 
@@ -203,3 +206,92 @@ def test_a_server_is_waited_for_while_it_loads(server: Server, monkeypatch: pyte
 def test_a_server_that_is_not_there() -> None:
     with pytest.raises(RuntimeError, match=r"127.0.0.1:9/health: .*is `attnshape serve` running there"):
         reward_model(url="http://127.0.0.1:9")
+
+
+HTML = "<!doctype html>\n<html><title>502 Bad Gateway</title>" + "x" * 5000
+GIVEN = {"score": 1.5, "credit": [0.25, 0.75], "metrics": {"entropy": 0.5}}
+WRONG: dict[str, tuple[str, str]] = {
+    "a page": (HTML, "want a JSON object, got <!doctype html> <html><title>502 Bad Gateway"),
+    "nothing": ("", "want a JSON object, got nothing"),
+    "a list": ("[1]", "want a JSON object, got [1]"),
+    "half of it": (json.dumps(GIVEN)[:-9], "want a JSON object, got"),
+    "deep": ("[" * 100_000, "want a JSON object, got [[["),
+    "a number": ("7", "want a JSON object, got 7"),
+    "no score": (json.dumps({**GIVEN, "score": None}), "want a finite number as score"),
+    "a score in words": (json.dumps({**GIVEN, "score": "1.5"}), "want a finite number as score"),
+    "a score that is true": (json.dumps({**GIVEN, "score": True}), "want a finite number as score"),
+    "an infinite score": (json.dumps({**GIVEN, "score": float("inf")}), "want a finite number as score"),
+    "NaN": (json.dumps({**GIVEN, "score": float("nan")}), "want a finite number as score"),
+    "a huge score": ('{"score": 1' + "0" * 400 + "}", "want a finite number as score"),
+    "another server's": (json.dumps({"rewards": [1.5]}), "want a finite number as score, got {"),
+    "no credit": (json.dumps({"score": 1.5}), "want credit of 2 tokens"),
+    "credit of others": (json.dumps({**GIVEN, "credit": [1.0]}), "want credit of 2 tokens"),
+    "credit by name": (json.dumps({**GIVEN, "credit": {"a": 1, "b": 2}}), "want credit of 2 tokens"),
+    "negative credit": (json.dumps({**GIVEN, "credit": [1.5, -0.5]}), "finite and not negative"),
+    "credit that is NaN": (json.dumps({**GIVEN, "credit": [float("nan"), 1]}), "finite and not negative"),
+    "credit in words": (json.dumps({**GIVEN, "credit": ["a", 1]}), "finite and not negative"),
+    "metrics in words": (json.dumps({**GIVEN, "metrics": {"entropy": "low"}}), "want metrics"),
+    "no metrics": (json.dumps({**GIVEN, "metrics": None}), "want metrics"),
+}
+
+
+@pytest.mark.parametrize(("body", "message"), WRONG.values(), ids=WRONG)
+def test_an_answer_that_is_none_is_shown(server: Server, body: str, message: str) -> None:
+    server.answers["/score"] = [(200, body)]
+    with pytest.raises(ValueError) as caught:
+        ask(reward_model(url=server.url), "Good? ", "Yes", [(0, 2), (2, 3)])
+    said = str(caught.value)
+    assert said.startswith(f"{server.url}/score: ")
+    assert message in said
+    assert len(said) < 400
+    assert len(said.splitlines()) == 1
+    assert len(server.got) == 1
+
+
+def test_a_refusal_is_not_longer_than_a_line(server: Server) -> None:
+    server.answers["/score"] = [(404, HTML)]
+    with pytest.raises(ValueError, match=r"/score: 404 <!doctype html> <html>") as caught:
+        ask(reward_model(url=server.url), "Good? ", "Yes", [(0, 3)])
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("health", [HTML, "{}", '{"status": "ok"}', "[]"])
+def test_another_server_is_no_reward_server(server: Server, health: str) -> None:
+    server.answers["/health"] = [(200, health)]
+    with pytest.raises(RuntimeError, match=r"/health: .*is `attnshape serve` running there") as caught:
+        reward_model(url=server.url + "///")
+    assert len(str(caught.value)) < 600
+
+
+def test_the_key_of_a_server(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.answers["/score"] = [(200, json.dumps(GIVEN))]
+    spans = [(0, 2), (2, 3)]
+    ask(reward_model(url=server.url, api_key="given"), "Good? ", "Yes", spans)
+    monkeypatch.setenv("ATTNSHAPE_API_KEY", "of the environment")
+    ask(reward_model(url=server.url + "/"), "Good? ", "Yes", spans)
+    monkeypatch.delenv("ATTNSHAPE_API_KEY")
+    ask(reward_model(url=server.url), "Good? ", "Yes", spans)
+    assert server.keys == ["Bearer given", "Bearer of the environment", None]
+
+
+def test_a_reply_that_the_template_changed_is_scored(folder: Path, policy: Any, tmp_path: Path) -> None:
+    """One sample does not end a run: sparse credit, and its metric says so."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(folder / "reward_model", tmp_path, dirs_exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'].split('</think>')[-1] }}\n{% endfor %}Good?"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    judge = reward_model(model=str(tmp_path))
+    for reply, left in [("All of it</think>Good!", "Good!"), ("Good!</think>", "")]:
+        ids = policy(reply, add_special_tokens=False)["input_ids"]
+        text, spans = spans_of(policy, ids, [1] * len(ids))
+        scored = ask(judge, PROMPTS["messages"], text, spans)
+        assert scored.metrics["changed"] is True
+        weights = dict(zip(spans, scored.credit, strict=True))
+        assert all(weight == 0 for (start, end), weight in weights.items() if end <= len(text) - len(left))
+        assert sum(scored.credit) == pytest.approx(1.0 if left else 0.0)
+        rewards = token_rewards(scored.score, scored.credit, [1] * len(ids), dense_share=1.0)
+        assert rewards.sum().item() == pytest.approx(scored.score, rel=1e-5)

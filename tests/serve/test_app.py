@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import socket
+import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 from support.reward_models import LIMIT, save
 
 from attnshape.serve import app as serve_app
-from attnshape.serve.app import BODIES, ServeConfig, build
+from attnshape.serve.app import BODIES, ServeConfig, build, http_config
 from attnshape.serve.batching import Unavailable
 from attnshape.serve.workers import Pool, State
 from attnshape.text.model import Scored
@@ -41,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Server:
     """The application without its worker processes; ``answer`` is what a worker does."""
 
-    def __init__(self, folder: Path, **limits: int) -> None:
+    def __init__(self, folder: Path, **limits: Any) -> None:
         self.app, self.pool = build(
             ServeConfig(model=str(folder), score_fn=parse_score_fn("logit"), **limits)
         )
@@ -196,9 +201,12 @@ def test_other_types_paths_and_methods(server: Server) -> None:
         response = await server.client.get("/nothing")
         assert (response.status_code, response.json()) == (404, {"error": "Not Found"})
         assert (await server.client.get("/score")).status_code == 405
-        schema = (await server.client.get("/openapi.json")).json()["paths"]["/score"]["post"]
+        paths = (await server.client.get("/openapi.json")).json()["paths"]
+        assert set(paths["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}
+        assert set(paths["/health"]["get"]["responses"]) == {"200", "503"}
+        schema = paths["/score"]["post"]
         body = schema["requestBody"]["content"]["application/json"]["schema"]
-        assert "messages" in body["anyOf"][0]["properties"]
+        assert "messages" in body["anyOf"][1]["properties"]
         assert {"200", "400", "413", "422", "429", "503"} <= set(schema["responses"])
 
     run(test)
@@ -403,3 +411,127 @@ def test_a_completion_must_fit_a_batch(folder: Path) -> None:
         assert "more than the 5 that the model takes" in response.json()["error"]
 
     run(test)
+
+
+def test_a_key_that_is_wanted(folder: Path) -> None:
+    server = Server(folder, api_key="s3cret")
+
+    async def asked(header: str | bytes | None) -> httpx2.Response:
+        headers: list[tuple[Any, Any]] = [(b"content-type", b"application/json")]
+        if header is not None:
+            value = header.encode() if isinstance(header, str) else header
+            headers.append((b"authorization", value))
+        return await server.client.post("/score", content=b"{", headers=headers)
+
+    async def test() -> None:
+        for header in (
+            None,
+            "Bearer",
+            "Bearer other",
+            "s3cret",
+            "Basic s3cret",
+            "Bearer s3cret2",
+            "Bearer \xe9",
+        ):
+            response = await asked(header)
+            assert response.status_code == 401, header
+            assert response.headers["www-authenticate"] == "Bearer"
+            assert response.json() == {"error": "want the header 'Authorization: Bearer' with the API key"}
+        for header in ("Bearer s3cret", "bearer  s3cret "):
+            assert (await asked(header)).status_code == 400  # read, and no JSON
+        assert (await server.counted())["requests_total 401"] == 7
+        assert (await server.client.get("/health")).status_code == 200
+        schema = (await server.client.get("/openapi.json")).json()
+        assert schema["paths"]["/score"]["post"]["security"] == [{"HTTPBearer": []}]
+        assert schema["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
+
+    run(test)
+
+
+@pytest.mark.parametrize("key", ["", "two words", "é", "a\nb"])
+def test_a_key_that_no_header_holds(key: str) -> None:
+    with pytest.raises(ValueError, match="api_key: want visible ASCII characters"):
+        ServeConfig(model="m", api_key=key)
+
+
+def test_no_page_fetches_from_elsewhere(server: Server) -> None:
+    async def test() -> None:
+        for path in ("/docs", "/redoc"):
+            assert (await server.client.get(path)).status_code == 404
+        assert (await server.client.get("/openapi.json")).status_code == 200
+
+    run(test)
+
+
+class Listening:
+    """The application behind its HTTP server, in a thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self.server = uvicorn.Server(http_config(Server(folder).app))
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.thread = threading.Thread(target=self.server.run, args=([self.socket],))
+
+    def __enter__(self) -> Listening:
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.should_exit = True
+        self.thread.join(PATIENCE)
+        assert not self.thread.is_alive()
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.socket.getsockname(), timeout=PATIENCE)
+
+
+def dribbled(connection: socket.socket, text: bytes, pause: float) -> bytes:
+    """What is answered until the server hangs up, while ``text`` is sent byte by byte, again and again."""
+    connection.settimeout(pause)
+    answer = b""
+    for byte in itertools.cycle(text):
+        try:
+            connection.send(bytes([byte]))
+            part = connection.recv(4096)
+            if not part:
+                return answer
+            answer += part
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            return answer
+    raise AssertionError
+
+
+HEAD = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99999\r\n"
+
+
+def test_clients_that_dribble_are_cut_off(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_app, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(serve_app, "READ_SECONDS", 0.5)
+    with Listening(folder) as server:
+        with server.connect() as silent, server.connect() as head:
+            assert dribbled(head, b"X-Header: x\r\n", 0.05) == b""
+            assert silent.recv(1) == b""
+        with server.connect() as body:
+            body.sendall(HEAD + b"\r\n")
+            answer = dribbled(body, b" ", 0.05)
+            assert answer.startswith(b"HTTP/1.1 408 ")
+            assert b"the body took longer than 0.5 s" in answer
+        with server.connect() as again:  # the head of a second request, over a connection that was kept
+            for pause in (0.0, 0.8):  # between requests a client may wait
+                time.sleep(pause)
+                again.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                answer = b""
+                while not answer.endswith(b"}"):
+                    answer += again.recv(4096)
+                assert answer.startswith(b"HTTP/1.1 200 ")
+            assert dribbled(again, b"X-Header: x\r\n", 0.05) == b""
+
+
+def test_a_body_that_is_refused_is_not_read_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_app, "HEAD_SECONDS", 0.5)
+    with Listening(folder) as server, server.connect() as client:
+        client.sendall(HEAD.replace(b"application/json", b"text/plain") + b"\r\n")
+        assert dribbled(client, b" ", 0.05).startswith(b"HTTP/1.1 415 ")

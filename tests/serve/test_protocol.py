@@ -62,11 +62,15 @@ def test_json_of_another_shape(body: bytes, message: str) -> None:
     assert not isinstance(caught.value, SyntaxError)
 
 
-def test_the_schema_names_every_field() -> None:
-    item, items = BODY["anyOf"]
-    assert items["items"] == item
-    assert set(item["properties"]) == {"prompt", "response", "messages", "offsets", "label"}
-    assert item["additionalProperties"] is False
+def test_the_schema_says_what_is_taken() -> None:
+    *forms, items = BODY["anyOf"]
+    assert items["items"] == {"anyOf": forms}
+    assert [form["required"] for form in forms] == [["prompt", "response"], ["messages"]]
+    for form in forms:
+        assert set(form["properties"]) == {*form["required"], "offsets", "label"}
+        assert form["additionalProperties"] is False
+        assert all("anyOf" not in form["properties"][name] for name in form["required"])  # null is none
+    assert forms[0]["properties"]["prompt"]["type"] == "string"
     assert "$ref" not in json.dumps(BODY)  # there would be nothing to refer to
 
 
