@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ except ModuleNotFoundError:
 if TYPE_CHECKING:
     from attnshape.bench.measure import Measurement
     from attnshape.compare import Case, Worst
+    from attnshape.text.partial import Partial
 
 # Some releases of typer bring a click of their own.
 _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -103,6 +105,17 @@ def options(
     ] = False,
 ) -> None:
     """Dense rewards for PPO from the reward model's own attention."""
+    if errors.is_terminal:
+        log = logging.getLogger("attnshape.cpu")
+        log.addHandler(_ProgressLine())
+        log.setLevel(logging.INFO)
+
+
+class _ProgressLine(logging.Handler):
+    """What takes a while before there is progress to show."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        errors.print(record.getMessage(), style="dim")
 
 
 # The options that several commands have.
@@ -333,15 +346,19 @@ def credit(
     try:
         config = _reward_model(model, score_fn, layer, query_position, trust_remote_code)
         if out != STANDARD:
-            # Lines are known by their numbers, so only in a file that is the same.
-            read = [] if source == STANDARD else [source.resolve(), *_state(source)]
-            settings = {**vars(config), "source": read, "page": html is not None}
-            partial = Partial(out, html, settings, resumable=source != STANDARD)
+            # Lines are known by their numbers, so only in a file that is the same, and of the same model.
+            read = [source.resolve(), *_state(source)] if source.is_file() else []
+            weights = [_state(path) for path in sorted(Path(model).glob("*"))]
+            settings = {**vars(config), "source": read, "weights": weights, "page": html is not None}
+            partial = Partial(out, html, settings, resumable=source.is_file())
             partial.check(resume)
+    except ValueError as error:
+        raise _fail(error) from error
+    try:
         credit_model = CreditModel.load(config, device)
         credit_model.probe()
         with _progress() as progress, contextlib.ExitStack() as stack:
-            total = None if source == STANDARD else source.stat().st_size
+            total = source.stat().st_size if source.is_file() else None
             task = progress.add_task(source.name, total=total)
             lines = sys.stdin.buffer if source == STANDARD else stack.enter_context(source.open("rb"))
             options: dict[str, Any] = {
@@ -356,18 +373,22 @@ def credit(
                 page = None if html is None else stack.enter_context(whole_file(html))
                 counts = credit_lines(credit_model, lines, sys.stdout, page, **options)
     except (ValueError, OSError) as error:
-        raise _fail(error) from error
+        raise _fail(f"{error}{_kept(partial)}") from error
     except KeyboardInterrupt:
-        message = "interrupted"
-        if partial is not None and partial.path.exists():
-            message += f"; what is written is in {partial.path}"
-            message += ", --resume goes on behind it" if partial.resumable else ""
-        errors.print(message)
+        errors.print(f"interrupted{_kept(partial)}")
         raise typer.Exit(INTERRUPTED) from None
     changed = f", {counts.changed} of them changed by the chat template" if counts.changed else ""
     errors.print(f"{counts.written} completions written to {out}{changed}, {counts.skipped} lines skipped")
     if counts.skipped:
         raise typer.Exit(1)
+
+
+def _kept(partial: Partial | None) -> str:
+    """Of a run that ended early."""
+    if partial is None or not partial.path.exists():
+        return ""
+    hint = ", --resume goes on behind it" if partial.resumable else ""
+    return f"; what is written is in {partial.path}{hint}"
 
 
 def _state(path: Path) -> tuple[int, int]:
@@ -382,14 +403,14 @@ def _check_files(source: Path, out: Path, html: Path | None, resume: bool) -> No
         raise _fail("--html: got -, want a file")
     if len({path.resolve() for path in paths}) < len(paths):
         raise _fail("the files that are read and written must be different ones")
-    if source != STANDARD and not source.is_file():
+    if source != STANDARD and (not source.exists() or source.is_dir()):
         raise _fail(f"{source}: there is no such file")
     for path in paths[source != STANDARD :]:
         if not path.resolve().parent.is_dir():
             raise _fail(f"there is no folder {path.parent}")
         if path.is_dir():
             raise _fail(f"{path} is a folder, want a file")
-    if resume and STANDARD in (source, out):
+    if resume and (out == STANDARD or not source.is_file()):
         raise _fail("--resume: want files; standard input cannot be read again")
 
 

@@ -225,6 +225,21 @@ def option_calls() -> Calls:
     given = {"values": tokens[0], "kl": KL(tokens[1], tokens[2], 0.1), "token_rewards": tokens[3]}
     given |= {"bootstrap": row, "terminal_reward": row.clone()}
     k3 = ShapingConfig(lam=0.95, kl_estimator="k3", kl_input_clip=5.0, kl_output_clip=5.0)
+    both_ways = layer(
+        mask_row=torch.empty(2, 32, 300, dtype=half),
+        causal=False,
+        sliding_window=128,
+        query_position=position,
+    )
+    yield "row, mask_row, both ways", attnshape.attention_row, {"inputs": both_ways, "backend": "triton"}
+    long = AttentionInputs(
+        torch.empty(1, 32, 128, dtype=half).expand(256, -1, -1),
+        torch.empty(1, 8, 4300, 128, dtype=half).expand(256, -1, -1, -1),
+        0.1,
+    )
+    where = Response(torch.empty(1, 4200).expand(256, -1), start=torch.zeros(256, dtype=torch.int32))
+    many = {"inputs": long, "response": where, "backend": "triton"}
+    yield "credit, many long rows", attnshape.attention_credit, many
     yield (
         "fused, last_response, index",
         fused,
@@ -292,6 +307,9 @@ def column_calls() -> Calls:
     rollout = functools.partial(attnshape.attention_rollout, backend="triton")
     layers = [AttentionInputs(query, key, 0.1)] * 2
     yield "rollout", rollout, {"layers": layers, **where}
+    both_ways = AttentionInputs(query, key, 0.1, causal=False, sliding_window=128)
+    yield "column, both ways", column, {"inputs": both_ways, **where}
+    yield "rollout, both ways", rollout, {"layers": [both_ways] * 2, **where}
     norms = {"value_norm": torch.empty(2, 32, 300), "residual_norm": torch.empty(2, 300)}
     yield "rollout, norms", rollout, {"layers": [AttentionInputs(query, key, 0.1, **norms)] * 2, **where}
     whiten = functools.partial(attnshape.whiten, backend="triton")

@@ -318,6 +318,19 @@ def test_a_line_torn_off_is_written_anew(llama: Path, source: Path, tmp_path: Pa
         assert page.read_bytes() == want_page
 
 
+def test_an_error_on_the_way_says_what_is_written(
+    llama: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(monkeypatch, OSError, 2)
+    result = invoke(llama, source, "--batch-size", 1)
+    assert result.exit_code == 1
+    (part,) = tmp_path.glob("*.partial")
+    assert f"; what is written is in {part}, --resume goes on behind it" in result.stderr
+    (llama / "config.json").touch()
+    other = invoke(llama, source, "--resume")
+    assert f"--resume: {part} is of another model, input or other options" in other.stderr
+
+
 def test_resuming_what_was_never_begun_is_a_beginning(llama: Path, source: Path, tmp_path: Path) -> None:
     result = invoke(llama, source, "--resume")
     assert result.exit_code == 0

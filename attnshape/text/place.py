@@ -135,7 +135,9 @@ def _region(messages: Messages, tokenizer: PreTrainedTokenizerBase, text: str) -
         before = render(messages[:-1], tokenizer, add_generation_prompt=True)
     except ValueError:
         before = text
-    if text.startswith(before):
+    # What the template would have written itself may be how the reply begins: "<think>".
+    shared = text[len(before) : low].strip()
+    if text.startswith(before) and str(messages[-1]["content"]).lstrip().startswith(shared):
         low = min(low, len(before))
     return low, max(low, len(text) - after)
 
