@@ -312,7 +312,9 @@ def test_every_loss(world: World, loss: str) -> None:
     shaped = world.trained(credit={}, dense_share=0.8, settings=settings)
     same_run(plain, none)
     assert all(torch.isfinite(p).all() for p in shaped.model.parameters())
-    assert shaped.state.log_history[0]["loss"] != plain.state.log_history[0]["loss"]
+    # A loss that sums over tokens has the same value, since means stay; its gradient is another.
+    both = zip(plain.model.parameters(), shaped.model.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in both)
     assert len(shaped.seen) == 2
     for seen in shaped.seen:
         own = group_advantage(seen["rewards"][:, 0])
