@@ -14,7 +14,7 @@ demo: $(READY)
 	$(BIN)/attnshape demo --out demo-out
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --benchmark-disable
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --benchmark-disable
 
 lint: $(READY)
 	$(BIN)/ruff check .
