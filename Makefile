@@ -8,13 +8,13 @@ PARITY ?= .parity
 BIN = $(VENV)/bin
 READY = $(VENV)/ready
 
-.PHONY: demo test lint kernels bench parity gpu clean
+.PHONY: demo test lint kernels bench parity gpu soak clean
 
 demo: $(READY)
 	$(BIN)/attnshape demo --out demo-out
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --benchmark-disable
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --benchmark-disable
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -48,6 +48,10 @@ parity: $(READY)
 gpu:
 	$(PYTHON) -c "import matplotlib, pytest_benchmark, torch; assert torch.cuda.is_available(), 'make gpu needs a GPU'"
 	$(PYTHON) -m benchmarks.on_gpu $(OUT)
+
+# Drawn cases in great numbers against the float64 reference; goes on where it was stopped.
+soak: $(READY)
+	cd tests && PYTHONPATH=..:. OMP_NUM_THREADS=1 ../$(BIN)/python -m soak
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from attnshape import credit, reference
 from attnshape.config import GroupConfig, ShapingConfig, Whitening
+from attnshape.metrics import log_metrics
 from attnshape.ops import (
     attention_column_credit,
     attention_credit,
@@ -30,6 +31,7 @@ from attnshape.types import (
 
 if TYPE_CHECKING:
     from attnshape.tap import AttentionTap
+    from attnshape.text.model import CreditModel
 
 __version__ = "0.1.0"
 
@@ -39,6 +41,7 @@ __all__ = [
     "Alignment",
     "AttentionInputs",
     "AttentionTap",
+    "CreditModel",
     "GroupAdvantages",
     "GroupConfig",
     "Response",
@@ -58,6 +61,7 @@ __all__ = [
     "decoded_spans",
     "gae",
     "group_advantages",
+    "log_metrics",
     "redistribute",
     "reference",
     "shape_rewards",
@@ -71,4 +75,8 @@ def __getattr__(name: str) -> object:
         from attnshape.tap import AttentionTap
 
         return AttentionTap
+    if name == "CreditModel":
+        from attnshape.text.model import CreditModel
+
+        return CreditModel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

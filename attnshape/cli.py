@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -104,6 +105,17 @@ def options(
     ] = False,
 ) -> None:
     """Dense rewards for PPO from the reward model's own attention."""
+    if errors.is_terminal:
+        log = logging.getLogger("attnshape.cpu")
+        log.addHandler(_ProgressLine())
+        log.setLevel(logging.INFO)
+
+
+class _ProgressLine(logging.Handler):
+    """What takes a while before there is progress to show."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        errors.print(record.getMessage(), style="dim")
 
 
 # The options that several commands have.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnshape.config import ShapingConfig
 from attnshape.reference.layout import response_rows
-from attnshape.types import KL, AttentionInputs, Response, ShapedRewards
+from attnshape.types import KL, AttentionInputs, CreditName, Response, ShapedRewards
 
 KL_COEF = 0.125
 SCALING = 0.3
@@ -48,7 +48,7 @@ class Problem:
     """One call of ``shape_rewards``."""
 
     score: Tensor
-    credit: AttentionInputs | Tensor
+    credit: AttentionInputs | Tensor | CreditName
     response: Response
     given: dict[str, Any] = field(default_factory=dict)
     """``values``, ``kl``, ``token_rewards``, ``terminal_reward``, ``bootstrap``, as far as there are any."""
@@ -70,7 +70,7 @@ class Problem:
     @property
     def max_score(self) -> float:
         """Bound on ``|s|``, the attention scores; 0 without attention."""
-        if isinstance(self.credit, Tensor):
+        if not isinstance(self.credit, AttentionInputs):
             return 0.0
         q, k = finite(self.inputs.query), finite(self.inputs.key)
         return float(q.norm(dim=-1).amax() * k.norm(dim=-1).amax() * abs(self.inputs.scaling))

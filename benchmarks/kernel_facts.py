@@ -117,7 +117,9 @@ def representation(variant: Variant, target: str) -> str:
 @functools.cache
 def readers() -> str:
     """The code that reads facts off what was compiled."""
-    return "".join(map(inspect.getsource, (sass, facts, nvidia_facts, amd_facts, order_of_additions, used)))
+    return "".join(
+        map(inspect.getsource, (sass, facts, nvidia_facts, amd_facts, order_of_additions, on_their_way, used))
+    )
 
 
 # Facts
@@ -139,7 +141,15 @@ def facts(variant: Variant, target: str) -> dict[str, Any]:
         "warps": compiled.metadata.num_warps,
         "order": order_of_additions(asm["ttgir"]),
         "used": used(asm["ttir"]),
+        "on_their_way": on_their_way(asm["ttgir"]),
+        "barriers": asm["ttir"].count("ttg.barrier"),
     }
+
+
+def on_their_way(ttgir: str) -> int:
+    """Tiles of a loop's loads that are on their way at once: those of the buffers that hold several."""
+    buffers = re.findall(r"ttg\.local_alloc.*?-> !ttg\.memdesc<(\d+)x\d+x\d+x", ttgir)
+    return min(map(int, buffers), default=0)
 
 
 def used(ttir: str) -> str:
@@ -202,6 +212,7 @@ def nvidia_facts(asm: dict[str, Any]) -> dict[str, Any]:
         "wide_loads": len(re.findall(r"LDG(?:STS)?\.E\S*\.128", code)),
         "atomics": dict(sorted(sass.atomic_orders(code).items())),
         "requested": dict(sorted(sass.requested_orders(asm["ptx"]).items())),
+        **sass.product_loop(code),
     }
 
 

@@ -6,15 +6,14 @@ know, some two seconds each, and prints how many there are. With ``all`` it comp
 
 The rest is what the tests ask, in a process of its own, since Triton's interpreter leaves nothing to compile:
 ``found`` prints what is found, ``anew`` the lines for ``kernels.jsonl`` without a look at what it knows, both
-for every target and case or as in ``found sm_90,gfx942 "^sweep"``. ``count`` prints the specialisations that
-200 random shapes need; ``kinds`` and a target, how many stand behind each key of the launcher.
+for every target and case or as in ``found sm_90,gfx942 "^sweep"``. ``kinds sm_90 gfx942`` prints which
+specialisations 200 random shapes need, and how many stand behind each key of the launcher.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
@@ -226,6 +225,21 @@ def option_calls() -> Calls:
     given = {"values": tokens[0], "kl": KL(tokens[1], tokens[2], 0.1), "token_rewards": tokens[3]}
     given |= {"bootstrap": row, "terminal_reward": row.clone()}
     k3 = ShapingConfig(lam=0.95, kl_estimator="k3", kl_input_clip=5.0, kl_output_clip=5.0)
+    both_ways = layer(
+        mask_row=torch.empty(2, 32, 300, dtype=half),
+        causal=False,
+        sliding_window=128,
+        query_position=position,
+    )
+    yield "row, mask_row, both ways", attnshape.attention_row, {"inputs": both_ways, "backend": "triton"}
+    long = AttentionInputs(
+        torch.empty(1, 32, 128, dtype=half).expand(256, -1, -1),
+        torch.empty(1, 8, 4300, 128, dtype=half).expand(256, -1, -1, -1),
+        0.1,
+    )
+    where = Response(torch.empty(1, 4200).expand(256, -1), start=torch.zeros(256, dtype=torch.int32))
+    many = {"inputs": long, "response": where, "backend": "triton"}
+    yield "credit, many long rows", attnshape.attention_credit, many
     yield (
         "fused, last_response, index",
         fused,
@@ -293,6 +307,9 @@ def column_calls() -> Calls:
     rollout = functools.partial(attnshape.attention_rollout, backend="triton")
     layers = [AttentionInputs(query, key, 0.1)] * 2
     yield "rollout", rollout, {"layers": layers, **where}
+    both_ways = AttentionInputs(query, key, 0.1, causal=False, sliding_window=128)
+    yield "column, both ways", column, {"inputs": both_ways, **where}
+    yield "rollout, both ways", rollout, {"layers": [both_ways] * 2, **where}
     norms = {"value_norm": torch.empty(2, 32, 300), "residual_norm": torch.empty(2, 300)}
     yield "rollout, norms", rollout, {"layers": [AttentionInputs(query, key, 0.1, **norms)] * 2, **where}
     whiten = functools.partial(attnshape.whiten, backend="triton")
@@ -388,25 +405,25 @@ def found_of(
     return {"variants": list(variants.values()), "launches": in_order}
 
 
-def specialisations(target: str = "sm_90") -> list[dict[str, Any]]:
-    """Those that ``random_calls`` need."""
-    gpu, found = gpu_of(target), {}
-    for launch in captured_launches(random_calls()):
-        variant = launch.variant(gpu)
-        found[variant.key] = {"kernel": variant.kernel.__name__, **variant.constants}
-    return list(found.values())
-
-
-def specialisations_per_key(target: str) -> list[int]:
-    """For each key that the launcher gives any of the calls: how many Triton would tell apart."""
+def specialisations(*targets: str) -> dict[str, Any]:
+    """What random shapes need on the first target; how many stand behind each key of the launcher on each."""
     from csrc_triton.host.attention import LAUNCHER
 
-    gpu, found = gpu_of(target), {}
-    for launch in captured_launches(itertools.chain(calls(), random_calls())):
-        if launch.kernel is LAUNCHER.kernel:
-            named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=True))
-            found.setdefault(LAUNCHER.key(named, launch.options), set()).add(launch.variant(gpu).key)
-    return [len(variants) for variants in found.values()]
+    needed: dict[str, dict[str, Any]] = {}
+    behind: dict[str, dict[Any, set[str]]] = {target: {} for target in targets}
+    for some in (calls(), random_calls()):
+        needed.clear()  # of the last
+        for launch in captured_launches(some):
+            variants = {target: launch.variant(gpu_of(target)) for target in targets}
+            first = variants[targets[0]]
+            needed[first.key] = {"kernel": first.kernel.__name__, **first.constants}
+            if launch.kernel is LAUNCHER.kernel:
+                named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=True))
+                key = LAUNCHER.key(named, launch.options)
+                for target, variant in variants.items():
+                    behind[target].setdefault(key, set()).add(variant.key)
+    counts = {target: [len(keys) for keys in found.values()] for target, found in behind.items()}
+    return {"needed": list(needed.values()), "behind": counts}
 
 
 def printed_apart(*arguments: str, root: Path = ROOT) -> Any:
@@ -494,8 +511,7 @@ def main() -> None:
     apart = {
         "found": lambda of=every, *wanted: measured(read(), of.split(","), *wanted)[0],
         "anew": lambda of=every, *wanted: written(measured({}, of.split(","), *wanted)[1]),
-        "count": specialisations,
-        "kinds": specialisations_per_key,
+        "kinds": specialisations,
     }
     match sys.argv[1:]:
         case [what, *arguments] if what in apart:

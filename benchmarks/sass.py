@@ -104,6 +104,26 @@ def atomic_orders(code: str) -> Counter[str]:
     return orders
 
 
+def product_loop(code: str) -> dict[str, int]:
+    """Instructions and barriers of the innermost loop around the kernel's first tensor-core product."""
+    instructions, following = parsed(code)
+    products = [i for i, x in enumerate(instructions) if re.match(r"HG?MMA\b", x.opcode)]
+    if not products:
+        return {}
+    first = products[0]
+    loops = [
+        (i - start, start, i)
+        for i, after in enumerate(following)
+        for start in after
+        if start <= first <= i and instructions[i].opcode.startswith("BRA")
+    ]
+    if not loops:
+        return {}
+    _, start, end = min(loops)
+    barriers = sum(BARRIER.match(x.opcode) is not None for x in instructions[start : end + 1])
+    return {"loop_instructions": end + 1 - start, "loop_barriers": barriers}
+
+
 def requested_orders(ptx: str) -> Counter[str]:
     """The orders that a kernel's PTX asks for."""
     return Counter(re.findall(r"\b(?:atom|red)\.global\.gpu\.(acq_rel|release|acquire|relaxed)\b", ptx))

@@ -8,9 +8,11 @@ import triton.language as tl
 
 from csrc_triton.advantages import Board
 from csrc_triton.device.attention import (
+    FEW,
     Attended,
     MaskRow,
     Terms,
+    Tile,
     attend,
     fold_chunks,
     group_means,
@@ -20,6 +22,7 @@ from csrc_triton.device.attention import (
 )
 from csrc_triton.device.handoff import arrive
 from csrc_triton.device.layout import (
+    ResponseTokens,
     attended_range,
     bounds_of_row,
     keys_of_row,
@@ -119,8 +122,7 @@ def shape_kernel(
     p_head_mask,
     kv_heads,
     n_layers,
-    p_largest,  # what its programs tell each other
-    p_sum,
+    p_partials,  # what its programs tell each other
     p_factor,
     p_terms,
     p_groups,
@@ -154,7 +156,6 @@ def shape_kernel(
     M: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    ROLL: tl.constexpr,
     STRIDE_QD: tl.constexpr,
     STRIDE_KD: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -266,8 +267,7 @@ def shape_kernel(
                 stride_qh,
                 p_key + at_key,
                 stride_kt,
-                p_largest,
-                p_sum,
+                p_partials,
                 keys,
                 terms,
                 begin,
@@ -277,19 +277,8 @@ def shape_kernel(
                 heads,
                 scaling,
                 softcap,
-                G,
-                M,
-                D,
-                BLOCK_D,
-                ROLL,
-                STRIDE_QD,
-                STRIDE_KD,
-                QUERY_UNIT,
-                KEY_UNIT,
-                FAR,
-                UPCAST,
                 KEYS,
-                STAGES,
+                Tile(D, BLOCK_D, STRIDE_QD, STRIDE_KD, QUERY_UNIT, KEY_UNIT, FAR, UPCAST, STAGES),
             )
             p_counter = p_counters + row * (kv_heads + 1)
             if arrive(p_counter + head) == n_splits - 1:
@@ -303,11 +292,10 @@ def shape_kernel(
                     lse = tl.load(p_row_lse + o_h * stride_lh, mask=(o_g < G) & (keys.end > 0), other=0.0)
                     lse = lse.to(tl.float32) * LOG2E
                 fold_chunks(
-                    p_largest,
-                    p_sum,
+                    p_partials,
                     p_factor,
-                    slots.first,
-                    keys.n_chunks,
+                    slots.first * (KEYS // FEW),
+                    keys.n_chunks * (KEYS // FEW),
                     heads,
                     o_h,
                     o_g < G,
@@ -319,20 +307,13 @@ def shape_kernel(
                 if FINISH != "terms":
                     tl.debug_barrier()
                     place = place_of_row(
-                        p_mask,
-                        stride_mask,
-                        p_response_start,
-                        p_response_index,
-                        stride_index,
-                        p_response_cu,
-                        n_rows,
-                        width,
-                        i_b,
+                        stride_mask, p_response_start, stride_index, p_response_cu, n_rows, width, i_b
                     )
                     total = row * 0 + width
                     if p_response_cu is None:
                         total = total * n_rows
-                    group_means(p_groups, total, keys, terms, place, i_h, heads, G, H, KEYS, CHUNK)
+                    response = ResponseTokens(p_mask, p_response_index, place)
+                    group_means(p_groups, total, keys, terms, response, i_h, heads, G, H, KEYS, CHUNK)
                     finishing = arrive(p_counter + kv_heads) == kv_heads - 1
                     if finishing:
                         tl.store(p_counter + kv_heads, 0)
@@ -340,15 +321,7 @@ def shape_kernel(
     if (MODE != "attend") or (FINISH != "terms"):  # noqa: SIM102
         if finishing:
             place = place_of_row(
-                p_mask,
-                stride_mask,
-                p_response_start,
-                p_response_index,
-                stride_index,
-                p_response_cu,
-                n_rows,
-                width,
-                i_b,
+                stride_mask, p_response_start, stride_index, p_response_cu, n_rows, width, i_b
             )
             lo = place.lo
             length = place.length
@@ -369,7 +342,7 @@ def shape_kernel(
                 at_kl = row * stride_kl_in
                 at_token_rewards = row * stride_token_rewards
             tokens = Tokens(
-                place.p_mask,
+                None if p_mask is None else p_mask + place.at_mask,
                 None if p_weights is None else p_weights + at_weights,
                 None if p_values is None else p_values + at_values,
                 None if p_logprobs is None else p_logprobs + at_logprobs,
@@ -380,7 +353,8 @@ def shape_kernel(
             out = Outputs(lo, p_rewards, p_advantages, p_returns, p_credit, p_kl)
             attended = None
             if SOURCE == "groups" or SOURCE == "terms":
-                attended = Attended(keys, terms, place, p_groups, total, kv_heads)
+                response = ResponseTokens(p_mask, p_response_index, place)
+                attended = Attended(keys, terms, response, p_groups, total, kv_heads)
 
             # Either this program owns a chunk, or it does the whole row.
             owned = leading & (leading == 0)
@@ -508,26 +482,18 @@ def prepare_kernel(
     if p_position is not None:
         position = tl.load(p_position + row).to(tl.int64)
     if LAST_RESPONSE:
-        place = place_of_row(
-            p_response_mask,
-            stride_rb,
-            p_response_start,
-            p_response_index,
-            stride_ib,
-            p_response_cu,
-            n_rows,
-            responses,
-            i_b,
-        )
+        place = place_of_row(stride_rb, p_response_start, stride_ib, p_response_cu, n_rows, responses, i_b)
         last_j = place.length * 0 - 1
         for j0 in range(0, place.length, SCAN):
             j = j0 + tl.arange(0, SCAN)
             live = j < place.length
-            live = live & (tl.load(place.p_mask + j, mask=live, other=0) != 0)
+            live = live & (tl.load(p_response_mask + place.at_mask + j, mask=live, other=0) != 0)
             last_j = tl.maximum(last_j, tl.max(tl.where(live, j, -1)))
         position = place.start + last_j
         if p_response_index is not None:
-            position = tl.load(place.p_index + last_j, mask=last_j >= 0, other=-1).to(tl.int64)
+            position = tl.load(p_response_index + place.at_index + last_j, mask=last_j >= 0, other=-1).to(
+                tl.int64
+            )
         position = tl.where(last_j >= 0, position, -1)
     tl.store(p_start_out + row, start)
     tl.store(p_position_out + row, position)

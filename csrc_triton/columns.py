@@ -15,6 +15,7 @@ import triton.language as tl
 from csrc_triton.device.attention import finite_reference, head_weights, scaled_scores
 from csrc_triton.device.layout import (
     OUT_OF_RANGE,
+    ResponseTokens,
     attended_range,
     bounds_of_row,
     is_visible,
@@ -223,13 +224,14 @@ def response_kernel(
     """Which tokens of a row count, and where they lie."""
     i_b = tl.program_id(0)
     row = i_b.to(tl.int64)
-    place = place_of_row(p_mask, stride_mask, p_start, p_index, stride_index, p_cu, n_rows, width, i_b)
+    place = place_of_row(stride_mask, p_start, stride_index, p_cu, n_rows, width, i_b)
+    response = ResponseTokens(p_mask, p_index, place)
     n_live = i_b * 0
     lowest = row * 0
     highest = row * 0 - 1
     for j0 in range(0, place.length, SCAN):
         j = j0 + tl.arange(0, SCAN)
-        live, t = token_positions(place, j)
+        live, t = token_positions(response, j)
         rank = n_live + tl.cumsum(live.to(tl.int32), axis=0) - 1
         lowest = tl.minimum(lowest, tl.min(tl.where(live, t, 0)))
         highest = tl.maximum(highest, tl.max(tl.where(live, t, -1)))

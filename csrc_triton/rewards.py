@@ -490,7 +490,8 @@ def shape_chunk(row, board, k, rules, FACTS: tl.constexpr):
     else:
         facts = Facts(1, -1, tl.full([], 0.0, tl.float64), row.lost)
     rule, facts = credit_rule(row, facts, rules)
-    added, _, _ = shape_tokens(row, facts, rule, board, None, None, k, n_chunks, rules)
+    none = no_carry()  # of its own: what it needs is on the board
+    added, _, _ = shape_tokens(row, facts, rule, board, none, none, k, n_chunks, rules)
     p_doubles = board.p_doubles + k
     if row.results.p_stats is not None:
         n_stats = n_chunks

@@ -23,7 +23,7 @@ from attnshape.reference.whiten import row_moments
 from attnshape.tolerance import credit_bound
 
 WORLDS = (2, 4)
-WAIT = datetime.timedelta(seconds=60)
+WAIT = datetime.timedelta(seconds=300)
 CASES: dict[str, Callable[[int, int], None]] = {}
 
 

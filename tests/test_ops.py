@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -95,7 +96,7 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
         TypeError,
         "response.cu_seqlens: got torch.int64",
     ),
-    ({"backend": "cuda"}, ValueError, "backend: got 'cuda', want one of 'auto', 'triton', 'torch'"),
+    ({"backend": "cuda"}, ValueError, "backend: got 'cuda', want one of 'auto', 'triton', 'cpu', 'torch'"),
     ({"config": {"dense_share": 1}}, TypeError, "config: got dict, want ShapingConfig"),
 ]
 BAD_CONFIGS = [
@@ -546,3 +547,17 @@ def test_eps_is_a_finite_number(eps: Any) -> None:
     for config in (attnshape.Whitening, attnshape.GroupConfig):
         with pytest.raises((ValueError, TypeError), match=r"eps: got .* want a finite number of 0 or more"):
             config(eps=eps)
+
+
+def test_metrics_are_plain_floats_for_a_log() -> None:
+    score, credit = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([[3.0, 1.0], [0.0, 0.0], [1.0, 1.0]])
+    out = attnshape.shape_rewards(score, credit, torch.tensor([[1, 1], [1, 1], [0, 0]]))
+    found = attnshape.log_metrics(out, "credit/")
+    assert {type(value) for value in found.values()} == {float}
+    assert found.keys() == {f"credit/{name}" for name in out.metrics}
+    entropy = (
+        -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / 2
+    )  # the second row is sparse, the third empty
+    assert found["credit/credit_entropy"] == pytest.approx(entropy)
+    assert (found["credit/fallback_rows"], found["credit/empty_rows"]) == (1.0, 1.0)
+    assert "attnshape/credit_entropy" in attnshape.log_metrics(out)

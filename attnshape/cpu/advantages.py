@@ -32,22 +32,16 @@ WAYS = 4
 
 
 @inner
-def delta_of(n: int, s: Any, o: int) -> None:
-    """``r - V``, and values 0 where masked."""
-    for t in range(n):
-        v = s[o + VALUES + t] if s[o + LIVE + t] != 0.0 else 0.0
-        s[o + DELTA + t] = s[o + REWARDS + t] - v
-
-
-@inner
 def prepare(
     n: int, gamma: float, gl: float, gl_value: float, chains: int, skip: bool, s: Any, o: int
-) -> None:
-    """``W_t = factor_t W_{t+1} + addend_t`` of advantages, and of returns that have a chain of their own.
+) -> None:  # fmt: skip
+    """``r - V``, and ``W_t = factor_t W_{t+1} + addend_t`` of advantages; of returns, if theirs is another.
 
     The identity past the block, and at masked tokens that are skipped.
     """
     masked = 1.0 if skip else gl
+    for t in range(n):
+        s[o + DELTA + t] = s[o + REWARDS + t] - (s[o + VALUES + t] if s[o + LIVE + t] != 0.0 else 0.0)
     for t in range(n):
         live = s[o + LIVE + t] != 0.0
         v = s[o + VALUES + t] if live else 0.0
@@ -90,40 +84,37 @@ def carry(s: Any, w: Any, k: int) -> None:
 
 
 @inner
-def advantages_of(n: int, k: int, s: Any, o: int) -> None:
-    """Advantages, and what returns are without their value, of chain ``k``, from the ``W`` in the addends."""
-    chain = o + 2 * k * BLOCK
+def settle(n: int, decoupled: bool, s: Any, o: int) -> None:
+    """Advantages and returns, 0 where masked, from the ``W`` that stands in the addends."""
     for t in range(n):
-        s[o + ADVANTAGES + t] = s[o + DELTA + t] + s[o + ADDEND + t]
-        s[o + RETURNS + t] = s[o + DELTA + t] + s[chain + ADDEND + t]
+        live, v = s[o + LIVE + t] != 0.0, s[o + VALUES + t]
+        a = s[o + DELTA + t] + s[o + ADDEND + t]
+        s[o + ADVANTAGES + t] = a if live else 0.0
+        s[o + RETURNS + t] = a + v if live else 0.0
+    if decoupled:
+        for t in range(n):
+            live, v = s[o + LIVE + t] != 0.0, s[o + VALUES + t]
+            a = s[o + DELTA + t] + s[o + ADDEND_VALUE + t]
+            s[o + RETURNS + t] = a + v if live else 0.0
 
 
 @inner
-def finish(n: int, s: Any, o: int) -> None:
-    """Returns, and both 0 where masked."""
-    for t in range(n):
-        live = s[o + LIVE + t] != 0.0
-        s[o + ADVANTAGES + t] = s[o + ADVANTAGES + t] if live else 0.0
-        s[o + RETURNS + t] = s[o + RETURNS + t] + s[o + VALUES + t] if live else 0.0
-
-
-@inner
-def keep_masked(n: int, skip: bool, later: Any, s: Any, o: int) -> None:
-    """Returns, and at masked tokens what the recurrence carries past them (``zero``: it stands there).
+def settle_all(n: int, decoupled: bool, skip: bool, later: Any, s: Any, o: int) -> None:
+    """The same, with what the recurrence carries past masked tokens left there.
 
     ``later`` is what the next unmasked token has, of advantages and of returns without their value.
     """
-    if not skip:
-        for t in range(n):
-            s[o + RETURNS + t] += s[o + VALUES + t] if s[o + LIVE + t] != 0.0 else 0.0
-        return
-    advantage, without_value = later[0], later[1]
+    advantage, without_value, of_returns = later[0], later[1], o + (ADDEND_VALUE if decoupled else ADDEND)
     for i in range(n):
         t = n - 1 - i
-        if s[o + LIVE + t] != 0.0:
-            advantage, without_value = s[o + ADVANTAGES + t], s[o + RETURNS + t]
+        live, v = s[o + LIVE + t] != 0.0, s[o + VALUES + t]
+        if live or not skip:
+            advantage, without_value = (
+                s[o + DELTA + t] + s[o + ADDEND + t],
+                s[o + DELTA + t] + s[of_returns + t],
+            )
         s[o + ADVANTAGES + t] = advantage
-        s[o + RETURNS + t] = without_value + s[o + VALUES + t]
+        s[o + RETURNS + t] = without_value + (v if live or skip else 0.0)
     later[0], later[1] = advantage, without_value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import numba
 from numba import extending
 from numba.core import caching
 
+log = logging.getLogger("attnshape.cpu")
 F = TypeVar("F", bound=Callable[..., Any])
 
 # No fast-math flag and no contraction into fused multiply-adds: every operation is rounded as it is written,
@@ -35,8 +37,7 @@ def inner(function: F) -> F:
 def entry(function: F) -> F:
     """Called from Python: compiled at its first call ever, read from a folder afterwards."""
     compiled = numba.njit(no_cfunc_wrapper=True, **OPTIONS)(function)
-    if _folder() is not None:
-        compiled._cache = _Cache(function)
+    compiled._cache = _NoCache() if _folder() is None else _Cache(function)
     return compiled  # type: ignore[no-any-return]
 
 
@@ -46,14 +47,14 @@ def _folder() -> Path | None:
     sources = sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     chosen = os.environ.get("NUMBA_CACHE_DIR")
-    kept = Path(chosen) if chosen else _user_caches() / "attnshape"
-    folder = kept / f"cpu-{digest}"
     try:
+        kept = Path(chosen) if chosen else _user_caches() / "attnshape"
+        folder = kept / f"cpu-{digest}"
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".{os.getpid()}"
         probe.touch()
         probe.unlink(missing_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # the latter from a user without a home
         return None
     return folder
 
@@ -91,16 +92,32 @@ class _Implementation(caching.CompileResultCacheImpl):  # type: ignore[misc]
     _locator_classes = (_Locator,)
 
 
+@functools.cache
+def _announce(kept: bool) -> None:
+    """Once a process: the command line shows it."""
+    if kept:
+        log.info("compiling the loops for this CPU, once; later processes load them")
+    else:
+        log.info("compiling the loops: no folder can be written that would keep them; set NUMBA_CACHE_DIR")
+
+
+class _NoCache(caching.NullCache):  # type: ignore[misc]
+    def load_overload(self, sig: Any, target_context: Any) -> None:
+        _announce(False)
+
+
 class _Cache(caching.FunctionCache):  # type: ignore[misc]
     """numba's cache; a file that cannot be read or written costs a compilation and nothing else."""
 
     _impl_class = _Implementation
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        try:
-            return super().load_overload(sig, target_context)
-        except Exception:  # whatever a truncated file makes of unpickling
-            return None
+        found = None
+        with contextlib.suppress(Exception):  # whatever a truncated file makes of unpickling
+            found = super().load_overload(sig, target_context)
+        if found is None:
+            _announce(True)
+        return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
         with contextlib.suppress(OSError):

@@ -7,17 +7,8 @@ from typing import Any
 import numpy as np
 
 from attnshape.cpu import layout
-from attnshape.cpu.advantages import (
-    WAYS,
-    add_moments,
-    advantages_of,
-    carry,
-    delta_of,
-    finish,
-    keep_masked,
-    prepare,
-)
-from attnshape.cpu.arithmetic import fold
+from attnshape.cpu.advantages import WAYS, add_moments, carry, prepare, settle, settle_all
+from attnshape.cpu.arithmetic import fold, log
 from attnshape.cpu.jit import entry, inner
 from attnshape.cpu.layout import BLOCK, HELD, LIVE, survey
 from attnshape.cpu.memory import (
@@ -107,7 +98,6 @@ def weigh_row(
     count, on_score = row[i, COUNT], row[i, ON_SCORE] != 0
     total = 1.0 * count if choices[NORMALIZATION] == TO_LENGTH else 1.0
     source, mass, entropy, last_share, weight = choices[SOURCE], 0.0, 0.0, 0.0, 0.0
-    of[i, SCALE], of[i, HOT] = 0.0, 0.0
     if source == WEIGHTS:
         mass, xlogx, last = mass_of(
             places, MASK, RAW, b, row[i, BASE], row[i, ANCHOR], row[i, LAST] + 1, s, i * HELD
@@ -125,7 +115,7 @@ def weigh_row(
     elif source == UNIFORM:
         of[i, SCALE] = total / count
         weight = total
-        entropy = np.log(1.0 * count)
+        entropy = log(1.0 * count)
         last_share = 1.0 / count
     if source == SPARSE and on_score:
         of[i, HOT] = weight = total
@@ -210,13 +200,15 @@ def open_block(
             kl_of(n, choices[KL_KIND], numbers[KL_INPUT], numbers[KL_OUTPUT], s, o)
         rewards_of(n, of[i, SCORE_SHARE], of[i, SCORE_TOKEN], at, numbers[KL_COEF], s, o)
     if row[i, FLAGS] & OUT_OF_RANGE != 0:
-        for field in (layout.REWARDS, layout.CREDIT, layout.KL_OUT):
-            for j in range(n):
-                s[o + field + j] = np.nan if s[o + LIVE + j] != 0.0 else 0.0
+        for name in (REWARDS, CREDIT, KL_OUT):
+            if name != KL_OUT or places[KL_OUT, ADDRESS] != 0:  # without a KL its field stays 0
+                for j in range(n):
+                    s[o + layout.REWARDS + (name - REWARDS) * BLOCK + j] = (
+                        np.nan if s[o + LIVE + j] != 0.0 else 0.0
+                    )
     write_block(places, (REWARDS, KL_OUT), b, t, n, row, i, s)
     if 0 <= row[i, LAST] - t < n:
         s[o + layout.REWARDS + row[i, LAST] - t] += of[i, AFTER]
-    delta_of(n, s, o)
 
 
 @inner
@@ -225,11 +217,10 @@ def close_block(
 ) -> None:
     """Advantages and returns of a block, once the chains have run over it."""
     o, last = i * HELD, row[i, LAST] - t
-    advantages_of(n, choices[DECOUPLED], s, o)
     if row[i, KEEP] != 0:
-        keep_masked(n, choices[SKIP] != 0, later[i], s, o)
+        settle_all(n, choices[DECOUPLED] != 0, choices[SKIP] != 0, later[i], s, o)
     else:
-        finish(n, s, o)
+        settle(n, choices[DECOUPLED] != 0, s, o)
     write_block(places, (ADVANTAGES, RETURNS), b, t, n, row, i, s)
     if 0 <= last < n:
         of[i, NEAR] = s[o + layout.ADVANTAGES + last]
@@ -262,8 +253,10 @@ def sweep(
     for b in range(low, high, WAYS):
         ways, steps = min(WAYS, high - b), 0
         for i in range(ways):
-            w[0, i] = w[1, i] = later[i, 0] = later[i, 1] = 0.0
-            stats[i, 0] = stats[i, 1] = stats[i, 2] = stats[i, 3] = 0.0
+            w[0, i] = w[1, i] = 0.0
+            for numbers_of_row in (of, stats, later):
+                for j in range(numbers_of_row.shape[1]):
+                    numbers_of_row[i, j] = 0.0
             base, length = 0, choices[LENGTH]
             if len(bounds) > 0:
                 base, length = bounds[b + i, 0], bounds[b + i, 1]

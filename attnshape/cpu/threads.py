@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
@@ -57,7 +58,9 @@ def over_rows(compute: Callable[[int, int], None], rows: int, work: int, multipl
         while not stopped and (piece := next(taken)) < pieces:
             compute(piece * step, min(piece * step + step, rows))
 
-    futures: list[Future[None]] = [_helpers(threads - 1).submit(share) for _ in range(threads - 1)]
+    futures: list[Future[None]] = []
+    with contextlib.suppress(RuntimeError):  # an interpreter that is shutting down starts no threads
+        futures += [_helpers(threads - 1).submit(share) for _ in range(threads - 1)]
     try:
         share()
         for future in futures:

@@ -24,6 +24,18 @@ def require_version(package: str, tested: Sequence[str]) -> str:
     return found
 
 
+def require_least(package: str, least: tuple[int, int]) -> None:
+    """Raises RuntimeError if ``package`` is not installed, or older than version ``least``."""
+    wanted = f"want {package} {least[0]}.{least[1]} or later"
+    try:
+        found = version(package)
+    except PackageNotFoundError:
+        raise RuntimeError(f"{package} is not installed, {wanted}") from None
+    numbers = found.split(".")
+    if tuple(int("".join(filter(str.isdigit, x)) or 0) for x in numbers[:2]) < least:
+        raise RuntimeError(f"{package} {found} is not supported, {wanted}")
+
+
 def require_parameters(function: Callable[..., Any], *names: str) -> None:
     """Raises RuntimeError if ``function`` takes other parameters than ``names``, in this order."""
     # Ray adds its own to the methods of an actor.

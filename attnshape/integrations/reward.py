@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeGuard
+from typing import Any, Protocol, TypeGuard
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
@@ -22,16 +22,9 @@ from torch import Tensor
 from attnshape.config import ShapingConfig
 from attnshape.ops import shape_rewards
 from attnshape.text.load import RewardModelConfig, parse_query_position
-from attnshape.text.model import CreditModel, Scored
+from attnshape.text.model import CreditModel, Prompt, Scored
 from attnshape.text.score_fn import parse_score_fn
-from attnshape.text.texts import decoded_spans
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-Prompt: TypeAlias = str | Sequence[dict[str, Any]]
-"""Text, which the response continues, or messages, which the reward model's chat template renders with it."""
-Span: TypeAlias = tuple[int, int]
+from attnshape.text.turns import Span
 
 REQUESTS = 128
 """At once to a server, which makes batches of them."""
@@ -230,17 +223,6 @@ def _served(url: str, api_key: str | None) -> RewardModel:
 @functools.cache
 def _local(config: RewardModelConfig, device: str) -> RewardModel:
     return LocalRewardModel(config, device)
-
-
-def spans_of(
-    tokenizer: PreTrainedTokenizerBase, response_ids: Sequence[int], mask: Sequence[int | bool]
-) -> tuple[str, list[Span]]:
-    """The text of the policy's tokens, special ones left out, and the span of each in it.
-
-    Spans of masked tokens, such as a tool's, are empty: these get no credit.
-    """
-    text, spans = decoded_spans(tokenizer, list(response_ids))
-    return text, [(s, e) if m else (s, s) for (s, e), m in zip(spans, mask, strict=True)]
 
 
 def token_rewards(

@@ -29,8 +29,9 @@ from torch import Tensor
 
 from attnshape.config import ShapingConfig
 from attnshape.integrations.framework import require_parameters, require_version
-from attnshape.integrations.reward import RewardModel, reward_model, spans_of, token_rewards
+from attnshape.integrations.reward import RewardModel, reward_model, token_rewards
 from attnshape.ops import gae
+from attnshape.text.turns import spans_of
 from attnshape.types import Response
 
 if TYPE_CHECKING:

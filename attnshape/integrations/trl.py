@@ -1,4 +1,6 @@
-"""TRL's classic ``PPOTrainer`` with credit: token rewards out of the scores that ``step`` takes.
+"""TRL with credit: ``GRPOTrainer`` of TRL 1.0 and later, see ``trl_grpo``, and the classic ``PPOTrainer``.
+
+The classic one makes token rewards out of the scores that ``step`` takes:
 
     from attnshape.integrations.trl import PPOTrainer
 
@@ -11,7 +13,7 @@ its score scaling and clipping, its losses and its statistics.
 Ran with every release from 0.7.4 to 0.11.4: from 0.8.0 on with transformers 4.57.6, so that ``AttentionTap``
 works in the same process; 0.7.4 to 0.7.11 with transformers 4.38.2, which the tap does not know: there the
 reward model runs elsewhere (``attnshape serve``). ``response_masks`` beside credit need TRL 0.9.6. TRL 0.12
-and later have another trainer, without these methods, and are refused.
+and later have another PPO trainer, without these methods, or none, and are refused.
 """
 
 from __future__ import annotations
@@ -24,12 +26,15 @@ import torch
 from torch import Tensor
 
 from attnshape.config import ShapingConfig
-from attnshape.integrations.framework import require_parameters, require_version
+from attnshape.integrations.framework import require_least, require_parameters, require_version
+from attnshape.metrics import log_metrics
 from attnshape.ops import DEFAULT_CONFIG, gae, shape_rewards, whiten
 
 if TYPE_CHECKING:
     PPOTrainer: Any
     """``trl.PPOTrainer`` and two arguments: ``dense_share`` of the constructor, ``credits`` of ``step``."""
+    GRPOTrainer: Any
+    """``trl.GRPOTrainer`` and three arguments: ``credit``, ``dense_share`` and ``baseline``."""
 
 Credits: TypeAlias = Sequence[Tensor] | Tensor
 
@@ -39,6 +44,7 @@ VERSIONS = (
     *("0.9.2", "0.9.3", "0.9.4", "0.9.6", "0.10.1"),
     *(f"0.11.{patch}" for patch in range(5)),
 )
+GRPO_LEAST = (1, 0)
 _METHODS = {
     "step": ("queries", "responses", "scores", "response_masks"),
     "compute_rewards": ("scores", "logprobs", "ref_logprobs", "masks"),
@@ -50,6 +56,8 @@ def __getattr__(name: str) -> object:
     # TRL is imported when its trainer is asked for.
     if name == "PPOTrainer":
         return _ppo_trainer()
+    if name == "GRPOTrainer":
+        return _grpo_trainer()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -59,6 +67,16 @@ def _ppo_trainer() -> type[Any]:
     from trl import PPOTrainer
 
     return shaped_trainer(PPOTrainer, VERSIONS.index(found) >= VERSIONS.index("0.9.6"))
+
+
+@functools.cache
+def _grpo_trainer() -> type[Any]:
+    require_least("trl", GRPO_LEAST)
+    from trl import GRPOTrainer
+
+    from attnshape.integrations.trl_grpo import shaped_grpo_trainer
+
+    return shaped_grpo_trainer(GRPOTrainer)
 
 
 def shaped_trainer(base: type[Any], takes_masks: bool = True) -> type[Any]:
@@ -92,7 +110,7 @@ def shaped_trainer(base: type[Any], takes_masks: bool = True) -> type[Any]:
                 )
             self._shaping = ShapingConfig(dense_share=dense_share)
             self._credit: Tensor | None = None
-            self._metrics: dict[str, Tensor] = {}
+            self._metrics: dict[str, float] = {}
 
         def step(
             self,
@@ -125,7 +143,7 @@ def shaped_trainer(base: type[Any], takes_masks: bool = True) -> type[Any]:
                 stats: dict[str, Any] = super().step(queries, responses, scores, response_masks)
             finally:
                 self._credit = None
-            return stats | {f"attnshape/{name}": value.item() for name, value in self._metrics.items()}
+            return stats | self._metrics
 
         def compute_rewards(
             self, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, masks: Tensor
@@ -144,7 +162,7 @@ def shaped_trainer(base: type[Any], takes_masks: bool = True) -> type[Any]:
             # A row's unmasked positions are its response's unmasked tokens in order, on either padding side.
             placed = credit.new_zeros(masks.shape).masked_scatter_(live, credit)
             shaped = shape_rewards(scores.to(credit.dtype), placed, masks, config=self._shaping)
-            self._metrics = shaped.metrics
+            self._metrics = log_metrics(shaped)
             return rewards + shaped.rewards, *rest
 
         def compute_advantages(self, values: Tensor, rewards: Tensor, mask: Tensor) -> tuple[Tensor, ...]:

@@ -34,7 +34,8 @@ from torch import Tensor
 import attnshape
 from attnshape.config import ShapingConfig
 from attnshape.integrations.framework import require_parameters, require_version
-from attnshape.integrations.reward import reward_model, spans_of, token_rewards
+from attnshape.integrations.reward import reward_model, token_rewards
+from attnshape.text.turns import spans_of
 
 if TYPE_CHECKING:
     from verl import DataProto

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from attnshape.tap import check
@@ -20,7 +21,7 @@ from attnshape.tap.find import EAGER, AttentionFunction, Mask
 from attnshape.tap.flow import Norms, Pulls
 from attnshape.tap.sight import Extent, Sight, sight_of
 from attnshape.types import AttentionInputs, SignedInputs
-from attnshape.vectorized.attention import attend, padded_layer, query_chunk
+from attnshape.vectorized.attention import PaddedLayer, attend, padded_layer, query_chunk
 
 QueryPosition: TypeAlias = Literal["pooled", "last_visible", "last_response", "mean", "all"] | Tensor
 Pooling: TypeAlias = Literal["first", "first_visible", "last", "last_visible", "mean"]
@@ -258,7 +259,8 @@ class Attended:
             if layer.packing is not None:
                 values = layer.packing.pad(values[0].transpose(0, 1)).transpose(1, 2)
             weights = weights.masked_fill(layer.invalid[:, None, None, None], 0.0)
-            wrong = check.failure(name, weights, values, self.output.transpose(1, 2))
+            scores = self._rounded_scores(layer) if self.rounds_scores else None
+            wrong = check.failure(name, weights, values, self.output.transpose(1, 2), scores=scores)
         if wrong is None:
             check.passed(self.module, self.kind)
         elif wrong:
@@ -266,6 +268,25 @@ class Attended:
                 f"{wrong}; want source='gradient_embedding', which reads no attention, or check='never' to "
                 "have the row as it is"
             )
+
+    @property
+    def rounds_scores(self) -> bool:
+        """Eager attention, and flex attention that is not compiled, round scores to the model's dtype."""
+        function = inspect.unwrap(self.function)
+        by_hand = function.__name__.endswith(EAGER) or function is flex_attention_forward
+        return by_hand and self.key.dtype in (torch.bfloat16, torch.float16)
+
+    def _rounded_scores(self, layer: PaddedLayer) -> Tensor:
+        query, key = layer.inputs.query, layer.inputs.key.to(layer.dtype)
+        if query.ndim == 3:
+            query = query[:, :, None]
+        else:
+            rows = torch.arange(len(query), device=query.device)[:, None]
+            query = query.transpose(1, 2)[rows, self._checked_positions().clamp(min=0)].transpose(1, 2)
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        scores = self.scaling * (query.to(layer.dtype) @ key.mT)
+        cap = layer.inputs.softcap
+        return scores if cap is None else cap * torch.tanh(scores / cap)
 
     @torch.no_grad()
     def _mean(self, inputs: AttentionInputs) -> AttentionInputs:
@@ -326,17 +347,46 @@ def differentiable(x: Tensor) -> Tensor:
     return x if x.requires_grad else x.detach().requires_grad_()
 
 
-def embedded_again(first: Tensor, ids: Tensor, again: Tensor, other_ids: Tensor) -> Tensor:
-    """What a second embedding of a forward's tokens goes on with: the first, so that its gradient has both.
+@dataclass
+class Embedded:
+    """The embeddings of a forward's tokens, ``[B, S, hidden]``."""
 
-    Decoders beside an encoder embed the same tokens, most of them one position later.
-    """
-    if ids.shape == other_ids.shape:
-        if torch.equal(ids, other_ids) and torch.equal(first, again):
-            return first.clone()
-        if torch.equal(ids[:, :-1], other_ids[:, 1:]) and torch.equal(first[:, :-1], again[:, 1:]):
-            return torch.cat([again[:, :1], first[:, :-1]], 1)
-    raise ValueError("input_ids: the model embeds other tokens as well, so no one tensor has the gradient")
+    ids: Tensor
+    taken: Tensor
+    turned: bool
+    """Whether the model has its tokens first and its rows second (XLNet)."""
+
+    @classmethod
+    def of(cls, ids: Tensor, output: Tensor, given: Tensor | None) -> Embedded:
+        """``given`` are the ids that the model was called with, if it was."""
+        if not isinstance(output, Tensor):
+            raise ValueError(f"input_ids: their embeddings come as a {type(output).__name__}, want a tensor")
+        if given is not None and ids.shape != given.shape:
+            if ids.shape != given.mT.shape or not torch.equal(ids, given.mT):
+                raise ValueError(
+                    f"input_ids: the model embeds {list(ids.shape)} tokens, got {list(given.shape)}"
+                )
+            return cls(given, differentiable(output.transpose(0, 1)), True)
+        return cls(ids, differentiable(output), False)
+
+    def passed_on(self) -> Tensor:
+        """What the model goes on with: some add positions in place, which must not reach what is taken."""
+        return (self.taken.transpose(0, 1) if self.turned else self.taken).clone()
+
+    def again(self, ids: Tensor, output: Tensor) -> Tensor:
+        """What a second embedding goes on with: the first, so that its gradient has both.
+
+        Decoders beside an encoder embed the same tokens, most of them one position later.
+        """
+        first = self.taken
+        if ids.shape == self.ids.shape:
+            if torch.equal(ids, self.ids) and torch.equal(first, output):
+                return self.passed_on()
+            if torch.equal(self.ids[:, :-1], ids[:, 1:]) and torch.equal(first[:, :-1], output[:, 1:]):
+                return torch.cat([output[:, :1], first[:, :-1]], 1)
+        raise ValueError(
+            "input_ids: the model embeds other tokens as well, so no one tensor has the gradient"
+        )
 
 
 def last_non_pad(head: PreTrainedModel, input_ids: Tensor | None, query: Tensor) -> Tensor:
@@ -378,7 +428,7 @@ def attended_by(
             f"query: the layer had {query.shape[2]} queries for {length} keys; a tapped forward takes whole "
             "sequences, without earlier past_key_values or a static cache"
         )
-    sight = sight_of(module, function, layer_mask, options)
+    sight = sight_of(module, function, length, layer_mask, options)
     if sight.padding is not None and sight.padding.shape != (batch, length):
         raise ValueError(f"attention_mask: got {list(sight.padding.shape)}, want [B, S] = {[batch, length]}")
     mask = given.get("attention_mask")

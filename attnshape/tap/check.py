@@ -41,12 +41,24 @@ def misplaced(weights: Tensor, values: Tensor, output: Tensor) -> Tensor:
     return error.masked_fill(left_out, torch.nan)
 
 
-def failure(name: str, weights: Tensor, values: Tensor, output: Tensor) -> str | None:
+def failure(
+    name: str, weights: Tensor, values: Tensor, output: Tensor, *, scores: Tensor | None = None
+) -> str | None:
     """What is wrong with the rows of the layer ``name``, as a sentence; synchronises with the device.
 
-    None if nothing is, ``""`` if every row was left out; arguments as of ``misplaced``.
+    Args:
+        weights, values, output: as of ``misplaced``.
+        scores: ``[..., Hq, n, S]``, where the layer rounds them to the dtype of its values before the
+            softmax: what that moves is let pass.
+
+    Returns:
+        None if nothing is wrong, ``""`` if every row was left out.
     """
     error = misplaced(weights, values, output)
+    if scores is not None:
+        # A score is off by up to half a unit in its last place.
+        seen = torch.where(weights != 0, scores.abs(), 0.0)
+        error = (error - torch.finfo(values.dtype).eps / 2 * (weights * seen).sum(-1)).clamp(min=0)
     left = error[~error.isnan()]
     if left.numel() == 0:
         return ""

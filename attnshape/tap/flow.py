@@ -81,7 +81,8 @@ class Flow:
             layer.register_forward_hook(after),
         ]
         for child in attention.children():
-            # Before it runs: sharded weights are at hand from its own first hook to its own last.
+            # Before it runs: FSDP2 and ZeRO-3 have its weights at hand from their first hook on it, which is
+            # older than this one, until their hook after it, which comes before any of ours.
             self._handles.append(child.register_forward_pre_hook(self._guarded(self._on_projection)))
             self._handles.append(child.register_forward_hook(self._guarded(self._on_projected)))
         self._handles += [
@@ -115,7 +116,13 @@ class Flow:
 
     def _on_enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._forget()
-        self._stream = (args[0] if args else kwargs["hidden_states"]).detach()
+        stream = args[0] if args else kwargs["hidden_states"]
+        if stream.ndim != 3:
+            raise ValueError(
+                f"source: {type(module).__name__} carries {list(stream.shape)}, not one residual stream "
+                "[B, S, hidden]; want source='attention' or a gradient source"
+            )
+        self._stream = stream.detach()
 
     @torch.no_grad()
     def _on_projection(self, module: nn.Module, args: tuple[Any, ...]) -> None:

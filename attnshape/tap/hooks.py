@@ -118,7 +118,8 @@ def _watched(function: AttentionFunction) -> AttentionFunction:
     ) -> Any:
         if in_trial():
             if module in _trials[threading.get_ident()]:
-                return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None
+                own = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+                return own.transpose(1, 2).contiguous(), None
             return function(module, query, key, value, attention_mask, **options)
         probes = getattr(module, _PROBES, ())
         for probe in probes:
@@ -139,15 +140,24 @@ def _watched_method(method: MethodType) -> AttentionFunction:
     """The same of a module's own method: GPT-J's, which scales by a divisor and returns heads first."""
     module: Any = method.__self__
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask = None, *rest: Any) -> Any:
-        def eager_attention_forward(
-            _: Any, query: Tensor, key: Tensor, value: Tensor, mask: Mask, **options: Any
-        ) -> Any:
-            heads, weights = method(query, key, value, mask, *rest)
-            return heads.transpose(1, 2), weights
+    def eager_attention_forward(
+        _: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Mask,
+        *,
+        rest: tuple[Any, ...],
+        **options: Any,
+    ) -> Any:
+        heads, weights = method(query, key, value, mask, *rest)
+        return heads.transpose(1, 2), weights
 
-        scaling = 1 / float(module.scale_attn)
-        heads, weights = _watched(eager_attention_forward)(module, query, key, value, mask, scaling=scaling)
+    watched = _watched(eager_attention_forward)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask = None, *rest: Any) -> Any:
+        told = {"rest": rest, "scaling": 1 / float(module.scale_attn), "dropout": module.attn_dropout.p}
+        heads, weights = watched(module, query, key, value, mask, **told)
         return heads.transpose(1, 2), weights
 
     return attend

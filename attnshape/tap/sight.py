@@ -131,17 +131,19 @@ class Sight:
         return Extent(attended if given is None else given, ~later, window, differs, crosses)
 
 
-def sight_of(module: Any, function: AttentionFunction, mask: Mask, options: dict[str, Any]) -> Sight:
-    """What ``function`` shows the queries of ``module`` when it is called so."""
+def sight_of(
+    module: Any, function: AttentionFunction, queries: int, mask: Mask, options: dict[str, Any]
+) -> Sight:
+    """What ``function`` shows so many queries of ``module`` when it is called so."""
     bias = options.get("position_bias")
-    bias = None if bias is None else _four(bias.detach())
+    bias = None if bias is None else _square(bias.detach(), queries)
     function = inspect.unwrap(function)
     eager, flex = function.__name__.endswith(EAGER), function is flex_attention_forward
     if isinstance(mask, BlockMask):
         return Sight(mask, bias, None, causal=False, window=None)
     by_mask = eager or flex or function is sdpa_attention_forward
     if isinstance(mask, Tensor) and (mask.ndim > 2 or by_mask):
-        return Sight(_four(mask.detach()), bias, None, causal=False, window=None)
+        return Sight(_square(mask.detach(), queries), bias, None, causal=False, window=None)
     causal = options.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", True)
@@ -154,8 +156,10 @@ def sight_of(module: Any, function: AttentionFunction, mask: Mask, options: dict
     )
 
 
-def _four(mask: Tensor) -> Tensor:
-    return mask[(None,) * (4 - mask.ndim)]
+def _square(mask: Tensor, queries: int) -> Tensor:
+    """A mask as it broadcasts to scores ``[B, Hq, queries, S]``: its first two dimensions may be 1."""
+    mask = mask[(None,) * (4 - mask.ndim)]
+    return mask.expand(-1, -1, queries, -1)
 
 
 def _additive(mask: Tensor) -> Tensor:

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 
 from attnshape.tap.capture import (
     Attended,
+    Embedded,
     Pooling,
     QueryPosition,
     attended_by,
     differentiable,
-    embedded_again,
     last_non_pad,
 )
 from attnshape.tap.find import (
@@ -47,6 +47,7 @@ Taken: TypeAlias = AttentionInputs | SignedInputs | Tensor
 _SOURCES = ("attention", "rollout", "signed_rollout", "gradient_value", "gradient_embedding")
 _ROLLOUTS = ("rollout", "signed_rollout")
 _NO_OTHER_MIXING = ("rollout", "signed_rollout", "gradient_value")
+_GRADIENTS = ("gradient_value", "gradient_embedding")
 _CHECKS = ("first", "always", "never")
 _POSITIONS = ("pooled", "last_visible", "last_response", "mean", "all")
 _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q")
@@ -186,6 +187,9 @@ class AttentionTap:
         for flow in self._flows:
             flow.open()
         self._handles = [m.register_forward_hook(self._on_embedding) for m in self._embeddings]
+        if self._source in _GRADIENTS:
+            lists = [m for m in self._models[-1].module.modules() if isinstance(m, nn.ModuleList)]
+            self._handles += [m.register_forward_pre_hook(self._on_layer) for layers in lists for m in layers]
         return self
 
     def __exit__(
@@ -225,6 +229,8 @@ class AttentionTap:
         attended = [layer.attended for layer in self._layers]
         forwards = [layer.forwards for layer in self._layers]
         moved = [flow.moved for flow in self._flows] or [None] * len(attended)
+        halved = self._embeddings and self._models[0].module.config.is_encoder_decoder
+        halved = halved and not self._layers[0].again
         self._reset()
         for layer, count in zip(self._layers, forwards, strict=True):
             if count != 1:
@@ -232,6 +238,10 @@ class AttentionTap:
                     f"take() wants exactly one forward since the last take(), inside the block and in the "
                     f"thread that entered it; layer {layer.name!r} ran {count}"
                 )
+        if halved:
+            raise ValueError(
+                "source: the decoder's embeddings were not seen, so the gradient would be of a part"
+            )
         if self._source in _NO_OTHER_MIXING:
             self._refuse_other_mixing()
         always = self._check == "always"
@@ -268,7 +278,7 @@ class AttentionTap:
 
     def _reads_pooled(self) -> bool:
         return (
-            self._source not in ("gradient_value", "gradient_embedding")
+            self._source not in _GRADIENTS
             and isinstance(self._query_position, str)
             and self._query_position == "pooled"
         )
@@ -276,7 +286,7 @@ class AttentionTap:
     def _reset(self) -> None:
         self._call = None
         for layer in self._layers:
-            layer.forwards, layer.attended = 0, None
+            layer.forwards, layer.attended, layer.again = 0, None, False
         for flow in self._flows:
             flow.moved = None
 
@@ -392,22 +402,31 @@ class AttentionTap:
         if call is None or self._is_other_thread() or in_trial():
             return output
         layer = self._layers[0]
-        if not call.seen[0]:
-            call.seen[0] = True
-            layer.forwards += 1
-            call.embedded = args[0]
-            try:
-                layer.attended = embedded = differentiable(output)
-                # Some models add positions in place, which must not reach what is handed out.
-                output = embedded.clone()
-            except Exception as error:
-                layer.attended = _kept(error)
-        elif isinstance(layer.attended, Tensor):
-            try:
-                output = embedded_again(layer.attended, call.embedded, output, args[0])
-            except Exception as error:
-                layer.attended = _kept(error)
+        try:
+            if not call.seen[0]:
+                call.seen[0] = True
+                layer.forwards += 1
+                call.embedded = Embedded.of(args[0], output, call.given.get("input_ids"))
+                layer.attended = call.embedded.taken
+                return call.embedded.passed_on()
+            if call.embedded is not None and isinstance(layer.attended, Tensor):
+                layer.again = True
+                return call.embedded.again(args[0], output)
+        except Exception as error:
+            layer.attended = _kept(error)
         return output
+
+    def _on_layer(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A layer of the model runs: if without gradients, they show a part of what moves the score (HRM)."""
+        layer = self._layers[0]
+        if not isinstance(layer.attended, Tensor) or not self._is_watched() or in_trial():
+            return
+        checkpointed = getattr(module, "gradient_checkpointing", False) and module.training
+        if not torch.is_grad_enabled() and not checkpointed:
+            layer.attended = ValueError(
+                f"source: the model runs a {type(module).__name__} without gradients, so that "
+                f"{self._source!r} would be of a part of it; want source='attention'"
+            )
 
     def _is_watched(self) -> bool:
         """Whether this thread is inside a forward of the tapped model."""
@@ -447,6 +466,8 @@ class _Layer:
     module: nn.Module
     forwards: int = 0
     attended: Attended | Tensor | Exception | None = None
+    again: bool = False
+    """Of embeddings: whether the forward's second use of them was seen."""
 
 
 @dataclass
@@ -457,8 +478,7 @@ class _Call:
     level: int
     given: dict[str, Any]
     seen: list[bool]
-    embedded: Any = None
-    """The ids whose embeddings were taken."""
+    embedded: Embedded | None = None
 
 
 def _layer_of(source: Source, layer: int | Sequence[int] | None, layers: int) -> int | Sequence[int]:

@@ -180,5 +180,5 @@ def _once(known: WeakKeyDictionary[nn.Module, Any], model: PreTrainedModel, find
         try:
             known[model] = find()
         except Exception as error:
-            known[model] = f"{type(model).__name__} could not be tried ({type(error).__name__}: {error})"
+            return f"{type(model).__name__} could not be tried ({type(error).__name__}: {error})"
     return known[model]

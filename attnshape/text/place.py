@@ -86,7 +86,13 @@ def render(messages: Messages, tokenizer: PreTrainedTokenizerBase, **options: An
 
 
 def place_of_reply(
-    messages: Messages, tokenizer: PreTrainedTokenizerBase, text: str, reply: str | None = None
+    messages: Messages,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    reply: str | None = None,
+    *,
+    at: int | None = None,
+    **options: Any,
 ) -> Place:
     """Where ``text``, which the template makes of ``messages``, holds the last message.
 
@@ -95,22 +101,28 @@ def place_of_reply(
     are found that survived.
 
     Args:
-        reply: what is looked for in the last message's place, if not its content.
+        reply: what is looked for in the message's place, if not its content.
+        at: of another message than the last.
+        options: of the template, where ``text`` was made with some.
     """
-    content = str(messages[-1]["content"])
-    low, high = _region(messages, tokenizer, text)
+    at = len(messages) - 1 if at is None else at
+    content = str(messages[at]["content"])
+    low, high = _region(messages, at, tokenizer, text, options)
     reply = content if reply is None else reply
     if text[low:high] == reply:
         return whole(reply, low)
     return Place(low, high, tuple(_surviving(reply, text, low, high)), changed=True)
 
 
-def _region(messages: Messages, tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, int]:
-    """The part of ``text`` that the last message's content decides."""
+def _region(
+    messages: Messages, at: int, tokenizer: PreTrainedTokenizerBase, text: str, options: Mapping[str, Any]
+) -> tuple[int, int]:
+    """The part of ``text`` that the content of ``messages[at]`` decides."""
     seen = _folded(text)
     marker = next(m for n in itertools.count() if (m := f"Zq{n}Xj") not in text and m.casefold() not in seen)
     try:
-        marked = render([*messages[:-1], {**messages[-1], "content": marker}], tokenizer)
+        other = {**messages[at], "content": marker}
+        marked = render([*messages[:at], other, *messages[at + 1 :]], tokenizer, **options)
     except ValueError:  # it takes this content and not another
         return len(text), len(text)
     around = _folded(marked).split(marker.casefold())
@@ -120,10 +132,10 @@ def _region(messages: Messages, tokenizer: PreTrainedTokenizerBase, text: str) -
         size, rest = divmod(len(text) - ends[-1], copies)
         low = ends[0]
         found = text[low : low + size]
-        parts, at = [], 0
+        parts, start = [], 0
         for part in around:
-            parts.append(marked[at : at + len(part)])
-            at += len(part) + len(marker)
+            parts.append(marked[start : start + len(part)])
+            start += len(part) + len(marker)
         if size >= 0 and not rest and text == found.join(parts):
             return low, low + size  # the first, where a template repeats the reply
     # The template's own text depends on the reply.
@@ -132,7 +144,7 @@ def _region(messages: Messages, tokenizer: PreTrainedTokenizerBase, text: str) -
     if copies:
         low, after = min(low, ends[0]), min(after, len(around[-1]))
     try:
-        before = render(messages[:-1], tokenizer, add_generation_prompt=True)
+        before = render(messages[:at], tokenizer, **{**options, "add_generation_prompt": True})
     except ValueError:
         before = text
     # What the template would have written itself may be how the reply begins: "<think>".

@@ -200,12 +200,7 @@ def raw_credit(inputs: Sequence[AttentionInputs], rows: Rows) -> tuple[Tensor, T
 
 
 def normalize(
-    raw: Tensor,
-    mask: Mask,
-    score_at: Tensor,
-    on_score: Tensor,
-    normalization: Normalization,
-    out: Tensor | None = None,
+    raw: Tensor, mask: Mask, score_at: Tensor, on_score: Tensor, normalization: Normalization
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Credit ``[n, R]``, its raw mass ``[n]``, and the rows that fell back to ``sparse``; mass ``-inf`` if
     a weight is negative.
@@ -213,26 +208,20 @@ def normalize(
     Args:
         score_at, on_score: the score's token, and whether it is unmasked, ``[n]``.
     """
-    out = torch.empty_like(raw) if out is None else out
-    mask.select(raw, out)
-    mass = out.sum(1, dtype=torch.float64)
-    if out.numel() and (out.amin(1) < 0).any():  # a row's NaN hides its own alone, and stays NaN
-        mass = out.masked_fill(out < 0, -math.inf).sum(1, dtype=torch.float64)
-        out.masked_fill_((mass == -math.inf)[:, None], 0.0)  # infinity would outlive the scale 0
+    raw = mask.select(raw)
+    mass = torch.where(raw < 0, -math.inf, raw).sum(1, dtype=torch.float64)
     fallback = mass == -math.inf if normalization == "none" else mass < MIN_MASS
     total = mask.count.double() if normalization == "sum_to_length" else torch.ones_like(mass)
     scale = torch.ones_like(mass) if normalization == "none" else total / mass
-    out *= scale.masked_fill(fallback, 0.0).to(raw.dtype)[:, None]
-    out.scatter_add_(
-        1, at_column(score_at, raw.shape[1]), (total * (fallback & on_score)).to(raw.dtype)[:, None]
-    )
-    return out, mass, fallback
+    credit = torch.where(fallback[:, None], 0.0, raw * scale.to(raw.dtype)[:, None])
+    on_token = (total * (fallback & on_score)).to(raw.dtype)[:, None]
+    return mask.select(credit.scatter_add(1, at_column(score_at, raw.shape[1]), on_token)), mass, fallback
 
 
 def normalized(raw: Tensor, rows: Rows, normalization: Normalization) -> Tensor:
     mask = Mask(rows.live)
     credit, _, _ = normalize(raw, mask, mask.last, mask.count > 0, normalization)
-    return rows.restore(mask.select(credit))
+    return rows.restore(credit)
 
 
 def attention_credit(

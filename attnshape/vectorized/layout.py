@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnshape.types import Response
-
-BLOCK = 1 << 17
-"""Tokens that a CPU thread shapes at once, so that what it holds of them stays in its cache."""
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -59,50 +54,24 @@ class Packing:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mask:
-    """Unmasked tokens of some rows; on a CPU integers are several times as fast as booleans."""
+    """Unmasked tokens of some rows."""
 
     live: Tensor  # [n, R] bool
 
-    @functools.cached_property
-    def full(self) -> bool:
-        return not self.live.numel() or bool(self.live.view(torch.uint8).amin())
-
-    @functools.cached_property
-    def kept(self) -> Tensor:
-        """int32 ``[n, R]``: every bit set where a token is unmasked, none elsewhere."""
-        return self.live.view(torch.int8).neg().to(torch.int32)
-
-    def select(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """``x`` where unmasked, else 0; without ``out`` perhaps ``x`` itself."""
-        if self.full:
-            return x if out is None or out is x else out.copy_(x)
-        kept = self.kept.to(torch.int64) if x.element_size() == 8 else self.kept
-        if out is None:
-            return (x.view(kept.dtype) & kept).view(x.dtype)
-        torch.bitwise_and(x.view(kept.dtype), kept, out=out.view(kept.dtype))
-        return out
+    def select(self, x: Tensor) -> Tensor:
+        """``x`` where unmasked, else 0."""
+        return torch.where(self.live, x, 0.0)
 
     @functools.cached_property
     def count(self) -> Tensor:
         """Unmasked tokens of each row, ``[n]``."""
-        return self.live.view(torch.uint8).sum(1, dtype=torch.int32)
+        return self.live.sum(1)
 
     @functools.cached_property
     def last(self) -> Tensor:
         """Last unmasked token of each row, ``[n]``; -1 if there is none."""
-        rows, width = self.live.shape
-        if self.full:
-            return torch.full((rows,), width - 1, device=self.live.device)
-        t = torch.arange(1, width + 1, dtype=torch.int32, device=self.live.device)
-        return (self.kept & t).amax(1).long() - 1
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether an unmasked token follows a masked one."""
-        if self.full or self.live.shape[1] < 2:
-            return False
-        tokens = self.live.view(torch.uint8)
-        return bool((tokens[:, 1:] > tokens[:, :-1]).view(torch.uint8).amax())
+        t = torch.arange(self.live.shape[1] + 1, device=self.live.device)
+        return (torch.nn.functional.pad(self.live, (1, 0)) * t).amax(1) - 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,10 +101,14 @@ class Rows:
     @functools.cached_property
     def live(self) -> Tensor:
         """``[B, R]`` bool."""
-        return self.mask.bool()
+        return self.mask.bool().contiguous()
 
     def pad(self, x: Tensor | None) -> Tensor | None:
-        return x if x is None or self.packing is None else self.packing.pad(x)
+        return None if x is None else self.padded(x)
+
+    def padded(self, x: Tensor) -> Tensor:
+        # Of other strides sums would run in another order.
+        return x.contiguous() if self.packing is None else self.packing.pad(x)
 
     @property
     def invalid(self) -> Tensor:
@@ -160,27 +133,6 @@ class Rows:
             return self.index.long()
         assert self.start is not None
         return self.start.long()[:, None] + torch.arange(self.mask.shape[1], device=self.mask.device)
-
-
-def in_blocks(compute: Callable[..., None], outputs: Sequence[Tensor], *arguments: Any) -> None:
-    """``compute(outputs, *arguments)``, which writes the outputs, for some rows at a time.
-
-    Every output has rows first, and so has every tensor of the arguments with an axis; the first argument
-    is ``[B, R]``.
-    """
-    rows, width = arguments[0].shape
-    step = max(rows, 1)
-    if arguments[0].device.type == "cpu":
-        step = max(torch.get_num_threads() * BLOCK // max(width, 1), 1)
-    if step >= rows:
-        compute(outputs, *arguments)
-        return
-    for lo in range(0, rows, step):
-        block = slice(lo, lo + step)
-        compute(
-            [x[block] for x in outputs],
-            *[x[block] if isinstance(x, Tensor) and x.ndim else x for x in arguments],
-        )
 
 
 def at_column(index: Tensor, width: int) -> Tensor:

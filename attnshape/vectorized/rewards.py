@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnshape import masked
-from attnshape.config import ScoreIndex, ShapingConfig
+from attnshape.config import ShapingConfig
 from attnshape.types import (
     KL,
     AttentionInputs,
@@ -25,155 +23,27 @@ from attnshape.types import (
 )
 from attnshape.vectorized.advantages import gae_of_rows
 from attnshape.vectorized.attention import normalize, raw_credit
-from attnshape.vectorized.layout import Mask, Rows, at_column, in_blocks
+from attnshape.vectorized.layout import Mask, Rows, at_column
 from attnshape.vectorized.whiten import moments_of
 
 
-def _estimate(kl: KL, config: ShapingConfig, mask: Mask, out: Tensor) -> Tensor:
+def _estimate(kl: KL, rows: Rows, config: ShapingConfig, dtype: torch.dtype) -> Tensor:
+    """KL of each token ``[B, R]``."""
     if kl.estimate is not None:
-        return mask.select(kl.estimate.to(out.dtype), out)
+        return rows.padded(kl.estimate).to(dtype)
     assert kl.logprobs is not None
     assert kl.ref_logprobs is not None
-    k1 = torch.sub(kl.logprobs.to(out.dtype), kl.ref_logprobs.to(out.dtype), out=out)
+    k1 = rows.padded(kl.logprobs).to(dtype) - rows.padded(kl.ref_logprobs).to(dtype)
     if config.kl_input_clip is not None:
-        k1.clamp_(-config.kl_input_clip, config.kl_input_clip)
+        k1 = k1.clamp(-config.kl_input_clip, config.kl_input_clip)
     if config.kl_estimator == "abs":
-        k1.abs_()
+        k1 = k1.abs()
     elif config.kl_estimator == "k2":
-        k1.square_().div_(2)
+        k1 = k1.square() / 2
     elif config.kl_estimator == "k3":
-        k1.add_(torch.expm1(-k1))
-    if config.kl_output_clip is not None:
-        k1.clamp_(-config.kl_output_clip, config.kl_output_clip)
-    return mask.select(k1, out)
-
-
-class _Shaped(NamedTuple):
-    """What is found of some rows."""
-
-    rewards: Tensor  # [n, R]
-    advantages: Tensor
-    returns: Tensor
-    weights: Tensor
-    kl: Tensor  # [n, 0] without a KL input
-    mass: Tensor  # [n], as all that follows
-    tokens: Tensor
-    inside: Tensor  # the score's token is among the row's
-    on_score: Tensor  # and is unmasked
-    fallback: Tensor
-    surely_finite: Tensor
-    error: Tensor
-    entropy: Tensor
-    last_share: Tensor
-    moments: Tensor  # [n, 3]
-
-    @classmethod
-    def empty(cls, mask: Tensor, dtype: torch.dtype, has_kl: bool) -> _Shaped:
-        rows, width = mask.shape
-        shapes = [(rows, width)] * 4 + [(rows, width if has_kl else 0)] + [(rows,)] * 9 + [(rows, 3)]
-        dtypes = [dtype] * 5 + [torch.float64, torch.int32] + [torch.bool] * 4 + [torch.float64] * 4
-        return cls(*(mask.new_empty(x, dtype=y) for x, y in zip(shapes, dtypes, strict=True)))
-
-
-def _shape_rows(
-    outputs: Sequence[Tensor],
-    mask: Tensor,
-    lengths: Tensor,
-    score: Tensor,
-    raw: Tensor | None,
-    lam: float | Tensor,
-    lam_value: float | Tensor | None,
-    score_index: ScoreIndex | Tensor,
-    values: Tensor | None,
-    logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    estimate: Tensor | None,
-    token_rewards: Tensor | None,
-    terminal_reward: Tensor | None,
-    bootstrap: Tensor | None,
-    *,
-    kl_coef: float | Tensor,
-    config: ShapingConfig,
-    source: object,
-) -> None:
-    out = _Shaped(*outputs)
-    rewards, weights, width, dtype = out.rewards, out.weights, mask.shape[1], out.rewards.dtype
-    live = Mask(mask.bool())
-    if isinstance(score_index, Tensor):
-        score_at = score_index.long()
-    else:
-        score_at = live.last if score_index == "last_unmasked" else lengths - 1
-    inside = (score_at >= 0) & (score_at < lengths)
-    at_score = at_column(score_at, width)
-    on_score = inside & live.live.gather(1, at_score).any(1)
-
-    def to_score(x: Tensor) -> Tensor:
-        """``x`` ([n]) where the score's token is unmasked."""
-        return x.to(dtype).masked_fill(~on_score, 0.0)[:, None]
-
-    if raw is not None:
-        _, mass, fallback = normalize(
-            raw.to(dtype), live, score_at, on_score, config.normalization, out=weights
-        )
-    else:
-        mass, fallback = torch.zeros_like(score), torch.zeros_like(on_score)
-        total = live.count if config.normalization == "sum_to_length" else torch.ones_like(live.count)
-        if source == "uniform":
-            live.select((total / live.count).to(dtype)[:, None].expand(mask.shape), weights)
-        else:
-            weights.zero_().scatter_add_(1, at_score, to_score(total))
-
-    score = score.to(dtype).clamp(*config.score_bounds)
-    dense = config.share(source)
-    torch.mul(weights, (dense * score)[:, None], out=rewards)
-    rewards.scatter_add_(1, at_score, to_score((1 - dense) * score))
-    error = (rewards.sum(1) - score).abs()
-    if terminal_reward is not None:
-        rewards.scatter_add_(1, at_score, to_score(terminal_reward))
-    if token_rewards is not None:
-        rewards += token_rewards.to(dtype)
-    if estimate is not None or logprobs is not None:
-        kl = _estimate(KL(logprobs, ref_logprobs, kl_coef, estimate), config, live, out.kl)
-        if isinstance(kl_coef, Tensor):
-            rewards.addcmul_(kl, kl_coef.to(kl), value=-1)
-        else:
-            rewards.sub_(kl, alpha=kl_coef)
-    live.select(rewards, rewards)
-    gae_of_rows(
-        (out.advantages, out.returns),
-        live,
-        rewards,
-        values,
-        bootstrap,
-        config.gamma,
-        lam,
-        lam_value,
-        config.mask_semantics,
-    )
-    moments = moments_of(out.advantages, live)
-    # What is not finite makes advantages so; sums may overflow, and returns of a recurrence of their own.
-    surely_finite = moments[:, 1].isfinite()
-    if lam_value is not None:
-        surely_finite &= out.returns.sum(1).isfinite()
-    total = weights.sum(1)
-    logs = weights.clamp(min=torch.finfo(dtype).tiny).log_()
-    entropy = total.log() - logs.mul_(weights).sum(1) / total
-    last_share = weights.gather(1, at_column(live.last, width)).sum(1) / total
-    entropy, last_share = (x.masked_fill(total == 0, 0.0) for x in (entropy, last_share))
-    of_rows = (
-        mass,
-        live.count,
-        inside,
-        on_score,
-        fallback,
-        surely_finite,
-        error,
-        entropy,
-        last_share,
-        moments,
-    )
-    for row_output, x in zip(out[5:], of_rows, strict=True):
-        row_output.copy_(x)
+        k1 = torch.expm1(-k1) + k1
+    clip = config.kl_output_clip
+    return k1 if clip is None else k1.clamp(-clip, clip)
 
 
 def shape_rewards(
@@ -184,50 +54,82 @@ def shape_rewards(
     config: ShapingConfig,
 ) -> ShapedRewards:
     rows = Rows.of(response)
-    raw, invalid = None, rows.invalid
+    mask, raw, invalid = Mask(rows.live), None, rows.invalid
+    attention = not isinstance(credit, Tensor | str)
     if isinstance(credit, Tensor):
-        raw = rows.pad(credit)
+        raw = rows.padded(credit)
     elif not isinstance(credit, str):
         raw, bad = raw_credit(credit, rows)
         invalid = invalid | bad
     dtype = compute_dtype(score, raw, *tokens.floating)
-    kl = tokens.kl or KL(None, None, 0.0)
-    of_tokens = (tokens.values, kl.logprobs, kl.ref_logprobs, kl.estimate, tokens.token_rewards)
-    padded = [rows.pad(x) for x in of_tokens]
-    compute = functools.partial(_shape_rows, config=config, source=credit, kl_coef=kl.coef)
-    per_row = (config.lam, config.lam_value, config.score_index)
-    given = (*per_row, *padded, tokens.terminal_reward, tokens.bootstrap)
-    x = _Shaped.empty(rows.mask, dtype, tokens.kl is not None)
-    in_blocks(compute, x, rows.mask, rows.lengths, score, raw, *given)
-
-    filled = x.tokens > 0
-    invalid = invalid | (filled & ~x.inside)
+    width, filled = rows.live.shape[1], mask.count > 0
+    if isinstance(config.score_index, Tensor):
+        score_at = config.score_index.long()
+    else:
+        score_at = mask.last if config.score_index == "last_unmasked" else rows.lengths - 1
+    inside = (score_at >= 0) & (score_at < rows.lengths)
+    at_score = at_column(score_at, width)
+    on_score = inside & rows.live.gather(1, at_score).any(1)
+    invalid = invalid | (filled & ~inside)
     usable = filled & ~invalid
-    outputs = [*x[:4], *([x.kl] if tokens.kl is not None else [])]
-    lost = ~x.surely_finite | (filled & invalid)
-    if lost.any():
-        suspects, live = lost.clone(), rows.live[lost]
-        unknown = live & invalid[lost][:, None]
-        found = [out[lost].masked_fill(~live, 0.0).masked_fill(unknown, math.nan) for out in outputs]
-        finite = torch.stack([y.isfinite().all(1) for y in found]).all(0)
-        for out, y in zip(outputs, found, strict=True):
-            out[suspects] = y if config.on_nan == "propagate" else y.masked_fill(~finite[:, None], 0.0)
-        lost[suspects] = ~finite
-        x.moments[suspects] = moments_of(x.advantages[suspects], Mask(live))
+
+    def to_score(x: Tensor) -> Tensor:
+        """``x`` ([B]) where the score's token is unmasked."""
+        return torch.where(on_score, x.to(dtype), 0.0)[:, None]
+
+    mass, fallback = torch.zeros_like(score, dtype=torch.float64), torch.zeros_like(on_score)
+    total = (
+        mask.count.to(dtype)
+        if config.normalization == "sum_to_length"
+        else torch.ones_like(score, dtype=dtype)
+    )
+    if raw is not None:
+        weights, mass, fallback = normalize(raw.to(dtype), mask, score_at, on_score, config.normalization)
+    elif credit == "uniform":
+        weights = mask.select((total / mask.count)[:, None].expand(rows.live.shape))
+    else:
+        zeros = torch.zeros(rows.live.shape, dtype=dtype, device=score.device)
+        weights = zeros.scatter_add(1, at_score, to_score(total))
+
+    score, dense = score.to(dtype).clamp(*config.score_bounds), config.share(credit)
+    rewards = (weights * (dense * score)[:, None]).scatter_add(1, at_score, to_score((1 - dense) * score))
+    error = (mask.select(rewards).sum(1) - score).abs()
+    if tokens.terminal_reward is not None:
+        rewards = rewards.scatter_add(1, at_score, to_score(tokens.terminal_reward))
+    if tokens.token_rewards is not None:
+        rewards = rewards + rows.padded(tokens.token_rewards).to(dtype)
+    outputs = [weights]
+    if tokens.kl is not None:
+        kl = mask.select(_estimate(tokens.kl, rows, config, dtype))
+        outputs.append(kl)
+        rewards = rewards - kl * torch.as_tensor(tokens.kl.coef, dtype=dtype, device=kl.device)
+    rewards = mask.select(rewards)
+    advantages, returns = gae_of_rows(rewards, rows.pad(tokens.values), mask, config, tokens.bootstrap)
+    unknown = rows.live & invalid[:, None]
+    outputs = [x.masked_fill(unknown, math.nan) for x in (rewards, advantages, returns, *outputs)]
+    lost = ~torch.stack([x.isfinite().all(1) for x in outputs]).all(0)
+    if config.on_nan == "zero_row":
+        outputs = [x.masked_fill(lost[:, None], 0.0) for x in outputs]
+
     flags = {
-        Status.FALLBACK: x.fallback & usable,
-        Status.NEGATIVE: x.fallback & usable & (x.mass == -math.inf),
+        Status.FALLBACK: fallback & usable,
+        Status.NEGATIVE: fallback & usable & (mass == -math.inf),
         Status.EMPTY: ~filled & ~invalid,
-        Status.SCORE_MASKED: usable & ~x.on_score,
+        Status.SCORE_MASKED: usable & ~on_score,
         Status.OUT_OF_RANGE: invalid,
         Status.NONFINITE: lost,
     }
     status = torch.zeros(len(filled), dtype=torch.int32, device=filled.device)
     for flag, which in flags.items():
         status |= which.to(torch.int32) * int(flag)
-    stats = [y.to(dtype).masked_fill(~usable, 0.0) for y in (x.entropy, x.last_share, x.mass, x.error)]
-    attention = not isinstance(credit, Tensor | str)
-    restored = [rows.restore(y) for y in outputs]
+    whole = weights.sum(1)
+    p = weights / whole[:, None]
+    entropy = -torch.where(p == 0, 0.0, p * p.log()).sum(1)
+    last_share = p.gather(1, at_column(mask.last, width)).sum(1)
+    entropy, last_share = (torch.where(whole == 0, 0.0, x) for x in (entropy, last_share))
+    stats = [torch.where(usable, x.to(dtype), 0.0) for x in (entropy, last_share, mass, error)]
+    moments = moments_of(outputs[1], mask)
+    restored = [rows.restore(x) for x in outputs]
     shaped = ShapedRewards(
         rewards=restored[0],
         advantages=restored[1],
@@ -235,7 +137,7 @@ def shape_rewards(
         credit=restored[3],
         kl=restored[4] if len(restored) == 5 else None,
         status=status,
-        moments=x.moments.to(dtype),
+        moments=moments,
         row_stats=RowStats(
             entropy=stats[0],
             last_share=stats[1],

@@ -18,6 +18,9 @@ from csrc_triton.device.layout import (
 )
 from csrc_triton.device.math import INF, LOG2E, tanh
 
+FEW = tl.constexpr(16)
+"""Keys whose terms are relative to one score and are added together."""
+
 
 class Slots(NamedTuple):
     """Where what the programs of a row leave to each other lies."""
@@ -35,6 +38,20 @@ class MaskRow(NamedTuple):
     p_added: Any  # or None
     stride_h: Any
     stride_t: Any
+
+
+class Tile(NamedTuple):
+    """Constants of the product of queries and keys; passed on as it is, like ``Rules``."""
+
+    D: Any
+    BLOCK_D: Any  # a part of the width
+    STRIDE_QD: Any
+    STRIDE_KD: Any
+    QUERY_UNIT: Any  # what strides are counted in
+    KEY_UNIT: Any
+    FAR: Any  # whether keys of a chunk lie so far apart that 32 bits do not count it
+    UPCAST: Any
+    STAGES: Any  # parts, or chunks, on their way at once, and one
 
 
 class Terms(NamedTuple):
@@ -80,48 +97,52 @@ def slots_of_row(
 
 
 @triton.jit
+def held_query(p_query, stride_qh, m_q, tile):
+    """The heads ``m_q`` ([M]) of a query, [M, BLOCK_D], if one part is their whole width; else nothing."""
+    if tile.BLOCK_D >= tile.D:
+        held = query_part(p_query, stride_qh, m_q, 0, tile)
+    else:
+        held = None
+    return held
+
+
+@triton.jit
+def query_part(p_query, stride_qh, m_q, start, tile):
+    """One part of their width, [M, BLOCK_D]."""
+    o_g = tl.arange(0, m_q.shape[0])
+    o_d = start + tl.arange(0, tile.BLOCK_D)
+    p_q = p_query + o_g.to(tl.int64)[:, None] * stride_qh * tile.QUERY_UNIT + o_d[None, :] * tile.STRIDE_QD
+    return tl.load(p_q, mask=m_q[:, None] & (o_d < tile.D)[None, :], other=0.0)
+
+
+@triton.jit
 def chunk_scores(
+    held,  # what held_query made of the query
     p_query,  # of this row and key head
     stride_qh,  # in QUERY_UNIT
     p_key,  # of this row and key head, at the chunk's first key
     stride_kt,  # in KEY_UNIT
+    m_q,  # [M] which heads there are
     inside,  # [N] which keys may be read
     scale,
     softcap,
-    G: tl.constexpr,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROLL: tl.constexpr,
-    STRIDE_QD: tl.constexpr,
-    STRIDE_KD: tl.constexpr,
-    QUERY_UNIT: tl.constexpr,
-    KEY_UNIT: tl.constexpr,
-    FAR: tl.constexpr,
-    UPCAST: tl.constexpr,
-    STAGES: tl.constexpr,
+    tile,
 ):
-    """Scores of G query heads against a chunk of keys, in units of ``log(2)``: [M, N].
+    """Scores of a chunk of keys for the heads that share them, in units of ``log(2)``: [N, M].
 
-    ``FAR``: keys of a chunk lie so far apart that 32 bits do not count it.
-
-    ``ROLL``: one part of the width after the other, so that the operands fit registers.
+    The keys are the many rows of the product, which tensor cores want in its first operand.
     """
-    o_g = tl.arange(0, M)
     o_n = tl.arange(0, inside.shape[0])
-    if FAR:
+    if tile.FAR:
         o_n = o_n.to(tl.int64)
-    p_q = p_query + o_g.to(tl.int64)[:, None] * stride_qh * QUERY_UNIT
-    p_k = p_key + o_n[:, None] * stride_kt * KEY_UNIT
-    m_q = (o_g < G)[:, None]
-    m_k = inside[:, None]
-    scores = tl.zeros([M, inside.shape[0]], dtype=tl.float32)
-    if ROLL:
-        for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-            scores = add_product(scores, p_q, p_k, m_q, m_k, start, D, BLOCK_D, STRIDE_QD, STRIDE_KD, UPCAST)
+    p_k = p_key + o_n[:, None] * stride_kt * tile.KEY_UNIT
+    scores = tl.zeros([inside.shape[0], m_q.shape[0]], dtype=tl.float32)
+    if held is None:
+        for start in tl.range(0, tile.D, tile.BLOCK_D, num_stages=tile.STAGES):
+            q = query_part(p_query, stride_qh, m_q, start, tile)
+            scores = add_product(scores, q, p_k, inside[:, None], start, tile)
     else:
-        for start in tl.static_range(0, D, BLOCK_D):
-            scores = add_product(scores, p_q, p_k, m_q, m_k, start, D, BLOCK_D, STRIDE_QD, STRIDE_KD, UPCAST)
+        scores = add_product(scores, held, p_k, inside[:, None], 0, tile)
     return scaled_scores(scores, scale, softcap)
 
 
@@ -137,29 +158,25 @@ def scaled_scores(products, scale, softcap):
 
 @triton.jit
 def add_product(
-    scores,  # [M, N]
-    p_q,  # [M, 1]
+    scores,  # [N, M]
+    q,  # [M, BLOCK_D]
     p_k,  # [N, 1]
-    m_q,  # [M, 1]
     m_k,  # [N, 1]
     start,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STRIDE_QD: tl.constexpr,
-    STRIDE_KD: tl.constexpr,
-    UPCAST: tl.constexpr,
+    tile,
 ):
     """Adds the product over one part of the width."""
-    o_d = start + tl.arange(0, BLOCK_D)
-    m_d = (o_d < D)[None, :]
-    q = tl.load(p_q + o_d[None, :] * STRIDE_QD, mask=m_q & m_d, other=0.0)  # [M, BLOCK_D]
+    o_d = start + tl.arange(0, tile.BLOCK_D)
     k = tl.load(
-        p_k + o_d[None, :] * STRIDE_KD, mask=m_k & m_d, other=0.0, eviction_policy="evict_first"
+        p_k + o_d[None, :] * tile.STRIDE_KD,
+        mask=m_k & (o_d < tile.D)[None, :],
+        other=0.0,
+        eviction_policy="evict_first",
     )  # [N, BLOCK_D]
-    if UPCAST or q.dtype != k.dtype:
+    if tile.UPCAST or q.dtype != k.dtype:
         q = q.to(tl.float32)
         k = k.to(tl.float32)
-    return tl.dot(q, tl.trans(k), scores, input_precision="ieee")
+    return tl.dot(k, tl.trans(q), scores, input_precision="ieee")
 
 
 @triton.jit
@@ -178,10 +195,17 @@ def masked_scores(scores, mask_row, head, i, read):
 
 @triton.jit
 def softmax_partial(scores, visible):
-    """Per head, the largest visible score [M], the sum of ``exp2(score - largest)`` [M], its terms [M, N]."""
-    largest = tl.max(tl.where(visible[None, :], scores, -INF), axis=1)
-    terms = tl.where(visible[None, :], tl.exp2(scores - finite_reference(largest)[:, None]), 0.0)
-    return largest, tl.sum(terms, axis=1), terms
+    """Per FEW keys and head the largest visible score and the sum of ``exp2(score - largest)``; its terms.
+
+    [N / FEW, M] and [N, M]. So few keys lie in one warp, which then waits for no other.
+    """
+    N: tl.constexpr = scores.shape[0]
+    M: tl.constexpr = scores.shape[1]
+    scores = tl.reshape(tl.where(visible[:, None], scores, -INF), [N // FEW, FEW, M])
+    seen = tl.reshape(tl.broadcast_to(visible[:, None], [N, M]), [N // FEW, FEW, M])
+    largest = tl.max(scores, axis=1)
+    terms = tl.where(seen, tl.exp2(scores - finite_reference(largest)[:, None, :]), 0.0)
+    return largest, tl.sum(terms, axis=1), tl.reshape(terms, [N, M])
 
 
 @triton.jit
@@ -196,8 +220,7 @@ def attend(
     stride_qh,
     p_key,  # of this row and key head, at its first visible key
     stride_kt,
-    p_largest,  # [slots, Hq]
-    p_sum,  # [slots, Hq]
+    p_partials,  # [slots, CHUNK // FEW, Hq, 2]: the largest score, the sum of the terms
     keys,
     terms,
     begin,  # first chunk
@@ -207,63 +230,38 @@ def attend(
     heads,
     scaling,
     softcap,
-    G: tl.constexpr,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROLL: tl.constexpr,
-    STRIDE_QD: tl.constexpr,
-    STRIDE_KD: tl.constexpr,
-    QUERY_UNIT: tl.constexpr,
-    KEY_UNIT: tl.constexpr,
-    FAR: tl.constexpr,
-    UPCAST: tl.constexpr,
     CHUNK: tl.constexpr,
-    STAGES: tl.constexpr,
+    tile,
 ):
     """Softmax partials of some chunks of one key head, and the terms of those that are kept."""
     slots = terms.slots
     o_n = tl.arange(0, CHUNK)
-    for i_c in tl.range(begin, stop, num_stages=STAGES):
+    # A row that sees nothing has no position that its query could be read at.
+    held = held_query(p_query, stride_qh, m_h & (begin < stop), tile)
+    for i_c in tl.range(begin, stop, num_stages=tile.STAGES):
         i = i_c * CHUNK + o_n  # counted from the first visible key
         visible = is_visible(terms.p_mask, slots.at_mask, terms.stride_mask, i, 0, keys.end - keys.first)
         slot = slots.first + i_c  # int64
+        p_chunk = p_key + (slot - slots.first) * CHUNK * stride_kt * tile.KEY_UNIT
+        inside = i < keys.end - keys.first
         scores = chunk_scores(
-            p_query,
-            stride_qh,
-            p_key + (slot - slots.first) * CHUNK * stride_kt * KEY_UNIT,
-            stride_kt,
-            i < keys.end - keys.first,
-            scaling,
-            softcap,
-            G,
-            M,
-            D,
-            BLOCK_D,
-            ROLL,
-            STRIDE_QD,
-            STRIDE_KD,
-            QUERY_UNIT,
-            KEY_UNIT,
-            FAR,
-            UPCAST,
-            STAGES,
+            held, p_query, stride_qh, p_chunk, stride_kt, m_h, inside, scaling, softcap, tile
         )
         if terms.mask_row.p_added is not None:
-            read = visible[None, :] & m_h[:, None]
-            scores = masked_scores(scores, terms.mask_row, o_h[:, None], i[None, :], read)
+            read = visible[:, None] & m_h[None, :]
+            scores = masked_scores(scores, terms.mask_row, o_h[None, :], i[:, None], read)
         largest, sums, found = softmax_partial(scores, visible)
-        tl.store(p_largest + slot * heads + o_h, largest, mask=m_h)
-        tl.store(p_sum + slot * heads + o_h, sums, mask=m_h)
+        at = (slot * (CHUNK // FEW) + tl.arange(0, CHUNK // FEW))[:, None] * heads + o_h[None, :]
+        p_partial = p_partials + (at[:, :, None] * 2 + tl.arange(0, 2)[None, None, :])
+        tl.store(p_partial, tl.join(largest, sums), mask=m_h[None, :, None])
         kept = (i_c >= slots.kept) & (i_c - slots.kept < slots.n_kept)
         p_kept = terms.p_terms + (slots.term + i_c - slots.kept) * heads * CHUNK
-        tl.store(p_kept + (o_h[:, None] * CHUNK + o_n[None, :]), found, mask=m_h[:, None] & kept)
+        tl.store(p_kept + (o_h[None, :] * CHUNK + o_n[:, None]), found, mask=m_h[None, :] & kept)
 
 
 @triton.jit
 def fold_chunks(
-    p_largest,  # [slots, heads]
-    p_sum,  # [slots, heads]
+    p_partials,  # [slots, heads, 2]: as ``attend`` leaves them, a slot for every FEW keys
     p_factor,  # [slots, heads] out
     slot,  # of the first chunk
     n_chunks,
@@ -281,7 +279,7 @@ def fold_chunks(
         highest = tl.full([o_h.shape[0], FOLD], -INF, tl.float32)
         for start in range(0, n_chunks, FOLD):
             at, inside = partials_of(slot, start, n_chunks, heads, o_h, m_h, FOLD)
-            chunk = tl.load(p_largest + at, mask=inside, other=-INF, cache_modifier=".cg")
+            chunk = tl.load(p_partials + at * 2, mask=inside, other=-INF, cache_modifier=".cg")
             highest = tl.maximum(highest, chunk)
         largest = tl.maximum(sink, tl.max(highest, axis=1))
     else:
@@ -292,8 +290,8 @@ def fold_chunks(
         terms = tl.zeros([o_h.shape[0], FOLD], tl.float32)
         for start in range(0, n_chunks, FOLD):
             at, inside = partials_of(slot, start, n_chunks, heads, o_h, m_h, FOLD)
-            chunk = tl.load(p_largest + at, mask=inside, other=-INF, cache_modifier=".cg")
-            sums = tl.load(p_sum + at, mask=inside, other=0.0, cache_modifier=".cg")
+            chunk = tl.load(p_partials + at * 2, mask=inside, other=-INF, cache_modifier=".cg")
+            sums = tl.load(p_partials + at * 2 + 1, mask=inside, other=0.0, cache_modifier=".cg")
             terms += sums * chunk_factor(chunk, reference)
         total += tl.sum(terms, axis=1)
     else:
@@ -301,7 +299,7 @@ def fold_chunks(
     share = tl.where(weight > 0.0, weight / total, 0.0)
     for start in range(0, n_chunks, FOLD):
         at, inside = partials_of(slot, start, n_chunks, heads, o_h, m_h, FOLD)
-        chunk = tl.load(p_largest + at, mask=inside, other=-INF, cache_modifier=".cg")
+        chunk = tl.load(p_partials + at * 2, mask=inside, other=-INF, cache_modifier=".cg")
         factor = chunk_factor(chunk, reference) * share[:, None]
         tl.store(p_factor + at, tl.where((weight > 0.0)[:, None], factor, 0.0), mask=inside)
 
@@ -335,8 +333,7 @@ def group_mean(
 ):
     """What the G heads of one key head add to the mean over heads at some keys, [N]; 0 where not ``seen``."""
     mean = tl.zeros(i.shape, dtype=tl.float32)
-    chunk = i // CHUNK
-    at_term = (chunk - kept) * heads * CHUNK + i % CHUNK
+    at_term = (i // CHUNK - kept) * heads * CHUNK + i % CHUNK
     for start in range(0, G, H):
         o_g = start + tl.arange(0, H)
         read = (o_g < G)[:, None] & seen[None, :]
@@ -344,7 +341,10 @@ def group_mean(
             p_terms + (at_term[None, :] + o_g[:, None] * CHUNK), mask=read, other=0.0, cache_modifier=".cg"
         )  # [H, N]
         factor = tl.load(
-            p_factor + (chunk[None, :] * heads + o_g[:, None]), mask=read, other=0.0, cache_modifier=".cg"
+            p_factor + ((i // FEW)[None, :] * heads + o_g[:, None]),
+            mask=read,
+            other=0.0,
+            cache_modifier=".cg",
         )
         if mask_row.p_added is not None:
             hidden = mask_values(mask_row, (head + o_g)[:, None], i[None, :], read) == -INF
@@ -365,7 +365,7 @@ def mean_of_group(terms, keys, live, t, i_h, heads, G: tl.constexpr, H: tl.const
     seen = seen & (i // CHUNK - kept < slots.n_kept)
     head = i_h * G
     p_terms = terms.p_terms + (slots.term * heads + head) * CHUNK
-    p_factor = terms.p_factor + slots.first * heads + head
+    p_factor = terms.p_factor + slots.first * (CHUNK // FEW) * heads + head
     return group_mean(p_terms, p_factor, kept, i, seen, terms.mask_row, head, heads, G, H, CHUNK)
 
 
@@ -411,7 +411,7 @@ def group_means(
     total,
     keys,
     terms,
-    place,
+    response,
     i_h,
     heads,
     G: tl.constexpr,
@@ -420,12 +420,12 @@ def group_means(
     TOKENS: tl.constexpr,
 ):
     """Leaves what key head ``i_h`` adds to the mean over heads at the row's response tokens."""
-    p_out = p_groups + i_h.to(tl.int64) * total + place.lo
-    for start in range(0, place.length, TOKENS):
+    p_out = p_groups + i_h.to(tl.int64) * total + response.place.lo
+    for start in range(0, response.place.length, TOKENS):
         j = start + tl.arange(0, TOKENS)
-        live, t = token_positions(place, j)
+        live, t = token_positions(response, j)
         mean = mean_of_group(terms, keys, live, t, i_h, heads, G, H, CHUNK)
-        tl.store(p_out + j, mean, mask=j < place.length)
+        tl.store(p_out + j, mean, mask=j < response.place.length)
 
 
 class Attended(NamedTuple):
@@ -433,7 +433,7 @@ class Attended(NamedTuple):
 
     keys: Any
     terms: Any
-    place: Any  # of the response tokens
+    response: Any
     p_groups: Any
     total: Any
     kv_heads: Any
@@ -455,10 +455,10 @@ def attention_at(
     Also which tokens count, and whether one of them lies outside its row's keys.
     """
     keys = attended.keys
-    live, t = token_positions(attended.place, j)
-    outside = is_outside(attended.place, keys, live, t) | (keys.sound == 0)
+    live, t = token_positions(attended.response, j)
+    outside = is_outside(attended.response, keys, live, t) | (keys.sound == 0)
     if SOURCE == "groups":
-        p_groups = attended.p_groups + attended.place.lo
+        p_groups = attended.p_groups + attended.response.place.lo
         mean = mean_of_groups(p_groups, attended.total, attended.kv_heads, j, live)
     else:
         mean = mean_of_terms(attended.terms, keys, live, t, attended.kv_heads, G, H, KEYS)
@@ -486,6 +486,6 @@ def store_means(
     for i_c in range(begin, stop):
         j = i_c * CHUNK + tl.arange(0, CHUNK)
         _, mean, outside = attention_at(attended, p_out, j, SOURCE, ADD, G, H, KEYS)
-        tl.store(p_out + j, mean, mask=j < attended.place.length)
+        tl.store(p_out + j, mean, mask=j < attended.response.place.length)
         if p_status is not None:
             tl.store(p_status, OUT_OF_RANGE, mask=outside != 0)

@@ -41,12 +41,20 @@ class Keys(NamedTuple):
 class Place(NamedTuple):
     """Where the response tokens of a row are."""
 
-    p_mask: Any  # at the row's first token; None: every token counts
-    p_index: Any  # there: position of each token among the row's keys, or None
-    start: Any  # or of the first
-    lo: Any  # the row's first token among those of all rows
+    start: Any  # position of the first among the row's keys
+    at_mask: Any  # offset of the row's first token in a tensor of [B, R] or [M]
+    at_index: Any
+    lo: Any  # and in contiguous ones
     length: Any
     whole: Any
+
+
+class ResponseTokens(NamedTuple):
+    """A row's response tokens. Made where it is used: Triton 3.6 returns no tuple that holds None."""
+
+    p_mask: Any  # None: every token counts
+    p_index: Any  # position of each token among the row's keys, or None
+    place: Any
 
 
 @triton.jit
@@ -153,7 +161,7 @@ def attended_range(p_mask, mask_offset, stride_mask, start, length, SCAN: tl.con
 
 
 @triton.jit
-def place_of_row(p_mask, stride_mask, p_start, p_index, stride_index, p_cu, n_rows, width, i_b):
+def place_of_row(stride_mask, p_start, stride_index, p_cu, n_rows, width, i_b):
     row = i_b.to(tl.int64)
     bounds = bounds_of_row(p_cu, n_rows, width, i_b)
     lo = bounds.lo
@@ -166,34 +174,27 @@ def place_of_row(p_mask, stride_mask, p_start, p_index, stride_index, p_cu, n_ro
     start = row * 0
     if p_start is not None:
         start = tl.load(p_start + row).to(tl.int64)
-    return Place(
-        None if p_mask is None else p_mask + at_mask,
-        None if p_index is None else p_index + at_index,
-        start,
-        lo,
-        bounds.length.to(tl.int32),
-        bounds.whole,
-    )
+    return Place(start, at_mask, at_index, lo, bounds.length.to(tl.int32), bounds.whole)
 
 
 @triton.jit
-def token_positions(place, j):
+def token_positions(response, j):
     """Of response tokens ``j``: whether each counts, and its position among the row's keys; -1 for none."""
-    live = j < place.length
-    if place.p_mask is not None:
-        live = live & (tl.load(place.p_mask + j, mask=live, other=0) != 0)
-    if place.p_index is None:
-        t = place.start + j
+    live = j < response.place.length
+    if response.p_mask is not None:
+        live = live & (tl.load(response.p_mask + response.place.at_mask + j, mask=live, other=0) != 0)
+    if response.p_index is None:
+        t = response.place.start + j
     else:
-        t = tl.load(place.p_index + j, mask=live, other=-1).to(tl.int64)
+        t = tl.load(response.p_index + response.place.at_index + j, mask=live, other=-1).to(tl.int64)
     return live, t
 
 
 @triton.jit
-def is_outside(place, keys, live, t):
+def is_outside(response, keys, live, t):
     """Which tokens have a position outside the row's keys."""
     outside = (t < 0) | (t >= keys.length)
-    if place.p_index is not None:
+    if response.p_index is not None:
         outside = outside & (t != -1)
     return live & outside
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton.attention import prepare_kernel, shape_kernel
+from csrc_triton.device.attention import FEW
 from csrc_triton.launch import (
     COMPILER,
     COUNTERS,
@@ -197,7 +198,7 @@ def layer_arguments(layer: LayerInputs, n_layers: int, shape: dict[str, Any], fi
     if mask is not None or isinstance(position, str):
         start, position = _prepare(layer, shape, mask)
     tokens_in_all = shape["width"] * (batch if response_cu is None else 1)
-    largest, total, factor = torch.empty(3, slots, heads, dtype=torch.float32, device=device)
+    few = slots * (chunk // FEW.value)
     groups = None
     if finish != "terms":
         groups = torch.empty(kv_heads, tokens_in_all, dtype=torch.float32, device=device)
@@ -243,9 +244,8 @@ def layer_arguments(layer: LayerInputs, n_layers: int, shape: dict[str, Any], fi
         "p_head_mask": head_mask,
         "kv_heads": kv_heads,
         "n_layers": n_layers,
-        "p_largest": largest,
-        "p_sum": total,
-        "p_factor": factor,
+        "p_partials": torch.empty(few, heads, 2, dtype=torch.float32, device=device),
+        "p_factor": torch.empty(few, heads, dtype=torch.float32, device=device),
         "p_terms": torch.empty(term_slots, heads, chunk, dtype=torch.float32, device=device),
         "p_groups": groups,
         "slots_per_row": slots_per_row,
@@ -260,10 +260,9 @@ def layer_arguments(layer: LayerInputs, n_layers: int, shape: dict[str, Any], fi
         "TERM_SPARE": term_spare,
         "ONLY_KEPT": lse is not None and shape["p_response_start"] is not None,
         "G": group,
-        "M": max(16, padded(group)),
+        "M": max(8, padded(group)),
         "D": width,
-        "BLOCK_D": 16 if heavy or (not wide and not interpreted()) else min(64, max(16, padded(width))),
-        "ROLL": heavy or not wide,
+        "BLOCK_D": 16 if heavy or (not wide and not interpreted()) else max(16, padded(width)),
         "STRIDE_QD": query.stride(-1),
         "STRIDE_KD": stride_kd,
         "CAUSAL": layer.causal,
@@ -272,24 +271,27 @@ def layer_arguments(layer: LayerInputs, n_layers: int, shape: dict[str, Any], fi
         "KEY_UNIT": key_unit,
         "UPCAST": interpreted(),
         "KEYS": chunk,
-        "FOLD": max(16, 1024 // max(16, padded(group))),
+        "FOLD": max(16, 1024 // max(8, padded(group))),
         "H": min(4, padded(group)),
-        "STAGES": 2 if wide else 1,
+        "STAGES": 4 if wide else 1,
     }
 
 
 def chunk_size(key: Tensor) -> int:
-    """Keys per chunk, a constant of the layer: at most 64 KB, or 32 KB of float32, lest it spill."""
-    return 32 if padded(key.shape[-1]) * key.element_size() > 512 else 128
+    """Keys per chunk, a constant of the layer: at most 16 KB in half precision; three are on their way.
+
+    64 keys of width 128 in bfloat16 are 16 KB; 32 of width 256.
+    """
+    return 32 if padded(key.shape[-1]) * key.element_size() >= 512 else 64
 
 
 def chunks_per_program(n_chunks: int, processors: int) -> int:
     """Chunks of keys that a program reads one after the other: few enough for 8 programs per multiprocessor.
 
-    E.g. 2 of 4096 in all (32 sequences of 2048 keys, 8 key heads) on 132 multiprocessors; at most 8.
+    E.g. 4 of 8192 in all (32 sequences of 2048 keys, 8 key heads) on 132 multiprocessors; at most 16.
     """
     split = 1
-    while split < 8 and n_chunks >= split * 2 * 8 * processors:
+    while split < 16 and n_chunks >= split * 2 * 8 * processors:
         split *= 2
     return split
 
@@ -354,8 +356,8 @@ def launch(arguments: dict[str, Any]) -> None:
 def _registers(arguments: dict[str, Any]) -> dict[str, int]:
     """Three programs on a multiprocessor; two where that would spill."""
     from_terms = arguments["MODE"] != "attend" and arguments.get("SOURCE") == "terms"
-    many = arguments.get("ROLL") or from_terms or arguments.get("TWO_RECURRENCES")
-    return registers(255 if many else 168)
+    in_parts = arguments.get("BLOCK_D", 0) < arguments.get("D", 0)
+    return registers(255 if in_parts or from_terms or arguments.get("TWO_RECURRENCES") else 168)
 
 
 def _default(name: str) -> Any:

@@ -16,8 +16,9 @@ import torch
 from parity.toys import Offline, save_policy, save_reward_model
 
 from attnshape.integrations import reward
-from attnshape.integrations.reward import ATTEMPTS, reward_model, spans_of, token_rewards
+from attnshape.integrations.reward import ATTEMPTS, reward_model, token_rewards
 from attnshape.text.model import Scored
+from attnshape.text.turns import spans_of
 
 PROMPTS = {
     "messages": [{"role": "user", "content": "Was the film any good?"}],

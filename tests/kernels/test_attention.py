@@ -1,5 +1,4 @@
 import math
-import mmap
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -7,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.memory import far_apart
 from torch import Tensor
 
 from attnshape import reference
@@ -282,17 +282,6 @@ def test_a_hidden_key_is_hidden_whatever_it_holds(hidden: int) -> None:
     assert_close(actual, reference.attention_row(exact(inputs)), inputs)
 
 
-def far_apart(x: Tensor, *strides: int) -> Tensor:
-    """The same numbers with these strides, in memory that is there where it was written."""
-    span = sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True)) + 1
-    if DEVICE.type == "cuda":
-        flat = torch.empty(span, dtype=x.dtype, device=DEVICE)
-    else:
-        kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
-        flat = torch.frombuffer(mmap.mmap(-1, span * x.element_size(), flags=kind), dtype=x.dtype)
-    return flat.as_strided(x.shape, strides).copy_(x)
-
-
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_strides_beyond_32_bits(axis: int) -> None:
     """Products of the kernel's own arithmetic, of strides that pass through 32 bits themselves."""
@@ -319,6 +308,15 @@ def test_a_bad_visible_key_poisons_its_row_only(bad: float) -> None:
     assert actual[1].equal(expected[1])
     assert actual[0].isnan().equal(reference.attention_row(exact(inputs))[0].isnan())
     assert actual[0, 17] == 0
+
+
+def test_the_query_of_a_row_that_is_lost_is_not_read() -> None:
+    """Its place would be 16 GB before its tensor."""
+    small = layer(3, dtype=torch.float16, query_position=ints(-1, 2))
+    query = small.query[:, :, None].expand(-1, -1, 3, -1)
+    lost = replace(small, query=far_apart(query, 40, 80, 2**33, 1))
+    assert row(lost)[0].isnan().all()
+    assert row(lost)[1].equal(row(replace(small, query_position=ints(2, 2)))[1])
 
 
 def test_a_row_without_visible_keys_is_zero() -> None:

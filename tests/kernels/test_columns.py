@@ -18,6 +18,7 @@ from support.columns import (
     norms_of,
     rollout,
 )
+from support.memory import far_apart
 from support.problems import Problem, make_problem, pack, to_float64
 from torch import Tensor
 
@@ -155,6 +156,21 @@ def test_keys_outside_the_window_are_not_read() -> None:
     raw = check_columns(problem)
     problem.inputs.key[:, :, :192] = NAN
     assert columns(problem)[0].equal(raw)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_strides_beyond_32_bits(axis: int) -> None:
+    sizes = {"batch": 2, "keys": 30, "width": 20, "heads": 2, "kv_heads": 2, "dtype": torch.float16}
+    problem = make_problem(2, **sizes, holes=False, whole_query=True)
+    want, _ = columns(problem)
+    carried, _ = rollout([problem.inputs], problem)
+    x = problem.inputs
+    strides = [2 * 30 * 16, 30 * 16, 16, 1]
+    strides[axis] = 2**31 + 64
+    for moved in (replace(x, key=far_apart(x.key, *strides)), replace(x, query=far_apart(x.query, *strides))):
+        there = Problem(problem.score, moved, problem.response, problem.given, problem.config)
+        assert columns(there)[0].equal(want)
+        assert rollout([moved], there)[0].equal(carried)
 
 
 @pytest.mark.parametrize(("batch", "keys", "width"), [(0, 5, 3), (2, 0, 3), (2, 5, 0)])

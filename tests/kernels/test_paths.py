@@ -351,4 +351,4 @@ def test_rows_are_cut_where_they_are_long_and_few(
 
 
 def test_programs_read_more_keys_the_more_there_are() -> None:
-    assert [attention.chunks_per_program(n, 132) for n in (1, 4096, 1 << 20)] == [1, 2, 8]
+    assert [attention.chunks_per_program(n, 132) for n in (1, 8192, 1 << 20)] == [1, 4, 16]

@@ -13,7 +13,14 @@ from parity.__main__ import HERE, environment
 from parity.cases import CHOICES
 from parity.options import parse
 
-ADAPTERS = {"verl": "verl", "slime": "slime", "openrlhf": "openrlhf", "trl-0.9.6": "trl", "trl-0.11.4": "trl"}
+ADAPTERS = {
+    "verl": "verl",
+    "slime": "slime",
+    "openrlhf": "openrlhf",
+    "trl-0.9.6": "trl",
+    "trl-0.11.4": "trl",
+    "trl-1.16.0": "trl_grpo",
+}
 """Environment of each adapter's tests."""
 PYTEST = "pytest==9.2.0"
 # Without the settings of `make test`: its plugins and its conftest are not there, and frameworks warn.

@@ -35,7 +35,7 @@ METRICS = {
     "changed": False,
 }
 GOOD = Scored(1.5, [0.75, 0.25], METRICS)
-PATIENCE = 30.0
+PATIENCE = 180.0
 
 
 @pytest.fixture(scope="module")

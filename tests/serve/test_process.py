@@ -25,7 +25,7 @@ from attnshape.text.model import CreditModel, Scored
 from attnshape.text.reader import Example, Reader
 from attnshape.text.score_fn import parse_score_fn
 
-PATIENCE = 60.0
+PATIENCE = 180.0
 
 
 @pytest.fixture(autouse=True)

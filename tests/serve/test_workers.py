@@ -39,7 +39,7 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pool(notes: Path) -> Iterator[Pool]:
     targets = [("cpu", functools.partial(play, notes))]
-    with Pool(targets, BatchQueue(100, window=0), Metrics(), batch_timeout=4.0) as pool:
+    with Pool(targets, BatchQueue(100, window=0), Metrics()) as pool:
         wait_for(lambda: pool.count(State.READY))
         yield pool
 
@@ -66,10 +66,16 @@ def test_who_kills_two_workers_is_answered_and_its_neighbours_are_scored(pool: P
     assert "attnshape_retried_completions_total 3.0" in text
 
 
-def test_a_worker_that_hangs_is_killed_and_its_completion_scored(pool: Pool) -> None:
+def test_a_worker_that_hangs_is_killed_and_its_completion_scored(
+    pool: Pool, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = restarts(pool)
-    assert put(pool, Act.HANG_ONCE).result(PATIENCE) == "answered"
-    assert restarts(pool) == before + 1
+    held = put(pool, Act.HANG_ONCE)
+    wait_for((notes / HUNG).exists)
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "batch_timeout", 0.0)
+        wait_for(lambda: restarts(pool) == before + 1)
+    assert held.result(PATIENCE) == "answered"
 
 
 def test_an_idle_worker_that_dies_is_started_again(pool: Pool) -> None:

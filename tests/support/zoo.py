@@ -65,7 +65,15 @@ EXTRA: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "zamba": {"layer_types": ["mamba", "hybrid", "hybrid"], "num_hidden_layers": 3},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "reformer": {"is_decoder": True},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "gemma4_unified_assistant": {"hidden_size_per_layer_input": 0},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "xmod": {"default_language": "en_XX"},
+    "esm": {"vocab_size": 64},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
 }
 """What single kinds of model need besides, by model type."""
@@ -127,7 +135,8 @@ def _fewer_layers(config: PreTrainedConfig) -> dict[str, Any]:
 def build(name: str, **options: Any) -> PreTrainedModel:
     """A model of the class, with attention far from uniform."""
     model_type, kind = classes()[name]
-    config = shrunk(CONFIG_MAPPING[model_type](), model_type)
+    made = getattr(transformers, name)
+    config = shrunk((made.config_class or CONFIG_MAPPING[model_type])(), model_type)
     for key, value in options.items():
         setattr(config, key, value)
     if kind == "classifier":
@@ -135,5 +144,4 @@ def build(name: str, **options: Any) -> PreTrainedModel:
     elif hasattr(config, "is_decoder"):
         config.is_decoder = True
     torch.manual_seed(0)
-    model = getattr(transformers, name)(config)
-    return model.eval()
+    return made(config).eval()

@@ -8,6 +8,7 @@ from support.tap_models import LENGTH, batch, build, reference_attention, state
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
+from transformers.models.llama import modeling_llama
 
 from attnshape.tap import AttentionTap, check
 from attnshape.tap.check import misplaced
@@ -121,7 +122,7 @@ def checked(monkeypatch):
     """How many layers were checked."""
     count = []
     monkeypatch.setattr(
-        check, "failure", lambda *args, real=check.failure: count.append(args[0]) or real(*args)
+        check, "failure", lambda *a, real=check.failure, **k: count.append(a[0]) or real(*a, **k)
     )
     return count
 
@@ -150,6 +151,16 @@ def test_the_first_of_each_kind_is_checked(checked):
     assert [run(), run()] == [1, 0]
 
 
+def test_a_method_is_the_same_from_forward_to_forward(checked):
+    model = build("gptj")
+    ids, mask = batch("left")
+    with AttentionTap(model) as tap:
+        for _ in range(3):
+            model(ids, attention_mask=mask)
+            tap.take()
+    assert len(checked) == 1
+
+
 def test_a_failure_is_no_first(monkeypatch, checked):
     model = build("llama")
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", another_scale)
@@ -161,9 +172,17 @@ def test_a_failure_is_no_first(monkeypatch, checked):
     assert len(checked) == 2
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_dropout_is_not_held_against_a_row(checked, implementation):
-    model = build("llama", attention_dropout=0.5, implementation=implementation).train()
+@pytest.mark.parametrize(
+    ("name", "implementation", "dropout"),
+    [
+        ("llama", "sdpa", "attention_dropout"),
+        ("llama", "eager", "attention_dropout"),
+        ("gpt2", "eager", "attn_pdrop"),
+        ("gptj", "eager", "attn_pdrop"),
+    ],
+)
+def test_dropout_is_not_held_against_a_row(checked, name, implementation, dropout):
+    model = build(name, implementation=implementation, **{dropout: 0.5}).train()
     ids, mask = batch("left")
     with AttentionTap(model, check="always") as tap:
         model(ids, attention_mask=mask)
@@ -188,6 +207,36 @@ def test_rounding_is_no_failure(name, implementation, dtype):
     for source in ("attention", "rollout"):
         with AttentionTap(model, source=source, check="always") as tap:
             model(ids, attention_mask=mask)
+        tap.take()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_rounded_scores_are_no_failure_but_a_window_is(monkeypatch, implementation, dtype, size):
+    model = build("llama", implementation=implementation).to(dtype)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= size  # scores of up to 25, 50 and 100
+    ids = torch.randint(3, 60, (16, LENGTH), generator=torch.Generator().manual_seed(1))
+    for position in ("pooled", "all"):
+        with AttentionTap(model, [0, 1], query_position=position, check="always") as tap:
+            model(ids)
+        tap.take()
+    if implementation == "sdpa":
+        monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", a_window)
+    else:
+        eager = modeling_llama.eager_attention_forward
+        close = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH) < 4
+
+        def eager_attention_forward(module, query, key, value, mask, **options):
+            return eager(
+                module, query, key, value, mask.masked_fill(~close, torch.finfo(dtype).min), **options
+            )
+
+        monkeypatch.setattr(modeling_llama, "eager_attention_forward", eager_attention_forward)
+    with AttentionTap(model, check="always") as tap:
+        model(ids)
+    with pytest.raises(ValueError, match="times its values"):
         tap.take()
 
 

@@ -291,3 +291,72 @@ def test_autocast_rounds_the_forward_alone(source):
         assert all(x.dtype == torch.float32 for x in measured)
         rolled.append(roll(taken, Response(mask, start=start)))
     torch.testing.assert_close(*rolled, rtol=0.1, atol=0.02)
+
+
+def scaled_residual(factor: Any, side_by_side: bool) -> Any:
+    """A decoder layer's forward that puts a factor on what its attention adds, in code alone."""
+
+    def forward(self: Any, hidden_states: Tensor, **options: Any) -> Tensor:
+        normed = self.input_layernorm(hidden_states)
+        attended, _ = self.self_attn(hidden_states=normed, **options)
+        if side_by_side:
+            return hidden_states + factor * attended + 0.5 * self.mlp(normed)
+        stream = hidden_states + factor * attended
+        return stream + self.mlp(self.post_attention_layernorm(stream))
+
+    return forward
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_factor_that_only_the_code_knows(monkeypatch, side_by_side, dtype):
+    ids, mask = batch("left")
+    response = Response(mask, start=torch.zeros(3, dtype=torch.int32))
+    rolled = []
+    for in_code in (False, True):
+        model = build("llama").to(dtype)
+        layer = type(model.model.layers[0])
+        monkeypatch.setattr(layer, "forward", scaled_residual(0.25 if in_code else 1.0, side_by_side))
+        if not in_code:
+            for each in model.model.layers:
+                each.self_attn.o_proj.weight.data *= 0.25
+        for source, of in (
+            ("rollout", attnshape.attention_rollout),
+            ("signed_rollout", credit.signed_rollout),
+        ):
+            with torch.no_grad(), AttentionTap(model, source=source) as tap:
+                model(ids, attention_mask=mask)
+            rolled.append(of(tap.take(), response))
+    bound = {} if dtype == torch.float32 else {"rtol": 0.02, "atol": 2e-3}
+    torch.testing.assert_close(rolled[2:], rolled[:2], **bound)
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+@pytest.mark.parametrize("source", ["rollout", "signed_rollout"])
+def test_a_factor_of_its_own_for_every_channel_is_refused(monkeypatch, source, side_by_side):
+    model = build("llama")
+    factor = torch.linspace(0.5, 1.5, 32)
+    monkeypatch.setattr(type(model.model.layers[0]), "forward", scaled_residual(factor, side_by_side))
+    ids, mask = batch("left")
+    with torch.no_grad(), AttentionTap(model, source=source) as tap:
+        model(ids, attention_mask=mask)
+    with pytest.raises(ValueError, match="LlamaAttention is part of a layer that adds something else"):
+        tap.take()
+
+
+def test_what_is_not_finite_in_padding_does_not_hide_a_factor():
+    ids, mask = batch("left")
+    model = made("granite")
+    response = Response(mask, start=torch.zeros(3, dtype=torch.int32))
+    rolled = []
+    with torch.no_grad(), AttentionTap(model, source="rollout") as tap:
+        for value in (0.0, torch.nan):
+            model(ids, attention_mask=mask)
+            tap.take()
+            handle = model.model.embed_tokens.register_forward_hook(
+                lambda m, args, out, value=value: out.masked_fill((mask == 0)[..., None], value)
+            )
+            model(ids, attention_mask=mask)
+            rolled.append(attnshape.attention_rollout(tap.take(), response))
+            handle.remove()
+    torch.testing.assert_close(rolled[1][0], rolled[0][0])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
+from support import zoo
 from support.tap_models import (
     LENGTH,
     PAD,
@@ -20,9 +23,13 @@ from support.tap_models import (
     randomise,
     square,
 )
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama import modeling_llama
 
+from attnshape.reference import attention_row
 from attnshape.tap import AttentionTap
 
 
@@ -199,3 +206,118 @@ def test_bare_backbone():
     with AttentionTap(model.model) as tap:
         model.model(ids, attention_mask=mask)
     assert tap.take().query_position.tolist() == [LENGTH - 1] * 3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("position", ["pooled", "all"])
+def test_compiled_encoder(position):
+    torch._dynamo.reset()
+    model = zoo.build("BertForSequenceClassification")
+    randomise(model)
+    plain = copy.deepcopy(model)
+    ids, mask = batch("right")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    options = {"query_position": position, "check": "always"}
+    with AttentionTap(compiled, **options) as tap, AttentionTap(plain, **options) as expected:
+        compiled(input_ids=ids, attention_mask=mask)
+        plain(input_ids=ids, attention_mask=mask)
+    taken, wanted = tap.take(), expected.take()
+    torch.testing.assert_close(attention_row(taken), attention_row(wanted))
+    if position == "pooled":
+        assert taken.query_position.tolist() == [0, 0, 0]
+    else:
+        assert (taken.causal, wanted.causal) == (False, False)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_models_are_checked(monkeypatch):
+    def longer(module, query, key, value, mask, **options):
+        return sdpa_attention_forward(module, 1.3 * query, key, value, mask, **options)
+
+    torch._dynamo.reset()
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", longer)
+    model = build("llama")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids, mask = batch("left")
+    with AttentionTap(compiled) as tap:
+        compiled(ids, attention_mask=mask)
+    with pytest.raises(ValueError, match="times its values"):
+        tap.take()
+
+
+def test_a_static_cache_is_refused():
+    model = build("llama", head=False)
+    ids, mask = batch("left")
+    cache = transformers.StaticCache(config=model.config, max_cache_len=32)
+    with AttentionTap(model) as tap:
+        model(ids, attention_mask=mask, past_key_values=cache)
+    with pytest.raises(ValueError, match="without earlier past_key_values or a static cache"):
+        tap.take()
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_a_cache_of_a_window_makes_no_difference(name):
+    model, eager = build(name, head=False), build(name, head=False, implementation="eager")
+    ids, mask = batch("left")
+    cache = transformers.DynamicCache(config=model.config)
+    with AttentionTap(model, [0, 1], check="always") as tap:
+        model(ids, attention_mask=mask, past_key_values=cache)
+    for layer, inputs in enumerate(tap.take()):
+        assert_row(inputs, eager_rows(eager, layer, [LENGTH - 1] * 3, input_ids=ids, attention_mask=mask))
+
+
+class Rounded(nn.Module):
+    """A linear layer in eight bits, as quantised checkpoints have it: no weight of its shape to look at."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.scale = linear.weight.detach().abs().amax() / 127
+        self.register_buffer("packed", (linear.weight.detach() / self.scale).round().to(torch.int8))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.packed.to(x) * self.scale)
+
+
+@pytest.mark.parametrize("source", ["attention", "rollout"])
+def test_quantised_models(source):
+    model = build("llama")
+    whole = build("llama")
+    for layer, other in zip(model.model.layers, whole.model.layers, strict=True):
+        for name, linear in list(layer.self_attn.named_children()):
+            rounded = Rounded(linear)
+            setattr(layer.self_attn, name, rounded)
+            getattr(other.self_attn, name).weight.data = rounded.packed.float() * rounded.scale
+    ids, mask = batch("left")
+    taken = []
+    for each in (model, whole):
+        with AttentionTap(each, source=source, check="always") as tap:
+            each(ids, attention_mask=mask)
+        taken.append(tap.take())
+    if source == "attention":
+        torch.testing.assert_close(*map(attention_row, taken))
+    else:
+        for one, other in zip(*taken, strict=True):
+            torch.testing.assert_close(one.value_norm, other.value_norm)
+
+
+def test_data_parallel_on_one_device():
+    model = build("llama")
+    ids, mask = batch("left")
+    wrapped = nn.DataParallel(model)
+    with AttentionTap(wrapped) as tap, AttentionTap(model) as plain:
+        wrapped(ids, attention_mask=mask)
+    assert_same(tap.take(), plain.take())
+
+
+@pytest.mark.parametrize("source", ["rollout", "gradient_value"])
+def test_a_trial_keeps_the_random_state_and_the_cache(source):
+    model = build("llama", attention_dropout=0.1).train()
+    ids, mask = batch("left")
+    with torch.enable_grad():
+        torch.manual_seed(3)
+        bare = model(ids, attention_mask=mask).logits
+        torch.manual_seed(3)
+        with AttentionTap(model, source=source) as tap:
+            tapped = model(ids, attention_mask=mask).logits
+    assert torch.equal(tapped, bare)
+    tap.take()

@@ -188,3 +188,24 @@ def test_other_sources_than_attention_refuse_compiled_models(source, compile_):
 def test_sources_and_layers_that_do_not_fit(source, layer, message):
     with pytest.raises((ValueError, TypeError), match=message):
         AttentionTap(build("llama"), layer, source=source)
+
+
+@pytest.mark.parametrize("source", ["gradient_value", "gradient_embedding"])
+def test_layers_that_run_without_gradients_are_refused(source):
+    model = build("llama")
+    before = []
+
+    def stop(*_):
+        before.append(torch.is_grad_enabled())
+        torch.set_grad_enabled(False)
+
+    def go_on(*_):
+        torch.set_grad_enabled(before.pop())
+
+    model.model.layers[1].register_forward_pre_hook(stop)
+    model.model.layers[1].register_forward_hook(go_on)
+    ids, mask = batch("left")
+    with torch.enable_grad(), AttentionTap(model, source=source) as tap:
+        model(ids, attention_mask=mask)
+    with pytest.raises(ValueError, match=f"runs a LlamaDecoderLayer without gradients.*'{source}'"):
+        tap.take()

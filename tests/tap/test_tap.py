@@ -148,7 +148,7 @@ def test_taps_nest_and_close_in_any_order():
 
 def test_threads_see_their_own_forwards():
     model = build("llama")
-    expected, results, barrier = {}, {}, threading.Barrier(4, timeout=60)
+    expected, results, barrier = {}, {}, threading.Barrier(4, timeout=300)
     inputs = {
         n: torch.randint(3, 60, (2, 8 + n), generator=torch.Generator().manual_seed(n)) for n in range(4)
     }

@@ -1,0 +1,236 @@
+"""The compiled loops in real processes: their cache, threads, forks, interrupts."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import attnshape
+from attnshape.cpu import threads
+
+ROOT = Path(__file__).parents[2]
+WHITEN = """
+import logging, sys, torch
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+import attnshape
+from attnshape.cpu.whiten import measure
+x, mask = torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[1, 1, 0]])
+out = attnshape.whiten(x, mask, attnshape.Whitening(bessel=False))
+print(out.tolist(), sum(measure.stats.cache_hits.values()))
+"""
+WHITENED = "[[-1.0, 1.0, 0.0]]"
+
+
+def run(program: str, cache: Path | str | None = None, paths: str = f"{ROOT}") -> "subprocess.Popen[str]":
+    env = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
+    if cache is not None:
+        env["NUMBA_CACHE_DIR"] = str(cache)
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", program],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd="/",
+    )
+
+
+def finished(process: "subprocess.Popen[str]") -> tuple[str, str]:
+    with process:
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out.strip(), err
+
+
+def test_nothing_is_imported_or_compiled_until_it_is_used() -> None:
+    out, _ = finished(
+        run("import attnshape, sys; print('numba' in sys.modules, 'attnshape.cpu' in sys.modules)")
+    )
+    assert out == "False False"
+
+
+def test_two_processes_compile_at_once_and_later_ones_load(tmp_path: Path) -> None:
+    both = [run(WHITEN, tmp_path) for _ in range(2)]
+    for process in both:
+        out, err = finished(process)
+        assert out == f"{WHITENED} 0"
+        assert "compiling the loops for this CPU" in err
+    out, err = finished(run(WHITEN, tmp_path))
+    assert out == f"{WHITENED} 1"
+    assert "compiling" not in err
+    for kept in tmp_path.rglob("*.nbc"):
+        kept.write_bytes(kept.read_bytes()[:100])
+    out, err = finished(run(WHITEN, tmp_path))
+    assert out == f"{WHITENED} 0"
+    assert "compiling" in err
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    out, err = finished(run(WHITEN, tmp_path / "file" / "below"))
+    assert out == f"{WHITENED} 0"
+    assert "set NUMBA_CACHE_DIR" in err
+
+
+def test_an_installed_package_is_not_written_to(tmp_path: Path) -> None:
+    subprocess.run(["cp", "-r", ROOT / "attnshape", ROOT / "csrc_triton", tmp_path], check=True)
+    before = sorted(tmp_path.rglob("*"))
+    cache = tmp_path.parent / f"{tmp_path.name}-cache"
+    out, _ = finished(run(WHITEN, cache, f"{tmp_path}"))
+    assert out == f"{WHITENED} 0"
+    assert sorted(tmp_path.rglob("*")) == before
+    assert list(cache.rglob("*.nbi"))
+
+
+PARALLEL = """
+import torch, attnshape
+torch.set_num_threads(3)
+g = torch.Generator().manual_seed(0)
+x = torch.rand(64, 8192, generator=g)
+mask = torch.ones_like(x)
+def total(_=None):
+    # numpy sums: PyTorch's own threads do not outlive a fork, and its sum would wait for them
+    return float(attnshape.gae(x, x, mask).advantages.numpy().sum())
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers(method: str, tmp_path: Path) -> None:
+    """A forked child has none of the threads that its parent used."""
+    (tmp_path / "work.py").write_text(PARALLEL)
+    program = f"""
+import multiprocessing, work
+if __name__ == "__main__":
+    here = work.total()
+    with multiprocessing.get_context({method!r}).Pool(2) as pool:
+        assert pool.map_async(work.total, range(4)).get(timeout=120) == [here] * 4
+    assert work.total() == here
+    print("ok")
+"""
+    (tmp_path / "main.py").write_text(program)
+    start = f"import runpy; runpy.run_path({str(tmp_path / 'main.py')!r}, run_name='__main__')"
+    # PyTorch's own threads are what newer Pythons warn of in a forked process.
+    start = "import warnings; warnings.simplefilter('ignore', DeprecationWarning); " + start
+    out, _ = finished(run(start, paths=os.pathsep.join([f"{ROOT}", f"{tmp_path}"])))
+    assert out == "ok"
+
+
+def test_an_interrupt_ends_a_call_and_spoils_nothing() -> None:
+    program = f"""{PARALLEL}
+want = total()
+print("ready", flush=True)
+try:
+    while True:
+        total()
+except KeyboardInterrupt:
+    pass
+assert total() == want
+print("ok")
+"""
+    process = run(program)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, _ = finished(process)
+    assert out == "ok"
+
+
+def test_at_exit() -> None:
+    program = f"{PARALLEL}\nimport atexit\natexit.register(lambda: print(total() == want))\nwant = total()"
+    out, _ = finished(run(program))
+    assert out == "True"
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_sixteen_threads_at_once(three_threads: None) -> None:
+    g = torch.Generator().manual_seed(0)
+    problems = [torch.randn(2, 24, 8192, generator=g) for _ in range(16)]
+    want = [attnshape.gae(r, v, torch.ones_like(r)) for r, v in problems]
+    got: list[list[attnshape.Advantages]] = [[] for _ in problems]
+
+    def work(i: int) -> None:
+        r, v = problems[i]
+        for _ in range(3):
+            got[i].append(attnshape.gae(r, v, torch.ones_like(r)))
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(16)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for wanted, outs in zip(want, got, strict=True):
+        assert len(outs) == 3
+        assert all(torch.equal(x, y) for out in outs for x, y in zip(out, wanted, strict=True))
+
+
+def test_an_exception_in_a_thread_reaches_the_caller(three_threads: None) -> None:
+    caller, begun = threading.get_ident(), threading.Event()
+
+    def compute(low: int, high: int) -> None:
+        if threading.get_ident() != caller:
+            begun.set()
+            raise ZeroDivisionError
+        begun.wait(60)
+
+    with pytest.raises(ZeroDivisionError):
+        threads.over_rows(compute, 8, threads.TOKENS)
+    done: list[int] = []
+    threads.over_rows(lambda low, high: done.extend(range(low, high)), 8, threads.TOKENS)
+    assert sorted(done) == list(range(8))
+
+
+def test_threads_are_those_that_torch_was_given(three_threads: None) -> None:
+    def used(count: int) -> int:
+        torch.set_num_threads(count)
+        seen, together = set(), threading.Barrier(count)
+
+        def compute(low: int, high: int) -> None:
+            if threading.get_ident() not in seen:
+                seen.add(threading.get_ident())
+                together.wait(60)
+
+        threads.over_rows(compute, 64, threads.TOKENS)
+        return len(seen)
+
+    assert [used(count) for count in (1, 2, 3)] == [1, 2, 3]
+
+
+def test_bits_do_not_depend_on_threads_or_on_rows_taken_at_once(
+    three_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, score = torch.rand(4, 37, 1000, generator=g), torch.randn(37, generator=g)
+    inputs = attnshape.AttentionInputs(torch.randn(37, 4, 24), torch.randn(37, 2, 1000, 24), 0.2)
+    response = attnshape.Response(x[0] > 0.1, start=torch.zeros(37, dtype=torch.int32))
+
+    def shaped() -> list[torch.Tensor]:
+        out = attnshape.shape_rewards(score, inputs, response, values=x[1], kl=attnshape.KL(x[2], x[3], 0.1))
+        return [
+            out.rewards,
+            out.advantages,
+            out.returns,
+            out.credit,
+            out.moments,
+            attnshape.attention_row(inputs),
+        ]
+
+    want = shaped()
+    for count, tokens in ((1, 1 << 16), (2, 1), (3, 5000), (2, 1 << 30)):
+        torch.set_num_threads(count)
+        monkeypatch.setattr(threads, "TOKENS", tokens)
+        assert all(torch.equal(a, b) for a, b in zip(shaped(), want, strict=True))

@@ -1,0 +1,58 @@
+"""The table of models says what is so: of every class, and a sample of it tried again."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import transformers
+
+from tests.model_sweep import ROOT, SOURCES, TABLE, cells, sentence, sweep
+from tests.support import zoo
+
+TEXT = TABLE.read_text()
+LINES = re.findall(r"^\| (\w+) \| (.*) \|$", TEXT, re.M)
+ROWS = {name: row.split(" | ") for name, row in LINES if name != "class"}
+REASONS = dict(re.findall(r"^(\d+)\. (.*)$", TEXT, re.M))
+NOT_BUILT = re.findall(r"^- (\w+): ", TEXT, re.M)
+SAMPLE = [
+    "AlbertForSequenceClassification",
+    "BartForSequenceClassification",
+    "BertForSequenceClassification",
+    "BloomForCausalLM",
+    "DogeForCausalLM",
+    "Gemma2ForCausalLM",
+    "GPTNeoXForSequenceClassification",
+    "GraniteMoeHybridForCausalLM",
+    "LlamaForSequenceClassification",
+    "ModernBertForSequenceClassification",
+]
+
+tried_with = pytest.mark.skipif(
+    f"transformers {transformers.__version__}:" not in TEXT, reason="the table is of another transformers"
+)
+
+
+def test_the_table_differs_nowhere():
+    assert not any(reason.startswith("differs") for reason in REASONS.values())
+    for name, row in ROWS.items():
+        assert len(row) == len(SOURCES), name
+        for cell in row:
+            assert cell in ("equal", r"equal\*") or cell in REASONS, (name, cell)
+
+
+def test_readme_says_what_the_table_says():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert sentence(TEXT) in readme
+
+
+@tried_with
+def test_the_table_has_every_class():
+    assert set(ROWS) | set(NOT_BUILT) == set(zoo.classes())
+
+
+@tried_with
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_sample_of_the_table(name):
+    assert cells(sweep(name)) == [REASONS.get(cell, cell) for cell in ROWS[name]]

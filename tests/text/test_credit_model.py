@@ -1,0 +1,169 @@
+"""From the policy's tokens to a score and their weights, by every source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from parity.toys import Offline, save_policy, save_reward_model
+from support.reward_models import save
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import attnshape
+from attnshape import AttentionTap, CreditModel, Response, credit
+from attnshape.text.source import CreditSource, SourceName
+
+TALK = [{"role": "user", "content": "Was the film any good?"}]
+PROMPTS: list[Any] = ["Was the film any good? ", TALK, "the plot"]
+TEXTS = ["It was not bad, but the ending was weak", " superb actors ", "not"]
+
+
+class World:
+    def __init__(self, folder: Path) -> None:
+        self.policy = save_policy(folder / "policy")
+        save_reward_model(folder / "reward")
+        self.reward = str(folder / "reward")
+        self.offline = Offline(folder / "reward", self.policy)
+        end = self.policy.eos_token_id
+        self.ids = [[*self.policy.encode(text, add_special_tokens=False), end] for text in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+def normalised(row: Tensor) -> Tensor:
+    return row.double() / row.double().sum()
+
+
+def test_weights_are_eager_attention(world: World) -> None:
+    masks = [[1] * len(ids) for ids in world.ids]
+    masks[0][2:4] = [0, 0]
+    out = CreditModel(world.reward)(PROMPTS, world.ids, world.policy, masks=masks)
+    assert out.score.dtype == out.weights.dtype == torch.float32
+    width = len(masks[0])
+    assert out.mask.tolist() == [[*map(bool, mask), *[False] * (width - len(mask))] for mask in masks]
+    for i, (prompt, ids, mask) in enumerate(zip(PROMPTS, world.ids, masks, strict=True)):
+        score, expected = world.offline(prompt, ids, mask)
+        assert out.score[i].item() == pytest.approx(score, rel=1e-4, abs=1e-5)
+        torch.testing.assert_close(normalised(out.weights[i])[: len(ids)], expected, rtol=1e-4, atol=1e-6)
+        assert 0 < out.weights[i].sum() < 1  # of all that the scored token attends to
+        assert not out.weights[i, len(ids) :].any()
+
+
+def by_hand(world: World, source: str, ids: list[int]) -> tuple[Tensor, Tensor]:
+    """Of the policy's text alone, which both tokenizers split into words: score, and the reader's weights."""
+    model = AutoModelForSequenceClassification.from_pretrained(world.reward).eval()
+    tokenizer = AutoTokenizer.from_pretrained(world.reward)
+    text = world.policy.decode(ids, skip_special_tokens=True)
+    inputs = tokenizer(text, return_tensors="pt")
+    mask = torch.ones_like(inputs["input_ids"])
+    response = Response(mask, start=torch.zeros(1, dtype=torch.int32))
+    options: Any = {"query_position": "all"} if source == "columns" else {}
+    tapped: Any = "attention" if source == "columns" else source
+    with AttentionTap(model, source=tapped, **options) as tap:
+        score = model(**inputs).logits[:, 0]
+        taken = tap.take()
+    functions: dict[str, Any] = {
+        "attention": lambda: attnshape.attention_credit(taken, response, normalization="none"),
+        "columns": lambda: attnshape.attention_column_credit(taken, response, normalization="none"),
+        "rollout": lambda: attnshape.attention_rollout(taken, response, normalization="none"),
+        "signed_rollout": lambda: credit.signed_rollout(taken, response),
+    }
+    found = functions.get(source, lambda: credit.gradient_weights(score, taken, response))()
+    return score.detach(), found[0]
+
+
+@pytest.mark.parametrize("source", get_args(SourceName))
+def test_every_source_is_its_own_function(world: World, source: SourceName) -> None:
+    judge = CreditModel(world.reward, source=source)
+    out = judge([""] * 3, world.ids, world.policy)
+    assert judge.signed == (source in ("signed_rollout", "gradient_value", "gradient_embedding"))
+    for i, ids in enumerate(world.ids):
+        score, expected = by_hand(world, source, ids)
+        torch.testing.assert_close(out.score[i], score[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out.weights[i].sum(), expected.sum(), rtol=1e-4, atol=1e-5)
+    assert not out.weights.requires_grad
+    assert not out.score.requires_grad
+    alone = [judge([""], [ids], world.policy) for ids in world.ids]
+    for i, ids in enumerate(world.ids):
+        torch.testing.assert_close(out.weights[i, : len(ids)], alone[i].weights[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("batch_tokens", "sizes"), [(10_000, [3]), (1, [1, 1, 1])])
+def test_forwards_take_so_many_tokens(world: World, batch_tokens: int, sizes: list[int]) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(world.reward).eval()
+    judge = CreditModel(model, batch_tokens=batch_tokens)
+    seen = []
+    model.register_forward_pre_hook(lambda *x: seen.append(x[-1]["input_ids"].shape), with_kwargs=True)
+    out = judge(PROMPTS, world.ids, world.policy)
+    assert [shape[0] for shape in seen] == sizes
+    assert [shape[1] for shape in seen] == sorted((shape[1] for shape in seen), reverse=True)
+    whole = CreditModel(model)(PROMPTS, world.ids, world.policy)
+    torch.testing.assert_close(out.weights, whole.weights, rtol=1e-4, atol=1e-6)
+
+
+def test_a_signed_source_gives_no_credit(world: World) -> None:
+    judge = CreditModel(world.reward, source="gradient_value")
+    with pytest.raises(ValueError, match="source: 'gradient_value' has signs"):
+        judge.score([judge.reader().read("", "good")])
+
+
+def test_scored_is_the_sources_too(world: World) -> None:
+    judge = CreditModel(world.reward, source="rollout")
+    example = judge.reader().read(PROMPTS[0], TEXTS[0])
+    (scored,) = judge.score([example])
+    (of_attention,) = CreditModel(world.reward).score([example])
+    mask = torch.ones(1, len(example.positions))
+    response = Response(mask, index=torch.tensor([example.positions], dtype=torch.int32))
+    with torch.no_grad(), AttentionTap(judge.model, source="rollout") as tap:
+        judge.model(input_ids=torch.tensor([example.input_ids]))
+    expected = attnshape.attention_rollout(tap.take(), response)[0]
+    torch.testing.assert_close(torch.tensor(scored.credit), expected, rtol=1e-4, atol=1e-6)
+    assert scored.credit != of_attention.credit
+    assert scored.score == pytest.approx(of_attention.score, rel=1e-4, abs=1e-5)
+
+
+def test_a_loaded_model_and_no_completions(world: World) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(world.reward).eval()
+    tokenizer = AutoTokenizer.from_pretrained(world.reward)
+    for judge in (CreditModel(model), CreditModel(model, tokenizer)):
+        assert judge.model is model
+        assert judge.name == world.reward
+        assert judge([], [], world.policy).weights.shape == (0, 0)
+
+
+def test_what_does_not_fit_is_refused(world: World, tmp_path: Path) -> None:
+    judge = CreditModel(world.reward)
+    with pytest.raises(ValueError, match="got 2 prompts, 3 responses and 3 masks"):
+        judge(["", ""], world.ids, world.policy)
+    with pytest.raises(ValueError, match=r"masks\[0\]: got 1 for a response of"):
+        judge([""], world.ids[:1], world.policy, masks=[[1]])
+    with pytest.raises(ValueError, match=r"completion 1: .*more than the 512"):
+        judge(["", ""], [world.ids[0], world.ids[0] * 80], world.policy)
+    with pytest.raises(ValueError, match="source: got 'magic', want one of"):
+        CreditModel(world.reward, source="magic")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="batch_tokens: got 0"):
+        CreditModel(world.reward, batch_tokens=0)
+    with pytest.raises(ValueError, match=r"layer: got 1, want none for source='rollout'"):
+        CreditModel(world.reward, source="rollout", layer=1)
+    with pytest.raises(ValueError, match="has 2 labels, so 'logit' alone is ambiguous"):
+        CreditModel(str(save(tmp_path / "two", "two_labels")))
+    with pytest.raises(ValueError, match=r"is no reward model: it lacks score\.weight"):
+        CreditModel(str(save(tmp_path / "causal", "causal")))
+
+
+def test_the_grad_mode_is_the_callers_again(world: World) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(world.reward).eval()
+    names: list[SourceName] = ["attention", "gradient_value"]
+    for name in names:
+        source = CreditSource(name)
+        with torch.inference_mode(), source.opened(source.tap(model)):
+            assert torch.is_grad_enabled() == (name == "gradient_value")
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+    assert not any(p.grad is not None for p in nn.Module.parameters(model))
