@@ -11,6 +11,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tomllib
 import venv
 from pathlib import Path
 
@@ -19,12 +20,22 @@ import torch
 from benchmarks.peers.measure import PEERS
 from benchmarks.results import ROOT
 
-REQUIREMENTS = ROOT / "tests" / "parity" / "requirements"
-"""``NAME.txt``, and ``NAME.no-deps.txt`` of what asks for more than is used, some of it only on a GPU."""
+REQUIREMENTS: dict[str, dict[str, list[str]]] = tomllib.loads(
+    (ROOT / "tests" / "parity" / "requirements.toml").read_text()
+)
 PINS = {"verl": "verl", "trl": "trl-0.9.6", "openrlhf": "openrlhf", "torchrl": "torchrl"}
 TORCH = [f"torch=={torch.__version__.split('+')[0]}", "numpy", "setuptools", "wheel"]
 FLASHINFER = "flashinfer-python==0.7.2.post1"
 INSTALLED = [name for name, peer in PEERS.items() if peer.module]
+
+
+def pip_calls(environment: str) -> list[list[str]]:
+    """What pip installs, one call after another, in an environment of ``requirements.toml``."""
+    pins = REQUIREMENTS[environment]
+    calls = [pins["packages"]]
+    if "no_deps" in pins:
+        calls.append(["--no-deps", "--no-build-isolation", *pins["no_deps"]])
+    return calls
 
 
 def pip_arguments(name: str, path: Path | None) -> list[list[str]]:
@@ -39,11 +50,7 @@ def pip_arguments(name: str, path: Path | None) -> list[list[str]]:
         return [[*TORCH, FLASHINFER]]
     if name not in PINS:
         raise ValueError(f"{name} is on no package index: give its checkout, --path {name}=FOLDER")
-    calls = [["--requirement", str(REQUIREMENTS / f"{PINS[name]}.txt")]]
-    without_dependencies = REQUIREMENTS / f"{PINS[name]}.no-deps.txt"
-    if without_dependencies.exists():
-        calls.append(["--no-deps", "--no-build-isolation", "--requirement", str(without_dependencies)])
-    return calls
+    return pip_calls(PINS[name])
 
 
 def install(name: str, environments: Path, path: Path | None) -> None:

@@ -1,12 +1,13 @@
 """The presets held against the frameworks' real functions: ``make parity``.
 
-Makes an environment per framework (``requirements/``), runs ``drivers.py`` in it on drawn cases, compares,
-and writes golden vectors that ``make test`` checks without the frameworks, with a table of the errors.
-Frameworks without a package come from a checkout; without one their vectors stay as they are.
+Makes an environment per framework (``requirements.toml``), runs ``drivers.py`` in it on drawn cases,
+compares, and writes golden vectors that ``make test`` checks without the frameworks, with a table of the
+errors. Frameworks without a package come from a checkout; without one their vectors stay as they are.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.peers.install import REQUIREMENTS, pip_calls
 from parity import golden
 from parity.cases import CHOICES, Case, draw
 from parity.check import errors, excess, worst
@@ -23,7 +25,6 @@ from parity.drivers import CHECKOUTS, PACKAGES
 from parity.options import parse
 
 HERE = Path(__file__).parent
-REQUIREMENTS = HERE / "requirements"
 CASES = 200
 WIDTHS = (3, 5, 31, 32, 33, 130, 300)
 
@@ -38,17 +39,15 @@ def drawn(framework: str) -> list[Case]:
 
 def environment(framework: str, folder: Path) -> Path:
     """The interpreter of the framework's environment, which is made unless its requirements are in it."""
-    files = [REQUIREMENTS / f"{framework}{kind}.txt" for kind in ("", ".no-deps")]
-    files = [file for file in files if file.exists()]
-    home, wanted = folder / framework, "".join(file.read_text() for file in files)
+    calls = pip_calls(framework)
+    home, wanted = folder / framework, json.dumps(calls)
     python, ready = home / "bin" / "python", home / "ready"
     if ready.exists() and ready.read_text() == wanted:
         return python
     venv.create(home, with_pip=True, clear=True)
     variables = os.environ | {"DS_BUILD_OPS": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    for file in files:
-        alone = ["--no-deps", "--no-build-isolation"] if file.stem.endswith(".no-deps") else []
-        command = [python, "-m", "pip", "install", "--quiet", *alone, "--requirement", file]
+    for arguments in calls:
+        command = [python, "-m", "pip", "install", "--quiet", *arguments]
         subprocess.run(command, check=True, env=variables)
     ready.write_text(wanted)
     return python
@@ -84,7 +83,7 @@ def hold(framework: str, folder: Path, checkout: Path | None) -> list[str]:
 
 
 def main() -> None:
-    adapters_only = {file.stem.removesuffix(".no-deps") for file in REQUIREMENTS.glob("*.txt")} - {*CHOICES}
+    adapters_only = {*REQUIREMENTS} - {*CHOICES}
     options = parse(__doc__, {*CHOICES, *adapters_only})
     failed = []
     for framework in options.frameworks or [*PACKAGES, *options.checkouts]:

@@ -14,7 +14,8 @@ from parity.cases import Case
 from parity.check import Errors
 from parity.formulas import Outputs
 
-FOLDER = Path(__file__).parent / "golden"
+FILE = Path(__file__).with_name("golden.npz")
+"""Of every framework; the names of its arrays begin with the framework's."""
 CASES = 10
 """Of each framework, of one shape."""
 
@@ -42,13 +43,17 @@ def save(
         "errors": errors,
         "settings": [case.settings for case in cases],
     }
-    np.savez_compressed(FOLDER / f"{framework}.npz", about=json.dumps(about), **arrays)
+    with np.load(FILE) as file:
+        others = {name: file[name] for name in file.files if name.partition("/")[0] != framework}
+    ours = {f"{framework}/{name}": x for name, x in (arrays | {"about": np.array(json.dumps(about))}).items()}
+    np.savez_compressed(FILE, allow_pickle=False, **others, **ours)
 
 
 def load(framework: str) -> Golden:
-    with np.load(FOLDER / f"{framework}.npz") as file:
-        about = json.loads(str(file["about"]))
-        arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "about"}
+    with np.load(FILE) as file:
+        about = json.loads(str(file[f"{framework}/about"]))
+        names = [name.partition("/")[2] for name in file.files if name.partition("/")[0] == framework]
+        arrays = {name: torch.from_numpy(file[f"{framework}/{name}"]) for name in names if name != "about"}
 
     def rows(kind: str, i: int) -> dict[str, torch.Tensor]:
         return {name.removeprefix(kind): x[i] for name, x in arrays.items() if name.startswith(kind)}
@@ -59,7 +64,8 @@ def load(framework: str) -> Golden:
 
 
 def names() -> list[str]:
-    return sorted(file.stem for file in FOLDER.glob("*.npz"))
+    with np.load(FILE) as file:
+        return sorted({name.partition("/")[0] for name in file.files})
 
 
 def table() -> str:
@@ -84,4 +90,4 @@ def table() -> str:
 
 
 def write_table() -> None:
-    (FOLDER.parent / "results.md").write_text(table())
+    FILE.with_name("results.md").write_text(table())
