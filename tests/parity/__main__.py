@@ -16,13 +16,13 @@ import venv
 from pathlib import Path
 
 import torch
-
-from benchmarks.peers.install import REQUIREMENTS, pip_calls
 from parity import golden
 from parity.cases import CHOICES, Case, draw
 from parity.check import errors, excess, worst
 from parity.drivers import CHECKOUTS, PACKAGES
 from parity.options import parse
+
+from benchmarks.peers.install import REQUIREMENTS, pip_calls
 
 HERE = Path(__file__).parent
 CASES = 200

@@ -1,9 +1,9 @@
 """The frameworks' own functions on drawn cases: ``python drivers.py FRAMEWORK CASES OUTPUTS [CHECKOUT]``.
 
-Runs in the framework's environment (``requirements.toml``), without attnshape. Where a function's parameters
-are not those it had when this was written, that is said before anything runs. A framework without a package comes
-from a checkout: its functions are cut out of their files, as they stand, with what they need of Megatron and
-Ray left out.
+Runs in the framework's environment (``requirements.toml``), without attnshape. Where a function's
+parameters are not those it had when this was written, that is said before anything runs. A framework
+without a package comes from a checkout: its functions are cut out of their files, as they stand, with what
+they need of Megatron and Ray left out.
 """
 
 from __future__ import annotations
