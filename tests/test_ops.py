@@ -56,6 +56,7 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"score": torch.randn(3, device="meta")}, ValueError, "score: got a tensor on meta, want cpu"),
     ({"values": torch.randn(3, 5)}, ValueError, "values: got shape (3, 5), want (3, 4)"),
     ({"response": at(torch.ones(3))}, ValueError, "response.mask: got shape (3,), want [B, R]"),
+    ({"response": at(torch.ones(3, 4, 1))}, ValueError, "response.mask: got shape (3, 4, 1), want [B, R]"),
     ({"response": at(torch.ones(2, 4))}, ValueError, "response.mask: got 2 rows, want 3"),
     ({"response": at([[1]])}, TypeError, "response.mask: got list, want a torch.Tensor"),
     ({"response": torch.ones(3, 4)}, ValueError, "response.start, response.index: got neither"),
