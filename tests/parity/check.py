@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from parity.cases import Case
+from parity.formulas import Outputs, formula
 from torch import Tensor
 
 import attnshape
 from attnshape import KL, Response, ShapingConfig
 from attnshape.problems import mapped
-from parity.cases import Case
-from parity.formulas import Outputs, formula
 
 FLOAT32 = 2.0**-24
 """Half a unit in the last place: what rounding a result to float32 costs."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from parity.cases import Case
 from parity.check import Errors
 from parity.formulas import Outputs

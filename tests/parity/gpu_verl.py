@@ -20,9 +20,8 @@ from pathlib import Path
 
 import pandas
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
-
 from parity.toys import save_policy, save_reward_model
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 STEPS, PROMPTS = 3, 16
 MODULE = "attnshape.integrations.verl"

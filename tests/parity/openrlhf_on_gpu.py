@@ -14,9 +14,8 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
-
 from parity.toys import CORPUS, save_policy, small_llama
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 PROMPTS = 16
 

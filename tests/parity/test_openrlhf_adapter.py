@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
-
 from parity.openrlhf_on_gpu import arguments
 from parity.toys import CORPUS, save_policy, small_llama
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -20,6 +20,7 @@ import pytest
 import ray
 import torch
 import torch.distributed as dist
+from parity.toys import Offline, save_policy, save_reward_model
 from slime.backends.megatron_utils import cp_utils, loss
 from slime.observability import train_metric_utils
 from slime.ray.rollout import RolloutManager
@@ -28,8 +29,6 @@ from slime.utils.data import process_rollout_data
 from slime.utils.misc import load_function
 from slime.utils.ppo_utils import vanilla_gae
 from slime.utils.types import Sample
-
-from parity.toys import Offline, save_policy, save_reward_model
 
 MODULE = "attnshape.integrations.slime"
 SCRIPT: list[tuple[str | list[dict[str, str]], list[tuple[str, int]]]] = [

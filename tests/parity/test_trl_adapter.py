@@ -12,12 +12,12 @@ import pytest
 import torch
 import transformers
 import trl
+from parity.toys import CORPUS, Offline, save_policy, save_reward_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import attnshape
 from attnshape.integrations import trl as adapter
-from parity.toys import CORPUS, Offline, save_policy, save_reward_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

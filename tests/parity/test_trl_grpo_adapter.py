@@ -15,12 +15,12 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
+from parity.toys import Offline, save_policy, save_reward_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from attnshape import CreditModel
 from attnshape.integrations import trl as adapter
-from parity.toys import Offline, save_policy, save_reward_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

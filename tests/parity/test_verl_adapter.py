@@ -24,6 +24,8 @@ import transfer_queue as tq
 import verl
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from parity.toys import SPECIAL, Offline, save_policy, save_reward_model
+from parity.verl_loop import SCRIPT
 from transfer_queue import KVBatchMeta
 from verl import DataProto
 from verl.experimental.reward_loop import RewardLoopManager
@@ -34,8 +36,6 @@ from verl.utils import tensordict_utils
 from verl.utils.import_utils import load_class_from_fqn
 
 from attnshape.integrations.verl import TOKEN_REWARDS, AgentLoopManager, install_gae
-from parity.toys import SPECIAL, Offline, save_policy, save_reward_model
-from parity.verl_loop import SCRIPT
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
