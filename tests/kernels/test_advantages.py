@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from support import fast_interpreter
-from support.shaping import DEVICE, assert_close, assert_same_pattern, expected, gae, problem, shape
+from support.shaping import DEVICE, assert_same_pattern, check_shape, expected, gae, problem, shape
 
 from attnshape import reference
 from attnshape.config import ShapingConfig
@@ -50,9 +50,8 @@ def test_scans_in_the_order_of_tritons_interpreter() -> None:
     """One element after another; the other tests scan by doubling."""
     score, credit, mask, inputs = problem(40, batch=2)
     config = ShapingConfig(lam=0.95, lam_value=0.9)
-    truth = expected(score, credit, mask, config, **inputs)
     with fast_interpreter.original_scan():
-        assert_close(shape(score, credit, mask, config, **inputs), truth, config, inputs)
+        check_shape(score, credit, mask, config, **inputs)
 
 
 @pytest.mark.usefixtures("short_chunks")

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from attnshape import reference
+from attnshape.compare import errors
 from attnshape.config import ShapingConfig
-from attnshape.tolerance import credit_bound, error_fraction, gae_bound, kl_bound, reward_bound
-from attnshape.types import KL, MIN_MASS, Response, ShapedRewards, Status, float32_rounded
+from attnshape.problems import Problem, mapped, to_float64
+from attnshape.types import KL, MIN_MASS, Response, RowStats, ShapedRewards, float32_rounded
 from csrc_triton import Shaped, sweep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,66 +49,32 @@ def shape(score, credit, mask, config=None, outputs=EVERYTHING, cu=None, **input
     )
 
 
-def expected(score, credit, mask, config=None, cu=None, **inputs) -> ShapedRewards:
-    def exact(x):
-        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-
-    given = {name: exact(x) for name, x in inputs.items()}
+def problem_of(score, credit, mask, config=None, cu=None, **inputs) -> Problem:
+    given = dict(inputs)
     coef, estimate = given.pop("kl_coef", 0.0), given.pop("kl", None)
     kl = KL(given.pop("logprobs", None), given.pop("ref_logprobs", None), coef, estimate)
-    has_kl = estimate is not None or kl.logprobs is not None
-    return reference.shape_rewards(
-        exact(score),
-        exact(credit),
-        Response(mask, cu_seqlens=cu),
-        kl=kl if has_kl else None,
-        config=config,
-        **given,
-    )
+    if estimate is not None or kl.logprobs is not None:
+        given["kl"] = kl
+    return Problem(score, credit, Response(mask, cu_seqlens=cu), given, config or ShapingConfig())
 
 
-def padded(x: Tensor, cu: Tensor | None) -> Tensor:
-    """Rows of a packed tensor, as the bounds want them."""
-    if cu is None:
-        return x
-    return torch.nn.utils.rnn.pad_sequence(x.split(cu.diff().tolist()), batch_first=True)
+def expected(score, credit, mask, config=None, cu=None, **inputs) -> ShapedRewards:
+    exact = to_float64(problem_of(score, credit, mask, config, cu, **inputs))
+    return exact.shaped(reference.shape_rewards)
 
 
-def assert_close(actual: Shaped, truth: ShapedRewards, config: ShapingConfig, inputs: dict, cu=None) -> None:
-    def check(name: str, bound: Tensor) -> None:
-        x, y = padded(getattr(actual, name), cu), padded(getattr(truth, name), cu)
-        fraction = error_fraction(x, y, bound)
-        assert fraction.numel() == 0 or fraction.max() <= 1, name
-
-    def at(x: Tensor) -> Tensor:
-        return padded(x.double().nan_to_num(0, 0, 0), cu)
-
-    credit, kl = at(truth.credit), None
-    if truth.kl is not None:
-        kl = at(truth.kl)
-        ratio = kl
-        if "logprobs" in inputs:
-            ratio = at(inputs["logprobs"].double() - inputs["ref_logprobs"].double())
-        check("kl", kl_bound(kl, ratio))
-    check("credit", credit_bound(credit))
-    terms = [credit * 10, *(at(x) for n, x in inputs.items() if n == "token_rewards")]
-    terms += [] if kl is None else [kl]
-    check("rewards", reward_bound(at(truth.rewards), *terms))
-    for name, lam in (("advantages", config.lam), ("returns", config.lam_value)):
-        gap = config.lam if lam is None else lam
-        if "values" not in inputs:
-            gap = 1.0
-        rows = at(getattr(truth, name))
-        # What cancels in a reward is no smaller in its sums.
-        noise = sum(error.abs().sum(-1, keepdim=True) for error in terms) * 1e-6
-        check(name, gae_bound(rows, config.gamma, gap) + noise)
-    assert actual.status.tolist() == truth.status.tolist()
-    sound = truth.status & int(Status.NONFINITE) == 0
-    entropy, last_share, _, error = actual.stats.double()[sound].T
-    stats = truth.row_stats
-    torch.testing.assert_close(entropy, stats.entropy.double()[sound], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(last_share, stats.last_share.double()[sound], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(error, stats.score_error.double()[sound], atol=1e-5, rtol=1e-5)
+def check_shape(score, credit, mask, config=None, cu=None, **inputs) -> Shaped:
+    """Every output within the bounds of the float64 reference; returns them."""
+    got = shape(score, credit, mask, config, (*EVERYTHING, "moments"), cu, **inputs)
+    entropy, last_share, _, error = got.stats.unbind(1)
+    stats = RowStats(entropy, last_share, None, error)
+    shaped = ShapedRewards(*got[:5], status=got.status, moments=got.moments, row_stats=stats)
+    drawn = mapped(problem_of(score, credit, mask, config, cu, **inputs), lambda x: x.cpu())
+    want = to_float64(drawn).shaped(reference.shape_rewards)
+    found = errors(drawn, mapped(shaped, lambda x: x.cpu()), want)
+    wrong = {name: worst for name, worst in found.items() if not worst.ok}
+    assert not wrong, f"{wrong}: got {shaped}, want {want}"
+    return got
 
 
 def problem(width: int, batch: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, dict]:
