@@ -271,10 +271,22 @@ def layer_arguments(layer: LayerInputs, n_layers: int, shape: dict[str, Any], fi
         "KEY_UNIT": key_unit,
         "UPCAST": interpreted(),
         "KEYS": chunk,
-        "FOLD": max(16, 1024 // max(8, padded(group))),
+        "FOLD": fold_size(group, width),
         "H": min(4, padded(group)),
         "STAGES": 4 if wide else 1,
     }
+
+
+def fold_size(group: int, width: int) -> int:
+    """Partials that are folded at once, for ``group`` heads each.
+
+    Not the width of a key: a tile of partials of the query's shape takes the query's layout, which depends on
+    how keys are aligned, and a layout is an order of additions.
+    """
+    fold = max(16, 1024 // max(8, padded(group)))
+    if fold != padded(width):
+        return fold
+    return fold // 2 if fold > 32 else 2 * fold
 
 
 def chunk_size(key: Tensor) -> int:

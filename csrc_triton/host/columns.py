@@ -193,7 +193,7 @@ def row_normalizers(
     norms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Per head and query, ``[Hq, entries]``: log2 of the softmax's denominator; the sum of ``norms``."""
-    heads, tiles = layer.query.shape[1], _tiles(layer, 128)
+    heads, tiles = layer.query.shape[1], _tiles(layer, 128 if layer.causal else 144)
     normalizer = torch.empty(heads, axis.total, dtype=torch.float32, device=layer.key.device)
     moved = None if norms is None else torch.empty_like(normalizer)
     slots = axis.slots(tiles["BLOCK"])

@@ -167,7 +167,7 @@ def test_the_command_fails_where_a_result_is_wrong(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--device", "nowhere"), "nowhere: "),
+        (("--device", "nowhere"), "device: got 'nowhere', want "),
         (("--device", "cpu", "--json", "no/folder/x.json"), "there is no folder"),
     ],
 )
@@ -182,4 +182,4 @@ def test_what_cannot_be_measured_is_one_line(arguments: tuple[str, ...], message
 def test_a_gpu_that_is_not_there_is_one_line() -> None:
     result = bench("--device", "cuda")
     assert result.exit_code == 1
-    assert result.stderr.startswith("cuda: ")
+    assert result.stderr.startswith("device: got 'cuda', want ")

@@ -44,6 +44,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
         "TRITON_LIBCUDA_PATH": str(folder),
         "TRITON_CACHE_DIR": str(folder / "cache"),
         "CUDA_LOG": str(log),
+        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3])),
     }
     command = [sys.executable, "-m", "support.driver", str(log)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -77,7 +77,7 @@ def test_whiten_is_the_reference(
     x = x.to(dtype)
     moments = None
     if given_moments:
-        moments = reference.row_moments(x.double().reshape(1, -1), mask.reshape(1, -1))
+        moments = row_moments(x.double().reshape(1, -1), Response(mask.reshape(1, -1)))
     if x.ndim:
         x, mask = LAYOUTS[layout](x), LAYOUTS[mask_layout](mask.to(mask_dtype))
     check(x, mask, moments, **options)
