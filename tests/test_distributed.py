@@ -18,7 +18,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import attnshape
-from attnshape import AttentionInputs, AttentionTap, Response, ShapingConfig, Whitening, reference
+from attnshape import (
+    AttentionInputs,
+    AttentionTap,
+    GroupConfig,
+    Response,
+    ShapingConfig,
+    Whitening,
+    reference,
+)
 from attnshape.reference.whiten import row_moments
 from attnshape.tolerance import credit_bound
 
@@ -126,6 +134,42 @@ def whiten_of_a_gae_on_each_rank(rank: int, world: int) -> None:
     before = sum(rows for rows, _ in UNEVEN[:rank])
     want = reference.whiten(whole, masks)[before : before + len(mask)]
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+# Data parallel: groups of completions -----------------------------------------------------------------
+
+
+@case
+def groups_lie_across_ranks(rank: int, world: int) -> None:
+    """Four completions a prompt, three a rank, the last rank with what is left; by number and by ids."""
+    total, width = 4 * world, 6
+    g = torch.Generator().manual_seed(7)
+    score, credit = torch.randn(total, generator=g), torch.rand(total, width, generator=g)
+    mask, ids = torch.ones(total, width), torch.arange(total) // 4 % 3
+    begin, end = 3 * rank, 3 * rank + 3 if rank < world - 1 else total
+    for group, mine in ((4, 4), (ids, ids[begin:end])):
+        for config in (GroupConfig.grpo(), GroupConfig.rloo(), GroupConfig(scale="batch", baseline="batch")):
+            want = reference.group_advantages(
+                score.double(), credit.double(), mask, group=group, config=config
+            )
+            got = attnshape.group_advantages(
+                score[begin:end],
+                credit[begin:end],
+                mask[begin:end],
+                group=mine,
+                config=config,
+                process_group=dist.group.WORLD,
+            )
+            torch.testing.assert_close(
+                got.advantages.double(), want.advantages[begin:end], rtol=1e-5, atol=1e-6
+            )
+            torch.testing.assert_close(
+                got.completion.double(), want.completion[begin:end], rtol=1e-5, atol=1e-6
+            )
+    with pytest.raises(ValueError, match=r"group: got 5 completions per prompt for \d+ of all ranks"):
+        attnshape.group_advantages(
+            score[begin:end], None, mask[begin:end], group=5, process_group=dist.group.WORLD
+        )
 
 
 # Tensor parallel: heads --------------------------------------------------------------------------------
