@@ -25,7 +25,7 @@ from attnshape.types import (
     decay,
     float32_rounded,
 )
-from attnshape.vectorized import groups as vectorized
+from attnshape.vectorized import groups
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
@@ -180,13 +180,9 @@ def gae(
 
 
 def spread(
-    parts: Tensor, credits: Sequence[vectorized.Weights], response: Response, config: GroupConfig
+    parts: Tensor, credits: Sequence[groups.Weights], response: Response, config: GroupConfig
 ) -> GroupAdvantages:
-    raws = [
-        attention_credit(x, response, "none") if x is not None and not isinstance(x, Tensor) else x
-        for x in credits
-    ]
-    return vectorized.spread(parts, raws, response, config)
+    return groups.spread(parts, groups.with_weights(credits, response, attention_credit), response, config)
 
 
 def whiten(

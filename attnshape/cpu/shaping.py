@@ -216,8 +216,4 @@ def gae(
 def spread(
     parts: Tensor, credits: Sequence[groups.Weights], response: Response, config: GroupConfig
 ) -> GroupAdvantages:
-    raws = [
-        attention_credit(x, response, "none") if x is not None and not isinstance(x, Tensor) else x
-        for x in credits
-    ]
-    return groups.spread(parts, raws, response, config)
+    return groups.spread(parts, groups.with_weights(credits, response, attention_credit), response, config)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from attnshape.config import GroupConfig
+from attnshape.config import GroupConfig, Normalization
 from attnshape.types import MIN_MASS, AttentionInputs, GroupAdvantages, Response, Status, compute_dtype
 from attnshape.vectorized.attention import normalize, raw_credit
 from attnshape.vectorized.layout import Mask, Rows
@@ -72,6 +72,17 @@ def _sums_over(
         return together @ x
 
     return of_groups, of_batch
+
+
+def with_weights(
+    credits: Sequence[Weights],
+    response: Response,
+    attention_credit: Callable[[Sequence[AttentionInputs], Response, Normalization], Tensor],
+) -> list[Tensor | None]:
+    """The same sources with a backend's raw attention in place of queries and keys."""
+    return [
+        x if x is None or isinstance(x, Tensor) else attention_credit(x, response, "none") for x in credits
+    ]
 
 
 def spread(
