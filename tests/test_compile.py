@@ -142,7 +142,7 @@ def test_a_new_dense_share_compiles_anew() -> None:
 def test_arguments_are_made_where_a_compiler_looks_on() -> None:
     def advantages(x: Tensor, mask: Tensor) -> Tensor:
         config = ShapingConfig(dense_share=0.5, lam=0.9, whitening=Whitening(eps=1e-6))
-        kl = KL(x, x + 1, 0.1)
+        kl = KL(x, x + 1, 0.125)  # the same number as a tensor in float32
         shaped = attnshape.shape_rewards(x[:, 0], "uniform", Response(mask), values=x, kl=kl, config=config)
         steps = attnshape.gae(shaped.rewards, x, mask, ShapingConfig(gamma=0.9))
         return attnshape.whiten(steps.advantages, mask, config.whitening, moments=steps.moments)
