@@ -182,7 +182,8 @@ def gae(
 def spread(
     parts: Tensor, credits: Sequence[groups.Weights], response: Response, config: GroupConfig
 ) -> GroupAdvantages:
-    return groups.spread(parts, groups.with_weights(credits, response, attention_credit), response, config)
+    weights, invalid = groups.with_weights(credits, response, shape_rewards)
+    return groups.spread(parts, weights, response, config, invalid)
 
 
 def whiten(

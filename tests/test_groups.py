@@ -141,6 +141,16 @@ def test_a_row_that_falls_back_is_uniform(backend: str) -> None:
     assert not out.advantages[3].any()
 
 
+@each_backend
+def test_a_row_out_of_range_is_flagged_as_that(backend: str) -> None:
+    inputs = attnshape.AttentionInputs(torch.ones(2, 2, 8), torch.ones(2, 1, 5, 8), 1.0)
+    response = attnshape.Response(torch.ones(2, 3), start=torch.tensor([1, 4]))
+    given = there([SCORES[:2], inputs, response])
+    out = here(group_advantages(*given, group=2, backend=backend))
+    assert out.status.tolist() == [0, int(Status.OUT_OF_RANGE)]
+    assert out.advantages.isnan().any(1).tolist() == [False, True]
+
+
 def test_signed_weights_keep_the_mean() -> None:
     weights = torch.tensor([[0.5, -0.25, 0.25], [-1.0, -1.0, 2.0]])
     config = GroupConfig(scale="none", signed=True, dense_share=0.5)

@@ -8,8 +8,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from attnshape.config import GroupConfig, Normalization
-from attnshape.types import MIN_MASS, AttentionInputs, GroupAdvantages, Response, Status, compute_dtype
+from attnshape.config import GroupConfig, ShapingConfig
+from attnshape.types import (
+    MIN_MASS,
+    AttentionInputs,
+    GroupAdvantages,
+    Response,
+    ShapedRewards,
+    Status,
+    TokenInputs,
+    compute_dtype,
+)
 from attnshape.vectorized.attention import normalize, raw_credit
 from attnshape.vectorized.layout import Mask, Rows
 from attnshape.vectorized.whiten import moments_of
@@ -75,24 +84,33 @@ def _sums_over(
 
 
 def with_weights(
-    credits: Sequence[Weights],
-    response: Response,
-    attention_credit: Callable[[Sequence[AttentionInputs], Response, Normalization], Tensor],
-) -> list[Tensor | None]:
-    """The same sources with a backend's raw attention in place of queries and keys."""
-    return [
-        x if x is None or isinstance(x, Tensor) else attention_credit(x, response, "none") for x in credits
-    ]
+    credits: Sequence[Weights], response: Response, shape_rewards: Callable[..., ShapedRewards]
+) -> tuple[list[Tensor | None], Tensor]:
+    """The same sources with a backend's raw attention in place of queries and keys; rows out of range."""
+    score = torch.zeros(response.batch_size, device=response.mask.device)
+    invalid, weights = torch.zeros_like(score, dtype=torch.bool), []
+    for x in credits:
+        if x is None or isinstance(x, Tensor):
+            weights.append(x)
+            continue
+        shaped = shape_rewards(score, x, TokenInputs(), response, ShapingConfig(normalization="none"))
+        weights.append(shaped.credit)
+        invalid |= shaped.status & int(Status.OUT_OF_RANGE) != 0
+    return weights, invalid
 
 
 def spread(
-    parts: Tensor, credits: Sequence[Weights], response: Response, config: GroupConfig
+    parts: Tensor,
+    credits: Sequence[Weights],
+    response: Response,
+    config: GroupConfig,
+    invalid: Tensor | None = None,
 ) -> GroupAdvantages:
     """Each of ``parts [B, K]`` over the tokens of its completion, by its own weights."""
     rows = Rows.of(response)
     live, mask = rows.live, Mask(rows.live)
     count = mask.count.double()[:, None]
-    invalid = rows.invalid
+    invalid = rows.invalid if invalid is None else rows.invalid | invalid
     dtype = compute_dtype(parts, *[x for x in credits if isinstance(x, Tensor)])
     advantages = torch.zeros(live.shape, dtype=torch.float64, device=live.device)
     first = torch.zeros_like(advantages)
