@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnshape.cpu import lanes
 from attnshape.cpu.arithmetic import exp, fold, log
+from attnshape.cpu.blocks import fill, load, load_index, load_mask, start_of, store
 from attnshape.cpu.jit import entry, inner
 from attnshape.cpu.layout import BLOCK, bounds_of
 from attnshape.cpu.memory import (
@@ -29,13 +30,7 @@ from attnshape.cpu.memory import (
     OTHER,
     ROW,
     TOKEN,
-    fill,
-    load,
-    load_index,
-    load_mask,
     scratch_of,
-    start_of,
-    store,
     widened,
 )
 from attnshape.cpu.threads import over_rows
@@ -292,7 +287,7 @@ def write_rows(places: Any, bounds: Any, lost: Any, length: int, means: Any, low
             fill(places, OUT, at, n, np.nan)
         else:
             o = (b - low) * length
-            store(places, OUT, at, n, s, o, o)
+            store(places, OUT, at, n, s, o)
 
 
 @inner
@@ -335,7 +330,7 @@ def write_responses(
                     if 0 <= k < limit:
                         x = out[(b - low) * keys + k]
                 s[BLOCK + j] = x
-            store(places, OUT, start_of(places, OUT, b, base + t), m, s, BLOCK, 0)
+            store(places, OUT, start_of(places, OUT, b, base + t), m, s, BLOCK)
         lost[b] = any_live and (outside or lost[b] != 0)
 
 
