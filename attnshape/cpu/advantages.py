@@ -83,7 +83,7 @@ def set_factors(n: int, gl: float, masked: float, factor: int, s: Any, o: int) -
 
 
 @inner
-def passed(factor: float, addend: int, w: float, s: Any) -> float:
+def passed(factor: float, addend: int, w: Any, s: Any) -> Any:
     """``W`` of a token; the one that enters it takes the place of what the token adds."""
     x = s[addend]
     s[addend] = w
@@ -145,7 +145,7 @@ def settle(of_returns: int, s: Any, o: int) -> None:
 @inner
 def settle_into_memory(
     of_returns: int, advantages: int, returns: int, start: int, near: float, s: Any, o: int
-) -> bool:  # fmt: skip
+) -> Any:  # fmt: skip
     """``settle`` and ``add_moments`` of a whole block whose outputs are float32; whether they are finite."""
     none, base, limit, fine = splat(0.0), splat(near), splat(OVERFLOW_F32), all_true()
     total, squares = get(s, o + SUM), get(s, o + SUM_2)

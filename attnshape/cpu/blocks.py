@@ -88,7 +88,7 @@ _load_half = _mask_loader(read_i16, 0x7FFF)  # a zero may have a sign
 
 
 @inner
-def load_mask(places: Any, name: int, start: int, n: int, s: Any, o: int) -> int:
+def load_mask(places: Any, name: int, start: int, n: int, s: Any, o: int) -> Any:
     """``s[o : o + n]`` becomes 1 where the mask is not zero, else 0; how many are 1."""
     address, kind, stride = places[name, ADDRESS], places[name, KIND], places[name, TOKEN]
     if kind == I8:
@@ -107,7 +107,7 @@ def load_mask(places: Any, name: int, start: int, n: int, s: Any, o: int) -> int
 
 
 @inner
-def count_live(places: Any, name: int, start: int, n: int, s: Any, o: int) -> int:
+def count_live(places: Any, name: int, start: int, n: int, s: Any, o: int) -> Any:
     """How many of ``n`` tokens are unmasked; ``s[o : o + n]`` is of no use afterwards."""
     if places[name, KIND] != I8 or places[name, TOKEN] != 1:
         return load_mask(places, name, start, n, s, o)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numba
 from numba import extending
 from numba.core import caching, codegen, compiler, types
+from numba.core.types.misc import unliteral
 from numba.core.typing import templates
 
 log = logging.getLogger("attnshape.cpu")
@@ -63,7 +64,7 @@ def inner(function: F) -> F:
     options = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
     compiled = numba.njit(pipeline_class=_PartCompiler, **options)(function)
     template_of = compiled.get_call_template
-    compiled.get_call_template = lambda args, kws: template_of([types.unliteral(x) for x in args], kws)
+    compiled.get_call_template = lambda args, kws: template_of([unliteral(x) for x in args], kws)
     return compiled  # type: ignore[no-any-return]
 
 

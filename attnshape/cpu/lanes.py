@@ -239,6 +239,34 @@ def fold_lanes(typingctx: Any, x: Any) -> Any:
     return types.float64(x), codegen
 
 
+def _halves(builder: Any, x: Any, y: Any, width: int) -> Any:
+    """``x`` and ``y``, each of parts of ``2 * width`` lanes, with each part's halves added: x's, then y's."""
+    count, i32 = x.type.count, ir.IntType(32)
+    starts = range(0, 2 * count, 2 * width)
+    low, high = (
+        ir.Constant(ir.VectorType(i32, count), [start + shift + j for start in starts for j in range(width)])
+        for shift in (0, width)
+    )
+    return builder.fadd(builder.shuffle_vector(x, y, low), builder.shuffle_vector(x, y, high))
+
+
+@intrinsic
+def fold_four(typingctx: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """``fold_lanes`` of each, all at once and to the same bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        a, b, c, d = arguments
+        x = _halves(builder, _halves(builder, a, b, 8), _halves(builder, c, d, 8), 4)
+        for width in (2, 1):
+            x = _halves(builder, x, ir.Constant(x.type, ir.Undefined), width)
+        if a.type.element == ir.FloatType():
+            x = builder.fpext(x, ir.VectorType(ir.DoubleType(), LANES))
+        sums = [builder.extract_element(x, ir.Constant(ir.IntType(32), i)) for i in range(4)]
+        return context.make_tuple(builder, signature.return_type, sums)
+
+    return types.UniTuple(types.float64, 4)(a, a, a, a), codegen
+
+
 def _zero(lanes: _Lanes) -> Any:
     @intrinsic
     def zero(typingctx: Any) -> Any:
@@ -268,7 +296,8 @@ def _dots(read_query: Any, read_key: Any, zero: Any) -> tuple[Any, Any]:
             b = multiply_add(b, read_query(queries, q + apart + i), key)
             c = multiply_add(c, read_query(queries, q + 2 * apart + i), key)
             d = multiply_add(d, read_query(queries, q + 3 * apart + i), key)
-        return fold_lanes(a), fold_lanes(b), fold_lanes(c), fold_lanes(d)
+        found: tuple[float, float, float, float] = fold_four(a, b, c, d)
+        return found
 
     @inner
     def one(queries: int, q: int, keys: int, k: int, width: int) -> Any:

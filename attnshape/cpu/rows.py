@@ -329,7 +329,7 @@ def sweep_rows(
 
 @entry
 def sweep(
-    places: Any, bounds: Any, lost: Any, choices: Any, numbers: Any, low: int, high: int
+    places: Any, bounds: Any, lost: Any, choices: Any, numbers: Any, scratch: Any, low: int, high: int
 ) -> None:  # fmt: skip
     """Rows ``low:high``, ``WAYS`` of them side by side; each is read from its last block to its first.
 
@@ -338,8 +338,8 @@ def sweep(
         bounds: first token and length of each packed row, int64 ``[B, 2]``; ``[0, 2]`` where rows are padded.
         lost: uint8 ``[B]``, rows whose indices are out of range; ``[0]`` for none.
         choices, numbers: by the names above.
+        scratch: room for ``WAYS * HELD`` numbers, which the caller holds: here nothing would.
     """
-    scratch = np.empty(WAYS * HELD)
     s = scratch_of(scratch)
     row, of = np.zeros((WAYS, ROW_INTEGERS), np.int64), np.zeros((WAYS, ROW_NUMBERS))
     given, stats, later = np.zeros((WAYS, PLACES)), np.zeros((WAYS, 4)), np.zeros((WAYS, 2))

@@ -13,7 +13,7 @@ from attnshape.config import GroupConfig, Normalization, ShapingConfig
 from attnshape.cpu import rewards, rows
 from attnshape.cpu.advantages import WAYS
 from attnshape.cpu.attention import raw_credit
-from attnshape.cpu.layout import bounds_of
+from attnshape.cpu.layout import HELD, bounds_of
 from attnshape.cpu.memory import KINDS, NOWHERE, place_of
 from attnshape.cpu.threads import over_rows
 from attnshape.types import (
@@ -124,7 +124,7 @@ class Call:
         bounds, lost = self.bounds, self.lost
 
         def compute(low: int, high: int, held: object = tensors) -> None:
-            rows.sweep(places, bounds, lost, choices, numbers, low, high)
+            rows.sweep(places, bounds, lost, choices, numbers, np.empty(WAYS * HELD), low, high)
 
         over_rows(compute, self.batch, self.width, WAYS)
 

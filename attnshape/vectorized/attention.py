@@ -103,7 +103,7 @@ def _scores(query: Tensor, key: Tensor) -> Tensor:
     """``query @ key.mT`` in the query's dtype."""
     if key.dtype == query.dtype:
         return query @ key.mT
-    parts = [query @ part.to(query.dtype).mT for part in key.split(KEY_CHUNK, 2)]
+    parts = [query @ part.to(query.dtype).mT for part in torch.split(key, KEY_CHUNK, 2)]
     return torch.cat(parts, -1)
 
 
