@@ -11,6 +11,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import types
+from numba.core.types.containers import UniTuple
 from numba.extending import models, register_model
 
 from attnshape.cpu.jit import inner, intrinsic, operation
@@ -264,7 +265,7 @@ def fold_four(typingctx: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
         sums = [builder.extract_element(x, ir.Constant(ir.IntType(32), i)) for i in range(4)]
         return context.make_tuple(builder, signature.return_type, sums)
 
-    return types.UniTuple(types.float64, 4)(a, a, a, a), codegen
+    return UniTuple(types.float64, 4)(a, a, a, a), codegen
 
 
 def _zero(lanes: _Lanes) -> Any:
