@@ -1,7 +1,7 @@
 """Every source of credit in one place: where the reward of each token comes from.
 
 Non-negative credit goes to ``shape_rewards(score, credit, ...)``, which normalises it; signed token rewards
-go to ``shape_rewards(..., token_rewards=...)``, which adds them as they are. ``CREDIT.md`` beside this file
+go to ``shape_rewards(..., token_rewards=...)``, which adds them as they are. ``docs/sources.md``
 says which is which, what each costs, and which leave the return of a completion, and so the optimal policy,
 alone.
 
