@@ -27,7 +27,7 @@ from attnshape.text.reader import Example, Reader
 from attnshape.text.score_fn import ScoreFn, parse_score_fn
 from attnshape.text.source import ATTENTION, CreditSource, SourceName
 from attnshape.text.turns import spans_of
-from attnshape.types import Response, Status
+from attnshape.types import Response, ShapedRewards, Status
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -251,11 +251,23 @@ def score_examples(
     if source.name != "attention":
         credit = source.weights(credit, score, response)
     shaped = shape_rewards(score, credit, response)
-    stats = shaped.row_stats
+    return told(examples, score, shaped, shaped.row_stats.response_share)
+
+
+def told(
+    examples: Sequence[Example], score: Tensor, shaped: ShapedRewards, response_attention: Tensor | None
+) -> list[Scored]:
+    """What is said of completions whose scores were shaped.
+
+    Args:
+        score: ``[B]``.
+        shaped: of the reward model's tokens, ``[B, R]``.
+        response_attention: ``[B]``, where the credit is attention.
+    """
     columns = {
-        "entropy": stats.entropy,
-        "last_share": stats.last_share,
-        "response_attention": stats.response_share,
+        "entropy": shaped.row_stats.entropy,
+        "last_share": shaped.row_stats.last_share,
+        "response_attention": response_attention,
     }
     metrics = {name: column.tolist() for name, column in columns.items() if column is not None}
     fallback = (shaped.status & int(Status.FALLBACK | Status.EMPTY) != 0).tolist()
