@@ -14,7 +14,13 @@ import torch
 
 import attnshape
 from attnshape.files import whole_file
-from attnshape.text.load import RewardModelConfig, check_device, parse_query_position
+from attnshape.text.load import (
+    RewardModelConfig,
+    SourceName,
+    check_device,
+    parse_layers,
+    parse_query_position,
+)
 from attnshape.text.score_fn import parse_score_fn
 from attnshape.types import Backend
 
@@ -126,7 +132,16 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Reward model: a folder or hub name of a sequence classifier.")
 ]
 ScoreFnText = Annotated[str, typer.Option(help="The score, such as 'logit[1] - logit[0]'.")]
-Layer = Annotated[int, typer.Option(help="Attention layer that is read, negative from the last.")]
+Source = Annotated[
+    SourceName, typer.Option(help="Where credit is read from; `attnshape audit` says which one to take.")
+]
+Layer = Annotated[
+    str | None,
+    typer.Option(help="Attention layer that is read, negative from the last; several, as 0,1, or all."),
+]
+Span = Annotated[
+    int, typer.Option(min=1, help="Tokens that leave_one_out deletes together: so many times faster.")
+]
 Position = Annotated[
     str,
     typer.Option(
@@ -144,12 +159,20 @@ TrustRemoteCode = Annotated[
 
 
 def _reward_model(
-    model: str, score_fn: str, layer: int, query_position: str, trust_remote_code: bool
+    model: str,
+    score_fn: str,
+    query_position: str,
+    trust_remote_code: bool,
+    source: SourceName = "attention",
+    layer: str | None = None,
+    span: int = 1,
 ) -> RewardModelConfig:
     return RewardModelConfig(
         model=model,
         score_fn=parse_score_fn(score_fn),
-        layer=layer,
+        source=source,
+        layer=parse_layers(layer),
+        span=span,
         query_position=parse_query_position(query_position),
         trust_remote_code=trust_remote_code,
     )
@@ -303,7 +326,7 @@ STANDARD = Path("-")
 @app.command()
 def credit(
     model: Model,
-    source: Annotated[
+    completions: Annotated[
         Path,
         typer.Argument(
             metavar="JSONL",
@@ -323,14 +346,19 @@ def credit(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on behind what an interrupted run with these options wrote.")
     ] = False,
+    source: Source = "attention",
+    layer: Layer = None,
+    span: Span = 1,
     score_fn: ScoreFnText = "logit",
-    layer: Layer = -1,
     query_position: Position = "pooled",
     trust_remote_code: TrustRemoteCode = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Completions per forward.")] = 16,
     device: Device = DEFAULT_DEVICE,
 ) -> None:
     """Score completions with a reward model and write each token's credit.
+
+    Sources with signs (signed_rollout, gradient_value, gradient_embedding, leave_one_out) give token rewards
+    in its place, which sum to zero beside a score that is spread evenly.
 
     Lines that cannot be read or scored are named with their number and skipped; the exit status is then 1.
     Ctrl-C keeps what is written, in a file of its own whose name is said.
@@ -340,17 +368,17 @@ def credit(
     from attnshape.text.partial import Partial
 
     if out is None:
-        out = STANDARD if source == STANDARD else source.with_suffix(".credit.jsonl")
-    _check_files(source, out, html, resume)
+        out = STANDARD if completions == STANDARD else completions.with_suffix(".credit.jsonl")
+    _check_files(completions, out, html, resume)
     partial: Partial | None = None
     try:
-        config = _reward_model(model, score_fn, layer, query_position, trust_remote_code)
+        config = _reward_model(model, score_fn, query_position, trust_remote_code, source, layer, span)
         if out != STANDARD:
             # Lines are known by their numbers, so only in a file that is the same, and of the same model.
-            read = [source.resolve(), *_state(source)] if source.is_file() else []
+            read = [completions.resolve(), *_state(completions)] if completions.is_file() else []
             weights = [_state(path) for path in sorted(Path(model).glob("*"))]
-            settings = {**vars(config), "source": read, "weights": weights, "page": html is not None}
-            partial = Partial(out, html, settings, resumable=source.is_file())
+            settings = {**vars(config), "completions": read, "weights": weights, "page": html is not None}
+            partial = Partial(out, html, settings, resumable=completions.is_file())
             partial.check(resume)
     except ValueError as error:
         raise _fail(error) from error
@@ -358,13 +386,15 @@ def credit(
         credit_model = CreditModel.load(config, device)
         credit_model.probe()
         with _progress() as progress, contextlib.ExitStack() as stack:
-            total = source.stat().st_size if source.is_file() else None
-            task = progress.add_task(source.name, total=total)
-            lines = sys.stdin.buffer if source == STANDARD else stack.enter_context(source.open("rb"))
+            total = completions.stat().st_size if completions.is_file() else None
+            task = progress.add_task(completions.name, total=total)
+            lines = (
+                sys.stdin.buffer if completions == STANDARD else stack.enter_context(completions.open("rb"))
+            )
             options: dict[str, Any] = {
-                "title": f"Credit of {source.name}",
+                "title": f"Credit of {completions.name}",
                 "batch_size": batch_size,
-                "on_skip": lambda line, reason: errors.print(f"{source}:{line}: skipped: {reason}"),
+                "on_skip": lambda line, reason: errors.print(f"{completions}:{line}: skipped: {reason}"),
                 "on_read": lambda size: progress.advance(task, size),
             }
             if partial is not None:
@@ -432,8 +462,10 @@ def serve(
             envvar="ATTNSHAPE_API_KEY", help="Token that requests must bring as 'Authorization: Bearer'."
         ),
     ] = None,
+    source: Source = "attention",
+    layer: Layer = None,
+    span: Span = 1,
     score_fn: ScoreFnText = "logit",
-    layer: Layer = -1,
     query_position: Position = "pooled",
     trust_remote_code: TrustRemoteCode = False,
     max_batch_tokens: Annotated[
@@ -445,6 +477,8 @@ def serve(
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Of a request.")] = 4 << 20,
 ) -> None:
     """Answer score and credit per token over HTTP: POST /score, GET /health, GET /metrics.
+
+    Sources with signs answer token_rewards, and null as credit.
 
     SIGTERM or Ctrl-C ends it when all accepted requests are answered.
     """
@@ -458,7 +492,7 @@ def serve(
     every = devices or ",".join(f"cuda:{i}" for i in range(torch.cuda.device_count())) or "cpu"
     try:
         config = ServeConfig(
-            **vars(_reward_model(model, score_fn, layer, query_position, trust_remote_code)),
+            **vars(_reward_model(model, score_fn, query_position, trust_remote_code, source, layer, span)),
             devices=tuple(device.strip() for device in every.split(",")),
             max_batch_tokens=max_batch_tokens,
             max_pending=max_pending,
