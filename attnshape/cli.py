@@ -294,6 +294,7 @@ def bench(
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise _fail(f"there is no folder {json_file.resolve().parent}")
     where = torch.device(device)
+    loads = [os.getloadavg()[0]]
     cases = list(quick_cases(where))
     measured: list[Measurement] = []
     wrong: list[str] = []
@@ -303,12 +304,16 @@ def bench(
                 measured.append(measure(case, where, seconds))
             except WrongResultError as error:
                 wrong.append(str(error))
+    loads.append(os.getloadavg()[0])
     machine = machine_facts(where)
     if json_file is not None:
         rows = [m.facts() | {"ratios": {n: r._asdict() for n, r in m.ratios.items()}} for m in measured]
-        json_file.write_text(json.dumps({"machine": machine, "measured": rows}, indent=1) + "\n")
+        json_file.write_text(
+            json.dumps({"machine": machine, "load": loads, "measured": rows}, indent=1) + "\n"
+        )
     console = Console(highlight=False)
     console.print(in_words(machine))
+    console.print(f"load before {loads[0]:.1f}, after {loads[1]:.1f}, of {os.cpu_count()} processors")
     console.print(_bench_table(measured))
     for message in wrong:
         console.print(message, style="red")
@@ -319,7 +324,8 @@ def bench(
 def _bench_table(measured: list[Measurement]) -> Table:
     caption = (
         "fused: shape_rewards on queries and keys; apart: attention_credit, then shape_rewards; sweep: "
-        "shape_rewards on given credit. ratio: how many times as long as ours, the median over repeats."
+        "shape_rewards on given credit. ratio: how many times as long as ours, the median over repeats and "
+        "their 10th and 90th percentile; unsteady: it moved by more than that meanwhile, so there is none."
     )
     table = Table("call", caption=caption, caption_justify="left")
     baselines = list(dict.fromkeys(name for m in measured for name in m.baselines))
@@ -335,7 +341,8 @@ def _bench_table(measured: list[Measurement]) -> Table:
         cells = [m.case.name, _time(m.ours.seconds), *([_time(m.ours.wall)] if on_gpu else [])]
         for name in baselines:
             timing = m.baselines.get(name)
-            cells += ["", ""] if timing is None else [_time(timing.seconds), str(m.gain(name))]
+            gain = "" if timing is None else str(m.steady_gain(name) or "unsteady")
+            cells += ["" if timing is None else _time(timing.seconds), gain]
         share = m.of_copy.value
         table.add_row(*cells, f"{m.case.bytes / 1e6:.2f}", f"{share:.0%}" if share >= 0.1 else f"{share:.1%}")
     return table
