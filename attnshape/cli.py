@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -31,11 +32,12 @@ try:
     from rich.table import Table
     from typer.core import TyperGroup
 except ModuleNotFoundError:
-    sys.exit("the command line needs: pip install 'attnshape[demo]'")
+    sys.exit("the command line needs: pip install typer rich")
 
 if TYPE_CHECKING:
     from attnshape.bench.measure import Measurement
     from attnshape.compare import Case, Worst
+    from attnshape.doctor import Report
     from attnshape.text.partial import Partial
 
 # Some releases of typer bring a click of their own.
@@ -249,6 +251,52 @@ def _name(case: Case) -> str:
 
 
 @app.command()
+def doctor(
+    *, as_json: Annotated[bool, typer.Option("--json", help="For a bug report or a machine.")] = False
+) -> None:
+    """Say what this installation can do: versions, devices, and which backend each kind of input takes.
+
+    Each kind of input is tried on each device and held against the float64 reference. Exit status 1 if one is
+    wrong, or a package that is needed is missing.
+    """
+    from attnshape.doctor import examine
+
+    report = examine()
+    console = Console(highlight=False, soft_wrap=True)
+    if as_json:
+        console.print_json(json.dumps(dataclasses.asdict(report) | {"healthy": report.healthy}, default=str))
+    else:
+        _print_report(console, report)
+    if not report.healthy:
+        raise typer.Exit(1)
+
+
+def _print_report(console: Console, report: Report) -> None:
+    console.print(", ".join(f"{name} {version or 'missing'}" for name, version in report.versions.items()))
+    for device, name in report.devices.items():
+        console.print(f"{device}: {name}")
+    if report.no_gpu:
+        console.print(f"no GPU: {report.no_gpu}")
+    table = Table("device", "attention in", "backend", "why not Triton", "against the reference")
+    for x in report.checked:
+        verdict = "an error, below" if isinstance(x.error, str) else f"{x.error:.0%} of its bound"
+        row = (x.device, x.dtype, x.backend or "none", x.why_not_triton or "", verdict)
+        table.add_row(*row, style=None if x.right else "red")
+    console.print(table)
+    for x in report.checked:
+        if isinstance(x.error, str):
+            console.print(f"{x.device}, {x.dtype}: {x.error}", style="red", markup=False)
+    kept = report.kept_in or "nowhere: each process compiles them; set NUMBA_CACHE_DIR"
+    console.print(f"compiled loops are kept in: {kept}")
+    for extra, packages in report.missing.items():
+        if packages:
+            console.print(f"for attnshape {extra}: pip install {' '.join(packages)}")
+    if report.used_with:
+        installed = ", ".join(f"{name} {version}" for name, version in report.used_with.items())
+        console.print(f"installed beside it: {installed}")
+
+
+@app.command()
 def bench(
     *,
     seconds: Annotated[float, typer.Option(min=0.0, help="How long each call is timed, about.")] = 0.5,
@@ -269,6 +317,7 @@ def bench(
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise _fail(f"there is no folder {json_file.resolve().parent}")
     where = torch.device(device)
+    loads = [os.getloadavg()[0]]
     cases = list(quick_cases(where))
     measured: list[Measurement] = []
     wrong: list[str] = []
@@ -278,12 +327,16 @@ def bench(
                 measured.append(measure(case, where, seconds))
             except WrongResultError as error:
                 wrong.append(str(error))
+    loads.append(os.getloadavg()[0])
     machine = machine_facts(where)
     if json_file is not None:
         rows = [m.facts() | {"ratios": {n: r._asdict() for n, r in m.ratios.items()}} for m in measured]
-        json_file.write_text(json.dumps({"machine": machine, "measured": rows}, indent=1) + "\n")
+        json_file.write_text(
+            json.dumps({"machine": machine, "load": loads, "measured": rows}, indent=1) + "\n"
+        )
     console = Console(highlight=False)
     console.print(in_words(machine))
+    console.print(f"load before {loads[0]:.1f}, after {loads[1]:.1f}, of {os.cpu_count()} processors")
     console.print(_bench_table(measured))
     for message in wrong:
         console.print(message, style="red")
@@ -294,7 +347,8 @@ def bench(
 def _bench_table(measured: list[Measurement]) -> Table:
     caption = (
         "fused: shape_rewards on queries and keys; apart: attention_credit, then shape_rewards; sweep: "
-        "shape_rewards on given credit. ratio: how many times as long as ours, the median over repeats."
+        "shape_rewards on given credit. ratio: how many times as long as ours, the median over repeats and "
+        "their 10th and 90th percentile; unsteady: it moved by more than that meanwhile, so there is none."
     )
     table = Table("call", caption=caption, caption_justify="left")
     baselines = list(dict.fromkeys(name for m in measured for name in m.baselines))
@@ -310,7 +364,8 @@ def _bench_table(measured: list[Measurement]) -> Table:
         cells = [m.case.name, _time(m.ours.seconds), *([_time(m.ours.wall)] if on_gpu else [])]
         for name in baselines:
             timing = m.baselines.get(name)
-            cells += ["", ""] if timing is None else [_time(timing.seconds), str(m.gain(name))]
+            gain = "" if timing is None else str(m.steady_gain(name) or "unsteady")
+            cells += ["" if timing is None else _time(timing.seconds), gain]
         share = m.of_copy.value
         table.add_row(*cells, f"{m.case.bytes / 1e6:.2f}", f"{share:.0%}" if share >= 0.1 else f"{share:.1%}")
     return table
@@ -487,7 +542,7 @@ def serve(
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "prometheus_client", "uvicorn"):
             raise
-        raise _fail("attnshape serve needs: pip install 'attnshape[serve]'") from error
+        raise _fail("attnshape serve needs: pip install fastapi uvicorn prometheus-client") from error
 
     every = devices or ",".join(f"cuda:{i}" for i in range(torch.cuda.device_count())) or "cpu"
     try:
@@ -549,7 +604,7 @@ def demo(
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
-        raise _fail("attnshape demo needs: pip install 'attnshape[demo]'") from error
+        raise _fail("attnshape demo needs: pip install matplotlib") from error
 
     def given(**options: Any) -> dict[str, Any]:
         return {name: value for name, value in options.items() if value is not None}

@@ -530,7 +530,7 @@ def test_the_demo_says_at_once_what_is_missing(tmp_path: Path, monkeypatch: pyte
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr == "attnshape demo needs: pip install 'attnshape[demo]'\n"
+    assert result.stderr == "attnshape demo needs: pip install matplotlib\n"
 
 
 def test_the_version() -> None:
@@ -550,7 +550,7 @@ def test_without_the_extra_it_says_what_to_install() -> None:
     code = "import sys; sys.modules['typer'] = None; import attnshape.__main__, attnshape.cli"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr == "the command line needs: pip install 'attnshape[demo]'\n"
+    assert result.stderr == "the command line needs: pip install typer rich\n"
 
 
 def test_module_runs() -> None:

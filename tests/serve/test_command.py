@@ -339,4 +339,4 @@ def test_without_the_extra_it_says_what_to_install() -> None:
     code = "import sys; sys.modules['fastapi'] = None; from attnshape.cli import app; app(['serve', 'm'])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr == "attnshape serve needs: pip install 'attnshape[serve]'\n"
+    assert result.stderr == "attnshape serve needs: pip install fastapi uvicorn prometheus-client\n"
