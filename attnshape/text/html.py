@@ -112,7 +112,7 @@ def _visible(text: str) -> str:
 
 
 _SCRIPT = """
-const main = document.querySelector("main"), readout = document.querySelector("output");
+const main = document.querySelector("main"), readout = document.querySelector("body > output");
 const sections = [...main.children], controls = document.querySelector("form");
 const key = (section, name) => parseFloat(section.getAttribute("data-" + name));
 function arrange() {
