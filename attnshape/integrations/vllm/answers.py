@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from attnshape.integrations.vllm import ASKED, REFUSED
-from attnshape.ops import shape_rewards
-from attnshape.text.model import Scored, told
+from attnshape.text.model import Scored, Weighed, scored_by
 from attnshape.text.reader import Example, Reader
-from attnshape.text.score_fn import ScoreFn
+from attnshape.text.score_fn import LOGIT, ScoreFn
+from attnshape.text.source import CreditSource
+from attnshape.types import Response
 
+ATTENTION = CreditSource()
 NO_ROW = "the engine gave no attention row: credit is off, and the engine's log says why"
 
 
@@ -48,6 +50,11 @@ def scored(example: Example, data: Tensor, score_fn: ScoreFn) -> Scored | str:
     if labels < 1 or bool((data[labels:] == REFUSED).any()):
         return NO_ROW
     score_fn.check(labels)
-    score, weights = score_fn(data[None, :labels]), data[labels:][example.positions][None]
-    shaped = shape_rewards(score, weights, torch.ones_like(weights), backend="torch")
-    return told([example], score, shaped, weights.sum(1))[0]
+    row = data[labels:][example.positions][None]
+    weighed = Weighed(score_fn(data[None, :labels]), row, Response(torch.ones_like(row)))
+    return scored_by(ATTENTION, weighed, [example])[0]
+
+
+def warm_up() -> None:
+    """Compiles what makes credit of a row, before a request waits for it."""
+    scored(Example("", "a", [0], [0], [(0, 1)]), torch.ones(2), LOGIT)

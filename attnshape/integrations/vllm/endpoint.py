@@ -22,11 +22,10 @@ from prometheus_client import Counter
 from starlette.requests import ClientDisconnect
 
 from attnshape.integrations.vllm import ASKED
-from attnshape.integrations.vllm.answers import NO_ROW, asking, reader_of, scored
+from attnshape.integrations.vllm.answers import NO_ROW, asking, reader_of, scored, warm_up
 from attnshape.integrations.vllm.support import Settings
-from attnshape.serve.app import CHALLENGE, CLIENT_GONE, Door, ServeConfig, read_all
+from attnshape.serve.app import CHALLENGE, CLIENT_GONE, RETRY_AFTER, Door, ServeConfig, read_all
 from attnshape.serve.protocol import BODY, Answer, Failure, answer, parse
-from attnshape.text.model import Scored
 from attnshape.text.reader import Example
 
 _rows = Counter(
@@ -76,6 +75,7 @@ class Endpoint:
         self._keys = [key for key in given if key]
         self._model = config.model_config.model
         self._engine = engine_client
+        warm_up()
 
     async def score(self, request: Request) -> Response:
         """Score and credit of one completion, or of each of a list."""
@@ -108,6 +108,8 @@ class Endpoint:
                     examples = await asyncio.get_running_loop().run_in_executor(
                         self._reading, read_all, completions, self._reader
                     )
+                    if isinstance(examples[0], str) and not isinstance(parsed, list):
+                        raise ValueError(examples[0])
                 except SyntaxError as error:
                     raise HTTPException(400, str(error)) from error
                 except ValueError as error:
@@ -120,7 +122,7 @@ class Endpoint:
         matches = [hmac.compare_digest(key.strip().encode(), known.encode()) for known in self._keys]
         return kind.lower() == "bearer" and any(matches)
 
-    async def _answers(self, request: Request, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    async def _answers(self, request: Request, examples: Sequence[Example | str]) -> list[dict[str, Any]]:
         """Raises ClientDisconnect when nobody waits any more; the engine then drops what it was asked."""
         asked = [asyncio.create_task(self._ask(example)) for example in examples]
         answered = asyncio.gather(*asked)
@@ -129,16 +131,20 @@ class Endpoint:
             await asyncio.wait((answered, gone), return_when=asyncio.FIRST_COMPLETED)
             if not answered.done():
                 raise ClientDisconnect
-            found = answered.result()
+            return answered.result()
+        except ClientDisconnect:
+            raise
         except ValueError as error:  # the engine does not take it
             raise HTTPException(422, str(error)) from error
+        except Exception as error:  # the engine died
+            raise HTTPException(503, str(error) or type(error).__name__, RETRY_AFTER) from error
         finally:
-            for task in (*asked, gone):
+            for task in (*asked, gone, answered):
                 task.cancel()
-            answered.cancel()
-        return [answer(example, each) for example, each in zip(examples, found, strict=True)]
 
-    async def _ask(self, example: Example) -> Scored | str:
+    async def _ask(self, example: Example | str) -> dict[str, Any]:
+        if isinstance(example, str):
+            return {"error": example}
         prompt, data = {"prompt_token_ids": example.input_ids}, None
         async for output in self._engine.encode(prompt, asking(), f"attnshape-{uuid.uuid4().hex}"):
             data = output.outputs.data
@@ -146,7 +152,7 @@ class Endpoint:
         found = scored(example, data, self._score_fn)
         self._off = found == NO_ROW
         _rows.labels("refused" if self._off else "given").inc()
-        return found
+        return answer(example, found)
 
 
 async def _hung_up(request: Request) -> None:

@@ -31,7 +31,7 @@ class CreditProcessor(IOProcessor[list[Completion], list[dict[str, Any]]]):  # t
         super().__init__(vllm_config, renderer)
         self._score_fn = Settings.of(vllm_config.additional_config).score_fn
         self._reader = reader_of(vllm_config.model_config, renderer.tokenizer)
-        self._examples: OrderedDict[str | None, list[Example]] = OrderedDict()
+        self._examples: OrderedDict[str | None, list[Example | str]] = OrderedDict()
         self._lock = threading.Lock()
 
     def parse_data(self, data: object) -> list[Completion]:
@@ -40,13 +40,16 @@ class CreditProcessor(IOProcessor[list[Completion], list[dict[str, Any]]]):  # t
         return parsed if isinstance(parsed, list) else [parsed]
 
     def pre_process(self, prompt: list[Completion], request_id: str | None = None, **_: Any) -> Sequence[Any]:
-        """The model's tokens of each completion; raises ValueError for one that it does not take."""
+        """The model's tokens of each completion that it takes; raises ValueError where it takes none."""
         with self._lock:
             examples = read_all(prompt, self._reader)
+            read = [example for example in examples if not isinstance(example, str)]
+            if not read:
+                raise ValueError(examples[0])
             self._examples[request_id] = examples
             if len(self._examples) > MOST_REQUESTS:
                 self._examples.popitem(last=False)
-        return [{"prompt_token_ids": example.input_ids} for example in examples]
+        return [{"prompt_token_ids": example.input_ids} for example in read]
 
     def merge_pooling_params(self, params: PoolingParams | None = None) -> PoolingParams:
         """Those that ask for the row, whatever the request says."""
@@ -60,7 +63,10 @@ class CreditProcessor(IOProcessor[list[Completion], list[dict[str, Any]]]):  # t
             examples = self._examples.pop(request_id, None)
         if examples is None:
             raise RuntimeError(f"more than {MOST_REQUESTS} requests at once: the oldest are forgotten")
+        outputs = iter(model_output)
         return [
-            answer(example, scored(example, output.outputs.data, self._score_fn))
-            for example, output in zip(examples, model_output, strict=True)
+            {"error": example}
+            if isinstance(example, str)
+            else answer(example, scored(example, next(outputs).outputs.data, self._score_fn))
+            for example in examples
         ]

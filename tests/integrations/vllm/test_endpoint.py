@@ -232,6 +232,31 @@ def test_who_hangs_up_is_not_computed_for(engine: Engine) -> None:
     serve(engine, test)
 
 
+def test_one_that_cannot_be_read_is_an_error_in_its_place(engine: Engine) -> None:
+    async def test(client: httpx2.AsyncClient) -> None:
+        long = {**PAIR, "prompt": "a b " * 99}
+        first, second = (await client.post("/score", json=[long, PAIR])).json()
+        assert "that the model takes" in first["error"]
+        assert sum(second["credit"]) == pytest.approx(1)
+        assert engine.asked == 1
+
+    serve(engine, test)
+
+
+def test_an_engine_that_dies_is_asked_again_later(engine: Engine) -> None:
+    def dead(ids: list[int]) -> torch.Tensor:
+        raise RuntimeError("the engine is dead")
+
+    engine.data = dead  # type: ignore[method-assign]
+
+    async def test(client: httpx2.AsyncClient) -> None:
+        reply = await client.post("/score", json=PAIR)
+        assert (reply.status_code, reply.json()) == (503, {"error": "the engine is dead"})
+        assert reply.headers["retry-after"] == "1"
+
+    serve(engine, test)
+
+
 def test_a_slow_tokenizer_is_refused(engine: Engine) -> None:
     with pytest.raises(ValueError, match="want a fast one, which gives offsets, got SimpleNamespace"):
         answers.reader_of(engine.model_config, SimpleNamespace(is_fast=False))

@@ -1,0 +1,113 @@
+"""``make vllm``: the plugin inside vLLM's own engine on a CPU, cell by cell; a table of what was found.
+
+Makes an environment of vLLM from its pins (``tests/parity/requirements.toml``), with attnshape in it. A cell
+is an engine in a process of its own: ``python -m integrations.vllm "gemma2" server`` runs two of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from parity.__main__ import environment
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+RESULTS = HERE / "results.md"
+UNWANTED = ("torchvision", "torchaudio", "torchcodec")
+"""vLLM's builds of these are for GPUs, and are not to be imported beside a torch for CPUs."""
+SCRIPTS = {"server": "server.py"}
+"""Cells that are not of ``inside.py``."""
+PATIENCE = 1800
+
+
+def interpreter(folder: Path) -> Path:
+    """Of vLLM's environment, with this attnshape in it."""
+    python = environment("vllm", folder)
+    pip = [python, "-m", "pip"]
+    subprocess.run([*pip, "uninstall", "--quiet", "--yes", *UNWANTED], check=True, stderr=subprocess.DEVNULL)
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--editable", ROOT], check=True)
+    return python
+
+
+def cells(python: Path) -> dict[str, dict[str, str]]:
+    """Names, and the variables that their processes start with."""
+    code = "import inside, json; print(json.dumps({n: c.environment for n, c in inside.CELLS.items()}))"
+    found = subprocess.run([python, "-c", code], cwd=HERE, check=True, capture_output=True, text=True)
+    return {**json.loads(found.stdout.splitlines()[-1]), **{name: {} for name in SCRIPTS}}
+
+
+def run(python: Path, name: str, variables: dict[str, str], models: Path) -> dict[str, Any] | None:
+    """What the cell found, or None where it failed."""
+    out = models / "found.json"
+    out.unlink(missing_ok=True)
+    settings = os.environ | {"VLLM_PLUGINS": "attnshape"} | variables
+    command = [python, HERE / SCRIPTS.get(name, "inside.py"), name, models, out]
+    status = subprocess.run(command, env=settings, timeout=PATIENCE).returncode
+    return json.loads(out.read_text()) if status == 0 and out.exists() else None
+
+
+def shown(found: dict[str, Any]) -> str:
+    """One cell of the table."""
+    said = found.pop("said", None)
+    parts = [f"{k} {v:.1e}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items() if k != "loading"]
+    if isinstance(said, dict):
+        parts += [f"{name}: {why or 'nothing'}" for name, why in said.items()]
+    elif said:
+        parts += [f"rank {i}: {why}" for i, why in enumerate(said)]
+    return "; ".join(parts)
+
+
+def write(found: dict[str, dict[str, Any]]) -> None:
+    """The table, with what earlier runs found of the cells that were not run now."""
+    known = {}
+    if RESULTS.exists():
+        rows = (line.split(" | ") for line in RESULTS.read_text().splitlines() if line.startswith("| "))
+        known = {row[0].removeprefix("| "): row[1].removesuffix(" |") for row in rows}
+        known.pop("cell", None)
+    known |= {name: shown(dict(x)) for name, x in found.items()}
+    lines = ["# The plugin inside vLLM", "", __doc__.partition("\n\n")[0].replace("``", "`"), ""]
+    lines += [
+        "vLLM 0.32.0 (CPU wheel), torch 2.13.0, float32; `score` and `row` are the largest errors against eager",
+        "transformers on the same weights, a fifth of the requests not asking for a row.",
+        "",
+        "| cell | found |",
+        "|---|---|",
+    ]
+    lines += [f"| {name} | {what} |" for name, what in known.items()]
+    RESULTS.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cells", nargs="*", metavar="CELL", help="all, if none is named")
+    parser.add_argument("--environments", type=Path, default=Path(".parity"), metavar="FOLDER")
+    parser.add_argument("--python", type=Path, help="of an environment that is there already")
+    options = parser.parse_args()
+    python = options.python or interpreter(options.environments.absolute())
+    models = options.environments.absolute() / "vllm-models"
+    models.mkdir(parents=True, exist_ok=True)
+    known = cells(python)
+    if unknown := {*options.cells} - {*known}:
+        parser.error(f"no such cell: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    found, failed = {}, []
+    for name in options.cells or known:
+        print(f"{name} …", flush=True)
+        result = run(python, name, known[name], models)
+        if result is None:
+            failed.append(name)
+            continue
+        found[name] = result
+        print(f"{name}: {shown(dict(result))} (loaded in {result['loading']:.0f} s)", flush=True)
+        write(found)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
