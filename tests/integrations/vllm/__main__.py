@@ -23,6 +23,14 @@ UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 """vLLM's builds of these are for GPUs, and are not to be imported beside a torch for CPUs."""
 SCRIPTS = {"server": "server.py"}
 """Cells that are not of ``inside.py``."""
+VARIABLES = {
+    "VLLM_PLUGINS": "attnshape",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # tests reach into the engine
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 PATIENCE = 1800
 
 
@@ -46,7 +54,7 @@ def run(python: Path, name: str, variables: dict[str, str], models: Path) -> dic
     """What the cell found, or None where it failed."""
     out = models / "found.json"
     out.unlink(missing_ok=True)
-    settings = os.environ | {"VLLM_PLUGINS": "attnshape"} | variables
+    settings = os.environ | VARIABLES | variables
     command = [python, HERE / SCRIPTS.get(name, "inside.py"), name, models, out]
     status = subprocess.run(command, env=settings, timeout=PATIENCE).returncode
     return json.loads(out.read_text()) if status == 0 and out.exists() else None
@@ -55,7 +63,9 @@ def run(python: Path, name: str, variables: dict[str, str], models: Path) -> dic
 def shown(found: dict[str, Any]) -> str:
     """One cell of the table."""
     said = found.pop("said", None)
-    parts = [f"{k} {v:.1e}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items() if k != "loading"]
+    parts = [
+        f"{k} {v:.1e}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items() if k != "loading"
+    ]
     if isinstance(said, dict):
         parts += [f"{name}: {why or 'nothing'}" for name, why in said.items()]
     elif said:
@@ -73,8 +83,8 @@ def write(found: dict[str, dict[str, Any]]) -> None:
     known |= {name: shown(dict(x)) for name, x in found.items()}
     lines = ["# The plugin inside vLLM", "", __doc__.partition("\n\n")[0].replace("``", "`"), ""]
     lines += [
-        "vLLM 0.32.0 (CPU wheel), torch 2.13.0, float32; `score` and `row` are the largest errors against eager",
-        "transformers on the same weights, a fifth of the requests not asking for a row.",
+        "vLLM 0.32.0 (CPU wheel), torch 2.13.0, float32. `score` and `row` are the largest errors against",
+        "eager transformers on the same weights, a fifth of the requests not asking for a row.",
         "",
         "| cell | found |",
         "|---|---|",

@@ -1,7 +1,7 @@
-"""vLLM's attention backends for GPUs on a CPU: Triton's in its interpreter, FlashAttention's over a plain kernel.
+"""vLLM's attention backends for GPUs on a CPU: Triton's in its interpreter, FlashAttention's over plain code.
 
-What is replaced are kernels (FlashAttention's, and the copy of new keys into the cache). Metadata, layouts of the
-cache and the layer's own code are vLLM's.
+What is replaced are kernels (FlashAttention's, and the copy of new keys into the cache). Metadata, layouts of
+the cache and the layer's own code are vLLM's.
 """
 
 from __future__ import annotations

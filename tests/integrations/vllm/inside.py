@@ -1,4 +1,7 @@
-"""One cell of the matrix, inside vLLM's environment: ``python inside.py CELL MODELS OUT.json``."""
+"""One cell of the matrix, inside vLLM's environment: ``python inside.py CELL MODELS OUT.json``.
+
+``__main__.py`` calls it, with the variables that the cell wants.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the test reaches into the engine
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-
 import gpu_backends
 import models
 import torch
 from torch import Tensor
 
+HERE = Path(__file__).parent
 SCORE_BOUND, ROW_BOUND = 2e-4, 3e-5
 """float32, two implementations of the whole model apart."""
 
@@ -149,7 +147,9 @@ def common_kept(run: Run) -> dict[str, Any]:
     keep_common(tap.layer.attn_backend.get_builder_cls())
     engine, seen = tap._forward, []
 
-    def forward(layer: Any, q: Any, k: Any, v: Any, cache: Any, metadata: Any, *rest: Any, **options: Any) -> Any:
+    def forward(
+        layer: Any, q: Any, k: Any, v: Any, cache: Any, metadata: Any, *rest: Any, **options: Any
+    ) -> Any:
         result = engine(layer, q, k, v, cache, metadata, *rest, **options)
         if metadata is not None:  # nobody reads it after the last layer, and FlashInfer's has neither
             seen.append(hasattr(metadata, COMMON))
@@ -164,7 +164,7 @@ def common_kept(run: Run) -> dict[str, Any]:
 
 
 def mutations(run: Run) -> dict[str, Any]:
-    """What is read wrongly is found: those that asked are refused, the others and the engine are as before."""
+    """What is read wrongly is found: those that asked are refused, and nothing else changes."""
     from attnshape.integrations.vllm import REFUSED
     from attnshape.integrations.vllm.pages import Tokens
     from attnshape.integrations.vllm.pooler import Tap

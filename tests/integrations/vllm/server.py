@@ -21,8 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
 import models
 
 from attnshape import decoded_spans
@@ -45,8 +43,7 @@ def served(path: Path, log: Path) -> Iterator[str]:
     command += ["--runner", "pooling", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--api-key", KEY]
     command += ["--io-processor-plugin", "attnshape"]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    variables = os.environ | settings | {"VLLM_PLUGINS": "attnshape"}
+    variables = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out, env=variables) as process:
         try:
             yield f"http://127.0.0.1:{port}"
@@ -181,7 +178,9 @@ def other_ways(url: str, cases: list[Any], local: LocalRewardModel) -> dict[str,
     assert ask(f"{url}/attnshape/score", one, key=None)[0] == 401
     assert ask(f"{url}/attnshape/health", key=None)[0] == 200
     _, text = ask(f"{url}/metrics")
-    counted = {line.split()[0]: float(line.split()[-1]) for line in text.splitlines() if line[:1] not in ("#", "")}
+    counted = {
+        line.split()[0]: float(line.split()[-1]) for line in text.splitlines() if line[:1] not in ("#", "")
+    }
     assert counted['attnshape_rows_total{outcome="given"}'] >= CLIENTS * ROUNDS, text[:2000]
     assert 'attnshape_rows_total{outcome="refused"}' not in counted
     return {"pooling": credit}
