@@ -11,11 +11,6 @@ and gets its logits and then the row over its tokens, ``[labels + S]`` float32; 
 
 from __future__ import annotations
 
-ASKED = "attnshape"
-"""Key of ``PoolingParams.extra_kwargs``, of ``additional_config``, and the plugin's name."""
-REFUSED = float("-inf")
-"""In every place of a row that is refused; a NaN is the model's own."""
-
 
 def register() -> None:
     """Entry point of ``vllm.general_plugins``, called in every process of vLLM.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnshape.integrations.vllm import ASKED, REFUSED
+from attnshape.integrations.vllm.support import ASKED, REFUSED
 from attnshape.text.model import Scored, Weighed, scored_by
 from attnshape.text.reader import Example, Reader
 from attnshape.text.score_fn import LOGIT, ScoreFn

@@ -21,9 +21,8 @@ from fastapi.responses import JSONResponse
 from prometheus_client import Counter
 from starlette.requests import ClientDisconnect
 
-from attnshape.integrations.vllm import ASKED
 from attnshape.integrations.vllm.answers import NO_ROW, asking, reader_of, scored, warm_up
-from attnshape.integrations.vllm.support import Settings
+from attnshape.integrations.vllm.support import ASKED, Settings
 from attnshape.serve.app import CHALLENGE, CLIENT_GONE, RETRY_AFTER, Door, ServeConfig, read_all
 from attnshape.serve.protocol import BODY, Answer, Failure, answer, parse
 from attnshape.text.reader import Example
@@ -65,8 +64,13 @@ class Endpoint:
         """Called when the engine is there.
 
         Raises:
-            ValueError: settings or a tokenizer that do not serve.
+            ValueError: settings, a tokenizer or a chat template that do not serve.
         """
+        if template := getattr(args, "chat_template", None):
+            raise ValueError(
+                f"--chat-template: got {template!r}, but completions are read with the tokenizer's own: "
+                "want it there"
+            )
         config = engine_client.vllm_config
         self._score_fn = Settings.of(config.additional_config).score_fn
         self._reader = reader_of(config.model_config, engine_client.renderer.tokenizer)
@@ -139,7 +143,8 @@ class Endpoint:
         except Exception as error:  # the engine died
             raise HTTPException(503, str(error) or type(error).__name__, RETRY_AFTER) from error
         finally:
-            for task in (*asked, gone, answered):
+            tasks: list[asyncio.Future[Any]] = [*asked, gone, answered]
+            for task in tasks:
                 task.cancel()
 
     async def _ask(self, example: Example | str) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from vllm.model_executor.layers.pooler.special import DispatchPooler
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
 
-from attnshape.integrations.vllm import ASKED, REFUSED, support
+from attnshape.integrations.vllm import support
 from attnshape.integrations.vllm.rows import Layer, Step, rows_of
+from attnshape.integrations.vllm.support import ASKED, REFUSED
 from attnshape.ops import attention_row
 from attnshape.types import AttentionInputs
 

@@ -11,8 +11,12 @@ from typing import Any
 
 import torch
 
-from attnshape.integrations.vllm import ASKED
 from attnshape.text.score_fn import LOGIT, ScoreFn, parse_score_fn
+
+ASKED = "attnshape"
+"""Key of ``PoolingParams.extra_kwargs``, of ``additional_config``, and the plugin's name."""
+REFUSED = float("-inf")
+"""In every place of a row that is refused; a NaN is the model's own."""
 
 OLDEST, NEWEST = (0, 28), (0, 33)
 """Read; ``RAN`` are those that ran."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +22,10 @@ ROOT = HERE.parents[2]
 RESULTS = HERE / "results.md"
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 """vLLM's builds of these are for GPUs, and are not to be imported beside a torch for CPUs."""
-SCRIPTS = {"server": "server.py"}
+SCRIPTS = {"server": "server.py", "cost": "cost.py"}
 """Cells that are not of ``inside.py``."""
+COST = ROOT / "benchmarks" / "results" / "vllm_cost.json"
+"""What ``cost`` measured; it runs where it is named only."""
 VARIABLES = {
     "VLLM_PLUGINS": "attnshape",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # tests reach into the engine
@@ -66,10 +69,10 @@ def shown(found: dict[str, Any]) -> str:
     parts = [
         f"{k} {v:.1e}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items() if k != "loading"
     ]
-    if isinstance(said, dict):
-        parts += [f"{name}: {why or 'nothing'}" for name, why in said.items()]
-    elif said:
-        parts += [f"rank {i}: {why}" for i, why in enumerate(said)]
+    named = said.items() if isinstance(said, dict) else ((f"rank {i}", x) for i, x in enumerate(said or ()))
+    for name, why in named:
+        share = re.search(r"is not what it gave: (\S+) of", why or "")
+        parts.append(f"{name}: {share[1] + ' elsewhere' if share else why or 'nothing said'}")
     return "; ".join(parts)
 
 
@@ -106,11 +109,15 @@ def main() -> None:
     if unknown := {*options.cells} - {*known}:
         parser.error(f"no such cell: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     found, failed = {}, []
-    for name in options.cells or known:
+    for name in options.cells or [name for name in known if name != "cost"]:
         print(f"{name} …", flush=True)
         result = run(python, name, known[name], models)
         if result is None:
             failed.append(name)
+            continue
+        if name == "cost":
+            COST.write_text(json.dumps(result, indent=1) + "\n")
+            print(f"{name}: {100 * result['rows_share']:.2f}% of a batch, {COST}", flush=True)
             continue
         found[name] = result
         print(f"{name}: {shown(dict(result))} (loaded in {result['loading']:.0f} s)", flush=True)

@@ -165,9 +165,9 @@ def common_kept(run: Run) -> dict[str, Any]:
 
 def mutations(run: Run) -> dict[str, Any]:
     """What is read wrongly is found: those that asked are refused, and nothing else changes."""
-    from attnshape.integrations.vllm import REFUSED
     from attnshape.integrations.vllm.pages import Tokens
     from attnshape.integrations.vllm.pooler import Tap
+    from attnshape.integrations.vllm.support import REFUSED
 
     pooler = run.pooler
     right, layer = run.data(), pooler.tap.layer
@@ -237,7 +237,7 @@ def mutations(run: Run) -> dict[str, Any]:
 
 def one_rank_refuses(run: Run) -> dict[str, Any]:
     """Tensor parallel: what one rank's check finds, all ranks decide by; nothing hangs."""
-    from attnshape.integrations.vllm import REFUSED
+    from attnshape.integrations.vllm.support import REFUSED
 
     assert all(bool((x[run.labels :] != REFUSED).all()) for x in run.data())
     run.llm.apply_model(break_second_rank)

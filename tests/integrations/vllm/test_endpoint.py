@@ -16,8 +16,9 @@ from fastapi import FastAPI
 from support.reward_models import LIMIT, save
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from attnshape.integrations.vllm import REFUSED, answers, endpoint
+from attnshape.integrations.vllm import answers, endpoint
 from attnshape.integrations.vllm.endpoint import Endpoint
+from attnshape.integrations.vllm.support import REFUSED
 from attnshape.text.load import RewardModelConfig
 from attnshape.text.model import CreditModel
 
@@ -255,6 +256,12 @@ def test_an_engine_that_dies_is_asked_again_later(engine: Engine) -> None:
         assert reply.headers["retry-after"] == "1"
 
     serve(engine, test)
+
+
+def test_a_template_that_would_not_be_read_ends_the_start(engine: Engine) -> None:
+    start = Endpoint().init_state(engine, None, Namespace(chat_template="chat.jinja"))
+    with pytest.raises(ValueError, match=r"--chat-template: got 'chat\.jinja', but completions are read"):
+        asyncio.run(start)
 
 
 def test_a_slow_tokenizer_is_refused(engine: Engine) -> None:
