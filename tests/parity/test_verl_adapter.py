@@ -319,9 +319,13 @@ run(config, "127.0.0.1", 0, lambda url: print(url, flush=True))
 
 @pytest.fixture
 def served(setup: Setup) -> Iterator[str]:
-    """``attnshape serve``, without its command line."""
+    """``attnshape serve``, without its command line; or what ``ATTNSHAPE_SERVER`` starts (``make vllm``)."""
     env = {**os.environ, **ENVIRONMENT}
-    command = [sys.executable, "-W", "ignore", "-c", SERVE, str(setup.folder / "reward_model")]
+    command = [sys.executable, "-W", "ignore", "-c", SERVE]
+    command = [
+        *(os.environ.get("ATTNSHAPE_SERVER", "").split() or command),
+        str(setup.folder / "reward_model"),
+    ]
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         yield process.stdout.readline().strip()

@@ -22,11 +22,12 @@ ROOT = HERE.parents[2]
 RESULTS = HERE / "results.md"
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 """vLLM's builds of these are for GPUs, and are not to be imported beside a torch for CPUs."""
-SCRIPTS = {"server": "server.py", "cost": "cost.py"}
+MODULES = {"server": "server", "cost": "cost"}
 """Cells that are not of ``inside.py``."""
 COST = ROOT / "benchmarks" / "results" / "vllm_cost.json"
 """What ``cost`` measured; it runs where it is named only."""
 VARIABLES = {
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     "VLLM_PLUGINS": "attnshape",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # tests reach into the engine
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -48,9 +49,11 @@ def interpreter(folder: Path) -> Path:
 
 def cells(python: Path) -> dict[str, dict[str, str]]:
     """Names, and the variables that their processes start with."""
-    code = "import inside, json; print(json.dumps({n: c.environment for n, c in inside.CELLS.items()}))"
-    found = subprocess.run([python, "-c", code], cwd=HERE, check=True, capture_output=True, text=True)
-    return {**json.loads(found.stdout.splitlines()[-1]), **{name: {} for name in SCRIPTS}}
+    code = "import json\nfrom integrations.vllm.inside import CELLS\n"
+    code += "print(json.dumps({name: cell.environment for name, cell in CELLS.items()}))"
+    command, settings = [python, "-c", code], os.environ | VARIABLES
+    found = subprocess.run(command, cwd=ROOT, env=settings, check=True, capture_output=True, text=True)
+    return {**json.loads(found.stdout.splitlines()[-1]), **{name: {} for name in MODULES}}
 
 
 def run(python: Path, name: str, variables: dict[str, str], models: Path) -> dict[str, Any] | None:
@@ -58,8 +61,8 @@ def run(python: Path, name: str, variables: dict[str, str], models: Path) -> dic
     out = models / "found.json"
     out.unlink(missing_ok=True)
     settings = os.environ | VARIABLES | variables
-    command = [python, HERE / SCRIPTS.get(name, "inside.py"), name, models, out]
-    status = subprocess.run(command, env=settings, timeout=PATIENCE).returncode
+    command = [python, "-m", f"integrations.vllm.{MODULES.get(name, 'inside')}", name, models, out]
+    status = subprocess.run(command, cwd=ROOT, env=settings, timeout=PATIENCE).returncode
     return json.loads(out.read_text()) if status == 0 and out.exists() else None
 
 

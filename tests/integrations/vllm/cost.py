@@ -17,9 +17,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import models
 import torch
-from inside import Cell, Run, pooler_of
+from integrations.vllm import models
+from integrations.vllm.inside import Cell, Run, pooler_of
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 ROUNDS, REQUESTS, TOKENS, REPEATS = 5, 8, 256, 2000

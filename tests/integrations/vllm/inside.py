@@ -1,6 +1,7 @@
-"""One cell of the matrix, inside vLLM's environment: ``python inside.py CELL MODELS OUT.json``.
+"""One cell of the matrix, inside vLLM's environment: ``python -m integrations.vllm.inside``.
 
-``__main__.py`` calls it, with the variables that the cell wants.
+``__main__.py`` calls it with the cell's name, the folder of models and the file for what is found, and with
+the variables that the cell wants.
 """
 
 from __future__ import annotations
@@ -14,12 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gpu_backends
-import models
 import torch
+from integrations.vllm import gpu_backends, models
 from torch import Tensor
 
-HERE = Path(__file__).parent
 SCORE_BOUND, ROW_BOUND = 2e-4, 3e-5
 """float32, two implementations of the whole model apart."""
 
@@ -276,7 +275,7 @@ CACHE = {"enable_prefix_caching": True}
 V2 = {
     "VLLM_USE_V2_MODEL_RUNNER": "1",
     "TRITON_INTERPRET": "1",
-    "PYTHONPATH": f"{HERE / 'v2'}:{os.environ.get('PYTHONPATH', '')}",
+    "PYTHONPATH": f"{Path(__file__).parent / 'v2'}:{os.environ.get('PYTHONPATH', '')}",
 }
 TWO = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 CELLS = {

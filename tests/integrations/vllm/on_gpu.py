@@ -4,8 +4,8 @@
 
 in an environment with vLLM 0.28 to 0.33 and attnshape. Every row is held against the engine's own attention
 output, in float32 also against eager transformers; tokens per second are with and without rows, batches
-taking turns. One engine per cell, each in a process of its own; a cell whose backend this GPU lacks is named and
-passed over. Not run yet: it needs a GPU.
+taking turns. One engine per cell, each in a process of its own; a cell whose backend this GPU lacks is
+named and passed over. Not run yet: it needs a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION")
 DTYPES = (("bfloat16", "auto"), ("bfloat16", "fp8"), ("float32", "auto"))
 GRAPHS = (False, True)
 ROUNDS = 6
-HERE = Path(__file__).parent
 SHAPE = {
     "hidden_size": 1024,
     "intermediate_size": 2816,
@@ -47,9 +46,9 @@ LACKING = (
 
 def cell(backend: str, dtype: str, cache: str, graphs: bool, model: Path, out: Path) -> None:
     """One engine, in this process."""
-    import models
     import torch
-    from inside import Cell, Run, pooler_of
+    from integrations.vllm import models
+    from integrations.vllm.inside import Cell, Run, pooler_of
 
     from attnshape.integrations.vllm import pooler
     from attnshape.integrations.vllm.support import REFUSED
@@ -104,8 +103,7 @@ def main() -> None:
         return
     model = options.model
     if model is None:
-        sys.path.insert(0, str(HERE))
-        import models
+        from integrations.vllm import models
 
         models.KINDS["made"] = (*models.KINDS["llama"][:2], SHAPE)
         model = models.save(out, "made")
@@ -114,7 +112,14 @@ def main() -> None:
         arguments = [backend, dtype, cache, "graphs" if graphs else "eager"]
         name = " ".join(arguments)
         found.unlink(missing_ok=True)
-        command = [sys.executable, str(HERE / "on_gpu.py"), str(out), "--model", str(model.absolute())]
+        command = [
+            sys.executable,
+            "-m",
+            "integrations.vllm.on_gpu",
+            str(out),
+            "--model",
+            str(model.absolute()),
+        ]
         settings = {"VLLM_PLUGINS": "attnshape", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         ran = subprocess.run(
             [*command, "--cell", *arguments],

@@ -1,4 +1,4 @@
-"""vLLM's real server with the plugin, under many clients: ``python server.py CELL MODELS OUT.json``.
+"""vLLM's real server with the plugin, under many clients.
 
 Score and credit through the adapters' own ``ServedRewardModel`` are held against ``LocalRewardModel`` in this
 process, while other clients hang up on the way.
@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import models
+from integrations.vllm import models
 
 from attnshape import decoded_spans
 from attnshape.integrations.reward import LocalRewardModel, ServedRewardModel
@@ -34,15 +35,14 @@ PATIENCE = 600.0
 
 
 @contextlib.contextmanager
-def served(path: Path, log: Path) -> Iterator[str]:
-    """The server's address, when it can answer."""
+def served(path: Path, log: Path, *options: str) -> Iterator[str]:
+    """The server's address; it cannot answer yet."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path)]
     command += ["--runner", "pooling", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--api-key", KEY]
-    command += ["--io-processor-plugin", "attnshape"]
+    command += ["--host", "127.0.0.1", "--port", str(port), *options]
     variables = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out, env=variables) as process:
         try:
@@ -186,11 +186,24 @@ def other_ways(url: str, cases: list[Any], local: LocalRewardModel) -> dict[str,
     return {"pooling": credit}
 
 
+def serve(path: Path) -> None:
+    """Serves, and prints the address of the protocol when it can answer: what other tests start."""
+    with served(path, path / "server.log") as url:
+        await_server(url)
+        print(f"{url}/attnshape", flush=True)
+        signal.pause()
+
+
 def main() -> None:
+    if sys.argv[1] == "serve":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+        serve(Path(sys.argv[2]))
+        return
     folder, out = Path(sys.argv[2]), Path(sys.argv[3])
     path = models.save(folder, "llama")
     cases = completions(models.tokenizer())
-    with served(path, folder / "server.log") as url:
+    options = ("--api-key", KEY, "--io-processor-plugin", "attnshape")
+    with served(path, folder / "server.log", *options) as url:
         loading = await_server(url)
         local = LocalRewardModel(RewardModelConfig(model=str(path)), "cpu")
         found = asyncio.run(under_load(url, cases, local))
