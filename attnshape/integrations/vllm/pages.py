@@ -26,6 +26,11 @@ def keys_and_values(cache: Tensor, *, transposed: bool) -> tuple[Tensor, Tensor]
     return key.view(blocks, heads, width, tokens).mT, value.view(blocks, heads, tokens, width)
 
 
+def as_bytes(x: Tensor) -> Tensor:
+    """8-bit floats as integers, which every operator that copies knows; others as they are."""
+    return x.view(torch.uint8) if x.element_size() == 1 else x
+
+
 class Tokens(NamedTuple):
     """Where the tokens of some requests lie, one request after another."""
 
@@ -38,7 +43,7 @@ class Tokens(NamedTuple):
 
     def of(self, x: Tensor) -> Tensor:
         """``[N, Hkv, D]`` of a view ``[blocks, Hkv, tokens, D]``."""
-        return x[self.block, :, self.offset]
+        return as_bytes(x)[self.block, :, self.offset].view(x.dtype)
 
 
 def tokens_of(

@@ -19,6 +19,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
 
 from attnshape.integrations.vllm import support
+from attnshape.integrations.vllm.pages import as_bytes
 from attnshape.integrations.vllm.rows import Layer, Step, rows_of
 from attnshape.integrations.vllm.support import ASKED, REFUSED
 from attnshape.ops import attention_row
@@ -208,7 +209,8 @@ class Tap:
             ends = (attn_metadata if common is None else common).query_start_loc[1:]
             # Copies: a graph's memory is used again by what follows.
             last = ends - 1
-            self.step = Step(query.index_select(0, last), output.index_select(0, last), kv_cache, table)
+            rows = as_bytes(query).index_select(0, last).view(query.dtype)
+            self.step = Step(rows, output.index_select(0, last), kv_cache, table)
         return result
 
 

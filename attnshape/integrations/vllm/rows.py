@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnshape.integrations.vllm.pages import keys_and_values, tokens_of
+from attnshape.integrations.vllm.pages import as_bytes, keys_and_values, tokens_of
 from attnshape.ops import attention_row
 from attnshape.tap import check
 from attnshape.tolerance import credit_bound, error_fraction
@@ -89,7 +89,7 @@ def _batch(
     keys, values = keys_and_values(step.cache, transposed=layer.transposed)
     tokens = tokens_of(step.table, requests, first, lengths, keys.shape[2])
     index = torch.tensor(requests).to(step.query.device, non_blocking=True)
-    query = step.query[index]
+    query = as_bytes(step.query)[index].view(step.query.dtype)
     if query.element_size() == 1:
         query = query.float() * layer.query_scale
     key = tokens.of(keys)
