@@ -186,6 +186,35 @@ def other_ways(url: str, cases: list[Any], local: LocalRewardModel) -> dict[str,
     return {"pooling": credit}
 
 
+def fuzzed(url: str, paths: str) -> None:
+    """Requests drawn from the server's own description, and others: none of them is answered with a 500."""
+    command = [Path(sys.executable).with_name("schemathesis"), "run", f"{url}/openapi.json", "--no-color"]
+    command += ["--include-path-regex", paths, "--checks", "not_a_server_error", "--max-examples", "60"]
+    command += ["--generation-deterministic", "--phases", "examples,coverage,fuzzing"]
+    command += ["--header", f"Authorization: Bearer {KEY}", "--suppress-health-check", "all"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
+
+
+SERVE = """
+import sys
+from attnshape.serve.app import ServeConfig, run
+config = ServeConfig(model=sys.argv[1], api_key=sys.argv[2])
+run(config, "127.0.0.1", 0, lambda url: print(url, flush=True))
+"""
+
+
+@contextlib.contextmanager
+def attnshape_serve(path: Path) -> Iterator[str]:
+    command = [sys.executable, "-W", "ignore", "-c", SERVE, str(path), KEY]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.terminate()
+
+
 def serve(path: Path) -> None:
     """Serves, and prints the address of the protocol when it can answer: what other tests start."""
     with served(path, path / "server.log") as url:
@@ -208,6 +237,9 @@ def main() -> None:
         local = LocalRewardModel(RewardModelConfig(model=str(path)), "cpu")
         found = asyncio.run(under_load(url, cases, local))
         found |= other_ways(url, cases, local)
+        fuzzed(url, "^/attnshape/")
+    with attnshape_serve(path) as url:
+        fuzzed(url, "^/")
     out.write_text(json.dumps({"loading": loading, **found}))
 
 
