@@ -89,6 +89,25 @@ class Credited(NamedTuple):
     """Why a completion has no score: too long, no text, not finite, …"""
 
 
+class Tokens(NamedTuple):
+    """Completions as one forward reads them, padded on the right."""
+
+    input_ids: Tensor
+    """int64 ``[B, S]``."""
+    attention_mask: Tensor
+    """The same."""
+    response: Response
+    """``[B, R]``, with the position of each of its tokens."""
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], pad: int, device: torch.device) -> Tokens:
+        lengths = torch.tensor([len(example.input_ids) for example in examples], device=device)
+        input_ids = _padded([example.input_ids for example in examples], pad).to(device)
+        attention_mask = (torch.arange(input_ids.shape[1], device=device) < lengths[:, None]).long()
+        index = _padded([example.positions for example in examples], -1).to(device)
+        return cls(input_ids, attention_mask, Response(index >= 0, index=index))
+
+
 class Weighed(NamedTuple):
     """One forward's scores and weights, on the reward model's tokens."""
 
@@ -161,7 +180,7 @@ class CreditModel:
         )
 
     @classmethod
-    def load(cls, config: RewardModelConfig, device: str) -> CreditModel:
+    def load(cls, config: RewardModelConfig, device: str, batch_tokens: int = 16384) -> CreditModel:
         """``config``'s model and source."""
         return cls(
             config.model,
@@ -170,6 +189,7 @@ class CreditModel:
             span=config.span,
             score_fn=config.score_fn,
             query_position=config.query_position,
+            batch_tokens=batch_tokens,
             device=device,
             trust_remote_code=config.trust_remote_code,
         )
@@ -252,10 +272,34 @@ class CreditModel:
         """
         source, tap = (self.source, self.tap) if source is None else (source, self._tap(source))
         with source.opened(tap):  # opened anew: a forward that failed has left its traces in it
-            score, index = _forward(self.model, tap, examples, self.score_fn, self.query_position)
+            score, response = self._forward(examples, tap)
             taken = tap.take()
-        response = Response(index >= 0, index=index)
         return Weighed(score.detach(), source.weights(taken, score, response), response)
+
+    @torch.inference_mode()
+    def scores(self, examples: Sequence[Example]) -> Tensor:
+        """One forward, for the scores ``[B]`` alone."""
+        return self._forward(examples)[0]
+
+    def _forward(self, examples: Sequence[Example], tap: SourceTap | None = None) -> tuple[Tensor, Response]:
+        position = self.query_position
+        with _padding(self.model, examples) as pad:
+            tokens = Tokens.of(examples, pad, self.model.device)
+            if tap is not None and isinstance(position, int) and str(tap.query_position) != "all":
+                tap.query_position = _positions(position, tokens.attention_mask.sum(1))
+            score = _score(self.model, tokens.input_ids, tokens.attention_mask, self.score_fn)
+        return score, tokens.response
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """What a text is padded with in a batch; None if the model has no such token."""
+        pad: int | None = getattr(self.model.config.get_text_config(), "pad_token_id", None)
+        return pad
+
+    @torch.no_grad()
+    def score_of(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scores ``[N]`` of ids ``[N, S]``: what ``credit.leave_one_out`` and ``deletion_scores`` call."""
+        return _score(self.model, input_ids, attention_mask, self.score_fn)
 
     def batches(self, examples: Mapping[int, Example]) -> Iterator[list[int]]:
         """Their keys, the longest first, as many as ``batch_tokens`` allows."""
@@ -354,26 +398,12 @@ def _padding(model: PreTrainedModel, examples: Sequence[Example]) -> Iterator[in
         config.pad_token_id = None
 
 
-def _forward(
-    model: PreTrainedModel,
-    tap: SourceTap,
-    examples: Sequence[Example],
-    score_fn: ScoreFn,
-    query_position: QueryPosition,
-) -> tuple[Tensor, Tensor]:
-    """Scores ``[B]``, and int64 ``[B, R]`` positions of the response's tokens, -1 in padding."""
-    with _padding(model, examples) as pad:
-        input_ids = _padded([example.input_ids for example in examples], pad).to(model.device)
-        lengths = torch.tensor([len(example.input_ids) for example in examples], device=model.device)
-        attention_mask = torch.arange(input_ids.shape[1], device=model.device) < lengths[:, None]
-        if isinstance(query_position, int) and str(tap.query_position) != "all":
-            tap.query_position = _positions(query_position, lengths)
-        logits = getattr(model(input_ids=input_ids, attention_mask=attention_mask.long()), "logits", None)
-    if logits is None or logits.ndim != 2 or len(logits) != len(examples):
+def _score(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, score_fn: ScoreFn) -> Tensor:
+    logits = getattr(model(input_ids=input_ids, attention_mask=attention_mask), "logits", None)
+    if logits is None or logits.ndim != 2 or len(logits) != len(input_ids):
         shape = None if logits is None else list(logits.shape)
-        raise ValueError(f"{type(model).__name__}: got logits {shape}, want [{len(examples)}, labels]")
-    index = _padded([example.positions for example in examples], -1).to(model.device)
-    return score_fn(logits.float()), index
+        raise ValueError(f"{type(model).__name__}: got logits {shape}, want [{len(input_ids)}, labels]")
+    return score_fn(logits.float())
 
 
 def _positions(position: int, lengths: Tensor) -> Tensor:
