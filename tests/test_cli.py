@@ -212,7 +212,7 @@ def test_page_shows_every_completion(llama: Path, source: Path, tmp_path: Path) 
     assert "∅" not in text
     for c in rows[0]["credit"]:
         shares = c * len(rows[0]["credit"])
-        assert f'title="{rows[0]["score"] * c:.4g}, {shares:.1f} × even"' in text
+        assert f'title="{rows[0]["score"] * c:.3g}, {shares:.1f} × even"' in text
 
 
 def test_a_source_with_signs_gives_token_rewards(llama: Path, source: Path, tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_a_source_with_signs_gives_token_rewards(llama: Path, source: Path, tmp_
         assert row["credit"] is None
         assert sum(row["token_rewards"]) == pytest.approx(0, abs=1e-4 * (1 + max(row["token_rewards"])))
     paid = rows[0]["score"] / n + rows[0]["token_rewards"][0]
-    assert f'title="{paid:.4g}, ' in page.read_text(encoding="utf-8")
+    assert f'title="{paid:.3g}, ' in page.read_text(encoding="utf-8")
     spans = invoke(llama, source, "--source", "leave_one_out", "--span", 100)
     assert spans.exit_code == 0
     assert not any(any(row["token_rewards"]) for row in read(tmp_path / "completions.credit.jsonl"))

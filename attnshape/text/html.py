@@ -103,7 +103,7 @@ def _token(text: str, reward: float, even: float, *, first: bool) -> str:
 
 
 def _number(x: float) -> str:
-    return f"{x:.4g}"
+    return f"{x:.3g}"
 
 
 def _visible(text: str) -> str:
@@ -208,7 +208,8 @@ form { display: flex; flex-wrap: wrap; gap: .4rem 1.2rem; align-items: baseline;
 form[hidden] { display: none; }
 input[type=number] { width: 6em; }
 body > output { position: fixed; inset: auto 0 0 0; padding: .4rem 1rem; background: var(--page);
-  border-top: 1px solid var(--line); font-variant-numeric: tabular-nums; white-space: pre-wrap; }
+  border-top: 1px solid var(--line); font: .85rem/1.5 system-ui, sans-serif; max-height: 30vh; overflow: auto;
+  font-variant-numeric: tabular-nums; white-space: pre-wrap; }
 body > output:empty { display: none; }
 </style>
 </head>
