@@ -33,6 +33,8 @@ SOURCES = (
 DRAWS = 4
 """Random deletions of each completion."""
 DISPUTED = 5
+CLOSE = 0.9
+"""Of what the best source reaches: a cheaper one that reaches it, and is not clearly worse, will do."""
 ONE_TOKEN = "a response of one token has nothing to choose from"
 
 
@@ -354,7 +356,7 @@ def _advice(
     beyond: Mapping[CreditSource, Tensor],
     completions: int,
 ) -> str:
-    """One sentence that quotes the numbers: the cheapest source that is not clearly worse than the best."""
+    """One sentence that quotes the numbers: the cheapest source that is as good as the best, or nearly."""
     if not ceiling.move.is_positive:
         return (
             f"These {completions} completions do not tell: what leave-one-out deletes moves the score by "
@@ -370,7 +372,9 @@ def _advice(
     good = [
         source
         for source, row in rows.items()
-        if row.of_ceiling.is_positive and not Estimate.of(beyond[best] - beyond[source]).is_positive
+        if row.of_ceiling.is_positive
+        and row.of_ceiling.value >= CLOSE * rows[best].of_ceiling.value
+        and not Estimate.of(beyond[best] - beyond[source]).is_positive
     ]
     chosen = min(good, key=lambda source: rows[source].cost)
     also = [best, *(source for source in rows if source.name == "attention")]
