@@ -213,15 +213,11 @@ def disputed_items(
     sources: Sequence[CreditSource] = SOURCES,
     span: int = 1,
 ) -> list[CreditItem]:
-    """The most disputed completions as each source that ran sees them, for ``credit_page``."""
+    """The most disputed completions as each source that ran sees them, for ``credit_section``."""
     refused = {row.source for row in found.refused}
     shown = [CreditSource("leave_one_out", span=span), *(s for s in sources if str(s) not in refused)]
     return [
-        page_item(
-            examples[i],
-            {str(source): model.score([examples[i]], source)[0] for source in shown},
-            f"completion {i + 1}",
-        )
+        page_item(examples[i], {str(source): model.score([examples[i]], source)[0] for source in shown})
         for i in found.disputed
     ]
 

@@ -184,6 +184,7 @@ def test_the_command(tmp_path: Path) -> None:
         assert row["source"] in shown
     text = page.read_text(encoding="utf-8")
     assert text.count("<section") == 5
+    assert all(f'<section id="c{i + 1}"' in text for i in saved["disputed"])
     assert text.count("<figure>") == 5 * (1 + len(saved["sources"]))
     some = invoke(folder, source, "--source", "rollout", "--source", "attention")
     assert "gradient" not in some.stdout
