@@ -31,7 +31,7 @@ def each_backend_with(
 ) -> pytest.MarkDecorator:
     """Each backend with every combination of options.
 
-    The interpreted kernels with those of ``pairs``, and with fewer choices of an option that ``interpreted`` has.
+    The interpreted kernels with those of ``pairs``; ``interpreted`` has fewer choices for them.
     """
     every = list(itertools.product(*options.values()))
     few = pairs(*(options | (interpreted or {})).values()) if INTERPRETED else every
