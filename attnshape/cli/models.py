@@ -157,6 +157,50 @@ def _check_files(source: Path, out: Path, html: Path | None, resume: bool) -> No
 
 
 @app.command()
+def audit(
+    model: Model,
+    completions: Annotated[
+        Path, typer.Argument(metavar="JSONL", help="As for `attnshape credit`; - for standard input.")
+    ],
+    *,
+    source: Annotated[list[str] | None, typer.Option(help="Look at this one only; may be repeated.")] = None,
+    limit: Annotated[int, typer.Option(min=2, help="Completions that are looked at, the first ones.")] = 100,
+    span: Span = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File to write every figure to.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Page to write: the completions that the sources disagree on most, side by side."),
+    ] = None,
+    score_fn: ScoreFnText = "logit",
+    query_position: Position = "pooled",
+    trust_remote_code: TrustRemoteCode = False,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Of a forward, padding included.")] = 16384,
+    device: Device = DEFAULT_DEVICE,
+) -> None:
+    """Measure which source of credit to trust with a reward model, without labels.
+
+    The tokens that a source names are deleted, and the score is looked at: how far it moves against its
+    verdict (the side of the mean that it is on), beyond what random deletion does, as a share of what
+    leave-one-out reaches with a forward per token. A source that this model does not have is a row that says
+    why.
+    """
+    from attnshape.cli.audit import audit_file
+
+    for path in (json_file, html):
+        if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+            raise fail(f"{path}: want a file, in a folder that is there")
+    if completions != STANDARD and not completions.is_file():
+        raise fail(f"{completions}: there is no such file")
+    try:
+        config = reward_model_config(model, score_fn, query_position, trust_remote_code)
+        skipped = audit_file(config, completions, device, source, limit, span, batch_tokens, json_file, html)
+    except (ValueError, OSError) as error:
+        raise fail(error) from error
+    if skipped:
+        raise typer.Exit(1)
+
+
+@app.command()
 def serve(
     model: Model,
     *,

@@ -68,8 +68,8 @@ def credit_lines(
 
     if page is not None and not page.tell():
         page.write(page_head(title))
-    readable = _readable(lines, model.reader(), iter(done), skip, on_read)
-    while batch := list(itertools.islice(readable, batch_size)):
+    ahead = readable(lines, model.reader(), iter(done), skip, on_read)
+    while batch := list(itertools.islice(ahead, batch_size)):
         for line, scored in zip(batch, model.score_each([line.example for line in batch]), strict=True):
             if isinstance(scored, str):
                 skip(line.number, scored)
@@ -104,13 +104,14 @@ def credit_file(model: CreditModel, lines: Iterable[bytes], partial: Partial, **
         return credit_lines(model, lines, out, page, done=done, **options)
 
 
-def _readable(
+def readable(
     lines: Iterable[bytes],
     reader: Reader,
     done: Iterator[int],
     skip: Callable[[int, str], None],
-    on_read: Callable[[int], None],
+    on_read: Callable[[int], None] = lambda size: None,
 ) -> Iterator[Line]:
+    """Those of the lines that can be read and are not done."""
     next_done = next(done, None)
     for number, line in enumerate(lines, 1):
         on_read(len(line))
@@ -151,7 +152,7 @@ def _row(line: Line, scored: Scored) -> dict[str, Any]:
     }
 
 
-def page_item(example: Example, views: Mapping[str, Scored], note: str = "") -> CreditItem:
+def page_item(example: Example, views: Mapping[str, Scored]) -> CreditItem:
     """A completion as it is shown, by each source: pieces that tile the response.
 
     Text without a token joins the next, a shared character is one. Where the chat template changed the
@@ -181,7 +182,6 @@ def page_item(example: Example, views: Mapping[str, Scored], note: str = "") -> 
         add(shown, len(example.response), None)
     (first, *_) = views.values()
     notes = {
-        note: note,
         "the chat template changed the response: what it dropped has no credit": first.metrics["changed"],
         "no attention on the response: all credit on its last token": first.metrics["fallback"],
     }

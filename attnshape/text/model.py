@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
@@ -27,7 +25,7 @@ from attnshape.text.load import (
 )
 from attnshape.text.reader import Example, Reader
 from attnshape.text.score_fn import ScoreFn, parse_score_fn
-from attnshape.text.source import CreditSource, SourceTap
+from attnshape.text.source import CreditSource, SourceTap, score_texts
 from attnshape.text.turns import spans_of
 from attnshape.types import Response, Status
 
@@ -87,6 +85,25 @@ class Credited(NamedTuple):
     """bool ``[B, R]``: the policy's own tokens."""
     errors: list[str | None]
     """Why a completion has no score: too long, no text, not finite, …"""
+
+
+class Tokens(NamedTuple):
+    """Completions as one forward reads them, padded on the right with whatever."""
+
+    input_ids: Tensor
+    """int64 ``[B, S]``."""
+    attention_mask: Tensor
+    """The same."""
+    response: Response
+    """``[B, R]``, with the position of each of its tokens."""
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], device: torch.device) -> Tokens:
+        lengths = torch.tensor([len(example.input_ids) for example in examples], device=device)
+        input_ids = _padded([example.input_ids for example in examples], 0).to(device)
+        attention_mask = (torch.arange(input_ids.shape[1], device=device) < lengths[:, None]).long()
+        index = _padded([example.positions for example in examples], -1).to(device)
+        return cls(input_ids, attention_mask, Response(index >= 0, index=index))
 
 
 class Weighed(NamedTuple):
@@ -161,7 +178,7 @@ class CreditModel:
         )
 
     @classmethod
-    def load(cls, config: RewardModelConfig, device: str) -> CreditModel:
+    def load(cls, config: RewardModelConfig, device: str, batch_tokens: int = 16384) -> CreditModel:
         """``config``'s model and source."""
         return cls(
             config.model,
@@ -170,6 +187,7 @@ class CreditModel:
             span=config.span,
             score_fn=config.score_fn,
             query_position=config.query_position,
+            batch_tokens=batch_tokens,
             device=device,
             trust_remote_code=config.trust_remote_code,
         )
@@ -252,10 +270,27 @@ class CreditModel:
         """
         source, tap = (self.source, self.tap) if source is None else (source, self._tap(source))
         with source.opened(tap):  # opened anew: a forward that failed has left its traces in it
-            score, index = _forward(self.model, tap, examples, self.score_fn, self.query_position)
+            score, response = self._forward(examples, tap)
             taken = tap.take()
-        response = Response(index >= 0, index=index)
         return Weighed(score.detach(), source.weights(taken, score, response), response)
+
+    @torch.inference_mode()
+    def scores(self, examples: Sequence[Example]) -> Tensor:
+        """One forward, for the scores ``[B]`` alone."""
+        return self._forward(examples)[0]
+
+    def _forward(self, examples: Sequence[Example], tap: SourceTap | None = None) -> tuple[Tensor, Response]:
+        tokens, position = Tokens.of(examples, self.model.device), self.query_position
+        if tap is not None and isinstance(position, int) and str(tap.query_position) != "all":
+            tap.query_position = _positions(position, tokens.attention_mask.sum(1))
+        return score_texts(
+            self.model, tokens.input_ids, tokens.attention_mask, self.score_fn
+        ), tokens.response
+
+    @torch.no_grad()
+    def score_of(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scores ``[N]`` of ids ``[N, S]``: what ``credit.leave_one_out`` and ``deletion_scores`` call."""
+        return score_texts(self.model, input_ids, attention_mask, self.score_fn)
 
     def batches(self, examples: Mapping[int, Example]) -> Iterator[list[int]]:
         """Their keys, the longest first, as many as ``batch_tokens`` allows."""
@@ -335,45 +370,6 @@ def scored_by(source: CreditSource, weighed: Weighed, examples: Sequence[Example
             )
         )
     return scored
-
-
-@contextmanager
-def _padding(model: PreTrainedModel, examples: Sequence[Example]) -> Iterator[int]:
-    """The model's padding token; where it has none, one for this batch that leaves the scores as they are."""
-    config = model.config.get_text_config()
-    pad = getattr(config, "pad_token_id", None)
-    if pad is not None:
-        yield pad
-        return
-    # Heads take the last token that is not padding: any will do that is the last of none of the texts.
-    last = {example.input_ids[-1] for example in examples}
-    try:
-        config.pad_token_id = next(i for i in itertools.count() if i not in last)
-        yield config.pad_token_id
-    finally:
-        config.pad_token_id = None
-
-
-def _forward(
-    model: PreTrainedModel,
-    tap: SourceTap,
-    examples: Sequence[Example],
-    score_fn: ScoreFn,
-    query_position: QueryPosition,
-) -> tuple[Tensor, Tensor]:
-    """Scores ``[B]``, and int64 ``[B, R]`` positions of the response's tokens, -1 in padding."""
-    with _padding(model, examples) as pad:
-        input_ids = _padded([example.input_ids for example in examples], pad).to(model.device)
-        lengths = torch.tensor([len(example.input_ids) for example in examples], device=model.device)
-        attention_mask = torch.arange(input_ids.shape[1], device=model.device) < lengths[:, None]
-        if isinstance(query_position, int) and str(tap.query_position) != "all":
-            tap.query_position = _positions(query_position, lengths)
-        logits = getattr(model(input_ids=input_ids, attention_mask=attention_mask.long()), "logits", None)
-    if logits is None or logits.ndim != 2 or len(logits) != len(examples):
-        shape = None if logits is None else list(logits.shape)
-        raise ValueError(f"{type(model).__name__}: got logits {shape}, want [{len(examples)}, labels]")
-    index = _padded([example.positions for example in examples], -1).to(model.device)
-    return score_fn(logits.float()), index
 
 
 def _positions(position: int, lengths: Tensor) -> Tensor:
