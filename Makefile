@@ -44,7 +44,7 @@ parity: $(READY)
 # The plugin inside vLLM's own engine and server on a CPU, in an environment of its own; CELLS names some, such as
 # CELLS='"gemma2" "server"'. A quarter of an hour.
 vllm: $(READY)
-	PYTHONPATH=.:tests $(BIN)/python -m integrations.vllm $(CELLS) --environments $(PARITY)
+	PYTHONPATH=.:tests $(BIN)/python -m integrations.vllm $(CELLS) --environments $(PARITY) $(SLIME:%=--slime %)
 
 # On a machine with a GPU whose PYTHON has torch, triton, transformers, hypothesis, matplotlib, pytest,
 # pytest-benchmark, rich and typer: the kernels compiled, not interpreted; first that they are correct, then how

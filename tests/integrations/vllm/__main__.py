@@ -12,10 +12,12 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from parity.__main__ import environment
+from parity.adapters import ALONE, PYTEST
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -24,6 +26,8 @@ UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 """vLLM's builds of these are for GPUs, and are not to be imported beside a torch for CPUs."""
 MODULES = {"server": "server", "cost": "cost"}
 """Cells that are not of ``inside.py``."""
+FRAMEWORKS = {"verl": "v0_trainers_token_rewards", "slime": "token_rewards_reach_the_advantages"}
+"""Whose reward paths are pointed at vLLM's server, and the test of each that does it."""
 COST = ROOT / "benchmarks" / "results" / "vllm_cost.json"
 """What ``cost`` measured; it runs where it is named only."""
 VARIABLES = {
@@ -53,7 +57,7 @@ def cells(python: Path) -> dict[str, dict[str, str]]:
     code += "print(json.dumps({name: cell.environment for name, cell in CELLS.items()}))"
     command, settings = [python, "-c", code], os.environ | VARIABLES
     found = subprocess.run(command, cwd=ROOT, env=settings, check=True, capture_output=True, text=True)
-    return {**json.loads(found.stdout.splitlines()[-1]), **{name: {} for name in MODULES}}
+    return {**json.loads(found.stdout.splitlines()[-1]), **{name: {} for name in (*MODULES, *FRAMEWORKS)}}
 
 
 def run(python: Path, name: str, variables: dict[str, str], models: Path) -> dict[str, Any] | None:
@@ -64,6 +68,22 @@ def run(python: Path, name: str, variables: dict[str, str], models: Path) -> dic
     command = [python, "-m", f"integrations.vllm.{MODULES.get(name, 'inside')}", name, models, out]
     status = subprocess.run(command, cwd=ROOT, env=settings, timeout=PATIENCE).returncode
     return json.loads(out.read_text()) if status == 0 and out.exists() else None
+
+
+def framework(name: str, python: Path, options: argparse.Namespace) -> dict[str, Any] | None:
+    """A framework's own reward path, in its own environment, with vLLM's server as its reward model."""
+    started = time.monotonic()
+    theirs = environment(name, options.environments.absolute())
+    pip = [theirs, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, PYTEST], check=True)
+    if name == "slime":
+        subprocess.run([*pip, "--no-deps", options.slime.absolute()], check=True)
+    settings = os.environ | VARIABLES | {"ATTNSHAPE_SERVER": f"{python} -m integrations.vllm.server serve"}
+    test = ROOT / "tests" / "parity" / f"test_{name}_adapter.py"
+    command = [theirs, "-m", "pytest", *ALONE, test, "-k", FRAMEWORKS[name]]
+    status = subprocess.run(command, cwd=ROOT, env=settings, timeout=PATIENCE).returncode
+    took = time.monotonic() - started
+    return {"loading": took, "token rewards": "those of eager transformers offline"} if status == 0 else None
 
 
 def shown(found: dict[str, Any]) -> str:
@@ -104,6 +124,7 @@ def main() -> None:
     parser.add_argument("cells", nargs="*", metavar="CELL", help="all, if none is named")
     parser.add_argument("--environments", type=Path, default=Path(".parity"), metavar="FOLDER")
     parser.add_argument("--python", type=Path, help="of an environment that is there already")
+    parser.add_argument("--slime", type=Path, help="a checkout; without it slime is left out")
     options = parser.parse_args()
     python = options.python or interpreter(options.environments.absolute())
     models = options.environments.absolute() / "vllm-models"
@@ -112,9 +133,13 @@ def main() -> None:
     if unknown := {*options.cells} - {*known}:
         parser.error(f"no such cell: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     found, failed = {}, []
-    for name in options.cells or [name for name in known if name != "cost"]:
+    left_out = {"cost"} if options.slime else {"cost", "slime"}
+    for name in options.cells or [name for name in known if name not in left_out]:
         print(f"{name} …", flush=True)
-        result = run(python, name, known[name], models)
+        if name in FRAMEWORKS:
+            result = framework(name, python, options)
+        else:
+            result = run(python, name, known[name], models)
         if result is None:
             failed.append(name)
             continue
