@@ -89,7 +89,7 @@ def save_reward_model(folder: Path) -> None:
 
 @contextmanager
 def another_server(model: Path) -> Iterator[str | None]:
-    """URL of what the variable ``ATTNSHAPE_SERVER`` starts with this model (``make vllm``), if there is one."""
+    """URL of what the variable ``ATTNSHAPE_SERVER`` starts with this model, if there is one."""
     command = os.environ.get("ATTNSHAPE_SERVER", "").split()
     if not command:
         yield None

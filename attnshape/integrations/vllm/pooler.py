@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +54,7 @@ class CreditPooler(DispatchPooler):  # type: ignore[misc]
     tap: Tap | None = None
     off: str | None = None
     """Why no rows are given."""
+    warm = False
     rows = 0
     """Given so far; the same on every tensor parallel rank, and so are those that are checked."""
 
@@ -74,7 +76,6 @@ class CreditPooler(DispatchPooler):  # type: ignore[misc]
             support.refuse(self.off)
             return
         self.tap = Tap(layer)
-        self.tap.warm_up()
         support.logger.info(
             "%s reads the attention of %s (%s)", ASKED, layer.layer_name, layer.attn_backend.get_name()
         )
@@ -85,6 +86,10 @@ class CreditPooler(DispatchPooler):  # type: ignore[misc]
         step = None
         if self.tap is not None:
             step, self.tap.step = self.tap.step, None
+            if not self.warm:  # in the dummy batch that vLLM pools at its start
+                self.warm = True
+                with contextlib.suppress(Exception):  # a request would find it, on all ranks
+                    self.tap.warm_up()
         asked = [
             i
             for i, params in enumerate(pooling_metadata.pooling_params)
