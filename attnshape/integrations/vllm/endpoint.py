@@ -129,19 +129,18 @@ class Endpoint:
     async def _answers(self, request: Request, examples: Sequence[Example | str]) -> list[dict[str, Any]]:
         """Raises ClientDisconnect when nobody waits any more; the engine then drops what it was asked."""
         asked = [asyncio.create_task(self._ask(example)) for example in examples]
-        answered = asyncio.gather(*asked)
+        answered = asyncio.create_task(asyncio.wait(asked))
         gone = asyncio.create_task(_hung_up(request))
         try:
             await asyncio.wait((answered, gone), return_when=asyncio.FIRST_COMPLETED)
             if not answered.done():
                 raise ClientDisconnect
-            return answered.result()
-        except ClientDisconnect:
-            raise
-        except ValueError as error:  # the engine does not take it
-            raise HTTPException(422, str(error)) from error
-        except Exception as error:  # the engine died
-            raise HTTPException(503, str(error) or type(error).__name__, RETRY_AFTER) from error
+            errors = [error for task in asked if (error := task.exception()) is not None]
+            for error in errors:
+                if isinstance(error, ValueError):  # the engine does not take it
+                    raise HTTPException(422, str(error)) from error
+                raise HTTPException(503, str(error) or type(error).__name__, RETRY_AFTER) from error
+            return [task.result() for task in asked]
         finally:
             tasks: list[asyncio.Future[Any]] = [*asked, gone, answered]
             for task in tasks:
