@@ -1,0 +1,238 @@
+"""The tokenizer and the language models: byte-level BPE, and a Llama-shaped model at three depths.
+
+One model of the full depth is trained on the reviews; its lowest layers, trained on for a while, are the
+shallower models. That costs a third of three trainings; what it cannot show is what a shallow model would have
+learned alone.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.language.data import Texts
+from benchmarks.paper.testbed import whole_folder
+
+PAD, EOS = "<pad>", "<eos>"
+OnStep = Callable[[int, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig:
+    """Sizes and training of the language models."""
+
+    vocabulary: int = 4096
+    hidden_size: int = 192
+    intermediate_size: int = 512
+    heads: int = 6
+    depths: tuple[int, ...] = (6, 4, 2)
+    """The deepest first: the others are cut from it."""
+    positions: int = 256
+    tokens: int = 96
+    batch_size: int = 24
+    lr: float = 2e-3
+    steps: int = 1200
+    cut_steps: int = 150
+    """Of the shallower models, after their top layers are gone."""
+    cut_lr: float = 5e-4
+    save_every: int = 100
+    seed: int = 0
+
+
+def build_tokenizer(texts: Texts, config: LanguageConfig) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over lower-cased reviews of both halves; a text's end is ``<eos>``."""
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocabulary,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((r.text for half in texts.reviews.values() for r in half), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, eos_token=EOS, bos_token=EOS)
+
+
+def token_stream(tokenizer: PreTrainedTokenizerFast, reviews: list[str]) -> Tensor:
+    """All reviews behind each other, int64 ``[N]``, each between two ends of text."""
+    end = tokenizer.eos_token_id
+    ids = [end]
+    for row in tokenizer(reviews, add_special_tokens=False)["input_ids"]:
+        ids += [*row, end]
+    return torch.tensor(ids)
+
+
+def new_language_model(config: LanguageConfig, vocabulary: int, layers: int) -> LlamaForCausalLM:
+    """Untrained."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.heads,
+            max_position_embeddings=config.positions,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=1,
+        )
+    )
+
+
+def cut(model: LlamaForCausalLM, layers: int) -> LlamaForCausalLM:
+    """A copy with the lowest ``layers`` layers only."""
+    config = LlamaConfig(**{**model.config.to_dict(), "num_hidden_layers": layers})
+    shallow = LlamaForCausalLM(config)
+    kept = {n: x for n, x in model.state_dict().items() if n in shallow.state_dict()}
+    shallow.load_state_dict(kept)
+    return shallow
+
+
+def train_language_model(
+    model: LlamaForCausalLM,
+    stream: Tensor,
+    config: LanguageConfig,
+    *,
+    steps: int,
+    lr: float,
+    checkpoint: Path,
+    on_step: OnStep | None = None,
+) -> float:
+    """Trains in place; cut off, it goes on from ``checkpoint``. Returns the CPU seconds that it took."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    generator = torch.Generator().manual_seed(config.seed)
+    done, spent = 0, 0.0
+    if checkpoint.is_file():
+        state: dict[str, Any] = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        done, spent = state["done"], state["seconds"]
+    start = time.process_time()
+    model.train()
+    for step in range(done, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 50) * (1 - 0.95 * step / steps)
+        at = torch.randint(len(stream) - config.tokens, (config.batch_size,), generator=generator)
+        ids = torch.stack([stream[i : i + config.tokens + 1] for i in at])
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        update(model, optimizer, loss)
+        if on_step:
+            on_step(step + 1, loss.item())
+        if (step + 1) % config.save_every == 0 and step + 1 < steps:
+            part = checkpoint.with_suffix(".part")
+            torch.save(
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "generator": generator.get_state(),
+                    "done": step + 1,
+                    "seconds": spent + time.process_time() - start,
+                },
+                part,
+            )
+            part.replace(checkpoint)
+    model.eval()
+    return spent + time.process_time() - start
+
+
+def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One optimiser step, the gradient clipped to norm 1."""
+    optimizer.zero_grad()
+    torch.autograd.backward(loss)
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+    optimizer.step()
+
+
+@torch.no_grad()
+def held_out_loss(model: LlamaForCausalLM, stream: Tensor, tokens: int, rows: int = 200) -> float:
+    """Nats a token on the stream's first ``rows`` pieces of ``tokens`` tokens."""
+    count = min(rows, (len(stream) - 1) // tokens)
+    total = 0.0
+    for first in range(0, count, 25):
+        at = [tokens * i for i in range(first, min(first + 25, count))]
+        ids = torch.stack([stream[i : i + tokens + 1] for i in at])
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+        total += loss.item() / tokens
+    return total / count
+
+
+def make_language_models(
+    texts: Texts, folder: Path, config: LanguageConfig | None = None, on_step: OnStep | None = None
+) -> list[dict[str, Any]]:
+    """Trains the language models that ``folder`` does not have; returns a record for each new one."""
+    config = config or LanguageConfig()
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed)
+    tokenizer = tokenizer_of(folder, texts, config)
+    every = [r.text for half in texts.reviews.values() for r in half]
+    stream, held_out = (token_stream(tokenizer, rows) for rows in (every, [r.text for r in texts.held_out]))
+    records = []
+    for layers in config.depths:
+        name = language_model_name(layers)
+        if (folder / name).is_dir():
+            continue
+        checkpoint = folder / f"{name}.pt"
+        if layers == config.depths[0]:
+            model = new_language_model(config, len(tokenizer), layers)
+            steps, lr = config.steps, config.lr
+        else:
+            deepest = folder / language_model_name(config.depths[0])
+            model = cut(LlamaForCausalLM.from_pretrained(deepest, dtype=torch.float32), layers)
+            steps, lr = config.cut_steps, config.cut_lr
+        seconds = train_language_model(
+            model, stream, config, steps=steps, lr=lr, checkpoint=checkpoint, on_step=on_step
+        )
+        whole_folder(folder / name, lambda new, model=model: _save(model, tokenizer, new))
+        checkpoint.unlink(missing_ok=True)
+        records.append(
+            {
+                "kind": "language model",
+                "name": name,
+                "layers": layers,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "steps": steps,
+                "train_tokens": len(stream),
+                "held_out_nats": held_out_loss(model, held_out, config.tokens),
+                "cpu_seconds": round(seconds, 1),
+            }
+        )
+    return records
+
+
+def tokenizer_of(folder: Path, texts: Texts, config: LanguageConfig) -> PreTrainedTokenizerFast:
+    """The study's own tokenizer, learned if ``folder`` does not have it."""
+    path = folder / "tokenizer"
+    if not path.is_dir():
+        whole_folder(path, lambda new: build_tokenizer(texts, config).save_pretrained(new) and None)
+    return PreTrainedTokenizerFast.from_pretrained(path)
+
+
+def language_model_name(layers: int) -> str:
+    return f"lm-{layers}"
+
+
+def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def default_cache() -> Path:
+    """``$XDG_CACHE_HOME/attnshape/language``, by default ``~/.cache/attnshape/language``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnshape" / "language"
