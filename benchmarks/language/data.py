@@ -1,8 +1,8 @@
 """The texts: film reviews with their authors' verdict, and sentences whose words and phrases people labelled.
 
-Both are read from files that a user names; nothing of them is kept here. Splits follow a record's place in its
-file: a tenth of the reviews is held out, the others and the treebank's training sentences fall into two halves
-that share nothing. Reward models learn from half ``a``, the gold judge from half ``b``.
+Both are read from files that a user names; nothing of them is kept here. Splits follow a record's place in
+its file: a tenth of the reviews is held out, the others and the treebank's training sentences fall into two
+halves that share nothing. Reward models learn from half ``a``, the gold judge from half ``b``.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def read_texts(reviews: Path, treebank: Path) -> Texts:
 
 
 def _records(path: Path, fields: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as file:
+    read = gzip.open if path.suffix == ".gz" else open
+    with read(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
@@ -106,7 +106,8 @@ def _records(path: Path, fields: tuple[str, ...]) -> Iterator[dict[str, Any]]:
                     row[name]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{path}, line {number}: got {line[:60]!r} ({error!r}), want an object with {', '.join(fields)}"
+                    f"{path}, line {number}: got {line[:60]!r} ({error!r}), "
+                    f"want an object with {', '.join(fields)}"
                 ) from error
             yield row
 

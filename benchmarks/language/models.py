@@ -1,8 +1,8 @@
 """The tokenizer and the language models: byte-level BPE, and a Llama-shaped model at three depths.
 
-One model of the full depth is trained on the reviews; its lowest layers, trained on for a while, are the
-shallower models. That costs a third of three trainings; what it cannot show is what a shallow model would have
-learned alone.
+One model of four layers is trained on the reviews. The others start from it and are trained on for a while: two
+layers without its upper ones, six with new ones on top that begin by changing nothing. That costs a third of
+three trainings; it cannot show what each depth would have learned alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -35,22 +35,22 @@ class LanguageConfig:
     hidden_size: int = 192
     intermediate_size: int = 512
     heads: int = 6
-    depths: tuple[int, ...] = (6, 4, 2)
-    """The deepest first: the others are cut from it."""
+    depths: tuple[int, ...] = (4, 2, 6)
+    """The first is trained from nothing, the others from it."""
     positions: int = 256
     tokens: int = 96
-    batch_size: int = 24
+    batch_size: int = 12
     lr: float = 2e-3
-    steps: int = 1200
-    cut_steps: int = 150
-    """Of the shallower models, after their top layers are gone."""
-    cut_lr: float = 5e-4
+    steps: int = 1100
+    more_steps: int = 200
+    """Of the other depths."""
+    more_lr: float = 5e-4
     save_every: int = 100
     seed: int = 0
 
 
 def build_tokenizer(texts: Texts, config: LanguageConfig) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over lower-cased reviews of both halves; a text's end is ``<eos>``."""
+    """Byte-level BPE over lower-cased reviews of both halves; ``<eos>`` stands before a text and ends it."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -62,6 +62,9 @@ def build_tokenizer(texts: Texts, config: LanguageConfig) -> PreTrainedTokenizer
         show_progress=False,
     )
     bpe.train_from_iterator((r.text for half in texts.reviews.values() for r in half), trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{EOS} $A", special_tokens=[(EOS, bpe.token_to_id(EOS))]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, eos_token=EOS, bos_token=EOS)
 
 
@@ -93,13 +96,16 @@ def new_language_model(config: LanguageConfig, vocabulary: int, layers: int) -> 
     )
 
 
-def cut(model: LlamaForCausalLM, layers: int) -> LlamaForCausalLM:
-    """A copy with the lowest ``layers`` layers only."""
+def at_depth(model: LlamaForCausalLM, layers: int) -> LlamaForCausalLM:
+    """A copy with that many layers: the upper ones are gone, or new ones add nothing yet."""
     config = LlamaConfig(**{**model.config.to_dict(), "num_hidden_layers": layers})
-    shallow = LlamaForCausalLM(config)
-    kept = {n: x for n, x in model.state_dict().items() if n in shallow.state_dict()}
-    shallow.load_state_dict(kept)
-    return shallow
+    other = LlamaForCausalLM(config)
+    known = other.state_dict()
+    other.load_state_dict(known | {n: x for n, x in model.state_dict().items() if n in known})
+    for layer in other.model.layers[model.config.num_hidden_layers :]:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return other
 
 
 def train_language_model(
@@ -193,9 +199,9 @@ def make_language_models(
             model = new_language_model(config, len(tokenizer), layers)
             steps, lr = config.steps, config.lr
         else:
-            deepest = folder / language_model_name(config.depths[0])
-            model = cut(LlamaForCausalLM.from_pretrained(deepest, dtype=torch.float32), layers)
-            steps, lr = config.cut_steps, config.cut_lr
+            first = folder / language_model_name(config.depths[0])
+            model = at_depth(LlamaForCausalLM.from_pretrained(first, dtype=torch.float32), layers)
+            steps, lr = config.more_steps, config.more_lr
         seconds = train_language_model(
             model, stream, config, steps=steps, lr=lr, checkpoint=checkpoint, on_step=on_step
         )
