@@ -9,15 +9,17 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from benchmarks.language.agreement import Lexicon, agreement, measured_on
 from benchmarks.language.data import read_texts
 from benchmarks.language.models import default_cache, make_language_models
-from benchmarks.language.rewards import gold_models, make_gold, make_reward_model, study_models
+from benchmarks.language.rewards import Scorer, gold_models, make_gold, make_reward_model, study_models
 from benchmarks.paper.store import Table
 from benchmarks.paper.sweep import start_worker
 from benchmarks.paper.testbed import provenance
 
 RESULTS = Path(__file__).parents[1] / "results" / "language"
 MODELS = Table("models", lambda record: record["name"])
+CREDIT = Table("credit", lambda record: record["name"])
 
 Reviews = Annotated[Path, typer.Option(help="Film reviews, .jsonl or .jsonl.gz.", exists=True)]
 Treebank = Annotated[Path, typer.Option(help="Labelled sentences, .jsonl or .jsonl.gz.", exists=True)]
@@ -63,6 +65,20 @@ def models(
         judges = [cache / m.name for m in gold_models()]
         if all(j.is_dir() for j in judges) and not (cache / "gold.json").is_file():
             _keep(MODELS, make_gold(texts, cache), out)
+
+
+@app.command()
+def credit(
+    *, reviews: Reviews, treebank: Treebank, cache: Cache = None, out: Out = RESULTS, only: Only = "*"
+) -> None:
+    """Every source of every reward model in the cache against people's word labels and against deletions."""
+    start_worker()
+    texts, cache = read_texts(reviews, treebank), cache or default_cache()
+    sentences, lexicon = measured_on(texts.test), Lexicon(texts.reviews["a"])
+    for model in CREDIT.missing(_named(study_models(), only), out):
+        if (cache / model.name).is_dir():
+            found = agreement(Scorer.load(cache / model.name), sentences, lexicon)
+            _keep(CREDIT, {"name": model.name, **found}, out)
 
 
 if __name__ == "__main__":
