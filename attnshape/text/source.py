@@ -28,7 +28,7 @@ class CreditSource:
     Args:
         name: ``"attention"``: the row of the token that is scored; ``"columns"``: the attention among the
             response's own tokens; ``"rollout"``: attention carried down through all layers; and with signs
-            ``"signed_rollout"``, ``"gradient_value"`` and ``"gradient_embedding"``. See ``CREDIT.md``.
+            ``"signed_rollout"``, ``"gradient_value"`` and ``"gradient_embedding"``. See ``docs/sources.md``.
         layer: which attention layer, negative from the last, as for ``AttentionTap``.
 
     Raises:
