@@ -10,24 +10,33 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnshape.credit import picked
+from attnshape import Response
+from attnshape.credit import deletion_scores, picked
 from benchmarks.language.data import NEUTRAL, Review, Sentence
 from benchmarks.language.rewards import Scorer, pair_accuracy
-from benchmarks.language.sources import SIGNED, integrated_gradients, leave_one_out, left_out, sources_of
+from benchmarks.language.sources import (
+    SIGNED,
+    TOKENS,
+    integrated_gradients,
+    leave_one_out,
+    scoring,
+    sources_of,
+)
 
 SENTENCES, WORDS = 160, (8, 30)
 """How many of the test sentences, and their fewest and most words."""
 LONG = 16
 """Sentences of so many words are the longer ones."""
 DELETED = 0.2
-"""Share of a sentence's words that is deleted."""
+"""Share of a sentence's tokens that is deleted."""
 RANDOM_DRAWS = 3
 BATCH = 20
 PHRASE_WORDS = (2, 5)
@@ -89,45 +98,65 @@ class Read:
         out = torch.zeros(len(weights), int(self.units.max()) + 1)
         return out.scatter_add(1, self.units.clamp(min=0), weights.float() * (self.units >= 0))
 
+    def by_token(self, words: Sequence[Sequence[float]]) -> Tensor:
+        """Each word's weight in equal parts on its tokens, ``[B, S]``."""
+        out = torch.zeros(self.ids.shape)
+        for b, row in enumerate(words):
+            count = self.units[b][self.units[b] >= 0].bincount(minlength=len(row))
+            of_unit = torch.tensor(row) / count.clamp(min=1)
+            out[b] = torch.where(self.units[b] >= 0, of_unit[self.units[b].clamp(min=0)], 0.0)
+        return out
 
-Weights = dict[str, list[Tensor]]
-"""Of each source, each sentence's weights by word."""
+
+@dataclass(frozen=True)
+class Weighed:
+    """A batch of sentences with its scores, and each source's weights of its tokens ``[B, S]``."""
+
+    read: Read
+    scores: Tensor
+    weights: dict[str, Tensor]
+
+    def falls(self, scorer: Scorer, weights: Tensor, seed: int = 0) -> Tensor:
+        """How far each score falls, ``[B]``, without the share ``DELETED`` of the largest weights."""
+        read = self.read
+        inside = Response(read.units >= 0, start=torch.zeros(len(read.ids), dtype=torch.int64))
+        after = deletion_scores(
+            scoring(scorer.model),
+            read.ids,
+            weights,
+            inside,
+            fractions=(DELETED,),
+            attention_mask=read.mask,
+            pad_token_id=scorer.tokenizer.pad_token_id,
+            batch_tokens=TOKENS,
+            seed=seed,
+        )
+        return self.scores - after[:, 0]
 
 
-def all_weights(
+def weigh_all(
     scorer: Scorer, sentences: Sequence[Sentence], lexicon: Lexicon
-) -> tuple[Tensor, Weights, dict[str, float]]:
-    """Scores, weights, and the CPU seconds of each source."""
-    scores: list[Tensor] = []
-    found: Weights = {}
+) -> tuple[list[Weighed], dict[str, float]]:
+    """Batches, and the CPU seconds of each source."""
     seconds: Counter[str] = Counter()
-    pad = scorer.tokenizer.pad_token_id
-
-    def keep(name: str, by_word: Tensor, rows: Sequence[Sentence]) -> None:
-        found.setdefault(name, []).extend(w[: len(s.spans)] for w, s in zip(by_word, rows, strict=True))
-
+    model, pad = scorer.model, scorer.tokenizer.pad_token_id
+    out = []
     for first in range(0, len(sentences), BATCH):
         rows = sentences[first : first + BATCH]
         read = Read.by(scorer, rows)
-        inside = read.units >= 0
-        for name, weigh in sources_of(scorer.model).items():
+        sources = sources_of(model) | {
+            "leave-one-out": partial(leave_one_out, pad_id=pad, units=read.units),
+            "integrated gradients": integrated_gradients,
+        }
+        weights = {}
+        for name, weigh in sources.items():
             start = time.process_time()
-            score, weights = weigh(scorer.model, read.ids, read.mask, inside)
+            scores, weights[name] = weigh(model, read.ids, read.mask, read.units >= 0)
             seconds[name] += time.process_time() - start
-            keep(name, read.by_word(weights), rows)
-        start = time.process_time()
-        score, drops = leave_one_out(scorer.model, read.ids, read.mask, read.units, pad)
-        seconds["leave-one-out"] += time.process_time() - start
-        keep("leave-one-out", drops, rows)
-        start = time.process_time()
-        _, weights = integrated_gradients(scorer.model, read.ids, read.mask, inside)
-        seconds["integrated gradients"] += time.process_time() - start
-        keep("integrated gradients", read.by_word(weights), rows)
-        scores.append(score)
-        found.setdefault("lexicon", []).extend(
-            torch.tensor([lexicon.weight(s.text[a:b]) for a, b in s.spans]) for s in rows
-        )
-    return torch.cat(scores), found, dict(seconds)
+        words = [[lexicon.weight(s.text[a:b]) for a, b in s.spans] for s in rows]
+        weights["lexicon"] = read.by_token(words)
+        out.append(Weighed(read, scores, weights))
+    return out, dict(seconds)
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -181,54 +210,32 @@ def with_people(sentences: Sequence[Sentence], weights: Sequence[Tensor], signed
     return out
 
 
-def _chosen(weights: Sequence[Tensor], words: int) -> Tensor:
-    """Rows for ``left_out``: of each text the share ``DELETED`` of its words with the largest weights."""
-    out = torch.zeros(len(weights), 1 + words)
-    for b, w in enumerate(weights):
-        out[b, 0] = b
-        out[b, 1 + w.topk(max(1, round(DELETED * len(w)))).indices] = 1
-    return out
+def deletions(scorer: Scorer, batches: Sequence[Weighed]) -> dict[str, dict[str, float]]:
+    """What happens to the score when the tokens that a source names go, in the scores' standard deviation.
 
-
-def deletions(
-    scorer: Scorer, sentences: Sequence[Sentence], scores: Tensor, found: Weights
-) -> dict[str, dict[str, float]]:
-    """What happens to the score when the words that a source names go, in standard deviations of the scores.
-
-    ``moved``: mean size of the change when the words of the largest |weight| go; ``fell``: how far the score
-    then moves against its own verdict (which side of the median it is on); ``fell_signed``: the same for the
-    words that a signed source says speak most for the verdict. ``random`` is the mean of a few draws.
+    ``moved``: mean size of the change when those of the largest |weight| go; ``fell``: how far the score then
+    moves against its own verdict (which side of the median it is on); ``fell_signed``: the same for those
+    that a signed source says speak most for the verdict. ``random`` is the mean of a few draws.
     """
-    unit, verdict = scores.std().item(), torch.where(scores > scores.median(), 1.0, -1.0)
-    generator = torch.Generator().manual_seed(0)
-    named = dict(found)
-    for i in range(RANDOM_DRAWS):
-        named[f"random {i}"] = [torch.rand(len(s.spans), generator=generator) for s in sentences]
-    kinds = {name: [w.abs() for w in ws] for name, ws in named.items()}
-    signed = {
-        name: [v * w for v, w in zip(verdict, ws, strict=True)]
-        for name, ws in found.items()
-        if name in SIGNED
-    }
-    out: dict[str, dict[str, float]] = {name: {} for name in named}
-    pad = scorer.tokenizer.pad_token_id
-    changes: dict[tuple[str, str], list[Tensor]] = {}
-    for first in range(0, len(sentences), BATCH):
-        part = slice(first, first + BATCH)
-        read = Read.by(scorer, sentences[part])
-        words = int(read.units.max()) + 1
-        for kind, of in (("size", kinds), ("signed", signed)):
-            for name, ws in of.items():
-                after = left_out(scorer.model, read.ids, read.mask, read.units, _chosen(ws[part], words), pad)
-                changes.setdefault((kind, name), []).append(scores[part] - after)
-    for (kind, name), parts in changes.items():
-        change = torch.cat(parts) / unit
-        if kind == "size":
-            out[name] |= {"moved": change.abs().mean().item(), "fell": (change * verdict).mean().item()}
-        else:
-            out[name]["fell_signed"] = (change * verdict).mean().item()
-    draws = [out.pop(f"random {i}") for i in range(RANDOM_DRAWS)]
-    out["random"] = {key: sum(d[key] for d in draws) / RANDOM_DRAWS for key in draws[0]}
+    scores = torch.cat([b.scores for b in batches])
+    unit, middle = scores.std().item(), scores.median()
+    parts: dict[tuple[str, str], list[Tensor]] = {}
+    for batch in batches:
+        verdict = torch.where(batch.scores > middle, 1.0, -1.0)
+        for name, weights in batch.weights.items():
+            against = verdict * batch.falls(scorer, weights.abs()) / unit
+            parts.setdefault((name, "fell"), []).append(against)
+            parts.setdefault((name, "moved"), []).append(against.abs())
+            if name in SIGNED:
+                signed = verdict * batch.falls(scorer, weights * verdict[:, None]) / unit
+                parts.setdefault((name, "fell_signed"), []).append(signed)
+        for seed in range(RANDOM_DRAWS):
+            drawn = verdict * batch.falls(scorer, torch.ones(batch.read.ids.shape), seed) / unit
+            parts.setdefault(("random", "fell"), []).append(drawn)
+            parts.setdefault(("random", "moved"), []).append(drawn.abs())
+    out: dict[str, dict[str, float]] = {}
+    for (name, measure), changes in parts.items():
+        out.setdefault(name, {})[measure] = torch.cat(changes).mean().item()
     return out
 
 
@@ -239,14 +246,18 @@ def _entropy(w: Tensor) -> float:
 
 def agreement(scorer: Scorer, sentences: Sequence[Sentence], lexicon: Lexicon) -> dict[str, Any]:
     """Everything about every source of one reward model."""
-    start = time.process_time()
-    scores, found, seconds = all_weights(scorer, sentences, lexicon)
-    deleted = deletions(scorer, sentences, scores, found)
-    labels = torch.tensor([s.label > NEUTRAL for s in sentences])
+    begun = time.process_time()
+    batches, seconds = weigh_all(scorer, sentences, lexicon)
+    deleted = deletions(scorer, batches)
+    lengths = [len(s.spans) for s in sentences]
+    by_word = {
+        name: [w[:n] for w, n in zip(_by_word(batches, name), lengths, strict=True)]
+        for name in batches[0].weights
+    }
+    exact = by_word["leave-one-out"]
     sources = {}
-    for name, weights in found.items():
+    for name, weights in by_word.items():
         sources[name] = with_people(sentences, weights, name in SIGNED) | deleted[name]
-        exact = found["leave-one-out"]
         sources[name]["with_leave_one_out"] = _mean(
             [_correlation(w.abs(), e.abs()) for w, e in zip(weights, exact, strict=True)]
         )
@@ -255,9 +266,15 @@ def agreement(scorer: Scorer, sentences: Sequence[Sentence], lexicon: Lexicon) -
             sources[name]["cpu_seconds"] = round(seconds[name], 2)
     chance = _mean([sum(x != NEUTRAL for x in s.word_labels) / len(s.word_labels) for s in sentences])
     sources["random"] = {"roc": 0.5, "precision": chance} | deleted["random"]
+    scores = torch.cat([b.scores for b in batches])
     return {
         "sentences": len(sentences),
-        "pairs": pair_accuracy(scores, labels),
-        "cpu_seconds": round(time.process_time() - start, 1),
+        "pairs": pair_accuracy(scores, torch.tensor([s.label > NEUTRAL for s in sentences])),
+        "cpu_seconds": round(time.process_time() - begun, 1),
         "sources": sources,
     }
+
+
+def _by_word(batches: Sequence[Weighed], name: str) -> Iterator[Tensor]:
+    for batch in batches:
+        yield from batch.read.by_word(batch.weights[name])

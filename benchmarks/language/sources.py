@@ -17,8 +17,8 @@ Weigh: TypeAlias = Callable[[Any, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]
 """Of a sequence classifier, ``input_ids``, ``attention_mask`` and ``inside``, ``[B, S]``: scores ``[B]`` and
 weights ``[B, S]``, 0 where not ``inside``."""
 
-ROWS = 128
-"""Longest batch of texts with something left out."""
+TOKENS = 3072
+"""Most tokens of a batch of texts with something left out."""
 STEPS = 8
 """Points of the path of integrated gradients, in the middle of as many pieces."""
 
@@ -93,48 +93,35 @@ def sources_of(model: Any) -> dict[str, Weigh]:
     return found | {"incremental": _incremental} if causal else found
 
 
-@torch.no_grad()
-def left_out(model: Any, ids: Tensor, mask: Tensor, units: Tensor, chosen: Tensor, pad_id: int) -> Tensor:
-    """Scores ``[N]`` of texts without some of their units.
+def scoring(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """The first label's logit ``[B]`` of texts and their mask."""
 
-    Args:
-        ids, mask: ``[B, S]``, padded on the right.
-        units: int ``[B, S]``, which unit of its text a token belongs to; -1 for none, which stay.
-        chosen: bool ``[N, 1 + U]``: a text's row in the first column as an int, then the units that go.
-    """
-    out = []
-    for first in range(0, len(chosen), ROWS):
-        part = chosen[first : first + ROWS]
-        row, gone = part[:, 0].long(), part[:, 1:].bool()
-        unit = units[row]
-        goes = (unit >= 0) & gone.gather(1, unit.clamp(min=0))
-        stays = mask[row].bool() & ~goes
-        order = (~stays).long().argsort(dim=1, stable=True)[:, : int(stays.sum(1).max())]
-        kept = stays.gather(1, order)
-        short = ids[row].gather(1, order).masked_fill(~kept, pad_id)
-        out.append(model(input_ids=short, attention_mask=kept.long()).logits[:, 0])
-    return torch.cat(out)
+    def score_of(ids: Tensor, mask: Tensor) -> Tensor:
+        logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
+        return logits[:, 0]
+
+    return score_of
 
 
-def leave_one_out(model: Any, ids: Tensor, mask: Tensor, units: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
-    """Scores ``[B]``, and by how much each falls when one of its units is deleted, ``[B, U]``."""
+def leave_one_out(
+    model: Any, ids: Tensor, mask: Tensor, inside: Tensor, pad_id: int, units: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Of each token; or of each of a text's ``units``, whose tokens share it in equal parts."""
+    score_of = scoring(model)
     with torch.no_grad():
-        score = model(input_ids=ids, attention_mask=mask).logits[:, 0]
-    count = int(units.max()) + 1
-    rows, gone = [], []
-    for b in range(len(ids)):
-        for unit in range(int(units[b].max()) + 1):
-            rows.append(b)
-            gone.append(unit)
-    chosen = torch.zeros(len(rows), 1 + count)
-    chosen[:, 0] = torch.tensor(rows)
-    chosen[torch.arange(len(rows)), 1 + torch.tensor(gone)] = 1
-    order = mask.sum(1)[chosen[:, 0].long()].argsort(dim=0, stable=True)  # like lengths together
-    scores = torch.empty(len(rows))
-    scores[order] = left_out(model, ids, mask, units, chosen[order], pad_id)
-    drops = torch.zeros(len(ids), count)
-    drops[torch.tensor(rows), torch.tensor(gone)] = score[torch.tensor(rows)] - scores
-    return score, drops
+        score = score_of(ids, mask)
+    start = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
+    weights = credit.leave_one_out(
+        score_of,
+        ids,
+        Response(inside, start=start),
+        score=score,
+        attention_mask=mask,
+        spans=units,
+        pad_token_id=pad_id,
+        batch_tokens=TOKENS,
+    )
+    return score, weights
 
 
 def integrated_gradients(model: Any, ids: Tensor, mask: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
