@@ -10,9 +10,11 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from benchmarks.language.agreement import Lexicon, agreement, measured_on
+from benchmarks.language.cells import CELLS
 from benchmarks.language.data import read_texts
 from benchmarks.language.models import default_cache, make_language_models
 from benchmarks.language.rewards import Scorer, gold_models, make_gold, make_reward_model, study_models
+from benchmarks.language.rl import prompts_of, run_cell, setup_of
 from benchmarks.paper.store import Table
 from benchmarks.paper.sweep import start_worker
 from benchmarks.paper.testbed import provenance
@@ -20,6 +22,7 @@ from benchmarks.paper.testbed import provenance
 RESULTS = Path(__file__).parents[1] / "results" / "language"
 MODELS = Table("models", lambda record: record["name"])
 CREDIT = Table("credit", lambda record: record["name"])
+RUNS = Table("runs", lambda record: record["name"])
 
 Reviews = Annotated[Path, typer.Option(help="Film reviews, .jsonl or .jsonl.gz.", exists=True)]
 Treebank = Annotated[Path, typer.Option(help="Labelled sentences, .jsonl or .jsonl.gz.", exists=True)]
@@ -79,6 +82,29 @@ def credit(
         if (cache / model.name).is_dir():
             found = agreement(Scorer.load(cache / model.name), sentences, lexicon)
             _keep(CREDIT, {"name": model.name, **found}, out)
+
+
+@app.command()
+def runs(
+    *,
+    reviews: Reviews,
+    treebank: Treebank,
+    cache: Cache = None,
+    out: Out = RESULTS,
+    only: Only = "*",
+    count: Annotated[int | None, typer.Option(min=1, help="Stop after so many new ones.")] = None,
+) -> None:
+    """Run the cells that have not been run and whose models are there, the most telling first."""
+    start_worker()
+    texts, cache = read_texts(reviews, treebank), cache or default_cache()
+    prompts = prompts_of(texts.held_out)
+    done = 0
+    for cell in RUNS.missing(_named(CELLS, only), out):
+        setup = setup_of(cell, cache, prompts)
+        if setup is None or done == count:
+            continue
+        _keep(RUNS, run_cell(cell, setup), out)
+        done += 1
 
 
 if __name__ == "__main__":
