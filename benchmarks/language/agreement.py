@@ -31,7 +31,7 @@ from benchmarks.language.sources import (
     sources_of,
 )
 
-SENTENCES, WORDS = 160, (8, 30)
+SENTENCES, WORDS = 100, (8, 30)
 """How many of the test sentences, and their fewest and most words."""
 LONG = 16
 """Sentences of so many words are the longer ones."""

@@ -23,10 +23,9 @@ Source: TypeAlias = Literal[
 LAM, LAMS = 1.0, (1.0, 0.95)
 """The frameworks' default first, then the paper's."""
 DENSE_SHARE, DENSE_SHARES = 0.8, (0.2, 0.5, 1.0)
-LR, LRS = 3e-4, (1e-4, 3e-4, 1e-3)
-CHOICE_SEED = 1000
-"""The learning rate is chosen on this policy seed, which no reported cell has."""
-STEPS = 60
+LR = 3e-4
+"""As in the toy, where it was chosen on seeds that were not reported."""
+STEPS = 40
 SEEDS = (0, 1)
 SCRATCH = tuple(RewardModel(base="lm-4", seed=seed).name for seed in range(5))
 TUNED = tuple(RewardModel(base=PRETRAINED, texts="sentences", seed=seed).name for seed in range(5))
@@ -74,11 +73,7 @@ class Cell:
 
 def _cells() -> list[Cell]:
     """Most telling first: a sweep may be cut off anywhere."""
-    cells = [
-        Cell(loop=loop, source="plain", reward_model=SCRATCH[0], seed=CHOICE_SEED, lr=lr)
-        for loop in ("ppo", "grpo")
-        for lr in LRS
-    ]
+    cells: list[Cell] = []
     ceiling: tuple[Source, ...] = ("plain", "ABC", "leave-one-out, signed")
     controls: tuple[Source, ...] = ("uniform", "ABC shuffled")
     others: tuple[Source, ...] = (
@@ -96,8 +91,10 @@ def _cells() -> list[Cell]:
                 if source not in ("norm-weighted rollout", "incremental, signed") or model in SCRATCH:
                     cells.append(Cell(loop=loop, source=source, reward_model=model, seed=seed, **other))
 
+    add("grpo", ("plain", "ABC"), SCRATCH, first)
+    add("ppo", ("plain", "ABC"), SCRATCH, first)
     for loop in ("grpo", "ppo"):
-        add(loop, ceiling, SCRATCH, first)
+        add(loop, ("leave-one-out, signed",), SCRATCH, first)
     add("ppo", ("plain", "ABC"), SCRATCH, first, lam=0.95)
     add("grpo", ceiling, TUNED, first)
     for loop in ("grpo", "ppo"):

