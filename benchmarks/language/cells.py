@@ -114,3 +114,13 @@ def _cells() -> list[Cell]:
 
 
 CELLS = _cells()
+
+
+def cells_on(reward_model: str, steps: int) -> list[Cell]:
+    """Every method at both lambdas on a user's reward model, both seeds."""
+    return [
+        Cell(loop=loop, source=source, reward_model=reward_model, seed=seed, lam=lam, steps=steps)
+        for seed in SEEDS
+        for loop, lam in (("grpo", LAM), *(("ppo", lam) for lam in LAMS))
+        for source in get_args(Source)
+    ]

@@ -140,14 +140,14 @@ class Watch:
     step: int = 0
 
     def __post_init__(self) -> None:
-        self.gold_at: list[list[float]] = []
+        self.gold_at: list[tuple[int, float | None, float]] = []
         self.samples: list[str] = []
 
     def see(self, rollout: Rollout) -> None:
         if self.step % GOLD_EVERY == 0 or self.step == self.steps - 1:
             texts = self.judge.texts(rollout)
-            gold = self.gold.score_all(texts).mean().item() if self.gold else float("nan")
-            self.gold_at.append([self.step, round(gold, 4), round(repetition(rollout), 4)])
+            gold = round(self.gold.score_all(texts).mean().item(), 4) if self.gold else None
+            self.gold_at.append((self.step, gold, round(repetition(rollout), 4)))
             self.samples = texts[:SAMPLES]
         self.step += 1
 
@@ -321,10 +321,19 @@ def run_cell(cell: Cell, setup: Setup) -> dict[str, Any]:
     }
 
 
-def setup_of(cell: Cell, cache: Path, prompts: tuple[str, ...]) -> Setup | None:
-    """The study's own models, if the cache has those that the cell needs."""
+def setup_of(
+    cell: Cell,
+    cache: Path,
+    prompts: tuple[str, ...],
+    policy: str | None = None,
+    reward_model: str | None = None,
+) -> Setup | None:
+    """The study's own models, if the cache has those that the cell needs; or a user's."""
     gold = tuple(cache / m.name for m in gold_models())
-    needed = [cache / POLICY, cache / cell.reward_model, *gold, cache / "gold.json"]
-    if not all(path.exists() for path in needed):
+    has_gold = all(path.exists() for path in (*gold, cache / "gold.json"))
+    if policy is not None and reward_model is not None:
+        return Setup(policy, reward_model, prompts, gold if has_gold else ())
+    own, judge = cache / POLICY, cache / cell.reward_model
+    if not (has_gold and own.is_dir() and judge.is_dir()):
         return None
-    return Setup(str(cache / POLICY), str(cache / cell.reward_model), prompts, gold)
+    return Setup(str(own), str(judge), prompts, gold)
