@@ -125,15 +125,19 @@ def leave_one_out(
 
 
 def integrated_gradients(model: Any, ids: Tensor, mask: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Sundararajan et al. 2017 (arXiv 1703.01365) from zeros in place of the embeddings of ``inside``."""
+    """Sundararajan et al. 2017 (arXiv 1703.01365), from the vocabulary's mean embedding at every token inside.
+
+    Not from zeros: behind a norm without a mean, a token's direction is the same however near it is to zero.
+    """
     embed = model.get_input_embeddings()
+    base = embed.weight.detach().mean(0)
     taken: list[Tensor] = []
     share = [0.0]
 
     def scale(_module: Any, _args: Any, output: Tensor) -> Tensor:
         given = output.detach().requires_grad_()
         taken.append(given)
-        return torch.where(inside[..., None], share[0] * given, given)
+        return torch.where(inside[..., None], base + share[0] * (given - base), given)
 
     total = torch.zeros(ids.shape)
     hook = embed.register_forward_hook(scale)
@@ -143,7 +147,7 @@ def integrated_gradients(model: Any, ids: Tensor, mask: Tensor, inside: Tensor) 
             score = model(input_ids=ids, attention_mask=mask).logits[:, 0]
             (gradient,) = torch.autograd.grad(score.sum(), taken[-1])
             # The gradient by the embedding has the share as a factor, which the path's derivative has not.
-            total += (gradient / share[0] * taken[-1]).sum(-1).detach() / STEPS
+            total += (gradient / share[0] * (taken[-1] - base)).sum(-1).detach() / STEPS
     finally:
         hook.remove()
     with torch.no_grad():
