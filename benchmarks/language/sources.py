@@ -125,7 +125,7 @@ def leave_one_out(
 
 
 def integrated_gradients(model: Any, ids: Tensor, mask: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Sundararajan et al. 2017 (arXiv 1703.01365), from the vocabulary's mean embedding at every token inside.
+    """Sundararajan et al. 2017 (arXiv 1703.01365), from the vocabulary's mean embedding inside.
 
     Not from zeros: behind a norm without a mean, a token's direction is the same however near it is to zero.
     """
