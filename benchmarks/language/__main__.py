@@ -16,7 +16,13 @@ from benchmarks.language import figures
 from benchmarks.language.agreement import Lexicon, agreement, measured_on
 from benchmarks.language.cells import CELLS, STEPS, cells_on
 from benchmarks.language.data import read_texts
-from benchmarks.language.models import default_cache, make_language_models
+from benchmarks.language.models import (
+    LanguageConfig,
+    default_cache,
+    language_model_name,
+    language_model_record,
+    make_language_models,
+)
 from benchmarks.language.page import tables
 from benchmarks.language.rewards import Scorer, gold_models, make_gold, make_reward_model, study_models
 from benchmarks.language.rl import prompts_of, run_cell, setup_of
@@ -72,8 +78,12 @@ def models(
     start_worker()
     texts, cache = read_texts(reviews, treebank), cache or default_cache()
     if fnmatch.filter(["lm"], only):
-        for record in make_language_models(texts, cache):
-            _keep(MODELS, record, out)
+        make_language_models(texts, cache)
+        known = MODELS.read(out)
+        for layers in LanguageConfig().depths:
+            name = language_model_name(layers)
+            if name not in known and not MODELS.new(out, name).is_file():
+                _keep(MODELS, language_model_record(texts, cache, layers), out)
     wanted = _named(study_models(), only) if only != "lm" else []
     for model in wanted:
         if not (cache / model.name).is_dir():

@@ -7,6 +7,7 @@ three trainings; it cannot show what each depth would have learned alone.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from benchmarks.language.data import Texts
 from benchmarks.paper.testbed import whole_folder
 
 PAD, EOS = "<pad>", "<eos>"
+TRAINING = "training.json"
 OnStep = Callable[[int, float], None]
 
 
@@ -181,15 +183,13 @@ def held_out_loss(model: LlamaForCausalLM, stream: Tensor, tokens: int, rows: in
 
 def make_language_models(
     texts: Texts, folder: Path, config: LanguageConfig | None = None, on_step: OnStep | None = None
-) -> list[dict[str, Any]]:
-    """Trains the language models that ``folder`` does not have; returns a record for each new one."""
+) -> None:
+    """Trains the language models that ``folder`` does not have."""
     config = config or LanguageConfig()
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     tokenizer = tokenizer_of(folder, texts, config)
-    every = [r.text for half in texts.reviews.values() for r in half]
-    stream, held_out = (token_stream(tokenizer, rows) for rows in (every, [r.text for r in texts.held_out]))
-    records = []
+    stream = token_stream(tokenizer, [r.text for half in texts.reviews.values() for r in half])
     for layers in config.depths:
         name = language_model_name(layers)
         if (folder / name).is_dir():
@@ -205,21 +205,32 @@ def make_language_models(
         seconds = train_language_model(
             model, stream, config, steps=steps, lr=lr, checkpoint=checkpoint, on_step=on_step
         )
-        whole_folder(folder / name, lambda new, model=model: _save(model, tokenizer, new))
+        facts = {"steps": steps, "train_tokens": len(stream), "cpu_seconds": round(seconds, 1)}
+
+        def save(new: Path, model: LlamaForCausalLM = model, facts: dict[str, Any] = facts) -> None:
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            (new / TRAINING).write_text(json.dumps(facts) + "\n")
+
+        whole_folder(folder / name, save)
         checkpoint.unlink(missing_ok=True)
-        records.append(
-            {
-                "kind": "language model",
-                "name": name,
-                "layers": layers,
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "steps": steps,
-                "train_tokens": len(stream),
-                "held_out_nats": held_out_loss(model, held_out, config.tokens),
-                "cpu_seconds": round(seconds, 1),
-            }
-        )
-    return records
+
+
+def language_model_record(
+    texts: Texts, folder: Path, layers: int, config: LanguageConfig | None = None
+) -> dict[str, Any]:
+    """What it is, how it was trained, and how well it reads held-out reviews."""
+    name = language_model_name(layers)
+    model = LlamaForCausalLM.from_pretrained(folder / name, dtype=torch.float32).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / name)
+    held_out = token_stream(tokenizer, [r.text for r in texts.held_out])
+    return {
+        "name": name,
+        "layers": layers,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **json.loads((folder / name / TRAINING).read_text()),
+        "held_out_nats": held_out_loss(model, held_out, (config or LanguageConfig()).tokens),
+    }
 
 
 def tokenizer_of(folder: Path, texts: Texts, config: LanguageConfig) -> PreTrainedTokenizerFast:
@@ -232,11 +243,6 @@ def tokenizer_of(folder: Path, texts: Texts, config: LanguageConfig) -> PreTrain
 
 def language_model_name(layers: int) -> str:
     return f"lm-{layers}"
-
-
-def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def default_cache() -> Path:

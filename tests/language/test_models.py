@@ -9,6 +9,7 @@ from benchmarks.language.models import (
     LanguageConfig,
     at_depth,
     build_tokenizer,
+    language_model_record,
     make_language_models,
     new_language_model,
     token_stream,
@@ -74,7 +75,10 @@ def test_training_cut_off_ends_where_it_would_have(tmp_path: Path) -> None:
 
 
 def test_what_the_folder_has_is_not_made_again(texts: Texts, tmp_path: Path) -> None:
-    records = make_language_models(texts, tmp_path, SMALL)
-    assert [r["layers"] for r in records] == [2, 1]
-    assert all(0 < r["held_out_nats"] < 10 for r in records)
-    assert make_language_models(texts, tmp_path, SMALL) == []
+    made: list[int] = []
+    for _ in range(2):
+        make_language_models(texts, tmp_path, SMALL, lambda step, _loss: made.append(step))
+    assert made == [1, 2, 3, 4, 1, 2]  # the first depth, then the other
+    record = language_model_record(texts, tmp_path, 1, SMALL)
+    assert (record["layers"], record["steps"]) == (1, 2)
+    assert 0 < record["held_out_nats"] < 10
