@@ -183,7 +183,8 @@ def verdict(lead: Estimate, ahead: int, pairs: int) -> str:
 def summarise(models: Sequence[Record], credit: Sequence[Record], runs: Sequence[Record]) -> dict[str, Any]:
     """Everything that the page and the figures show."""
     accuracy: dict[str, dict[str, Estimate]] = {}
-    for setting, rows in _by_setting(models).items():
+    gold = {r["name"]: [r] for r in models if r["name"] == "gold"}
+    for setting, rows in (_by_setting(models) | gold).items():
         measures = [m for m in rows[0] if m.endswith(("_accuracy", "_pairs"))]
         accuracy[setting] = {m: estimate(r[m] for r in rows) for m in measures}
     judged = [r for r in runs if "gold" in r["initial"]]
