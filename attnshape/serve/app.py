@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -28,6 +28,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from attnshape.serve.batching import BatchQueue
 from attnshape.serve.metrics import Metrics
+from attnshape.serve.page import page
 from attnshape.serve.process import Job, work
 from attnshape.serve.protocol import BODY, Answer, Completion, Failure, answer, parse
 from attnshape.serve.workers import Pool, State
@@ -145,7 +146,7 @@ def build(
 
 def create_app(config: ServeConfig, reader: Reader, pool: Pool) -> FastAPI:
     """The endpoints in front of a pool."""
-    # FastAPI's pages of documentation fetch their scripts from elsewhere.
+    # FastAPI's pages of documentation fetch their scripts from elsewhere; /docs is one of our own.
     app = FastAPI(
         title="attnshape",
         description="Score and credit per token of a reward model.",
@@ -171,6 +172,8 @@ def create_app(config: ServeConfig, reader: Reader, pool: Pool) -> FastAPI:
                     examples = await asyncio.get_running_loop().run_in_executor(
                         reading, read_all, completions, reader
                     )
+                    if isinstance(examples[0], str) and not isinstance(parsed, list):
+                        raise ValueError(examples[0])
                 except SyntaxError as error:
                     raise HTTPException(400, str(error)) from error
                 except ValueError as error:
@@ -188,7 +191,8 @@ def create_app(config: ServeConfig, reader: Reader, pool: Pool) -> FastAPI:
     async def score(request: Request) -> Response:
         """Score and credit of one completion, or of each of a list.
 
-        A completion for which the model has no finite answer gets an error in place of its score.
+        A completion that has no score (too long, not finite) gets an error in its place; alone, status 422
+        where the model cannot read it.
         """
         started, status = time.monotonic(), 500
         try:
@@ -227,6 +231,10 @@ def create_app(config: ServeConfig, reader: Reader, pool: Pool) -> FastAPI:
         """For Prometheus."""
         return Response(pool.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(page(app.openapi()))
+
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> Response:
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
@@ -239,21 +247,28 @@ def _is_let_in(request: Request, api_key: str) -> bool:
     return kind.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), api_key.encode())
 
 
-def read_all(completions: Sequence[Completion], reader: Reader) -> list[Example]:
-    """Raises ValueError that says which one cannot be scored, and why."""
-    examples = []
-    for i, completion in enumerate(completions):
+def read_all(completions: Sequence[Completion], reader: Reader) -> list[Example | str]:
+    """What the model reads, or why a completion cannot be scored."""
+    examples: list[Example | str] = []
+    for completion in completions:
         try:
             examples.append(completion.read(reader))
         except ValueError as error:
-            raise ValueError(f"[{i}]: {error}" if len(completions) > 1 else str(error)) from error
+            examples.append(str(error))
     return examples
 
 
-async def _answers(request: Request, examples: Sequence[Example], queue: BatchQueue) -> list[dict[str, Any]]:
+async def _answers(
+    request: Request, examples: Sequence[Example | str], queue: BatchQueue
+) -> list[dict[str, Any]]:
     """Raises ClientDisconnect when nobody waits any more; what no worker has is then taken out."""
-    futures = [asyncio.wrap_future(queue.put(example)) for example in examples]
-    answered = asyncio.create_task(asyncio.wait(futures))
+    waiting = {
+        i: asyncio.wrap_future(queue.put(example))
+        for i, example in enumerate(examples)
+        if not isinstance(example, str)
+    }
+    futures = list(waiting.values())
+    answered = asyncio.create_task(_all_of(futures))
     gone = asyncio.create_task(_hung_up(request))
     try:
         await asyncio.wait((answered, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -262,11 +277,19 @@ async def _answers(request: Request, examples: Sequence[Example], queue: BatchQu
         errors = [str(error) for future in futures if (error := future.exception()) is not None]
         if errors:
             raise HTTPException(503, errors[0], RETRY_AFTER)
-        return [answer(example, future.result()) for example, future in zip(examples, futures, strict=True)]
+        return [
+            {"error": example} if isinstance(example, str) else answer(example, waiting[i].result())
+            for i, example in enumerate(examples)
+        ]
     finally:
-        waiting: list[asyncio.Future[Any]] = [answered, gone, *futures]
-        for task in waiting:
+        tasks: list[asyncio.Future[Any]] = [answered, gone, *futures]
+        for task in tasks:
             task.cancel()
+
+
+async def _all_of(futures: Sequence[asyncio.Future[Any]]) -> None:
+    if futures:
+        await asyncio.wait(futures)
 
 
 async def _hung_up(request: Request) -> None:
