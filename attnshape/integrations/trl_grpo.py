@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attnshape.config import GroupConfig
+from attnshape.config import GroupConfig, Signed
 from attnshape.integrations.framework import require_parameters
 from attnshape.ops import DEFAULT_CONFIG, group_advantages, shape_rewards
 from attnshape.text.align import align
@@ -141,7 +141,7 @@ def shaped_grpo_trainer(base: type[Any]) -> type[Any]:
             if baseline not in ("mean", "leave_one_out"):
                 raise ValueError(f"baseline: got {baseline!r}, want 'mean' or 'leave_one_out'")
             credits = [credit] if isinstance(credit, CreditModel) else list(credit or ())
-            signed = {each.signed for each in credits}
+            signed = {_signed(each.source) for each in credits} or {None}
             if len(signed) > 1:
                 raise ValueError("credit: got signed and unsigned sources, want all of one kind")
             bound = inspect.signature(base.__init__).bind(self, *args, **kwargs)
@@ -151,7 +151,7 @@ def shaped_grpo_trainer(base: type[Any]) -> type[Any]:
                 _check_loss(self, base)
             self._baseline = baseline
             self._spread = GroupConfig(
-                baseline="none", scale="none", dense_share=dense_share, signed=signed == {True}
+                baseline="none", scale="none", dense_share=dense_share, signed=signed.pop()
             )
             self._readings: dict[int, _Reading] = {}
             self._completions: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
@@ -199,9 +199,7 @@ def shaped_grpo_trainer(base: type[Any]) -> type[Any]:
             for i, reading in self._readings.items():
                 found = self._credit_of(reading, mask)
                 self._log_credit("credit" if len(self._credits) == 1 else f"credit/{names[i]}", found)
-                # What lowered a score is to be punished where the advantage is negative.
-                of_score = self._credits[i].of_score
-                spreads.append(found.weights * parts[:, i, None].sign() if of_score else found.weights)
+                spreads.append(found.weights)
             self._readings = {}
             if self._spread.dense_share == 0 or not self._credits:
                 return out
@@ -284,6 +282,12 @@ def shaped_grpo_trainer(base: type[Any]) -> type[Any]:
 
     GRPOTrainer.__qualname__ = "GRPOTrainer"
     return GRPOTrainer
+
+
+def _signed(source: CreditSource) -> Signed | None:
+    if source.signed:
+        return "score" if source.of_score else "shares"
+    return None
 
 
 def _place_credits(credits: Sequence[CreditModel], given: dict[str, Any]) -> dict[int, CreditSource]:

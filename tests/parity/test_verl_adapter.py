@@ -118,6 +118,10 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     ray.shutdown()
 
 
+# By value: where pytest finds this file, Ray's workers may not.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
 def in_trainer(function: Any, *args: Any, **environment: str) -> Any:
     """What ``function`` returns in a process of its own, as verl's trainer has one."""
     remote = ray.remote(max_calls=1, runtime_env={"env_vars": {**ENVIRONMENT, **environment}})(function)
