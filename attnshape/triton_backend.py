@@ -182,8 +182,21 @@ def gae(
 def spread(
     parts: Tensor, credits: Sequence[groups.Weights], response: Response, config: GroupConfig
 ) -> GroupAdvantages:
-    weights, invalid = groups.with_weights(credits, response, shape_rewards)
-    return groups.spread(parts, weights, response, config, invalid)
+    """One launch, one more for each further layer; of several rewards or signed weights only attention."""
+    if len(credits) > 1 or config.signed:
+        weights, invalid = groups.with_weights(credits, response, shape_rewards)
+        return groups.spread(parts, weights, response, config, invalid)
+    (credit,) = credits
+    swept: Any = csrc_triton.sweep(
+        response,
+        ("rewards", "credit", "status", "moments"),
+        score=parts[:, 0],
+        credit="uniform" if credit is None else credit,
+        dense_share=0.0 if credit is None else config.dense_share,
+        even=True,
+        min_mass=MIN_MASS,
+    )
+    return GroupAdvantages(swept.rewards, parts[:, 0], swept.credit, swept.status, swept.moments)
 
 
 def whiten(

@@ -276,6 +276,9 @@ def option_calls() -> Calls:
             **packed,
         },
     )
+    group = functools.partial(attnshape.group_advantages, torch.empty(2), group=2, backend="triton")
+    yield "groups", group, {"credit": layer(), "response": Response(mask, start=position)}
+    yield "groups, given credit", group, {"credit": tokens[4], "response": mask}
     gae = functools.partial(attnshape.gae, backend="triton")
     yield "gae, lam 1", gae, {"rewards": tokens[0], "values": tokens[1], "response": mask}
 

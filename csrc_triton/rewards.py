@@ -95,6 +95,7 @@ class Rules(NamedTuple):
     KEYS: Any  # of a chunk
     CHUNK: Any  # tokens
     CREDIT: Any  # None: nothing is redistributed
+    EVEN: Any  # whether the score is every token's, and what credit does not spread lies evenly
     NORMALIZATION: Any
     SCORE_INDEX: Any
     KL_ESTIMATOR: Any
@@ -270,6 +271,13 @@ def redistributed_score(score, credit, on_score, dense_share):
 
 
 @triton.jit
+def even_score(numbers, facts, rule, credit):
+    """A completion's score at each of its tokens: what the credit does not spread, all have alike."""
+    dense = numbers.dense_share * facts.count.to(tl.float32) * credit
+    return tl.where(rule.fallback, numbers.score, numbers.score * (dense + (1.0 - numbers.dense_share)))
+
+
+@triton.jit
 def chunk_rewards(row, facts, rule, j, rules):
     """Rewards of tokens ``j``: stored, and returned with what is unmasked and what became non-finite.
 
@@ -289,7 +297,10 @@ def chunk_rewards(row, facts, rule, j, rules):
             credit = token_input(row.tokens.p_weights, j, live)
             if rules.NORMALIZATION != "none":
                 credit = credit / rule.mass_divisor * rule.total
-            credit = tl.where(rule.fallback, one_hot, credit)
+            if rules.EVEN:
+                credit = tl.where(rule.fallback, rule.each, credit)
+            else:
+                credit = tl.where(rule.fallback, one_hot, credit)
         elif rules.CREDIT == "uniform":
             credit = tl.zeros(j.shape, tl.float32) + rule.each
         else:
@@ -302,8 +313,11 @@ def chunk_rewards(row, facts, rule, j, rules):
             entropy = -tl.sum(share * tl.log(tl.where(share == 0.0, 1.0, share)))
             last_share = tl.sum(tl.where(j == facts.last, share, 0.0))
         if row.numbers.score is not None:
-            redistributed = redistributed_score(row.numbers.score, credit, on_score, row.numbers.dense_share)
-            reward = tl.where(live, redistributed, 0.0)
+            if rules.EVEN:
+                reward = even_score(row.numbers, facts, rule, credit)
+            else:
+                reward = redistributed_score(row.numbers.score, credit, on_score, row.numbers.dense_share)
+            reward = tl.where(live, reward, 0.0)
             if row.results.p_stats is not None:
                 spread = tl.sum(reward)
         if row.numbers.terminal is not None:
@@ -355,6 +369,8 @@ def shape_tokens(row, facts, rule, board, state, state_value, k, n_chunks, rules
             )
         bad |= is_finite(advantage + value) == 0
         store_tokens(out.p_returns, out.lo + j, advantage + value, inside)
+    elif row.results.p_moments is not None:
+        first, second = chunk_moments(reward, live)
     sums = Sums(tl.max(bad.to(tl.int32)), entropy, share, spread, first, second)
     return sums, state, state_value
 
@@ -372,6 +388,8 @@ def finish_row(row, facts, rule, sums, rules):
             status |= tl.where(alive & (rule.at_live == 0), SCORE_MASKED, 0)
             status |= tl.where(alive & rule.fallback, FALLBACK, 0)
             status |= tl.where(alive & rule.fallback & (rule.mass == -float("inf")), NEGATIVE, 0)
+            if rules.EVEN:
+                nonfinite = nonfinite & (facts.invalid == 0)
         status |= tl.where(nonfinite, NONFINITE, 0)
         tl.store(results.p_status, status)
     if results.p_stats is not None:

@@ -26,7 +26,7 @@ from attnshape.integrations.groups import added
 from attnshape.vectorized.groups import completion_advantages
 
 CREDIT = "attnshape_credit"
-"""Extra field of an agent loop's output: ``score``, and ``credit`` per response token."""
+"""Extra field of an agent loop's output: ``score``; ``credit`` per response token, ``signed`` or not."""
 
 
 class _Estimator(NamedTuple):
@@ -161,7 +161,8 @@ def estimate(
     groups = torch.as_tensor(np.unique(index[rows.numpy()], return_inverse=True)[1])
     parts = torch.zeros(len(total), 2, dtype=torch.float64)
     parts[rows] = completion_advantages(both, groups, estimator.config(config), None)
-    change = added(parts[:, 0], weights, response_mask, dense_share)
+    signed = any(x is not None and x["signed"] for x in batch.credit)
+    change = added(parts[:, 0], weights, response_mask, dense_share, signed=signed)
     to_go = estimator.theirs == "reinforce_plus_plus"
     if estimator.whitened:  # after the spread, so before it comes what verl whitened
         own = returns if to_go else parts.sum(1).to(own.dtype)[:, None] * response_mask

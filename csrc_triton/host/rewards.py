@@ -38,7 +38,8 @@ class Shaped(NamedTuple):
     """float32 ``[B, 4]``: entropy of the credit (nats), its share on the last unmasked token, raw mass, and
     ``|sum of the redistributed score - score|``."""
     moments: Tensor | None = None
-    """float32 ``[B, 3]``: unmasked tokens, mean and sum of squared deviations of their advantages."""
+    """float32 ``[B, 3]``: unmasked tokens, mean and sum of squared deviations of their advantages; of their
+    rewards where no advantages are asked for."""
 
 
 def sweep(
@@ -51,6 +52,7 @@ def sweep(
     row_status: Tensor | None = None,
     score_index: Tensor | Literal["last_unmasked", "last_token"] = "last_unmasked",
     dense_share: float = 1.0,
+    even: bool = False,
     score_bounds: tuple[float, float] = (-math.inf, math.inf),
     terminal_reward: Tensor | None = None,
     token_rewards: Tensor | None = None,
@@ -80,6 +82,8 @@ def sweep(
             any floating dtype. ``start`` or ``index`` where credit is attention.
         credit: raw weights, or layers: the attention at the response tokens, averaged over heads and layers.
             None where nothing is redistributed; it must be given where ``score`` is.
+        even: the score is each token's, ``score * (dense_share * n * credit + 1 - dense_share)`` of ``n``
+            unmasked tokens, with credit that sums to one; a row that falls back is uniform, not sparse.
         row_status: int32 ``[B]``; a row that has one is out of range, unless all its tokens are masked.
         gl: ``gamma * lam``, a float or float32 ``[B]``; ignored without ``values``.
         gl_value: the same for the returns, where it differs.
@@ -144,6 +148,7 @@ def sweep(
         **_number("gl", gl),
         **_number("gl_value", gl_value),
         "CREDIT": credit if isinstance(credit, str | None) else "given",
+        "EVEN": even,
         "NORMALIZATION": normalization,
         "SCORE_INDEX": score_index if isinstance(score_index, str) else "explicit",
         "KL_ESTIMATOR": estimator,

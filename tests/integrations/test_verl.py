@@ -85,19 +85,22 @@ def test_a_score_without_credit_is_verls_to_place(result: dict[str, Any], dense_
 def test_for_groups_the_credit_travels_beside_the_score() -> None:
     result = {"score": 2.0, "credit": [0.5, 0.3, 0.1, 0.1], "terminal_reward": 3.0}
     found = verl.reward_of(result, MASK, 0.75, groups=True)
-    assert found == {"reward": 5.0, "score": 2.0, "credit": [0.5, 0.3, 0.1, 0.1]}
+    assert found == {"reward": 5.0, "score": 2.0, "credit": [0.5, 0.3, 0.1, 0.1], "signed": False}
+    of_signs = {"score": 2.0, "credit": None, "token_rewards": [0.5, -0.3, 0.1, -0.3]}
+    carried = verl.reward_of(of_signs, MASK, 0.75, groups=True)
+    assert carried == {"reward": 2.0, "score": 2.0, "credit": [0.5, -0.3, 0.1, -0.3], "signed": True}
     with pytest.raises(ValueError, match="credit: got 4 weights for a response of 3 tokens"):
         verl.reward_of(result, MASK[:3], 0.75, groups=True)
 
 
 def test_the_last_output_carries_the_credit() -> None:
     config = Config(algorithm={"adv_estimator": "attnshape_grpo"})
-    reward = {"reward": 5.0, "score": 2.0, "credit": [0.5, 0.5]}
+    reward = {"reward": 5.0, "score": 2.0, "credit": [0.5, 0.5], "signed": False}
     outputs = [SimpleNamespace(reward_score=x, extra_fields={}) for x in (None, reward)]
     verl._move_credit(config, outputs)
     assert [x.reward_score for x in outputs] == [None, 5.0]
     carried = [x.extra_fields[verl_groups.CREDIT] for x in outputs]
-    assert carried == [None, {"score": 2.0, "credit": [0.5, 0.5]}]
+    assert carried == [None, {"score": 2.0, "credit": [0.5, 0.5], "signed": False}]
     verl._move_credit(config, [plain := SimpleNamespace(reward_score=1.0, extra_fields={})])
     assert plain.extra_fields == {verl_groups.CREDIT: None}
     other = Config(algorithm={"adv_estimator": "gae"})

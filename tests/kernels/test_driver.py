@@ -75,6 +75,11 @@ def test_the_like_is_not_compiled_again(launches: list[dict]) -> None:
     assert [i for i, x in enumerate(mixed) if x == "again"] == [1, 5, 10]
 
 
+def test_a_groups_advantages_are_one_launch(launches: list[dict]) -> None:
+    """From queries and keys to the advantage of each token."""
+    assert [launch["kernel"] for launch in launches if launch["call"] == "groups"] == ["shape_kernel"]
+
+
 def test_numbers_keep_their_kinds(launches: list[dict]) -> None:
     kinds = [launch["numbers"] for launch in launches if launch["kernel"] == "mixed_kernel"]
     assert kinds[0] == ["i32", "fp32"]

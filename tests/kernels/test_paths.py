@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
 import attnshape
-from attnshape import AttentionInputs, Response, ShapedRewards, ShapingConfig
+from attnshape import AttentionInputs, GroupConfig, Response, ShapedRewards, ShapingConfig, reference
 from csrc_triton import advantages
 from csrc_triton.device import layout, scan
 from csrc_triton.host import attention, rewards
@@ -172,6 +172,36 @@ def test_credit_and_row_alone_have_the_bits_of_the_fused_result(
     two_steps = shaped(dataclasses.replace(problem, credit=raw))
     for name in ("rewards", "advantages", "returns", "credit"):
         assert_same_bits(getattr(two_steps, name), getattr(want, name), name)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_groups_advantages_are_one_launch(
+    packed: bool, choose: Callable[..., None], launches: list[str]
+) -> None:
+    """Queries and keys to advantages of tokens; and the long paths, which give the same bits."""
+    problem = long_problem(9, holes=True)
+    problem.response.mask[1] = 0
+    problem = pack(problem) if packed else problem
+    there = mapped(problem, lambda x: x.to(DEVICE))
+    options = {"group": 2, "config": GroupConfig(scale="none", lone="score", dense_share=0.7)}
+    want = reference.group_advantages(
+        *map(to_float64, (problem.score, problem.inputs, problem.response)), **options
+    )
+    results = []
+    for path in EVERY_PATH:
+        choose(**path)
+        results.append(
+            attnshape.group_advantages(there.score, there.inputs, there.response, backend="triton", **options)
+        )
+    for result in results:
+        assert [
+            x for x, y in zip(result, results[0], strict=True) if not x.nan_to_num().equal(y.nan_to_num())
+        ] == []
+    assert results[0].status.cpu().equal(want.status)
+    for name in ("advantages", "credit", "moments"):
+        got = getattr(results[0], name).cpu().double()
+        torch.testing.assert_close(got, getattr(want, name), rtol=1e-4, atol=1e-6)
+    assert launches[:2] == ["attend shape"] * 2
 
 
 @pytest.mark.parametrize("width", [15, 16, 17, 256, 257, 600])

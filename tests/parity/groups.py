@@ -19,7 +19,7 @@ from attnshape import KL, GroupConfig, ShapingConfig, Whitening
 
 
 def compared(scores: Tensor, group: Tensor, by: str, eps: float = 0.0) -> Tensor:
-    """``[B]``: each score less its group's ``"mean"``, or that of the ``"others"``, or over the ``"std"`` too.
+    """``[B]``: each score less the ``"mean"`` of its group or of the ``"others"``, or over the ``"std"`` too.
 
     A group of one keeps its score.
     """

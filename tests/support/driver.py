@@ -125,6 +125,8 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     for cap in (50, 30.5):
         credit = [layer(40, softcap=cap, attention_mask=torch.ones(2, 40))]
         yield "attend", sweep(20, 2, everything, score=scores[2], credit=credit, gl=0.95)
+    spread = ("rewards", "credit", "status", "moments")
+    yield "groups", sweep(20, 2, spread, score=scores[2], credit=[layer(40)], even=True)
     for gl in (0.5, 0.25):
         yield "rows", sweep(30, 2, ("advantages", "returns"), gl=gl)
     for width in (1300, 1400):
