@@ -478,7 +478,7 @@ def main() -> None:
         prepare, package = PACKAGES[framework]
         run, ran = prepare(), f"{package} {version(package)}"
     else:
-        run, ran = CHECKOUTS[framework](Path(checkout[0])), framework
+        run, ran = CHECKOUTS[framework](Path(checkout[0])), framework.removesuffix("-groups")
     drawn = torch.load(cases, weights_only=True)
     torch.save({"ran": ran, "outputs": [run(Case(**case)) for case in drawn]}, outputs)
 
