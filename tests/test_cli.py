@@ -215,12 +215,12 @@ def test_page_shows_every_completion(llama: Path, source: Path, tmp_path: Path) 
         assert f'title="{rows[0]["score"] * c:.3g}, {shares:.1f} × even"' in text
 
 
-def test_a_source_with_signs_gives_token_rewards(llama: Path, source: Path, tmp_path: Path) -> None:
+def test_a_source_with_signs_gives_token_rewards(any_model: Path, source: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    result = invoke(llama, source, "--source", "leave_one_out", "--html", page)
+    result = invoke(any_model, source, "--source", "leave_one_out", "--html", page)
     assert result.exit_code == 0, result.output
     rows = read(tmp_path / "completions.credit.jsonl")
-    model = AutoModelForSequenceClassification.from_pretrained(llama).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(any_model).eval()
     text = RECORDS[0]["prompt"] + RECORDS[0]["response"]
     ids = tokenizer()(text)["input_ids"]
     with torch.no_grad():
@@ -233,7 +233,7 @@ def test_a_source_with_signs_gives_token_rewards(llama: Path, source: Path, tmp_
         assert sum(row["token_rewards"]) == pytest.approx(0, abs=1e-4 * (1 + max(row["token_rewards"])))
     paid = rows[0]["score"] / n + rows[0]["token_rewards"][0]
     assert f'title="{paid:.3g}, ' in page.read_text(encoding="utf-8")
-    spans = invoke(llama, source, "--source", "leave_one_out", "--span", 100)
+    spans = invoke(any_model, source, "--source", "leave_one_out", "--span", 100)
     assert spans.exit_code == 0
     assert not any(any(row["token_rewards"]) for row in read(tmp_path / "completions.credit.jsonl"))
 

@@ -286,7 +286,7 @@ class _Run:
         moves: dict[int, Tensor] = {}
         device = self.model.model.device
         for numbers in self.batches:
-            tokens = Tokens.of([self.kept[i] for i in numbers], 0, device)
+            tokens = Tokens.of([self.kept[i] for i in numbers], device)
             rows = torch.zeros(tokens.response.mask.shape)
             for row, i in zip(rows, numbers, strict=True):
                 row[: len(weights[i])] = weights[i]
@@ -297,7 +297,7 @@ class _Run:
                 tokens.response,
                 fractions=self.fractions,
                 attention_mask=tokens.attention_mask,
-                pad_token_id=self.model.pad_token_id,
+                pad_token_id=0,
                 batch_tokens=self.model.batch_tokens,
                 seed=seed,
             )

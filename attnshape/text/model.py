@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
@@ -27,7 +25,7 @@ from attnshape.text.load import (
 )
 from attnshape.text.reader import Example, Reader
 from attnshape.text.score_fn import ScoreFn, parse_score_fn
-from attnshape.text.source import CreditSource, SourceTap
+from attnshape.text.source import CreditSource, SourceTap, score_texts
 from attnshape.text.turns import spans_of
 from attnshape.types import Response, Status
 
@@ -90,7 +88,7 @@ class Credited(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Completions as one forward reads them, padded on the right."""
+    """Completions as one forward reads them, padded on the right with whatever."""
 
     input_ids: Tensor
     """int64 ``[B, S]``."""
@@ -100,9 +98,9 @@ class Tokens(NamedTuple):
     """``[B, R]``, with the position of each of its tokens."""
 
     @classmethod
-    def of(cls, examples: Sequence[Example], pad: int, device: torch.device) -> Tokens:
+    def of(cls, examples: Sequence[Example], device: torch.device) -> Tokens:
         lengths = torch.tensor([len(example.input_ids) for example in examples], device=device)
-        input_ids = _padded([example.input_ids for example in examples], pad).to(device)
+        input_ids = _padded([example.input_ids for example in examples], 0).to(device)
         attention_mask = (torch.arange(input_ids.shape[1], device=device) < lengths[:, None]).long()
         index = _padded([example.positions for example in examples], -1).to(device)
         return cls(input_ids, attention_mask, Response(index >= 0, index=index))
@@ -282,24 +280,17 @@ class CreditModel:
         return self._forward(examples)[0]
 
     def _forward(self, examples: Sequence[Example], tap: SourceTap | None = None) -> tuple[Tensor, Response]:
-        position = self.query_position
-        with _padding(self.model, examples) as pad:
-            tokens = Tokens.of(examples, pad, self.model.device)
-            if tap is not None and isinstance(position, int) and str(tap.query_position) != "all":
-                tap.query_position = _positions(position, tokens.attention_mask.sum(1))
-            score = _score(self.model, tokens.input_ids, tokens.attention_mask, self.score_fn)
-        return score, tokens.response
-
-    @property
-    def pad_token_id(self) -> int | None:
-        """What a text is padded with in a batch; None if the model has no such token."""
-        pad: int | None = getattr(self.model.config.get_text_config(), "pad_token_id", None)
-        return pad
+        tokens, position = Tokens.of(examples, self.model.device), self.query_position
+        if tap is not None and isinstance(position, int) and str(tap.query_position) != "all":
+            tap.query_position = _positions(position, tokens.attention_mask.sum(1))
+        return score_texts(
+            self.model, tokens.input_ids, tokens.attention_mask, self.score_fn
+        ), tokens.response
 
     @torch.no_grad()
     def score_of(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores ``[N]`` of ids ``[N, S]``: what ``credit.leave_one_out`` and ``deletion_scores`` call."""
-        return _score(self.model, input_ids, attention_mask, self.score_fn)
+        return score_texts(self.model, input_ids, attention_mask, self.score_fn)
 
     def batches(self, examples: Mapping[int, Example]) -> Iterator[list[int]]:
         """Their keys, the longest first, as many as ``batch_tokens`` allows."""
@@ -379,31 +370,6 @@ def scored_by(source: CreditSource, weighed: Weighed, examples: Sequence[Example
             )
         )
     return scored
-
-
-@contextmanager
-def _padding(model: PreTrainedModel, examples: Sequence[Example]) -> Iterator[int]:
-    """The model's padding token; where it has none, one for this batch that leaves the scores as they are."""
-    config = model.config.get_text_config()
-    pad = getattr(config, "pad_token_id", None)
-    if pad is not None:
-        yield pad
-        return
-    # Heads take the last token that is not padding: any will do that is the last of none of the texts.
-    last = {example.input_ids[-1] for example in examples}
-    try:
-        config.pad_token_id = next(i for i in itertools.count() if i not in last)
-        yield config.pad_token_id
-    finally:
-        config.pad_token_id = None
-
-
-def _score(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, score_fn: ScoreFn) -> Tensor:
-    logits = getattr(model(input_ids=input_ids, attention_mask=attention_mask), "logits", None)
-    if logits is None or logits.ndim != 2 or len(logits) != len(input_ids):
-        shape = None if logits is None else list(logits.shape)
-        raise ValueError(f"{type(model).__name__}: got logits {shape}, want [{len(input_ids)}, labels]")
-    return score_fn(logits.float())
 
 
 def _positions(position: int, lengths: Tensor) -> Tensor:
