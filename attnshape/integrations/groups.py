@@ -20,8 +20,9 @@ def added(part: Tensor, weights: Tensor, mask: Tensor, dense_share: float, *, si
     Returns:
         float32 ``[B, R]``, of mean 0 over a row's unmasked tokens, 0 where masked.
     """
-    of = "score" if signed else None
-    config = GroupConfig(baseline="none", scale="none", dense_share=dense_share, signed=of)
+    config = GroupConfig(
+        baseline="none", scale="none", dense_share=dense_share, signed="score" if signed else None
+    )
     part = part.float()
     spread = group_advantages(part, weights, mask, group=1, config=config).advantages
     return spread - part[:, None] * (mask != 0)

@@ -139,10 +139,10 @@ def reward_of(result: dict[str, Any], mask: Sequence[bool], dense_share: float, 
     """
     score, terminal = float(result["score"]), float(result.get("terminal_reward", 0.0))
     credit, signed = result.get("credit"), result.get("token_rewards")
-    if (credit is None and signed is None) or dense_share == 0:
+    values = credit if signed is None else signed
+    if values is None or dense_share == 0:
         return score + terminal
     if groups:
-        values = credit if signed is None else signed
         if len(values) != len(mask):
             raise ValueError(f"credit: got {len(values)} weights for a response of {len(mask)} tokens")
         spread = {"credit": [float(x) for x in values], "signed": signed is not None}
