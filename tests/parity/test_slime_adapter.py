@@ -20,7 +20,7 @@ import pytest
 import ray
 import torch
 import torch.distributed as dist
-from parity.toys import Offline, save_policy, save_reward_model
+from parity.toys import Offline, another_server, save_policy, save_reward_model
 from slime.backends.megatron_utils import cp_utils, loss
 from slime.observability import train_metric_utils
 from slime.ray.rollout import RolloutManager
@@ -57,6 +57,8 @@ class Setup:
         self.policy = save_policy(folder / "policy")
         save_reward_model(folder / "reward_model")
         self.offline = Offline(folder / "reward_model", self.policy)
+        self.url: str | None = None
+        """Of a server that is asked in the place of the model in this process."""
 
     def args(self, **changes: Any) -> Namespace:
         """Those of slime's arguments that its functions read here."""
@@ -69,8 +71,8 @@ class Setup:
                 "custom_convert_samples_to_train_data_path": None,
                 "megatron_config_path": None,
                 "hf_checkpoint": str(self.folder / "policy"),
-                "rm_url": None,
-                "attnshape": {"model": str(self.folder / "reward_model")},
+                "rm_url": self.url,
+                "attnshape": {} if self.url else {"model": str(self.folder / "reward_model")},
                 "reward_key": None,
                 "rewards_normalization": True,
                 "grpo_std_normalization": True,
@@ -129,7 +131,9 @@ class Setup:
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield Setup(tmp_path_factory.mktemp("slime"))
+    made = Setup(tmp_path_factory.mktemp("slime"))
+    with another_server(made.folder / "reward_model") as made.url:
+        yield made
     dist.destroy_process_group()
     ray.shutdown()
 

@@ -24,7 +24,7 @@ import transfer_queue as tq
 import verl
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
-from parity.toys import SPECIAL, Offline, save_policy, save_reward_model
+from parity.toys import SPECIAL, Offline, another_server, save_policy, save_reward_model
 from parity.verl_loop import SCRIPT
 from transfer_queue import KVBatchMeta
 from verl import DataProto
@@ -450,7 +450,11 @@ run(config, "127.0.0.1", 0, lambda url: print(url, flush=True))
 
 @pytest.fixture
 def served(setup: Setup) -> Iterator[str]:
-    """``attnshape serve``, without its command line."""
+    """``attnshape serve``, without its command line; or another server of its protocol."""
+    with another_server(setup.folder / "reward_model") as url:
+        if url is not None:
+            yield url
+            return
     env = {**os.environ, **ENVIRONMENT}
     command = [sys.executable, "-W", "ignore", "-c", SERVE, str(setup.folder / "reward_model")]
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
