@@ -16,7 +16,7 @@ from attnshape.cli.base import errors, progress_bar
 from attnshape.files import whole_file
 from attnshape.text.audit import SOURCES, Audit, SourceAudit, audit, disputed_items
 from attnshape.text.file import readable
-from attnshape.text.html import credit_page
+from attnshape.text.html import PAGE_FOOT, credit_section, page_head
 from attnshape.text.load import RewardModelConfig
 from attnshape.text.model import CreditModel
 
@@ -70,7 +70,10 @@ def audit_file(
     if html is not None:
         items = disputed_items(model, examples, found, sources, span)
         with whole_file(html) as out:
-            out.write(credit_page(f"Where sources disagree in {completions.name}", items, found.advice))
+            out.write(page_head(f"Where sources disagree in {completions.name}", found.advice))
+            for i, item in zip(found.disputed, items, strict=True):
+                out.write(credit_section(rows[i].number, item))
+            out.write(PAGE_FOOT)
     return skipped
 
 

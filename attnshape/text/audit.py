@@ -33,6 +33,8 @@ SOURCES = (
 DRAWS = 4
 """Random deletions of each completion."""
 DISPUTED = 5
+CLOSE = 0.9
+"""Of what the best source reaches: a cheaper one that reaches it, and is not clearly worse, will do."""
 ONE_TOKEN = "a response of one token has nothing to choose from"
 
 
@@ -211,15 +213,11 @@ def disputed_items(
     sources: Sequence[CreditSource] = SOURCES,
     span: int = 1,
 ) -> list[CreditItem]:
-    """The most disputed completions as each source that ran sees them, for ``credit_page``."""
+    """The most disputed completions as each source that ran sees them, for ``credit_section``."""
     refused = {row.source for row in found.refused}
     shown = [CreditSource("leave_one_out", span=span), *(s for s in sources if str(s) not in refused)]
     return [
-        page_item(
-            examples[i],
-            {str(source): model.score([examples[i]], source)[0] for source in shown},
-            f"completion {i + 1}",
-        )
+        page_item(examples[i], {str(source): model.score([examples[i]], source)[0] for source in shown})
         for i in found.disputed
     ]
 
@@ -354,7 +352,7 @@ def _advice(
     beyond: Mapping[CreditSource, Tensor],
     completions: int,
 ) -> str:
-    """One sentence that quotes the numbers: the cheapest source that is not clearly worse than the best."""
+    """One sentence that quotes the numbers: the cheapest source that is as good as the best, or nearly."""
     if not ceiling.move.is_positive:
         return (
             f"These {completions} completions do not tell: what leave-one-out deletes moves the score by "
@@ -370,7 +368,9 @@ def _advice(
     good = [
         source
         for source, row in rows.items()
-        if row.of_ceiling.is_positive and not Estimate.of(beyond[best] - beyond[source]).is_positive
+        if row.of_ceiling.is_positive
+        and row.of_ceiling.value >= CLOSE * rows[best].of_ceiling.value
+        and not Estimate.of(beyond[best] - beyond[source]).is_positive
     ]
     chosen = min(good, key=lambda source: rows[source].cost)
     also = [best, *(source for source in rows if source.name == "attention")]

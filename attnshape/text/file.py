@@ -152,7 +152,7 @@ def _row(line: Line, scored: Scored) -> dict[str, Any]:
     }
 
 
-def page_item(example: Example, views: Mapping[str, Scored], note: str = "") -> CreditItem:
+def page_item(example: Example, views: Mapping[str, Scored]) -> CreditItem:
     """A completion as it is shown, by each source: pieces that tile the response.
 
     Text without a token joins the next, a shared character is one. Where the chat template changed the
@@ -182,7 +182,6 @@ def page_item(example: Example, views: Mapping[str, Scored], note: str = "") -> 
         add(shown, len(example.response), None)
     (first, *_) = views.values()
     notes = {
-        note: note,
         "the chat template changed the response: what it dropped has no credit": first.metrics["changed"],
         "no attention on the response: all credit on its last token": first.metrics["fallback"],
     }

@@ -35,19 +35,16 @@ class CreditItem:
     note: str = ""
 
 
-def credit_page(title: str, items: Iterable[CreditItem], note: str = "") -> str:
+def credit_page(title: str, items: Iterable[CreditItem]) -> str:
     """One page without anything from outside; every text is escaped, and no script but its own can run.
 
     A page too long for memory is ``page_head``, a ``credit_section`` per completion, and ``PAGE_FOOT``.
-
-    Args:
-        note: of the whole page.
 
     Raises:
         ValueError: a view has not as many rewards as there are tokens.
     """
     sections = (credit_section(number, item) for number, item in enumerate(items, 1))
-    return "".join([page_head(title, note), *sections, PAGE_FOOT])
+    return "".join([page_head(title), *sections, PAGE_FOOT])
 
 
 def page_head(title: str, note: str = "") -> str:
