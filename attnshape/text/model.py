@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -304,16 +305,19 @@ class CreditModel:
         """Makes examples of completions, of at most so many tokens."""
         return Reader(self.tokenizer, self.model.config, max_length)
 
-    def probe(self) -> None:
+    def probe(self, source: CreditSource | None = None) -> None:
         """A first forward, which compiles kernels; raises ValueError if the model cannot be read."""
         token = int(self.model.config.get_text_config().pad_token_id == 0)
         position = self.query_position
         length = 2 + abs(position) if isinstance(position, int) else 2
-        self.score([Example("", "a", [token] * length, [1], [(0, 1)])])
+        self.score([Example("", "a", [token] * length, [1], [(0, 1)])], *([] if source is None else [source]))
 
-    def score_each(self, examples: Sequence[Example]) -> list[Scored | str]:
+    def score_each(
+        self, examples: Sequence[Example], source: CreditSource | None = None
+    ) -> list[Scored | str]:
         """Scores, or why one has none; in halves where the device does not hold them together."""
-        return self._each(self.score, examples)
+        score = self.score if source is None else functools.partial(self.score, source=source)
+        return self._each(score, examples)
 
     def _each(
         self, read: Callable[[Sequence[Example]], list[T]], examples: Sequence[Example]

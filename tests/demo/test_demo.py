@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from support.processes import start
+from support.processes import FORK, start
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -341,7 +341,10 @@ def test_credit_crosses_tokenizers(foreign: Path) -> None:
         assert not judged.credit[b, len(expected) :].any()
 
 
-def test_whole_run_from_the_cache(cache_dir: Path, trained: object, tmp_path: Path, quiet: Console) -> None:
+def test_whole_run_from_the_cache(
+    cache_dir: Path, trained: object, tmp_path: Path, quiet: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: FORK)
     config = DemoConfig(
         seeds=(3, 4),
         ppo=replace(PPO, steps=3),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -294,6 +296,8 @@ def test_leave_one_out(world: World) -> None:
     table = pandas.read_parquet(world.folder / "out" / "completions" / "completions_00002.parquet")
     close(torch.tensor(table["advantage"]), own)
     assert (table["credit/entropy"] > 0).all()
+    page = (world.folder / "out" / "completions" / "completions_00002.html").read_text()
+    assert page.count("<section id=") == len(own)
 
 
 @pytest.mark.parametrize("loss", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"])
@@ -380,6 +384,13 @@ def test_an_environments_tokens_get_none(world: World) -> None:
         assert "tool_mask" in seen
         own = group_advantage(seen["rewards"][:, 0])
         close(seen["advantages"], expected(world, seen, own, own, 0.8))
+
+
+def test_the_example_runs() -> None:
+    found = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "grpo_with_trl.py"))
+    losses = [line["loss"] for line in found["trainer"].state.log_history if "loss" in line]
+    assert len(losses) == 3
+    assert all(map(math.isfinite, losses))
 
 
 def test_gspo_is_refused(world: World) -> None:
