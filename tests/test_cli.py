@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -236,6 +237,27 @@ def test_a_source_with_signs_gives_token_rewards(any_model: Path, source: Path, 
     spans = invoke(any_model, source, "--source", "leave_one_out", "--span", 100)
     assert spans.exit_code == 0
     assert not any(any(row["token_rewards"]) for row in read(tmp_path / "completions.credit.jsonl"))
+
+
+def test_sources_beside_each_other_on_the_page(llama: Path, source: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    result = invoke(llama, source, "--html", page, "--beside", "rollout", "--beside", "leave_one_out")
+    assert result.exit_code == 0, result.output
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<figure>") == 3 * len(RECORDS)
+    assert re.findall(r"<figcaption><b>([^<]*)", text)[:3] == ["attention", "rollout", "leave_one_out"]
+    assert invoke(llama, source, "--source", "rollout", "--out", tmp_path / "rollout.jsonl").exit_code == 0
+    row = read(tmp_path / "rollout.jsonl")[0]
+    shown = text.split("<b>rollout</b>")[1].split("<figure>")[0]
+    for c in row["credit"]:
+        assert f'title="{row["score"] * c:.3g}, ' in shown
+    for arguments, message in (
+        (("--beside", "rollout"), "--beside: want --html"),
+        (("--html", page, "--beside", "magic"), "source: got 'magic', want one of"),
+    ):
+        refused = invoke(llama, source, *arguments)
+        assert refused.exit_code == 1
+        assert message in refused.stderr
 
 
 def test_layers(llama: Path, source: Path, tmp_path: Path) -> None:

@@ -55,6 +55,9 @@ def credit(
     html: Annotated[
         Path | None, typer.Option(help="Page to write, each token coloured by its credit.")
     ] = None,
+    beside: Annotated[
+        list[str] | None, typer.Option(help="Another source that the page shows beside it; may be repeated.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on behind what an interrupted run with these options wrote.")
     ] = False,
@@ -78,10 +81,13 @@ def credit(
     from attnshape.text.file import credit_file, credit_lines
     from attnshape.text.model import CreditModel
     from attnshape.text.partial import Partial
+    from attnshape.text.source import CreditSource
 
     if out is None:
         out = STANDARD if completions == STANDARD else completions.with_suffix(".credit.jsonl")
     _check_files(completions, out, html, resume)
+    if beside and html is None:
+        raise fail("--beside: want --html, the page that shows it")
     partial: Partial | None = None
     try:
         config = reward_model_config(model, score_fn, query_position, trust_remote_code, source, layer, span)
@@ -89,14 +95,17 @@ def credit(
             # Lines are known by their numbers, so only in a file that is the same, and of the same model.
             read = [completions.resolve(), *_state(completions)] if completions.is_file() else []
             weights = [_state(path) for path in sorted(Path(model).glob("*"))]
-            settings = {**vars(config), "completions": read, "weights": weights, "page": html is not None}
+            shown = None if html is None else list(beside or ())
+            settings = {**vars(config), "completions": read, "weights": weights, "page": shown}
             partial = Partial(out, html, settings, resumable=completions.is_file())
             partial.check(resume)
     except ValueError as error:
         raise fail(error) from error
     try:
         credit_model = CreditModel.load(config, device)
-        credit_model.probe()
+        others = [CreditSource(name) for name in beside or ()]  # type: ignore[arg-type]
+        for other in (None, *others):
+            credit_model.probe(other)
         with progress_bar() as progress, contextlib.ExitStack() as stack:
             total = completions.stat().st_size if completions.is_file() else None
             task = progress.add_task(completions.name, total=total)
@@ -105,6 +114,7 @@ def credit(
             )
             options: dict[str, Any] = {
                 "title": f"Credit of {completions.name}",
+                "beside": others,
                 "batch_size": batch_size,
                 "on_skip": lambda line, reason: errors.print(f"{completions}:{line}: skipped: {reason}"),
                 "on_read": lambda size: progress.advance(task, size),
