@@ -351,6 +351,8 @@ def shaped_grpo_trainer(base: type[Any]) -> type[Any]:
             carried = carry(of_reader)
             weights[:, : carried.shape[1]] = carried
             weights = weights.to(mask.device)
+            # A completion that the model has no number for keeps TRL's advantage, which is 0 if none has.
+            weights[~weights.isfinite().all(1)] = 0.0
             shaped = shape_rewards(weights.new_zeros(len(weights)), weights.abs(), mask)
             empty = (shaped.status & int(Status.EMPTY)) != 0
             lost = ((shaped.status & int(Status.FALLBACK)) != 0) | ~torch.tensor(found, device=mask.device)

@@ -293,9 +293,28 @@ def test_what_the_reward_model_does_not_read_is_uniform_and_counted(world: World
     assert trainer._metrics["train"]["credit/fallback"] == [0.25]
 
 
-def test_signed_weights_keep_the_mean_and_punish_what_lowered_the_score(world: World) -> None:
+@pytest.mark.parametrize("source", ["attention", "leave_one_out"])
+def test_a_completion_without_a_score_costs_no_other(world: World, source: Any) -> None:
+    """As in TRL's own run: it has no advantage, and its group's others have theirs, with their credit."""
     inputs = world.inputs()
-    judge = CreditModel(world.reward, source="gradient_value")
+    model = AutoModelForSequenceClassification.from_pretrained(world.reward).eval()
+    tokenizer = AutoTokenizer.from_pretrained(world.reward)
+    with torch.no_grad():  # in the third text alone
+        model.get_input_embeddings().weight[tokenizer.encode(";", add_special_tokens=False)[0]] = torch.nan
+    judge = CreditModel(model, tokenizer, source=source)
+    trainer = world.trainer([model], credit=judge, dense_share=0.8)
+    out = trainer._generate_and_score_completions(inputs)
+    assert trainer.given[:, 0].isnan().tolist() == [False, False, True, False]
+    assert out["advantages"].isfinite().all()
+    assert not out["advantages"][2:].any()
+    assert out["advantages"][0].unique().numel() > 2
+    assert trainer._metrics["train"]["credit/fallback"] == [0.25]
+
+
+@pytest.mark.parametrize("source", ["gradient_value", "leave_one_out"])
+def test_signed_weights_keep_the_mean_and_punish_what_lowered_the_score(world: World, source: Any) -> None:
+    inputs = world.inputs()
+    judge = CreditModel(world.reward, source=source)
     trainer = world.trainer(credit=judge, dense_share=0.8)
     out = trainer._generate_and_score_completions(inputs)
     scored = judge(PROMPTS, [ids for *_, ids in inputs], world.policy)
