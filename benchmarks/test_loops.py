@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -17,6 +18,7 @@ from attnshape.bench.timing import Timing, ratio_of
 from benchmarks.cases import made_small
 from benchmarks.memory import memory_of
 from benchmarks.record import Promise, Recorder
+from benchmarks.results import ROOT
 
 SHARE = 0.01
 """Of the inputs: what a call may hold beside its outputs."""
@@ -48,6 +50,50 @@ def test_memory(what: str, device: torch.device, small: bool, record: Recorder) 
     text = f"{beyond / 1e3:.3g} kB beside the outputs, of {case.read / 1e6:.3g} MB read"
     promise = Promise("1% of the inputs", beyond / case.read, SHARE, unit="x")
     record("loops", Timing((0.0,), "bytes", 0.0), promise=promise, case=f"memory, {case.name}", measured=text)
+
+
+FIRST = """
+import time
+import torch
+begin = time.perf_counter()
+import attnshape
+imported = time.perf_counter()
+from attnshape import cpu
+loops = time.perf_counter()
+x = torch.ones(2, 3)
+attnshape.shape_rewards(torch.ones(2), x, x, values=x)
+print(imported - begin, loops - imported, time.perf_counter() - loops)
+"""
+
+
+@pytest.fixture(scope="module")
+def first_and_second(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, ...]]:
+    """Seconds that a process takes to import the package and the loops and to call: without a cache, then with."""
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    folder = str(tmp_path_factory.mktemp("cache"))
+    environment = os.environ | {"PYTHONPATH": paths, "NUMBA_CACHE_DIR": folder}
+    command = [sys.executable, "-c", FIRST]
+    runs = [
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in "12"
+    ]
+    return [tuple(map(float, run.stdout.split())) for run in runs]
+
+
+@pytest.mark.parametrize("which", ["first call ever", "first call of a later process", "import of the loops"])
+def test_first_call(
+    which: str, first_and_second: list[tuple[float, ...]], device: torch.device, record: Recorder
+) -> None:
+    (_, _, compiled), (_, imported, loaded) = first_and_second
+    if record.untimed():
+        return
+    value, limit = {
+        "first call ever": (compiled, 10.0),
+        "first call of a later process": (loaded, 0.5),
+        "import of the loops": (imported, None),
+    }[which]
+    promise = None if limit is None else Promise(f"{limit:g} s", value, limit)
+    text = f"{value:.3g} s"
+    record("loops", Timing((value,), "clock", value), promise=promise, case=which, measured=text)
 
 
 @contextmanager
