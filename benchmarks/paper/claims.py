@@ -102,7 +102,7 @@ def claims(results: Results) -> dict[str, list[dict[str, Any]]]:
             found = differences(of(first, models=models, lam=lam), of("sparse", models=models, lam=lam))
             if all(seed in found for seed in TRAINING_SEEDS):
                 leads.append(statistics.fmean(found[seed] for seed in TRAINING_SEEDS))
-        return claim(f"{first} is ahead of sparse, both at lambda {lam:g}", lead_of(leads))
+        return claim(f"{first} is ahead of sparse, both at lambda {lam:g}, by training", lead_of(leads))
 
     return {
         "Over five trainings of the reward model": [
