@@ -172,7 +172,6 @@ class Tap:
         quantised = FP8.get(layer.kv_cache_dtype)
         return Layer(
             layer.layer_name,
-            impl.num_kv_heads,
             float(impl.scale),
             softcap=getattr(impl, "logits_soft_cap", None) or None,
             window=window(impl.sliding_window),
