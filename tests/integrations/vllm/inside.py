@@ -135,7 +135,7 @@ def same_bits(run: Run) -> dict[str, Any]:
         for i, found in enumerate(run.data(asks)):
             assert torch.equal(found[: len(plain[i])], plain[i]), f"request {i} has other bits"
             assert (len(found) > len(plain[i])) == asks(i)
-    return {"requests": len(plain)}
+    return {"requests with the same bits": len(plain)}
 
 
 def common_kept(run: Run) -> dict[str, Any]:
