@@ -211,7 +211,7 @@ class Tap:
             common = getattr(attn_metadata, COMMON, None)
             table = attn_metadata.block_table if common is None else common.block_table_tensor
             ends = (attn_metadata if common is None else common).query_start_loc[1:]
-            # Copies: a graph's memory is used again by what follows. A dummy batch may hold requests of no token.
+            # Copies: a graph's memory is used again by what follows. Requests of a dummy batch may be empty.
             last = (ends - 1).clamp_(min=0)
             rows = as_bytes(query).index_select(0, last).view(query.dtype)
             self.step = Step(rows, output.index_select(0, last), kv_cache, table)
