@@ -138,7 +138,8 @@ def build(
     )
     cpus = config.devices.count("cpu")
     threads = max(1, torch.get_num_threads() // max(1, cpus))
-    targets = [(device, functools.partial(work, Job(config, device, threads))) for device in config.devices]
+    jobs = [Job(config, device, threads, config.max_batch_tokens) for device in config.devices]
+    targets = [(job.device, functools.partial(work, job)) for job in jobs]
     queue = BatchQueue(config.max_batch_tokens)
     pool = Pool(targets, queue, Metrics(), on_failure=on_failure, on_ready=on_ready)
     return create_app(config, reader, pool), pool
