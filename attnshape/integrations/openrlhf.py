@@ -34,7 +34,7 @@ import importlib
 import runpy
 import sys
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -43,11 +43,16 @@ import attnshape
 from attnshape.config import GroupConfig, ShapingConfig, check_choice
 from attnshape.integrations.framework import require_parameters, require_version
 from attnshape.integrations.groups import added
-from attnshape.ops import DEFAULT_CONFIG, attention_row, gae, shape_rewards
-from attnshape.types import Status
+from attnshape.ops import DEFAULT_CONFIG, attention_rollout, attention_row, gae, shape_rewards
+from attnshape.text.load import Layers, SourceName, parse_layers
+from attnshape.types import Response, Status
 from attnshape.vectorized.groups import completion_advantages
 
+if TYPE_CHECKING:
+    from attnshape.text.source import CreditSource
+
 VERSIONS = ("0.11.2",)
+SOURCES = ("attention", "rollout")
 _MAKER = "openrlhf.trainer.ppo_utils.experience_maker"
 _TRAINER = "openrlhf.trainer.ppo_trainer"
 ESTIMATORS = {
@@ -70,26 +75,36 @@ _PARAMETERS = {
 
 
 def install(
-    dense_share: float = DEFAULT_CONFIG.dense_share, layer: int = -1, enters: Enters = "advantages"
+    dense_share: float = DEFAULT_CONFIG.dense_share,
+    layer: Layers | None = None,
+    enters: Enters = "advantages",
+    source: SourceName = "attention",
 ) -> None:
     """Gives OpenRLHF's actor classes credit, in the process that makes the actors; prints what it changed.
 
     Args:
         dense_share: share of each score, or of its part of the advantage, that its credit spreads.
-        layer: the attention layer of the reward model that is read, negative from the last.
+        layer: the attention layer of the reward model that is read, negative from the last; see
+            ``CreditSource``.
         enters: where credit enters if completions are compared (``rloo``, ``reinforce_baseline``,
             ``group_norm``, ``dr_grpo``, ``flash_reinforce``). ``"advantages"``: as in ``group_advantages``,
             actions with much credit get much, and the mean over a completion's actions stays OpenRLHF's.
             ``"rewards"``: as token rewards, of which each action gets its own and all later ones; the first
             keeps the whole advantage, later ones what has not been paid yet, and the mean shrinks. ``gae``
             and ``reinforce`` take token rewards either way.
+        source: ``"attention"`` or ``"rollout"``: what a worker can read that scores without gradients, is not
+            told which tokens are the response's, and sends numbers without signs.
 
     Raises:
-        ValueError: ``enters`` is none of these.
+        ValueError: ``enters`` or ``source`` is none of these, or ``layer`` is not the source's.
         RuntimeError: OpenRLHF is not there, of another version, has methods with other parameters than that
             version, or has made its actors already.
     """
+    from attnshape.text.source import CreditSource
+
     check_choice("enters", enters, get_args(Enters))
+    check_choice("source", source, SOURCES)
+    credit_source = CreditSource(source, layer)
     found = require_version("openrlhf", VERSIONS)
     launcher = importlib.import_module("openrlhf.trainer.ray.launcher")
     maker = importlib.import_module(_MAKER)
@@ -108,13 +123,15 @@ def install(
     )
     trainer_actors = [_sent(name, actor) for name, actor in trainers.items()]
 
-    reward_actor.init_model_from_pretrained = _with_tap(reward_actor.init_model_from_pretrained, layer)
+    reward_actor.init_model_from_pretrained = _with_tap(
+        reward_actor.init_model_from_pretrained, credit_source
+    )
     reward_actor.forward = _with_row(reward_actor.forward)
     for cls in trainer_actors:
         cls.__init__ = _with_shaped_rewards(cls.__init__, dense_share, enters)
     print(
         f"attnshape {attnshape.__version__}: OpenRLHF {found}'s {', '.join(actors)} spread {dense_share:g} "
-        f"of each score by the attention of the reward model's layer {layer}",
+        f"of each score by the reward model's {credit_source}",
         flush=True,
     )
 
@@ -132,18 +149,16 @@ def _sent(name: str, actor: Any) -> Any:
 # The reward model's workers.
 
 
-def _with_tap(init: Callable[..., Any], layer: int) -> Callable[..., Any]:
+def _with_tap(init: Callable[..., Any], source: CreditSource) -> Callable[..., Any]:
     @functools.wraps(init)
     def init_model_from_pretrained(self: Any, strategy: Any, *args: Any, **options: Any) -> None:
         from transformers import PreTrainedModel
-
-        from attnshape.tap import AttentionTap
 
         check_arguments(strategy.args)
         init(self, strategy, *args, **options)
         reward_model = next(m for m in self.model.modules() if isinstance(m, PreTrainedModel))
         # It packs its input before its base model sees it, and scores the last attended token.
-        self.attention_tap = AttentionTap(reward_model.base_model, layer, query_position="last_visible")
+        self.credit_tap = source.tap(reward_model.base_model, "last_visible")
 
     return init_model_from_pretrained
 
@@ -151,15 +166,31 @@ def _with_tap(init: Callable[..., Any], layer: int) -> Callable[..., Any]:
 def _with_row(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(forward)
     def forward_with_row(self: Any, sequences: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
-        """``[B, 1 + S]`` float32: the score, and the attention over the sequence's tokens."""
-        with self.attention_tap as tap:
+        """``[B, 1 + S]`` float32: the score, and the weights of the sequence's tokens."""
+        with self.credit_tap as tap:
             score = forward(self, sequences, attention_mask, **options)
-        row = attention_row(tap.take()).cpu()
+        row = _row(tap.take(), attention_mask).cpu()
         if row.shape != sequences.shape:  # packed
             row = row.new_zeros(sequences.shape).masked_scatter_(attention_mask.cpu() != 0, row)
         return torch.cat([score.float()[:, None], row], dim=1)
 
     return forward_with_row
+
+
+def _row(taken: Any, attention_mask: Tensor) -> Tensor:
+    """Weights over the keys, ``[B, S]``, or packed ``[N]``: of attention, or of a rollout's layers."""
+    layers = taken if isinstance(taken, tuple) else (taken,)
+    if layers[0].value_norm is None:
+        return attention_row(taken)
+    bounds = layers[0].cu_seqlens
+    if bounds is None:
+        everywhere = Response(attention_mask, start=torch.zeros_like(attention_mask[:, 0]))
+    else:
+        counts = (bounds[1:] - bounds[:-1]).long()
+        places = torch.arange(int(bounds[-1]), device=bounds.device)
+        index = places - bounds[:-1].long().repeat_interleave(counts)
+        everywhere = Response(torch.ones_like(index), index=index, cu_seqlens=bounds)
+    return attention_rollout(taken, everywhere, normalization="none")
 
 
 # The trainer's process.
@@ -293,15 +324,16 @@ def shaped_maker(module: Any, dense_share: float, enters: Enters = "advantages")
 
 
 def main() -> None:
-    """OpenRLHF's own command line, and ``--abc.dense_share``, ``--abc.layer``, ``--abc.enters``."""
+    """OpenRLHF's own command line, and ``--abc.dense_share``, ``.source``, ``.layer``, ``.enters``."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(
         "--abc.dense_share", dest="dense_share", type=float, default=DEFAULT_CONFIG.dense_share
     )
-    parser.add_argument("--abc.layer", dest="layer", type=int, default=-1)
+    parser.add_argument("--abc.source", dest="source", choices=SOURCES, default="attention")
+    parser.add_argument("--abc.layer", dest="layer", type=parse_layers)
     parser.add_argument("--abc.enters", dest="enters", choices=get_args(Enters), default="advantages")
     options, theirs = parser.parse_known_args()
-    install(options.dense_share, options.layer, options.enters)
+    install(options.dense_share, options.layer, options.enters, options.source)
     sys.argv[1:] = theirs
     runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__", alter_sys=True)
 

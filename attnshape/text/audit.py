@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ DRAWS = 4
 DISPUTED = 5
 CLOSE = 0.9
 """Of what the best source reaches: a cheaper one that reaches it, and is not clearly worse, will do."""
+NO_SCORE = "the model's score is not finite"
 ONE_TOKEN = "a response of one token has nothing to choose from"
 
 
@@ -120,9 +122,9 @@ class Audit:
 
 
 class _Found(NamedTuple):
-    """A source's weights of each completion, on its tokens, and the moves ``[N, F]`` that they make."""
+    """A source's weights ``[N, R]`` of each completion's tokens, and the moves ``[N, F]`` that they make."""
 
-    weights: list[Tensor]
+    weights: Tensor
     moves: Tensor
     seconds: float
 
@@ -159,15 +161,11 @@ def audit(
         found = audit(judge, [judge.reader().read(prompt, response) for prompt, response in pairs])
         print(found.advice)
     """
-    kept = {i: example for i, example in enumerate(examples) if len(example.positions) > 1}
-    for i in range(len(examples)):
-        if i not in kept:
-            on_skip(i, ONE_TOKEN)
-    run = _Run(model, kept, tuple(fractions))
-    for i in run.drop_unscored():
-        on_skip(i, "the model's score is not finite")
-    if len(kept) < 2:
-        raise ValueError(f"want at least two completions that can be scored, got {len(kept)}")
+    run = _Run(model, examples, tuple(fractions))
+    for i, reason in sorted(run.left_out.items()):
+        on_skip(i, reason)
+    if len(run.numbers) < 2:
+        raise ValueError(f"want at least two completions that can be scored, got {len(run.numbers)}")
     on_step()
     floor = run.random()
     on_step()
@@ -183,7 +181,7 @@ def audit(
         else:
             refused.append(Refused(str(source), x))
         on_step()
-    overlaps = _overlaps(found)
+    overlaps = run.overlaps(found)
     beyond = {source: (x.moves - floor).mean(1) for source, x in found.items()}
     rows = {
         source: run.row(source, x, beyond[source], beyond[ceiling_source], overlaps.get(source, {}))
@@ -194,14 +192,14 @@ def audit(
     order = torch.stack(pairs).mean(0).argsort(stable=True).tolist() if pairs else []
     return Audit(
         model=model.name,
-        completions=len(kept),
-        mean=run.mean,
+        completions=len(run.numbers),
+        mean=run.score.mean().item(),
         fractions=tuple(fractions),
         random=tuple(floor.mean(0).tolist()),
         ceiling=ceiling,
         sources=list(rows.values()),
         refused=refused,
-        advice=_advice(ceiling, rows, beyond, len(kept)),
+        advice=_advice(ceiling, rows, beyond, len(run.numbers)),
         disputed=[run.numbers[i] for i in order[:DISPUTED]],
     )
 
@@ -223,85 +221,78 @@ def disputed_items(
 
 
 class _Run:
-    """The completions, in batches, and what is asked about them."""
+    """Completions of two tokens or more that have a score, in batches, and what is asked about them."""
 
-    def __init__(self, model: CreditModel, kept: dict[int, Example], fractions: tuple[float, ...]) -> None:
-        self.model, self.kept, self.fractions = model, kept, fractions
+    def __init__(self, model: CreditModel, examples: Sequence[Example], fractions: tuple[float, ...]) -> None:
+        self.model, self.fractions = model, fractions
         on_gpu = model.model.device.type != "cpu"
         self.clock = time.perf_counter if on_gpu else time.process_time  # not another process's time
-        self.score: dict[int, float] = {}
         self.seconds = 0.0
-
-    def drop_unscored(self) -> list[int]:
-        """Scores all; returns those that have no score, which are then no part of it."""
-        for numbers in self.model.batches(self.kept):
-            examples = [self.kept[i] for i in numbers]
-            if not self.score:
-                self.model.scores(examples)  # the first forward compiles, and is not timed
+        self.left_out = {i: ONE_TOKEN for i, example in enumerate(examples) if len(example.positions) < 2}
+        given = {i: example for i, example in enumerate(examples) if i not in self.left_out}
+        scores: dict[int, float] = {}
+        for numbers in model.batches(given):
+            batch = [given[i] for i in numbers]
+            if not scores:
+                model.scores(batch)  # the first forward compiles, and is not timed
             start = self.clock()
-            self.score |= zip(numbers, self.model.scores(examples).tolist(), strict=True)
+            scores |= zip(numbers, model.scores(batch).tolist(), strict=True)
             self.seconds += self.clock() - start
-        dropped = [i for i, score in self.score.items() if not math.isfinite(score)]
-        for i in dropped:
-            del self.kept[i], self.score[i]
-        self.numbers = list(self.kept)
-        self.batches = list(self.model.batches(self.kept))
-        scores = torch.tensor([self.score[i] for i in self.numbers], dtype=torch.float64)
-        self.mean = scores.mean().item()
-        verdicts = torch.where(scores > self.mean, 1.0, -1.0).tolist()
-        self.verdict = dict(zip(self.numbers, verdicts, strict=True))
-        return dropped
+        self.left_out |= {i: NO_SCORE for i, score in scores.items() if not math.isfinite(score)}
+        self.numbers = [i for i in given if i not in self.left_out]
+        self.examples = {row: given[i] for row, i in enumerate(self.numbers)}
+        self.batches = list(model.batches(self.examples))
+        self.score = torch.tensor([scores[i] for i in self.numbers], dtype=torch.float64)
+        self.verdict = torch.where(self.score > self.score.mean(), 1.0, -1.0)
+        lengths = torch.tensor([len(example.positions) for example in self.examples.values()])
+        self.mask = torch.arange(int(lengths.max()) if len(lengths) else 0) < lengths[:, None]
 
     def random(self) -> Tensor:
         """Mean moves ``[N, F]`` of random deletion."""
-        none = {i: torch.zeros(len(self.kept[i].positions)) for i in self.numbers}
-        return torch.stack([self._moves(none, seed) for seed in range(DRAWS)]).mean(0)
+        even = torch.zeros(self.mask.shape)
+        return torch.stack([self._moves(even, seed) for seed in range(DRAWS)]).mean(0)
 
     def found(self, source: CreditSource) -> _Found | str:
         """Or why it cannot be had from this model."""
-        weights: dict[int, Tensor] = {}
-        seconds = 0.0
+        weights, seconds = torch.zeros(self.mask.shape), 0.0
         try:
-            for numbers in self.batches:
-                examples = [self.kept[i] for i in numbers]
-                if not weights:
+            for k, rows in enumerate(self.batches):
+                examples = [self.examples[row] for row in rows]
+                if k == 0:
                     self.model.weigh(examples[-1:], source)  # compiles
                 start = self.clock()
-                rows = self.model.weigh(examples, source).weights.cpu()
+                of_batch = self.model.weigh(examples, source).weights.cpu()
                 seconds += self.clock() - start
-                weights |= {
-                    i: row[: len(self.kept[i].positions)] for i, row in zip(numbers, rows, strict=True)
-                }
+                weights[rows, : of_batch.shape[1]] = of_batch.float()
         except (ValueError, TypeError, RuntimeError) as error:
             return in_one_line(error)
-        if bad := sum(not bool(row.isfinite().all()) for row in weights.values()):
+        if bad := int((~weights.isfinite()).any(1).sum()):
             return f"its weights of {bad} of {len(weights)} completions are not finite"
-        speaks = {i: w * self.verdict[i] for i, w in weights.items()} if source.of_score else weights
-        return _Found([weights[i] for i in self.numbers], self._moves(speaks), seconds)
+        speaks = weights * self.verdict[:, None].float() if source.of_score else weights
+        return _Found(weights, self._moves(speaks), seconds)
 
-    def _moves(self, weights: Mapping[int, Tensor], seed: int = 0) -> Tensor:
+    def _moves(self, weights: Tensor, seed: int = 0) -> Tensor:
         """How far scores move against verdicts when the tokens of the largest weights go, ``[N, F]``."""
-        moves: dict[int, Tensor] = {}
         device = self.model.model.device
-        for numbers in self.batches:
-            tokens = Tokens.of([self.kept[i] for i in numbers], device)
-            rows = torch.zeros(tokens.response.mask.shape)
-            for row, i in zip(rows, numbers, strict=True):
-                row[: len(weights[i])] = weights[i]
-            left = deletion_scores(
+        left = torch.zeros(len(weights), len(self.fractions), dtype=torch.float64)
+        for rows in self.batches:
+            tokens = Tokens.of([self.examples[row] for row in rows], device)
+            left[rows] = deletion_scores(
                 self.model.score_of,
                 tokens.input_ids,
-                rows.to(device),
+                weights[rows, : tokens.response.mask.shape[1]].to(device),
                 tokens.response,
                 fractions=self.fractions,
                 attention_mask=tokens.attention_mask,
                 pad_token_id=0,
                 batch_tokens=self.model.batch_tokens,
                 seed=seed,
+            ).to(left)
+        if bad := (~left.isfinite()).any(1).nonzero().flatten().tolist():
+            raise ValueError(
+                f"completion {self.numbers[bad[0]]}: its score without some tokens is not finite"
             )
-            for i, after in zip(numbers, left.double().cpu(), strict=True):
-                moves[i] = self.verdict[i] * (self.score[i] - after)
-        return torch.stack([moves[i] for i in self.numbers])
+        return self.verdict[:, None] * (self.score[:, None] - left)
 
     def row(
         self,
@@ -311,11 +302,8 @@ class _Run:
         ceiling: Tensor,
         overlaps: Mapping[CreditSource, Tensor],
     ) -> SourceAudit:
-        entropies, attention = [], []
-        for w in found.weights:
-            stats = shape_rewards(torch.zeros(1), w.float().abs()[None], torch.ones(1, len(w))).row_stats
-            entropies.append(stats.entropy.item() / math.log(len(w)))
-            attention.append(w.sum().item())
+        stats = shape_rewards(torch.zeros(len(self.mask)), found.weights.abs(), self.mask).row_stats
+        on_response = found.weights.sum(1).mean().item()
         return SourceAudit(
             source=str(source),
             signed=source.signed,
@@ -324,26 +312,21 @@ class _Run:
             quartiles=tuple(beyond.quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()),
             beyond_random=(beyond > 0).double().mean().item(),
             of_ceiling=Estimate.share(beyond, ceiling),
-            entropy=sum(entropies) / len(entropies),
-            response_attention=sum(attention) / len(attention) if source.name == "attention" else None,
+            entropy=(stats.entropy / self.mask.sum(1).log()).mean().item(),
+            response_attention=on_response if source.name == "attention" else None,
             cost=found.seconds / max(self.seconds, 1e-9),
             overlap={str(other): x.mean().item() for other, x in overlaps.items()},
         )
 
-
-def _overlaps(found: Mapping[CreditSource, _Found]) -> dict[CreditSource, dict[CreditSource, Tensor]]:
-    """``top_overlap`` of each source with each other, ``[N]``."""
-    out: dict[CreditSource, dict[CreditSource, Tensor]] = {}
-    for first, x in found.items():
-        for second, y in found.items():
-            if first == second:
-                continue
-            pairs = [
-                top_overlap(a.float()[None], b.float()[None], torch.ones(1, len(a)))
-                for a, b in zip(x.weights, y.weights, strict=True)
-            ]
-            out.setdefault(first, {})[second] = torch.cat(pairs)
-    return out
+    def overlaps(
+        self, found: Mapping[CreditSource, _Found]
+    ) -> dict[CreditSource, dict[CreditSource, Tensor]]:
+        """``top_overlap`` of each source with each other, ``[N]``."""
+        out: dict[CreditSource, dict[CreditSource, Tensor]] = {}
+        for one, other in itertools.combinations(found, 2):
+            shared = top_overlap(found[one].weights, found[other].weights, self.mask)
+            out.setdefault(one, {})[other] = out.setdefault(other, {})[one] = shared
+        return out
 
 
 def _advice(

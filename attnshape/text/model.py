@@ -79,7 +79,8 @@ class Credited(NamedTuple):
     """What a reward model says of the policy's tokens; on the reward model's device."""
 
     score: Tensor
-    """float32 ``[B]``; NaN where there is none, which ``group_advantages`` takes as missing."""
+    """float32 ``[B]``; NaN where there is none. ``group_advantages`` takes that as missing; with
+    ``ShapingConfig(on_nan="zero_row")`` nothing is learned from that row of ``shape_rewards``."""
     weights: Tensor
     """float32 ``[B, R]``, not normalised; signed where the source is. 0 where masked, or without a score."""
     mask: Tensor
@@ -218,7 +219,7 @@ class CreditModel:
             masks: non-zero where a token is the policy's own: a tool's gets no weight.
 
         Raises:
-            ValueError: not as many of each.
+            ValueError: not as many of each; the model can be read for none of them.
         """
         rows = [[int(i) for i in ids] for ids in responses]
         given = [[1] * len(ids) for ids in rows] if masks is None else masks
@@ -239,11 +240,14 @@ class CreditModel:
         device, width = self.model.device, max(map(len, rows), default=0)
         score = torch.full((len(rows),), math.nan, device=device)
         weights = torch.zeros(len(rows), width, device=device)
+        failed = 0
         for batch in self.batches(examples):
             weighed = self._each(self._weigh_policy, [examples[i] for i in batch])
             for i, found in zip(batch, weighed, strict=True):
                 if isinstance(found, str):
-                    errors[i] = found
+                    errors[i], failed = found, failed + 1
+                    if failed == len(examples):  # so it is the model
+                        raise ValueError(found)
                 elif not (found[0].isfinite() & found[1].isfinite().all()):
                     errors[i] = NOT_FINITE
                 else:

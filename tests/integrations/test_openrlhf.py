@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
 
-from attnshape import ShapingConfig, reference
+from attnshape import AttentionTap, Response, ShapingConfig, reference
 from attnshape.integrations import openrlhf as adapter
+from attnshape.text.source import CreditSource
 
 KL_COEF = 0.1
 PENALTY = 0.25
@@ -249,7 +250,9 @@ def args(**changed: Any) -> SimpleNamespace:
 @pytest.mark.parametrize("lengths", [[9, 4, 1], [6]])
 def test_the_reward_worker_answers_score_and_row(packing: bool, layer: int, lengths: list[int]) -> None:
     class Actor(RewardActor):
-        init_model_from_pretrained = adapter._with_tap(RewardActor.init_model_from_pretrained, layer)
+        init_model_from_pretrained = adapter._with_tap(
+            RewardActor.init_model_from_pretrained, CreditSource("attention", layer)
+        )
         forward = adapter._with_row(RewardActor.forward)
 
     actor = Actor()
@@ -271,6 +274,34 @@ def test_the_reward_worker_answers_score_and_row(packing: bool, layer: int, leng
         torch.testing.assert_close(answer[b, 1:].double(), expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_reward_worker_answers_a_rollout(packing: bool) -> None:
+    class Actor(RewardActor):
+        init_model_from_pretrained = adapter._with_tap(
+            RewardActor.init_model_from_pretrained, CreditSource("rollout")
+        )
+        forward = adapter._with_row(RewardActor.forward)
+
+    actor, lengths, width, left = Actor(), [9, 4], 11, 2
+    actor.init_model_from_pretrained(SimpleNamespace(args=args()), "folder")
+    model = actor.model[0]
+    model.packing = packing
+    ids = torch.randint(1, 50, (len(lengths), width))
+    places = torch.arange(width)
+    mask = torch.stack([(places >= left) & (places < left + n) for n in lengths]).long()
+    answer = actor.forward(sequences=ids, attention_mask=mask, pad_sequence=True)
+    for b, n in enumerate(lengths):
+        with torch.no_grad(), AttentionTap(model.model, source="rollout") as tap:
+            model.model(ids[b : b + 1, left : left + n])
+        everywhere = Response(torch.ones(1, n), start=torch.zeros(1).long())
+        expected = torch.zeros(width)
+        expected[left : left + n] = reference.attention_rollout(tap.take(), everywhere, normalization="none")[
+            0
+        ]
+        torch.testing.assert_close(answer[b, 1:], expected, rtol=1e-4, atol=1e-6)
+        assert answer[b, 1:].sum() == pytest.approx(1, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -283,7 +314,7 @@ def test_the_reward_worker_answers_score_and_row(packing: bool, layer: int, leng
 def test_settings_without_an_attention_row_are_refused_at_start(name: str, value: Any) -> None:
     adapter.check_arguments(args())
     strategy = SimpleNamespace(args=args(**{name: value}))
-    worker = adapter._with_tap(RewardActor.init_model_from_pretrained, -1)
+    worker = adapter._with_tap(RewardActor.init_model_from_pretrained, CreditSource())
     with pytest.raises(ValueError, match=name):
         worker(RewardActor(), strategy, "folder")
     trainer = adapter._with_shaped_rewards(lambda self, pretrain, strategy: None, 0.8, "advantages")
@@ -352,6 +383,13 @@ def test_install_reaches_both_trainers_and_the_reward_worker(
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert "OpenRLHF 0.11.2's RewardModelActor, PPOTrainer, TrainingActor spread 0.5" in said
+    assert "by the reward model's attention, layer -2" in said
+    for options, message in (
+        ({"source": "gradient_value"}, "source: got 'gradient_value', want one of 'attention', 'rollout'"),
+        ({"source": "rollout", "layer": 0}, "layer: got 0, want none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adapter.install(**options)
     strategy = SimpleNamespace(args=args())
     for actor, options in ((openrlhf.trainer, {}), (openrlhf.training, {"queue": None})):
         sys.modules["openrlhf.trainer.ppo_trainer"].RemoteExperienceMaker = openrlhf.maker
@@ -427,8 +465,9 @@ def test_the_command_line_passes_openrlhfs_arguments_on(
         "1",
         "--abc.dense_share",
         "0.3",
-        "--abc.layer",
-        "-2",
+        "--abc.layer=0,1",
+        "--abc.source",
+        "attention",
         "--abc.enters",
         "rewards",
         "--reward.clip_range",
@@ -440,5 +479,5 @@ def test_the_command_line_passes_openrlhfs_arguments_on(
     assert seen == {
         "name": "openrlhf.cli.train_ppo_ray",
         "argv": ["--actor.num_nodes", "1", "--reward.clip_range", "-5", "5"],
-        "given": (0.3, -2, "rewards"),
+        "given": (0.3, (0, 1), "rewards", "attention"),
     }

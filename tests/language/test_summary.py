@@ -80,7 +80,7 @@ def test_pairs_share_a_training_and_a_seed() -> None:
 
 def test_a_rule_gets_the_share_of_the_best_lift() -> None:
     found = rules([credit("m_seed-0"), credit("m_seed-1", row=0.7, gradient=0.6)])["m"]
-    deletion = found["deletion"]
+    deletion = found["audit"]
     assert deletion["share"].mean == pytest.approx(0.8)
     assert deletion["picked"] == [
         "gradient x value",

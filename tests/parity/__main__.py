@@ -86,7 +86,7 @@ def hold(framework: str, folder: Path, checkout: Path | None) -> list[str]:
 
 
 def main() -> None:
-    adapters_only = {*REQUIREMENTS} - {*CHOICES}
+    adapters_only = {*REQUIREMENTS} - {*CHOICES, "vllm"}
     options = parse(__doc__, {*CHOICES, *adapters_only})
     failed = []
     checkouts = {

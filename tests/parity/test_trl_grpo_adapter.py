@@ -336,7 +336,9 @@ def test_truncated_completions_that_are_masked(world: World) -> None:
     assert empty
 
 
-@pytest.mark.parametrize("source", ["columns", "rollout", "signed_rollout", "gradient_value"])
+@pytest.mark.parametrize(
+    "source", ["columns", "rollout", "signed_rollout", "gradient_value", "leave_one_out"]
+)
 def test_other_sources(world: World, source: str) -> None:
     """The forward of TRL gives what a forward of one's own gives, and the same score."""
     trainer = world.trained(
@@ -354,7 +356,7 @@ def test_other_sources(world: World, source: str) -> None:
         n = scored.mask.sum(1, keepdim=True)
         w = scored.weights.double()
         if own_model.signed:
-            if source == "gradient_value":
+            if own_model.source.of_score:
                 w = w * own.sign()[:, None]
             w = w / w.abs().sum(1, keepdim=True)
             spread = 1 + 0.8 * n * (w - w.sum(1, keepdim=True) / n)

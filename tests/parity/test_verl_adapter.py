@@ -259,8 +259,8 @@ def test_without_credit_the_v1_trainer_has_its_own_bits(setup: Setup) -> None:
         assert ours["rm_scores"][i][-1] == torch.tensor(len(text) / 7)
 
 
-def padded_v0(config: DictConfig, prompts: list[Any]) -> dict[str, torch.Tensor]:
-    """The V0 trainer's padded batch, from two calls of two and four prompts, up to its advantages."""
+def batch_v0(config: DictConfig, prompts: list[Any]) -> tuple[RewardLoopManager, DataProto]:
+    """The V0 trainer's padded batch, from two calls of two and four prompts, up to its rewards."""
     rewards, loops = started(config)
     parts = []
     for part in (prompts[:2], prompts[2:]):
@@ -278,6 +278,11 @@ def padded_v0(config: DictConfig, prompts: list[Any]) -> dict[str, torch.Tensor]
         data.batch[name] = drawn(shape.numel(), j).view(shape)
     data.batch["token_level_scores"], _ = extract_reward(data)
     data, _ = ray_trainer.apply_kl_penalty(data, core_algos.get_kl_controller(config.algorithm.kl_ctrl))
+    return rewards, data
+
+
+def padded_v0(config: DictConfig, prompts: list[Any]) -> dict[str, torch.Tensor]:
+    rewards, data = batch_v0(config, prompts)
     algorithm = config.algorithm
     data = ray_trainer.compute_advantage(
         data, algorithm.adv_estimator, gamma=algorithm.gamma, lam=algorithm.lam, config=algorithm
@@ -367,10 +372,26 @@ def spread_in_float64(
     return out
 
 
-def test_the_v1_trainers_groups(setup: Setup) -> None:
-    """KL in the reward, which stays where verl has it; an empty response, whose advantage stays uniform."""
-    config = setup.config(**{"algorithm.adv_estimator": "attnshape_grpo"})
-    found = in_trainer(groups_v1, config, PROMPTS)
+def groups_v0(config: DictConfig, prompts: list[Any]) -> dict[Any, Any]:
+    _, data = batch_v0(config, prompts)
+    data.non_tensor_batch["uid"] = np.array(GROUPS, dtype=object)
+    lengths = data.batch["attention_mask"][:, -data.batch["responses"].shape[1] :].sum(1).tolist()
+    out = {}
+    for name, each in verl_groups.ESTIMATORS.items():
+        for estimator, share in ((each.theirs, 0.0), (name, 0.0), (name, SHARE)):
+            if estimator == name:
+                verl_groups.install(False, name, share)
+            data = ray_trainer.compute_advantage(data, estimator, config=config.algorithm)
+            rows = {field: zip(data.batch[field], lengths, strict=True) for field in RESULTS}
+            out[estimator, share] = {k: [row[:n].clone() for row, n in x] for k, x in rows.items()}
+    return out
+
+
+@pytest.mark.parametrize("v1", [True, False])
+def test_groups(setup: Setup, v1: bool) -> None:
+    """KL in the reward, which stays where verl has it; an empty response, whose advantage stays even."""
+    config = setup.config(**{"algorithm.adv_estimator": "attnshape_grpo", "trainer.use_v1": v1})
+    found = in_trainer(groups_v1 if v1 else groups_v0, config, PROMPTS)
     for name, each in verl_groups.ESTIMATORS.items():
         theirs, none, ours = found[each.theirs, 0.0], found[name, 0.0], found[name, SHARE]
         own = theirs["returns" if each.theirs == "reinforce_plus_plus" else "advantages"]

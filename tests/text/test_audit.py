@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import pytest
 import torch
-from support.one_word import VERDICTS, completion, save_one_word
+from support.one_word import VERDICTS, WORDS, completion, save_one_word
 from support.reward_models import save
 from transformers import BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner, Result
@@ -137,6 +137,20 @@ def test_what_has_no_score_or_no_choice_is_left_out(one_word: OneWord) -> None:
     assert 0 not in found.disputed
     with pytest.raises(ValueError, match="want at least two completions that can be scored, got 1"):
         audit(model, examples[:2])
+
+
+def test_a_score_that_is_not_finite_costs_no_other(tmp_path: Path) -> None:
+    model = CreditModel(str(save_one_word(tmp_path, 0)))
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight[WORDS.index("scene")] = torch.nan
+    examples = [model.reader().read("", text) for text in texts()]
+    without = [i for i, text in enumerate(texts()) if "scene" in text]
+    assert 0 < len(without) < N - 2
+    left_out: dict[int, str] = {}
+    found = audit(model, examples, sources=SOURCES[:1], on_skip=left_out.__setitem__)
+    assert left_out == dict.fromkeys(without, "the model's score is not finite")
+    assert found.completions == N - len(without)
+    assert not set(found.disputed) & set(without)
 
 
 def test_a_model_that_says_nothing_is_not_decided(one_word: OneWord) -> None:
