@@ -68,15 +68,15 @@ print(imported - begin, loops - imported, time.perf_counter() - loops)
 
 @pytest.fixture(scope="module")
 def first_and_second(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, ...]]:
-    """Seconds that a process takes to import the package and the loops and to call: without a cache, then with."""
+    """Seconds that a process takes to import the package and the loops and to call: the first, the second."""
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     folder = str(tmp_path_factory.mktemp("cache"))
     environment = os.environ | {"PYTHONPATH": paths, "NUMBA_CACHE_DIR": folder}
-    command = [sys.executable, "-c", FIRST]
-    runs = [
-        subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in "12"
-    ]
-    return [tuple(map(float, run.stdout.split())) for run in runs]
+    command, found = [sys.executable, "-c", FIRST], []
+    for _ in range(2):
+        text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        found.append(tuple(map(float, text.split())))
+    return found
 
 
 @pytest.mark.parametrize("which", ["first call ever", "first call of a later process", "import of the loops"])
