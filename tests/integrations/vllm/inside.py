@@ -331,7 +331,7 @@ CELLS = {
         shared=64,
         cached=True,
     ),
-    "llama, heads of 16": Cell("narrow", NO_CACHE),
+    "llama, heads of 80": Cell("wide", NO_CACHE),
     "two labels": Cell(
         "two_labels",
         {
