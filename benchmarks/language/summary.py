@@ -216,5 +216,7 @@ def summarise(models: Sequence[Record], credit: Sequence[Record], runs: Sequence
         "gold": comparisons(judged, gold_lead),
         "score": comparisons(runs, score_lead),
         "over_optimised": sorted(r["name"] for r in judged if over_optimised(r)),
+        "trained": sum(setting_of(r["name"]) != "" for r in models),
+        "measured": len(credit),
         "runs": len(runs),
     }
