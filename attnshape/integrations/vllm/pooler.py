@@ -172,7 +172,6 @@ class Tap:
         quantised = FP8.get(layer.kv_cache_dtype)
         return Layer(
             layer.layer_name,
-            impl.num_kv_heads,
             float(impl.scale),
             softcap=getattr(impl, "logits_soft_cap", None) or None,
             window=window(impl.sliding_window),
@@ -212,8 +211,8 @@ class Tap:
             common = getattr(attn_metadata, COMMON, None)
             table = attn_metadata.block_table if common is None else common.block_table_tensor
             ends = (attn_metadata if common is None else common).query_start_loc[1:]
-            # Copies: a graph's memory is used again by what follows.
-            last = ends - 1
+            # Copies: a graph's memory is used again by what follows. Requests of a dummy batch may be empty.
+            last = (ends - 1).clamp_(min=0)
             rows = as_bytes(query).index_select(0, last).view(query.dtype)
             self.step = Step(rows, output.index_select(0, last), kv_cache, table)
         return result

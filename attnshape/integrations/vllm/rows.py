@@ -12,7 +12,7 @@ from torch import Tensor
 from attnshape.integrations.vllm.pages import as_bytes, keys_and_values, tokens_of
 from attnshape.ops import attention_row
 from attnshape.tap import check
-from attnshape.tolerance import credit_bound, error_fraction
+from attnshape.tolerance import credit_bound, error_fraction, output_bound
 from attnshape.types import AttentionInputs
 from attnshape.vectorized.attention import attend, padded_layer
 
@@ -24,7 +24,6 @@ class Layer(NamedTuple):
     """The attention layer that is read, as the engine computes it."""
 
     name: str
-    key_heads: int
     scaling: float
     softcap: float | None = None
     window: int | None = None
@@ -137,12 +136,11 @@ def _failure(
     if wrong:
         return wrong
     mean = weights[0, :, 0].mean(0)
-    scores = (
-        inputs.scaling
-        * inputs.query[i].float().norm(dim=-1).max()
-        * inputs.key[own].float().norm(dim=-1).max()
-    )
-    apart = error_fraction(row, mean, credit_bound(mean, scores)).max()
+    longest_query, longest_key = (x.float().norm(dim=-1).max() for x in (inputs.query[i], inputs.key[own]))
+    bound = credit_bound(mean, inputs.scaling * float(longest_query * longest_key))
+    # The heads are torch's products, of fewer bits where it was told so.
+    bound = bound + output_bound(row.device, row.dtype) * mean.to(bound)
+    apart = error_fraction(row, mean, bound).max()
     if apart <= 1:
         return None
     return f"{layer.name}: the row is {apart:.2g} times the bound off the mean of its heads"

@@ -19,6 +19,7 @@ import torch
 from integrations.vllm import gpu_backends, models
 from torch import Tensor
 
+SCORE_FN = "logit[1] - logit[0]"
 SCORE_BOUND, ROW_BOUND = 2e-4, 3e-5
 """float32, two implementations of the whole model apart."""
 
@@ -116,9 +117,41 @@ def compared(run: Run) -> dict[str, Any]:
     assert score <= SCORE_BOUND, score
     assert row <= ROW_BOUND, row
     assert (cached > 0) == cell.cached, f"{cached} tokens came from the cache"
-    peaks = [float(x.max()) for x in wanted.rows if len(x) > 30]
-    assert max(peaks) > 0.1, "attention is nearly uniform: nothing would be shown"
+    peaks = [float(x.max()) * len(x) for x in wanted.rows]
+    assert max(peaks) > 3, "attention is nearly uniform: nothing would be shown"
     return {"score": score, "row": row, "rows": rows, "cached": cached}
+
+
+def text_in_and_credit_out(run: Run) -> dict[str, Any]:
+    """The IO processor, offline, against the same model in this process; one completion is too long."""
+    from attnshape.text.load import RewardModelConfig
+    from attnshape.text.model import CreditModel
+    from attnshape.text.score_fn import parse_score_fn
+
+    given = [
+        {
+            "prompt": f"Was film {i} any good? ",
+            "response": "It was not bad, but the ending was weak." * (i + 1),
+        }
+        for i in range(4)
+    ]
+    messages = [{"role": "user", "content": "Good?"}, {"role": "assistant", "content": " superb actors "}]
+    given.append({"messages": messages, "offsets": [[0, 7], [7, 14], [14, 15]]})
+    too_long = {"prompt": "a b " * 600, "response": "c"}
+    (out,) = run.llm.encode({"data": [*given, too_long]}, pooling_task="plugin", use_tqdm=False)
+    *found, refused = out.outputs
+    assert "that the model takes" in refused["error"]
+    config = RewardModelConfig(model=str(run.path), score_fn=parse_score_fn(SCORE_FN))
+    model = CreditModel.load(config, "cpu")
+    reader = model.reader()
+    examples = [reader.read_record(x, x.get("offsets")) for x in given]
+    score = credit = 0.0
+    for x, wanted in zip(found, model.score(examples), strict=True):
+        score = max(score, abs(x["score"] - wanted.score))
+        credit = max([credit, *(abs(a - b) for a, b in zip(x["credit"], wanted.credit, strict=True))])
+    assert score <= SCORE_BOUND, score
+    assert credit <= ROW_BOUND, credit
+    return {"score of text": score, "credit of text": credit}
 
 
 def kept_plain(run: Run) -> dict[str, Any]:
@@ -135,7 +168,7 @@ def same_bits(run: Run) -> dict[str, Any]:
         for i, found in enumerate(run.data(asks)):
             assert torch.equal(found[: len(plain[i])], plain[i]), f"request {i} has other bits"
             assert (len(found) > len(plain[i])) == asks(i)
-    return {"requests": len(plain)}
+    return {"requests with the same bits": len(plain)}
 
 
 def common_kept(run: Run) -> dict[str, Any]:
@@ -272,6 +305,8 @@ def off_of(model: Any) -> Any:
 
 NO_CACHE = {"enable_prefix_caching": False}
 CACHE = {"enable_prefix_caching": True}
+SMALL_BLOCKS = {"block_size": 32}
+"""Of 128 tokens by default on a CPU."""
 V2 = {
     "VLLM_USE_V2_MODEL_RUNNER": "1",
     "TRITON_INTERPRET": "1",
@@ -291,24 +326,37 @@ CELLS = {
         cached=True,
     ),
     "llama, a cache too small": Cell(
-        options={"num_gpu_blocks_override": 20, "enable_chunked_prefill": True, **CACHE},
+        options={"num_gpu_blocks_override": 36, "enable_chunked_prefill": True, **SMALL_BLOCKS, **CACHE},
         rounds=2,
         shared=64,
         cached=True,
     ),
-    "llama, heads of 16": Cell("narrow", NO_CACHE),
-    "two labels": Cell("two_labels", CACHE, rounds=2, cached=True),
+    "llama, heads of 80": Cell("wide", NO_CACHE),
+    "two labels": Cell(
+        "two_labels",
+        {
+            "io_processor_plugin": "attnshape",
+            "additional_config": {"attnshape": {"score_fn": SCORE_FN}},
+            **SMALL_BLOCKS,
+            **CACHE,
+        },
+        rounds=2,
+        cached=True,
+        checks=(text_in_and_credit_out,),
+    ),
     "qwen2, torch.compile": Cell("qwen2", {"enforce_eager": False, **NO_CACHE}),
-    "qwen3": Cell("qwen3", NO_CACHE),
-    "mistral": Cell("mistral", CACHE, rounds=2, cached=True),
+    "qwen3": Cell("qwen3", {**SMALL_BLOCKS, **NO_CACHE}),
+    "mistral": Cell("mistral", {**SMALL_BLOCKS, **CACHE}, rounds=2, cached=True),
     "gemma2": Cell("gemma2", NO_CACHE, checks=(mutations,)),
-    "gemma2, last layer full": Cell("gemma2_full", CACHE, rounds=2, cached=True),
+    "gemma2, last layer full": Cell("gemma2_full", {**SMALL_BLOCKS, **CACHE}, rounds=2, cached=True),
     "no plugin": Cell(environment={"VLLM_PLUGINS": "none"}, checks=(kept_plain,), compares=False),
     "others' bits": Cell(checks=(same_bits,), compares=False),
     "tensor parallel 2": Cell(
         options={"tensor_parallel_size": 2, **NO_CACHE}, environment=TWO, checks=(one_rank_refuses,)
     ),
-    "V2 runner, FLASH_ATTN": Cell("gemma2", NO_CACHE, backend="FLASH_ATTN", environment=V2, prompts=10),
+    "V2 runner, FLASH_ATTN": Cell(
+        "gemma2", {**SMALL_BLOCKS, **NO_CACHE}, backend="FLASH_ATTN", environment=V2, prompts=10
+    ),
     **{
         f"V2 runner, TRITON_ATTN, {layout}": Cell(
             "mistral" if layout == "LBNHC" else "llama",

@@ -59,7 +59,7 @@ def made(
     cache = empty.permute([permutation.index(i) for i in range(5)])[1]
     assert cache.shape == shape[1:]
     scale = {"key_scale": 0.5, "value_scale": 0.25} if cache_dtype else {}
-    layer = Layer("last", KEY_HEADS, 0.3, transposed=order == "CPU", quantised=cache_dtype, **scale, **score)
+    layer = Layer("last", 0.3, transposed=order == "CPU", quantised=cache_dtype, **scale, **score)
     views = keys_and_values(cache, transposed=layer.transposed)
     free = torch.randperm(BLOCKS).tolist()
     table = torch.full((len(LENGTHS), 5), 10**6, dtype=torch.int32)
