@@ -20,8 +20,10 @@ from attnshape.cpu.memory import (
     KIND,
     OVERFLOW_F32,
     ROW,
+    SIZES,
     TOKEN,
     as_f32,
+    fetch,
     half,
     ones,
     read_f32,
@@ -34,6 +36,9 @@ from attnshape.cpu.memory import (
     write_f32,
     write_f64,
 )
+
+LINE = 64
+"""Bytes that memory is fetched by."""
 
 
 @inner
@@ -127,6 +132,20 @@ def load_index(places: Any, name: int, row: int, token: int) -> Any:
     if places[name, KIND] == I64:
         return read_i64(places[name, ADDRESS], at)
     return np.int64(read_i32(places[name, ADDRESS], at))
+
+
+@inner
+def fetch_block(places: Any, name: int, row: int, token: int, n: int) -> None:
+    """Asks for tokens that lie side by side before they are needed.
+
+    More rows are in flight, each of them backwards, than a CPU foresees.
+    """
+    if places[name, ADDRESS] == 0 or places[name, TOKEN] != 1:
+        return
+    size = SIZES[places[name, KIND]]
+    first = places[name, ADDRESS] + size * start_of(places, name, row, token)
+    for at in range(first, first + n * size, LINE):
+        fetch(at)
 
 
 @inner

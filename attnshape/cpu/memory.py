@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import models, register_model
 from torch import Tensor
 
@@ -36,6 +36,8 @@ KINDS: dict[torch.dtype, int] = {
     torch.int32: I32,
     torch.int64: I64,
 }
+SIZES = (0, 4, 8, 2, 2, 1, 2, 4, 8)
+"""Bytes of an element, by its kind."""
 NOWHERE = (0, 0, 0, 0)
 OVERFLOW_F32 = 2.0**128 - 2.0**103
 """From here on a number becomes infinite as float32."""
@@ -133,6 +135,21 @@ def read_word(typingctx: Any, address: Any, index: Any) -> Any:
         return builder.load(at, align=1)
 
     return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def fetch(typingctx: Any, address: Any) -> Any:
+    """Asks for the memory at an address, which need not be there, before it is read or written."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        i32, byte = ir.IntType(32), ir.PointerType(ir.IntType(8))
+        known = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+        function = cgutils.get_or_insert_function(builder.module, known, "llvm.prefetch.p0")
+        choices = [ir.Constant(i32, x) for x in (0, 3, 1)]  # to read, to keep, of data
+        builder.call(function, [builder.inttoptr(arguments[0], byte), *choices])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
 
 
 @intrinsic

@@ -22,7 +22,17 @@ from attnshape.cpu.advantages import (
     subtract_values,
 )
 from attnshape.cpu.arithmetic import log
-from attnshape.cpu.blocks import fill, highest, load, load_index, load_mask, start_of, store, store_one
+from attnshape.cpu.blocks import (
+    fetch_block,
+    fill,
+    highest,
+    load,
+    load_index,
+    load_mask,
+    start_of,
+    store,
+    store_one,
+)
 from attnshape.cpu.jit import entry, inner
 from attnshape.cpu.layout import BLOCK, HELD, LIVE, survey
 from attnshape.cpu.memory import ADDRESS, F32, KIND, TOKEN, scratch_of, write_i32
@@ -303,6 +313,10 @@ def sweep_rows(
             if step >= row[i, BLOCKS]:
                 continue
             t, n = tokens_of(row, i, step)
+            if step + 1 < row[i, BLOCKS]:
+                for name in range(RETURNS + 1):
+                    if name <= TOKEN_REWARDS or name >= REWARDS:
+                        fetch_block(places, name, b + i, row[i, BASE] + t - BLOCK, BLOCK)
             open_mask(places, b + i, t, n, row, i, s)
             if is_plain(places, choices, t, n, row, of, i):
                 token = row[i, BASE] + t

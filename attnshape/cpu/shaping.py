@@ -15,7 +15,7 @@ from attnshape.cpu.advantages import WAYS
 from attnshape.cpu.attention import raw_credit
 from attnshape.cpu.layout import HELD, bounds_of
 from attnshape.cpu.memory import KINDS, place_of
-from attnshape.cpu.threads import over_rows
+from attnshape.cpu.threads import over_rows, scratch
 from attnshape.types import (
     KL,
     Advantages,
@@ -124,7 +124,7 @@ class Call:
         bounds, lost = self.bounds, self.lost
 
         def compute(low: int, high: int, held: object = tensors) -> None:
-            rows.sweep(places, bounds, lost, choices, numbers, np.empty(WAYS * HELD), low, high)
+            rows.sweep(places, bounds, lost, choices, numbers, scratch(WAYS * HELD), low, high)
 
         over_rows(compute, self.batch, self.width, WAYS)
 

@@ -9,11 +9,17 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import torch
 
 TOKENS = 1 << 16
 """Work that a thread takes at once, at least, and below which one thread is enough: some 100 us."""
 
+# glibc keeps free memory up to twice the largest block that it has seen freed; more goes to the system.
+# Before that a call's outputs would be mapped anew each time, page by page: more than computing them costs.
+torch.empty(31 << 20, dtype=torch.uint8)
+
+_own = threading.local()
 _pool: ThreadPoolExecutor | None = None
 _lock = threading.Lock()
 
@@ -26,6 +32,14 @@ def _forget() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
+
+
+def scratch(numbers: int) -> np.ndarray:
+    """This thread's memory for as many float64, with whatever it was left with."""
+    found: np.ndarray | None = getattr(_own, "scratch", None)
+    if found is None or len(found) < numbers:
+        found = _own.scratch = np.zeros(numbers)
+    return found
 
 
 def _helpers(count: int) -> ThreadPoolExecutor:

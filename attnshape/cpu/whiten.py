@@ -14,9 +14,9 @@ from attnshape.cpu.advantages import add_moments, moments_of
 from attnshape.cpu.blocks import load, load_mask, start_of, store
 from attnshape.cpu.jit import entry, inner
 from attnshape.cpu.lanes import WIDTH, get, put, splat, where
-from attnshape.cpu.layout import BLOCK, HELD, LIVE, REWARDS
+from attnshape.cpu.layout import BLOCK, HELD, LIVE, REWARDS, SUM, SUM_2
 from attnshape.cpu.memory import KINDS, scratch_of, table_of
-from attnshape.cpu.threads import over_rows
+from attnshape.cpu.threads import over_rows, scratch
 from attnshape.types import compute_dtype
 
 MASK, X, OUT = range(3)
@@ -38,6 +38,8 @@ def chunk_of(unit: int, width: int) -> tuple[int, int, int]:
 def measure(places: Any, width: int, scratch: Any, moments: Any, low: int, high: int) -> None:
     """Count, mean and sum of squared deviations of the unmasked tokens of chunks ``low:high``."""
     s = scratch_of(scratch)
+    put(s, SUM, splat(0.0))
+    put(s, SUM_2, splat(0.0))
     for unit in range(low, high):
         row, first, length = chunk_of(unit, width)
         count, near = 0, 0.0
@@ -125,7 +127,7 @@ def whiten(
         of_chunks = np.empty((units, 3))
 
         def measured(low: int, high: int, held: object = tensors) -> None:
-            measure(places, width, np.zeros(HELD), of_chunks, low, high)
+            measure(places, width, scratch(HELD), of_chunks, low, high)
 
         over_rows(measured, units, work)
     else:
@@ -139,7 +141,7 @@ def whiten(
     def applied(low: int, high: int, held: object = tensors) -> None:
         apply(
             places, width, folded, config.bessel, config.eps, mode, config.shift_mean,
-            config.whiten_masked, np.zeros(HELD), low, high,
+            config.whiten_masked, scratch(HELD), low, high,
         )  # fmt: skip
 
     over_rows(applied, units, work)
