@@ -215,5 +215,5 @@ def whiten(
         config.eps,
         config.eps_mode,
         config.shift_mean,
-        not config.whiten_masked,
+        config.whiten_masked,
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import csrc_triton
 from csrc_triton.device import math as device_math
-from csrc_triton.rewards import kl_estimate
+from csrc_triton.device.rewards import kl_estimate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -51,19 +51,32 @@ class Board(NamedTuple):
 
 
 @triton.jit
-def ahead(tokens, numbers, facts, reward, live, j):
+def ahead(row, facts, inputs, reward, live, j):
     """What the recurrence needs besides rewards: values, and the bootstrap on the last unmasked token."""
-    if numbers.bootstrap is not None:
+    numbers = row.numbers
+    if inputs.p_bootstrap is not None:
         reward = tl.where(j == facts.last, reward + numbers.gamma * numbers.bootstrap, reward)
     value = tl.zeros(j.shape, tl.float32)
-    if tokens.p_values is not None:
-        value = token_input(tokens.p_values, j, live)
+    if inputs.p_values is not None:
+        value = token_input(inputs.p_values, inputs.stride_values, row.place, j, live)
     return value, reward
 
 
 @triton.jit
 def chunk_advantages(
-    reward, value, live, inside, gl, gamma, state, board, k, n_chunks, SECOND: tl.constexpr, rules
+    reward,
+    value,
+    live,
+    inside,
+    gl,
+    gamma,
+    state,
+    board,
+    k,
+    n_chunks,
+    WITH_VALUES: tl.constexpr,
+    SECOND: tl.constexpr,
+    rules: tl.constexpr,
 ):
     """Advantages of the ``k``-th chunk from the right, and the carry into the next.
 
@@ -74,7 +87,7 @@ def chunk_advantages(
     else:
         decays = inside
     added = gl * reward
-    if rules.VALUES:
+    if WITH_VALUES:
         added += (gamma - gl) * value
     decay = tl.where(decays, gl, 1.0)
     a, b, last_a, last_b = affine_scan(decay, tl.where(live, added, 0.0), rules.UNIT)
