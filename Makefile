@@ -8,7 +8,7 @@ PARITY ?= .parity
 BIN = $(VENV)/bin
 READY = $(VENV)/ready
 
-.PHONY: demo test lint kernels bench parity gpu soak clean
+.PHONY: demo test lint kernels bench parity gpu soak docs dist clean
 
 demo: $(READY)
 	$(BIN)/attnshape demo --out demo-out
@@ -49,6 +49,22 @@ gpu:
 	$(PYTHON) -c "import matplotlib, pytest_benchmark, torch; assert torch.cuda.is_available(), 'make gpu needs a GPU'"
 	$(PYTHON) -m benchmarks.on_gpu $(OUT)
 
+# The documentation's site, in site/; a link that leads nowhere is an error. It needs no torch.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+$(VENV)/docs: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet 'mkdocs>=1.6,<2' 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=0.29'
+	touch $@
+
+# Wheel and source distribution, in dist/.
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet build twine
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
 # Drawn cases in great numbers against the float64 reference; goes on where it was stopped.
 soak: $(READY)
 	cd tests && PYTHONPATH=..:. OMP_NUM_THREADS=1 ../$(BIN)/python -m soak
@@ -59,4 +75,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out gpu-out bench-out .parity .peers .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV) demo-out gpu-out bench-out site dist .parity .peers .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

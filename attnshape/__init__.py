@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from attnshape.tap import AttentionTap
     from attnshape.text.model import CreditModel
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "KL",

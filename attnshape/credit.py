@@ -1,7 +1,7 @@
 """Every source of credit in one place: where the reward of each token comes from.
 
 Non-negative credit goes to ``shape_rewards(score, credit, ...)``, which normalises it; signed token rewards
-go to ``shape_rewards(..., token_rewards=...)``, which adds them as they are. ``CREDIT.md`` beside this file
+go to ``shape_rewards(..., token_rewards=...)``, which adds them as they are. ``docs/sources.md``
 says which is which, what each costs, and which leave the return of a completion, and so the optimal policy,
 alone.
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from attnshape import checks, vectorized
+from attnshape.deletion import deletion_scores, leave_one_out
 from attnshape.ops import attention_column_credit, attention_credit, attention_rollout
 from attnshape.types import Response, SignedInputs, compute_dtype
 from attnshape.vectorized.attention import at_response
@@ -30,9 +31,11 @@ __all__ = [
     "attention_credit",
     "attention_rollout",
     "centered",
+    "deletion_scores",
     "discriminator_rewards",
     "gradient_weights",
     "incremental_rewards",
+    "leave_one_out",
     "log_ratio_rewards",
     "segment_rewards",
     "signed_rollout",

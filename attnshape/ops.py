@@ -32,6 +32,29 @@ DEFAULT_CONFIG = ShapingConfig()
 DEFAULT_GROUP = GroupConfig()
 
 
+def chosen_backend(
+    backend: Backend, device: torch.device, layers: Sequence[AttentionInputs], *tensors: Tensor | None
+) -> tuple[Backend, str | None]:
+    """What computes: Triton on a GPU where it can, loops on a CPU, else PyTorch; and why it is not Triton.
+
+    Raises:
+        ValueError: ``backend`` was asked for and cannot take these layers and tensors.
+    """
+    checks.check_choice("backend", backend)
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f'backend: got "cpu", but tensors are on {device}')
+    if backend in ("cpu", "torch"):
+        return backend, "another was asked for"
+    if backend == "auto" and device.type != "cuda":
+        return ("cpu" if device.type == "cpu" else "torch"), f"tensors are on {device.type}"
+    from attnshape import triton_backend  # triton is there on Linux only
+
+    reason = triton_backend.unsupported(layers, *tensors)
+    if reason and backend == "triton":
+        raise ValueError(f'backend: got "triton", but {reason}')
+    return ("torch" if reason else "triton"), reason
+
+
 def _function(
     name: str,
     backend: Backend,
@@ -39,23 +62,16 @@ def _function(
     layers: Sequence[AttentionInputs],
     *tensors: Tensor | None,
 ) -> Callable[..., Any]:
-    """The function that computes: Triton's on a GPU for what it can, loops on a CPU, else PyTorch's."""
-    checks.check_choice("backend", backend)
-    if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f'backend: got "cpu", but tensors are on {device}')
-    if backend == "cpu" or (backend == "auto" and device.type == "cpu"):
+    """The function that computes."""
+    chosen, _ = chosen_backend(backend, device, layers, *tensors)
+    if chosen == "cpu":
         from attnshape import cpu  # numba takes a while to import
 
         return getattr(cpu, name)  # type: ignore[no-any-return]
-    if backend == "torch" or (device.type != "cuda" and backend == "auto"):
+    if chosen == "torch":
         return getattr(vectorized, name)  # type: ignore[no-any-return]
-    from attnshape import triton_backend  # triton is there on Linux only
+    from attnshape import triton_backend
 
-    reason = triton_backend.unsupported(layers, *tensors)
-    if reason and backend == "triton":
-        raise ValueError(f'backend: got "triton", but {reason}')
-    if reason:
-        return getattr(vectorized, name)  # type: ignore[no-any-return]
     function: Callable[..., Any] = getattr(triton_backend, name)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return functools.partial(_on_device, device, function)

@@ -1,8 +1,8 @@
-"""Tables, plots and the README's performance section: ``python -m benchmarks.report [FILE ...]``.
+"""Tables, plots and the documentation's page on performance: ``python -m benchmarks.report [FILE ...]``.
 
-Without a file: of every committed ``results/*/bench.json``, and the README's section is written anew. With
-files: of those alone. Beside each file it leaves ``report.md``, ``roofline.png``, ``peers.png`` and
-``memory.png``, as far as there is something to be drawn.
+Without a file: of every committed ``results/*/bench.json``, and the section of docs/performance.md is
+written anew. With files: of those alone. Beside each file it leaves ``report.md``, ``roofline.png``,
+``peers.png`` and ``memory.png``, as far as there is something to be drawn.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from attnshape.bench.machine import in_words
 from attnshape.bench.measure import PLAIN, TORCH
 from benchmarks.results import ROOT, Info, Run, committed, load, ratio
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "performance.md"
 BEGIN = "<!-- performance: written by python -m benchmarks.report -->"
 END = "<!-- end of performance -->"
 SUITES = {
@@ -265,11 +265,11 @@ def draw(run: Run) -> list[str]:
     return drawn
 
 
-# The README's section
+# The section of the page
 
 
-def readme_section(runs: Sequence[Run]) -> str:
-    """What stands between the README's two marks; every figure from the file it names."""
+def page_section(runs: Sequence[Run]) -> str:
+    """What stands between the page's two marks; every figure from the file it names."""
     lines = [BEGIN, ""]
     if not runs:
         lines += ["No run has been committed yet: `make bench` measures on your machine.", ""]
@@ -281,9 +281,9 @@ def readme_section(runs: Sequence[Run]) -> str:
 
 
 def machine_section(run: Run) -> Iterator[str]:
-    folder = run.path.parent.relative_to(ROOT)
+    folder = f"../{run.path.parent.relative_to(ROOT)}"
     file = run.path.relative_to(ROOT)
-    yield f"From [`{file}`]({file}) of {run.date} ({in_words(run.machine)}; commit {commit_text(run)});"
+    yield f"From [`{file}`](../{file}) of {run.date} ({in_words(run.machine)}; commit {commit_text(run)});"
     yield f"every figure in [`report.md`]({folder}/report.md):"
     yield ""
     yield from table(["budget", "measured", ""], budget_rows(run))
@@ -335,15 +335,15 @@ def peer_rows(run: Run) -> Iterator[list[str]]:
         yield [infos_version(found), gains, " to ".join(x["case"] for x in ends)]
 
 
-def write_readme(section: str, readme: Path = README) -> None:
+def write_page(section: str, page: Path = PAGE) -> None:
     """Raises:
-    ValueError: the README lacks the marks.
+    ValueError: the page lacks the marks.
     """
-    text = readme.read_text()
+    text = page.read_text()
     marked = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
     if not marked.search(text):
-        raise ValueError(f"{readme} has no section between {BEGIN!r} and {END!r}")
-    readme.write_text(marked.sub(lambda _: section, text))
+        raise ValueError(f"{page} has no section between {BEGIN!r} and {END!r}")
+    page.write_text(marked.sub(lambda _: section, text))
 
 
 def main() -> None:
@@ -355,7 +355,7 @@ def main() -> None:
         run.path.with_name("report.md").write_text(report(run))
         print(f"{run.path.parent}: report.md, {', '.join(draw(run))}")
     if not options.files:
-        write_readme(readme_section(runs))
+        write_page(page_section(runs))
 
 
 if __name__ == "__main__":

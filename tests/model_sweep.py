@@ -1,7 +1,7 @@
 """Every causal and sequence-classification class of transformers, and what the tap gives of it.
 
     python -m tests.model_sweep --part 1/8      # tries an eighth of the classes, but those already tried
-    python -m tests.model_sweep --table         # writes attnshape/tap/MODELS.md
+    python -m tests.model_sweep --table         # writes docs/models.md
 
 A tiny random model of each class runs on rows of 14, 9 and 5 tokens, not padded, padded left, padded right.
 What a source hands out is held to the model with eager attention (``output_attentions=True``), to what each
@@ -34,7 +34,7 @@ from attnshape.tap.find import attention_layers, lookups, top_layer
 from tests.support import zoo
 
 ROOT = Path(__file__).parents[1]
-TABLE = ROOT / "attnshape" / "tap" / "MODELS.md"
+TABLE = ROOT / "docs" / "models.md"
 RESULTS = Path.home() / ".cache" / "attnshape" / "model_sweep.jsonl"
 
 SOURCES = ("attention", "columns", "rollout", "signed_rollout", "gradient_value", "gradient_embedding")
@@ -500,7 +500,7 @@ def table(known: dict[str, dict[str, str]]) -> str:
 
 
 def sentence(text: str) -> str:
-    """What README says of the table."""
+    """What docs/tap.md says of the table."""
     version = re.findall(r"class of transformers ([\w.]+):", text)[0]
     found = re.findall(r"^\| \*\*equal, of (.*) \|$", text, re.M)[0]
     built, row, columns, rollout, _, value, embedding = re.findall(r"\d+", found)
@@ -508,7 +508,7 @@ def sentence(text: str) -> str:
         f"Of the {built} causal and sequence-classification classes of transformers {version} that could be "
         f"built small, {row} have a row equal to eager attention's, {columns} all rows, {rollout} a rollout, "
         f"{value} gradient × value and {embedding} gradient × embedding; the table has the reason of every "
-        "other, and none differs ([`MODELS.md`](attnshape/tap/MODELS.md))."
+        "other, and none differs ([the table](models.md))."
     )
 
 

@@ -19,7 +19,6 @@ from attnshape.cli import app
 from attnshape.demo.config import DemoConfig
 from attnshape.demo.ppo import PPOConfig
 from attnshape.text import file
-from attnshape.text import model as text_model
 from attnshape.text.load import RewardModelConfig, load_reward_model
 from attnshape.text.model import CreditModel
 
@@ -205,15 +204,53 @@ def test_page_shows_every_completion(llama: Path, source: Path, tmp_path: Path) 
     assert text.startswith("<!doctype html>")
     assert text.endswith("</html>\n")
     assert text.count("<section") == 4
-    assert "<b>" not in text
+    assert "and <b>" not in text
     assert "😀" in text
     rows = read(tmp_path / "completions.credit.jsonl")
     assert rows[1]["tokens"].count("😀") > 1
     assert text.count("😀") == 1  # one character, one piece
     assert "∅" not in text
-    for row in rows[:1]:
-        for c in row["credit"]:
-            assert f'title="{c:.4g}"' in text
+    for c in rows[0]["credit"]:
+        shares = c * len(rows[0]["credit"])
+        assert f'title="{rows[0]["score"] * c:.4g}, {shares:.1f} × even"' in text
+
+
+def test_a_source_with_signs_gives_token_rewards(llama: Path, source: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    result = invoke(llama, source, "--source", "leave_one_out", "--html", page)
+    assert result.exit_code == 0, result.output
+    rows = read(tmp_path / "completions.credit.jsonl")
+    model = AutoModelForSequenceClassification.from_pretrained(llama).eval()
+    text = RECORDS[0]["prompt"] + RECORDS[0]["response"]
+    ids = tokenizer()(text)["input_ids"]
+    with torch.no_grad():
+        n = len(rows[0]["tokens"])
+        left = [ids[:i] + ids[i + 1 :] for i in range(len(ids) - n, len(ids))]
+        moves = rows[0]["score"] - torch.stack([model(torch.tensor([x])).logits[0, 0] for x in left])
+    assert rows[0]["token_rewards"] == pytest.approx((moves - moves.mean()).tolist(), rel=1e-3, abs=1e-4)
+    for row in rows:
+        assert row["credit"] is None
+        assert sum(row["token_rewards"]) == pytest.approx(0, abs=1e-4 * (1 + max(row["token_rewards"])))
+    paid = rows[0]["score"] / n + rows[0]["token_rewards"][0]
+    assert f'title="{paid:.4g}, ' in page.read_text(encoding="utf-8")
+    spans = invoke(llama, source, "--source", "leave_one_out", "--span", 100)
+    assert spans.exit_code == 0
+    assert not any(any(row["token_rewards"]) for row in read(tmp_path / "completions.credit.jsonl"))
+
+
+def test_layers(llama: Path, source: Path, tmp_path: Path) -> None:
+    every = []
+    for layers in (["0"], ["1"], ["0,1"], ["all"]):
+        assert invoke(llama, source, "--layer", *layers).exit_code == 0
+        (first, *_) = read(tmp_path / "completions.credit.jsonl")
+        attention = first["metrics"]["response_attention"]
+        every.append(torch.tensor(first["credit"], dtype=torch.float64) * attention)
+    for both in every[2:]:
+        torch.testing.assert_close(both, (every[0] + every[1]) / 2, rtol=1e-4, atol=1e-6)
+    assert "layer: got 'x', want an integer" in invoke(llama, source, "--layer", "x").stderr
+    refused = invoke(llama, source, "--source", "rollout", "--layer", "0")
+    assert refused.exit_code == 1
+    assert "layer: got 0, want none for source='rollout'" in refused.stderr
 
 
 def test_reads_no_further_than_a_batch(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +274,7 @@ def test_reads_no_further_than_a_batch(llama: Path, tmp_path: Path, monkeypatch:
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, error: type[BaseException], calls: int) -> None:
     """The given call of the model raises; those before it score."""
-    score, done = text_model.score_examples, []
+    score, done = CreditModel.score, []
 
     def interrupted(*args: Any) -> Any:
         done.append(1)
@@ -245,7 +282,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, error: type[BaseException], calls
             raise error
         return score(*args)
 
-    monkeypatch.setattr(text_model, "score_examples", interrupted)
+    monkeypatch.setattr(CreditModel, "score", interrupted)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -283,10 +320,8 @@ def test_what_an_interrupted_run_wrote_is_gone_on_with(
     assert other.exit_code == 1
     assert f"--resume: {part} is of another model, input or other options" in other.stderr
     scored: list[int] = []
-    score = text_model.score_examples
-    monkeypatch.setattr(
-        text_model, "score_examples", lambda *args: scored.append(len(args[2])) or score(*args)
-    )
+    score = CreditModel.score
+    monkeypatch.setattr(CreditModel, "score", lambda *args: scored.append(len(args[1])) or score(*args))
     result = invoke(*arguments, "--out", out, "--resume")
     assert len(scored) == 1 + 6  # the probe
     assert result.exit_code == 1  # of the line that is no JSON
@@ -383,7 +418,7 @@ def test_a_conversation_that_the_template_changes_is_flagged(tmp_path: Path) -> 
     assert "".join(row["tokens"]) == "polite"
     text = page.read_text(encoding="utf-8")
     assert "what it dropped has no credit" in text
-    assert 'title="0">&lt;think&gt;polite&lt;/think&gt;' in text
+    assert 'title="0, 0.0 × even" tabindex="0">&lt;think&gt;polite&lt;/think&gt;' in text
 
 
 def test_batches_need_no_padding_token(tmp_path: Path, source: Path) -> None:
@@ -495,7 +530,7 @@ def test_the_demo_says_at_once_what_is_missing(tmp_path: Path, monkeypatch: pyte
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr == "attnshape demo needs: pip install 'attnshape[demo]'\n"
+    assert result.stderr == "attnshape demo needs: pip install matplotlib\n"
 
 
 def test_the_version() -> None:
@@ -515,7 +550,7 @@ def test_without_the_extra_it_says_what_to_install() -> None:
     code = "import sys; sys.modules['typer'] = None; import attnshape.__main__, attnshape.cli"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr == "the command line needs: pip install 'attnshape[demo]'\n"
+    assert result.stderr == "the command line needs: pip install typer rich\n"
 
 
 def test_module_runs() -> None:

@@ -1,4 +1,4 @@
-"""``CREDIT.md`` beside the code: its table, its calls, its costs."""
+"""``docs/sources.md``: its table, its calls, its costs."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import transformers
 
 from attnshape import credit
 
-PAGE = Path(credit.__file__).with_name("CREDIT.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "sources.md").read_text()
 
 
 def test_the_page_names_every_source() -> None:

@@ -1,7 +1,8 @@
-"""The calls of the README and of the adapters' page run as they stand there."""
+"""The calls of the README and of the documentation run as they stand there."""
 
 import json
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +16,11 @@ import attnshape
 from attnshape.serve.protocol import Completion
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "attnshape/integrations/README.md")
+PAGES = ("quickstart", "groups", "serving", "frameworks/presets", "frameworks/trl")
 BLOCKS = [
     block
     for page in PAGES
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.DOTALL)
 ]
 B, S, R = 4, 12, 5
 
@@ -32,7 +33,7 @@ def block(words: str) -> str:
 
 @pytest.fixture
 def names() -> dict[str, Any]:
-    """What the README leaves to the reader: a reward model and a batch."""
+    """What the pages leave to the reader: a reward model and a batch."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2, num_labels=1, pad_token_id=0
@@ -62,6 +63,19 @@ def names() -> dict[str, Any]:
         "logprobs": -torch.rand(B, R),
         "ref_logprobs": -torch.rand(B, R),
     }
+
+
+def test_the_first_example_prints_what_the_readme_says(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "README.md").read_text()
+    [example] = re.findall(r"```python\n(.*?)```\n\n```\n(.*?)```", text, re.DOTALL)
+    code, printed = example
+    assert len(code.splitlines()) <= 15
+    exec(code, {})
+    assert capsys.readouterr().out == printed
+
+
+def test_the_readme_is_a_first_screen() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 950
 
 
 def test_both_shapes_of_loop_agree(names: dict[str, Any]) -> None:
@@ -137,20 +151,24 @@ def test_groups_without_a_critic(names: dict[str, Any]) -> None:
     torch.testing.assert_close(names["shaped"].advantages.mean(1), names["shaped"].completion)
 
 
-def test_scores_over_http(names: dict[str, Any]) -> None:
+def test_scores_over_http(names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
+    reply = SimpleNamespace(json=dict, raise_for_status=lambda: None)
+    session = SimpleNamespace(
+        mount=lambda *_: None, post=lambda *at, **what: asked.append((at, what)) or reply
+    )
+    adapters = SimpleNamespace(HTTPAdapter=lambda **_: None)
+    requests = SimpleNamespace(Session=lambda: session, adapters=adapters)
+    monkeypatch.setitem(sys.modules, "requests", requests)
+    monkeypatch.setitem(sys.modules, "urllib3.util", SimpleNamespace(Retry=lambda *_, **__: None))
     words = Tokenizer(models.WordLevel({"good": 0, "plot": 1}, unk_token="good"))
     words.decoder = decoders.Fuse()
     names |= {
         "policy_tokenizer": PreTrainedTokenizerFast(tokenizer_object=words),
         "response_ids": [0, 1],
         "prompt": "how was it?",
-        "url": "http://127.0.0.1:8000",
-        "requests": SimpleNamespace(
-            post=lambda *at, **what: asked.append((at, what)) or SimpleNamespace(json=dict)
-        ),
     }
-    exec(block('"/score"'), names)
+    exec(block("decoded_spans("), names)
     [(at, what)] = asked
     assert at == ("http://127.0.0.1:8000/score",)
     assert Completion.model_validate_json(json.dumps(what["json"])).offsets == [(0, 4), (4, 8)]

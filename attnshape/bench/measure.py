@@ -13,7 +13,16 @@ from torch import Tensor
 
 from attnshape.bench.cases import Case, Shape, outputs_of, random_arguments
 from attnshape.bench.plain import plain_call
-from attnshape.bench.timing import Call, Ratio, Timing, copy_calls, ratio_of, sets_for, time_calls
+from attnshape.bench.timing import (
+    Call,
+    Ratio,
+    Timing,
+    copy_calls,
+    ratio_of,
+    sets_for,
+    steady_ratio,
+    time_calls,
+)
 from attnshape.compare import errors
 from attnshape.problems import Problem, mapped
 from attnshape.tolerance import credit_bound, error_fraction, gae_bound
@@ -46,6 +55,10 @@ class Measurement:
     def of_copy(self) -> Ratio:
         """Bandwidth as a share of the copy's."""
         return ratio_of(self.copy, self.ours)
+
+    def steady_gain(self, baseline: str) -> Ratio | None:
+        """``gain``; None where the machine did not stay the same meanwhile."""
+        return steady_ratio(self.baselines[baseline], self.ours)
 
     def gain(self, baseline: str) -> Ratio:
         """How many times as long the baseline takes."""

@@ -41,14 +41,28 @@ class Ratio(NamedTuple):
 
     def __str__(self) -> str:
         digits = 0 if self.value >= 100 else 1 if self.value >= 10 else 2
-        return f"{self.value:.{digits}f}"
+        return f"{self.value:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
 
 
 def ratio_of(timing: Timing, to: Timing) -> Ratio:
     """How many times as long a call took as another one in the same repeat."""
-    ratios = sorted(a / b for a, b in zip(timing.samples, to.samples, strict=True))
-    tenth = len(ratios) // 10
-    return Ratio(statistics.median(ratios), ratios[tenth], ratios[-1 - tenth])
+    return _ratio([a / b for a, b in zip(timing.samples, to.samples, strict=True)])
+
+
+def steady_ratio(timing: Timing, to: Timing) -> Ratio | None:
+    """``ratio_of``; None if it moved, from the first half of the repeats to the second, by more than it
+    spreads within one of them: the machine was another one, and the median of both is nobody's."""
+    ratios = [a / b for a, b in zip(timing.samples, to.samples, strict=True)]
+    first, second = _ratio(ratios[: len(ratios) // 2]), _ratio(ratios[len(ratios) // 2 :])
+    spread = max(first.high - first.low, second.high - second.low)
+    # The clock's own grain, a hundredth, is no move.
+    moved = abs(first.value - second.value) > max(spread, 0.01 * first.value)
+    return None if moved else _ratio(ratios)
+
+
+def _ratio(ratios: Sequence[float]) -> Ratio:
+    ordered, tenth = sorted(ratios), len(ratios) // 10
+    return Ratio(statistics.median(ordered), ordered[tenth], ordered[-1 - tenth])
 
 
 def time_calls(

@@ -37,12 +37,12 @@ def inner(function: F) -> F:
 def entry(function: F) -> F:
     """Called from Python: compiled at its first call ever, read from a folder afterwards."""
     compiled = numba.njit(no_cfunc_wrapper=True, **OPTIONS)(function)
-    compiled._cache = _NoCache() if _folder() is None else _Cache(function)
+    compiled._cache = _NoCache() if kept_in() is None else _Cache(function)
     return compiled  # type: ignore[no-any-return]
 
 
 @functools.cache
-def _folder() -> Path | None:
+def kept_in() -> Path | None:
     """Where compiled code of exactly these sources is kept; None where nothing can be written."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
@@ -79,7 +79,7 @@ class _Locator(caching._CacheLocator):  # type: ignore[misc]
         return cls(py_func.__code__.co_firstlineno)
 
     def get_cache_path(self) -> str:
-        return str(_folder())
+        return str(kept_in())
 
     def get_source_stamp(self) -> str:
         return ""

@@ -16,9 +16,14 @@ from attnshape.demo.curves import smooth
 from attnshape.demo.ppo import Completion, Method
 
 PANELS = {"true_reward": "true reward", "score": "reward model's reward", "kl": "KL to the initial policy"}
-CHARACTERS_PER_LINE, LINES = 46, 15
-CHARACTER, LINE = (5.1, 15.0)
-"""Points between neighbours in text of 8.5 points."""
+WIDTH, HEIGHT = 9.0, 5.0
+"""Inches; at a page's width text of 10 points can be read."""
+CHARACTERS_PER_LINE, LINES = 94, 6
+CHARACTER, LINE = (6.05, 17.0)
+"""Points between neighbours in text of 10 points."""
+GAIN, LOSS = "#f5a623", "#5b8ec9"
+STRONG = 4.0
+"""Times the uniform share of credit at which a token's ground is as strong as it gets."""
 COLORS: dict[Method, str] = {
     "sparse": "#777777",
     "uniform": "#30638e",
@@ -35,7 +40,7 @@ def learning_curves(
     *,
     title: str,
 ) -> None:
-    """A completion of the last method, then one panel per quantity.
+    """A completion of the last method across the page, below it one panel per quantity.
 
     Seeds are thin lines, their mean a thick one with one standard deviation shaded; curves are means over the
     last 5 steps. ``curves[method][i][quantity]`` is the curve of the method's ``i``-th seed over the steps; a
@@ -43,11 +48,17 @@ def learning_curves(
     """
     recorded = next(iter(curves.values()))[0]
     panels = {name: label for name, label in PANELS.items() if name in recorded}
-    figure = Figure(figsize=(4.0 * (1 + len(panels)), 3.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    text, *row = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
-    text.set_title(f"a completion after PPO with {list(curves)[-1]}", fontsize="medium")
+    grid = figure.add_gridspec(2, len(panels), height_ratios=[0.6, 1])
+    text = figure.add_subplot(grid[0, :])
+    row = [figure.add_subplot(grid[1, i]) for i in range(len(panels))]
+    text.set_title(
+        f"a completion after PPO with {list(curves)[-1]}, its score {completion.score:+.1f}: "
+        f"each token's part of it ({'gain' if completion.score >= 0 else 'loss'})",
+        fontsize="medium",
+    )
     _draw_completion(text, completion)
     for axes, (name, label) in zip(row, panels.items(), strict=True):
         for method, runs in curves.items():
@@ -67,13 +78,14 @@ def learning_curves(
 
 
 def _draw_completion(axes: Axes, completion: Completion) -> None:
-    """The prompt in grey, then every token on a ground as strong as its credit; cut where the panel ends."""
+    """The prompt in grey, then every token on a ground of the score's sign, as strong as its credit is above
+    the uniform share; cut where the panel ends."""
     axes.set_axis_off()
-    background, full = np.array(to_rgb("white")), np.array(to_rgb("#f5a623"))
-    peak = max(completion.credit, default=0.0) or 1.0
+    background, full = np.array(to_rgb("white")), np.array(to_rgb(GAIN if completion.score >= 0 else LOSS))
     pieces: list[tuple[str, dict[str, Any]]] = [(completion.prompt, {"color": "#777777"})]
     for token, credit in zip(completion.tokens, completion.credit, strict=True):
-        face = background + (full - background) * max(credit, 0.0) / peak
+        strength = min(max(credit, 0.0) * len(completion.tokens) / STRONG, 1.0)
+        face = background + (full - background) * strength
         pieces.append((token, {"bbox": {"facecolor": face, "edgecolor": "none", "pad": 1.2}}))
     line = column = 0
     for piece, style in pieces:
@@ -84,16 +96,17 @@ def _draw_completion(axes: Axes, completion: Completion) -> None:
                 line, column = line + 1, 0
             if line == LINES:
                 return
-            axes.annotate(
+            drawn = axes.annotate(
                 shown,
                 (0, 1),
                 xycoords="axes fraction",
                 xytext=(CHARACTER * column, -LINE * (line + 1)),
                 textcoords="offset points",
                 family="monospace",
-                fontsize=8.5,
+                fontsize=10,
                 parse_math=False,
                 annotation_clip=False,
                 **style,
             )
+            drawn.set_in_layout(False)  # else the panels below would make room for it
             column += len(shown)

@@ -21,7 +21,7 @@ from attnshape.demo.models import TrainingMetrics
 from attnshape.demo.plots import learning_curves
 from attnshape.demo.ppo import Completion, Method, Record
 from attnshape.files import json_rows
-from attnshape.text.html import CreditItem, credit_page
+from attnshape.text.html import CreditItem, View, credit_page
 
 END_SHARE = 0.1
 """Figures "at the end" are means over this share of the steps."""
@@ -194,7 +194,13 @@ def _cell(value: float | None) -> str:
 def write_results(results: Results, folder: Path) -> None:
     """``results.json``, ``credit.html``, then ``learning_curves.png``; each replaces an older one at once."""
     items = [
-        CreditItem(c.prompt, c.tokens, c.credit, c.score, _note(run, c))
+        CreditItem(
+            c.prompt,
+            c.tokens,
+            c.score,
+            [View("attention", [c.score * weight for weight in c.credit])],
+            _note(run, c),
+        )
         for method in reversed(results.config.methods)
         for run in results.of(method)[:1]
         for c in run.completions[:SHOWN_COMPLETIONS]

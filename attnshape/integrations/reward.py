@@ -21,8 +21,8 @@ from torch import Tensor
 
 from attnshape.config import ShapingConfig
 from attnshape.ops import shape_rewards
-from attnshape.text.load import RewardModelConfig, parse_query_position
-from attnshape.text.model import CreditModel, Prompt, Scored
+from attnshape.text.load import Layers, RewardModelConfig, SourceName, parse_query_position
+from attnshape.text.model import NOT_FINITE, CreditModel, Prompt, Scored
 from attnshape.text.score_fn import parse_score_fn
 from attnshape.text.turns import Span
 
@@ -31,14 +31,22 @@ REQUESTS = 128
 ATTEMPTS, FIRST_PAUSE, LAST_PAUSE = 8, 1.0, 30.0
 """Of a request, and seconds between them: two minutes in all, or less."""
 ASK_AGAIN = (408, 429)
+CANNOT_BE_SCORED = 422
 API_KEY = "ATTNSHAPE_API_KEY"
 SHOWN = 200
 """Characters of an answer in an error."""
 CHECK_SECONDS, LOADING_SECONDS, ANSWER_SECONDS = 10.0, 600.0, 600.0
 
 
+class Unscored(ValueError):
+    """The reward model has no score for this completion: too long, no text, not finite, …"""
+
+
 class RewardModel(Protocol):
-    """Scores one completion, with credit per span of ``offsets``, in characters of ``response``."""
+    """Scores one completion, with credit per span of ``offsets``, in characters of ``response``.
+
+    Raises ``Unscored`` where there is no score; anything else is wrong with more than this completion.
+    """
 
     async def __call__(self, prompt: Prompt, response: str, offsets: Sequence[Span]) -> Scored: ...
 
@@ -60,14 +68,13 @@ class LocalRewardModel:
         return await loop.run_in_executor(self._thread, self._score, prompt, response, offsets)
 
     def _score(self, prompt: Prompt, response: str, offsets: Sequence[Span]) -> Scored:
-        if isinstance(prompt, str):
-            example = self._reader.read(prompt, response, offsets)
-        else:
-            messages = [*prompt, {"role": "assistant", "content": response}]
-            example = self._reader.read_messages(messages, offsets)
+        try:
+            example = self._reader.read_reply(prompt, response, offsets)
+        except ValueError as error:
+            raise Unscored(str(error)) from error
         (scored,) = self._model.score([example])
         if not scored.finite:
-            raise ValueError("the reward model's score or attention is not finite")
+            raise Unscored(NOT_FINITE)
         return scored
 
 
@@ -127,6 +134,8 @@ class ServedRewardModel:
                 return read_answer(url, found, tokens)
             except HTTPError as error:
                 problem = f"{error.code} {_shown(error.read())}"
+                if error.code == CANNOT_BE_SCORED:
+                    raise Unscored(f"{url}: {problem}") from error
                 if error.code < 500 and error.code not in ASK_AGAIN:
                     raise ValueError(f"{url}: {problem}") from error
             except (OSError, HTTPException) as error:
@@ -138,21 +147,26 @@ def read_answer(url: str, body: bytes, tokens: int) -> Scored:
     """What a reward server answers to one completion with spans of so many of the policy's tokens.
 
     Raises:
-        ValueError: it is something else, or says that there is no score; the message names the URL.
+        Unscored: it says that there is no score.
+        ValueError: it is something else; the message names the URL.
     """
     found = json_object(url, body)
     if "error" in found:
-        raise ValueError(f"{url}: {found['error']}")
+        raise Unscored(f"{url}: {found['error']}")
     score, credit, metrics = (found.get(name) for name in ("score", "credit", "metrics"))
     if isinstance(score, bool) or not _is_finite(score):
         raise ValueError(f"{url}: want a finite number as score, got {_shown(body)}")
-    if not isinstance(credit, list) or len(credit) != tokens:
-        raise ValueError(f"{url}: want credit of {tokens} tokens, got {_shown(body)}")
-    if not all(_is_finite(weight) and weight >= 0 for weight in credit):
-        raise ValueError(f"{url}: want credit that is finite and not negative, got {_shown(body)}")
+    signed = credit is None and "token_rewards" in found  # of a source with signs
+    name, values = ("token_rewards", found["token_rewards"]) if signed else ("credit", credit)
+    if not isinstance(values, list) or len(values) != tokens:
+        raise ValueError(f"{url}: want {name} of {tokens} tokens, got {_shown(body)}")
+    if not all(_is_finite(x) and (signed or x >= 0) for x in values):
+        kind = "finite" if signed else "finite and not negative"
+        raise ValueError(f"{url}: want {name} that are {kind}, got {_shown(body)}")
     if not isinstance(metrics, dict) or not all(map(_is_finite, metrics.values())):
         raise ValueError(f"{url}: want metrics that are finite numbers by name, got {_shown(body)}")
-    return Scored(float(score), [float(weight) for weight in credit], metrics)
+    numbers = [float(x) for x in values]
+    return Scored(float(score), None if signed else numbers, metrics, numbers if signed else None)
 
 
 def json_object(url: str, body: bytes) -> dict[str, Any]:
@@ -182,7 +196,9 @@ def reward_model(
     api_key: str | None = None,
     model: str | None = None,
     score_fn: str = "logit",
-    layer: int = -1,
+    source: SourceName = "attention",
+    layer: Layers | None = None,
+    span: int = 1,
     query_position: str = "pooled",
     trust_remote_code: bool = False,
     device: str = "cpu",
@@ -191,8 +207,8 @@ def reward_model(
 
     Args:
         api_key: of the server.
-        model, score_fn, layer, query_position, trust_remote_code: as in ``RewardModelConfig``, the score
-            function and the position as on the command line.
+        model, score_fn, source, layer, span, query_position, trust_remote_code: as in ``RewardModelConfig``,
+            the score function and the position as on the command line; a server has its own.
         device: of ``model``.
 
     Raises:
@@ -206,7 +222,9 @@ def reward_model(
     config = RewardModelConfig(
         model=str(model),
         score_fn=parse_score_fn(score_fn),
-        layer=layer,
+        source=source,
+        layer=layer if isinstance(layer, int | str) or layer is None else tuple(layer),
+        span=span,
         query_position=parse_query_position(str(query_position)),
         trust_remote_code=trust_remote_code,
     )
@@ -227,26 +245,37 @@ def _local(config: RewardModelConfig, device: str) -> RewardModel:
 
 def token_rewards(
     score: float,
-    credit: Sequence[float],
+    credit: Sequence[float] | None,
     mask: Sequence[int | bool],
     *,
     dense_share: float,
+    signed: Sequence[float] | None = None,
     terminal_reward: float = 0.0,
 ) -> Tensor:
     """``dense_share`` of the score by credit, the rest and ``terminal_reward`` on the last unmasked token.
+
+    Args:
+        signed: a ``Scored``'s token rewards, in place of credit: as large a share of them, beside a share of
+            the score that is spread evenly.
 
     Returns:
         ``[R]`` float32.
 
     Raises:
-        ValueError: ``credit`` and ``mask`` are not as many.
+        ValueError: neither or both, or ``mask`` and they are not as many.
     """
-    if len(credit) != len(mask):
-        raise ValueError(f"credit: got {len(credit)} weights for a response of {len(mask)} tokens")
+    if (credit is None) == (signed is None):
+        raise ValueError("want either credit or signed token rewards")
+    values = credit if signed is None else signed
+    assert values is not None
+    if len(values) != len(mask):
+        raise ValueError(f"credit: got {len(values)} weights for a response of {len(mask)} tokens")
+    given = torch.tensor([values], dtype=torch.float32)
     shaped = shape_rewards(
         torch.tensor([score], dtype=torch.float32),
-        torch.tensor([credit], dtype=torch.float32),
+        given if signed is None else "uniform",
         torch.tensor([mask]) != 0,
+        token_rewards=None if signed is None else dense_share * given,
         terminal_reward=torch.tensor([terminal_reward], dtype=torch.float32),
         config=ShapingConfig(dense_share=dense_share),
     )

@@ -11,7 +11,7 @@ with the first sample that is scored, and so is a slime whose functions take oth
 
 In a file for ``--custom-config-path``, all optional:
 
-    attnshape: {dense_share: 0.8, model: PATH, score_fn: logit, layer: -1, device: cpu}
+    attnshape: {dense_share: 0.8, model: PATH, score_fn: logit, source: attention, device: cpu}
 
 ``model``, in place of ``--rm-url``, is a sequence classifier that the rollout process loads; ``dense_share:
 0`` gives slime's own rewards and advantages.
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from attnshape.config import ShapingConfig
 from attnshape.integrations.framework import require_parameters, require_version
-from attnshape.integrations.reward import RewardModel, reward_model, token_rewards
+from attnshape.integrations.reward import RewardModel, Unscored, reward_model, token_rewards
 from attnshape.ops import gae
 from attnshape.text.turns import spans_of
 from attnshape.types import Response
@@ -44,20 +44,24 @@ TESTED = ("0.3.1",)
 MODULE = "attnshape.integrations.slime"
 CREDIT = "attnshape_credit"
 """Key of ``Sample.metadata``, which stays in the rollout process."""
+SIGNED = "attnshape_token_rewards"
+"""Another: what a source with signs gives in its place."""
 METRICS = "attnshape_metrics"
-"""Another: where the reward model looked, and whether its chat template changed the response."""
+"""Another: where the reward model looked, and whether its chat template changed the response; or why it has
+no score (``unscored``)."""
 
 
 async def custom_rm(args: Namespace, sample: Any, **_: Any) -> Any:
     """``--custom-rm-path``: the reward model's score of a sample, or of each of a list (``--group-rm``).
 
-    Credit per response token is kept in ``sample.metadata`` for ``post_process_rewards``. A prompt of
+    Credit per response token is kept in ``sample.metadata`` for ``post_process_rewards``. A sample that the
+    reward model cannot score (too long, not finite) is taken out of the loss, as slime does it. A prompt of
     messages is read through the reward model's chat template, one of text (``--apply-chat-template``) as it
     stands.
 
     Raises:
         RuntimeError: another version of slime, or nothing answers at ``--rm-url``.
-        ValueError: settings that do not go together, or a sample that the reward model cannot read.
+        ValueError: settings that do not go together.
     """
     check_args(args)
     judge, tokenizer = _judge(args), _tokenizer(args.hf_checkpoint)
@@ -69,8 +73,14 @@ async def custom_rm(args: Namespace, sample: Any, **_: Any) -> Any:
 async def _scored(judge: RewardModel, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> float:
     ids = sample.tokens[len(sample.tokens) - sample.response_length :]
     response, offsets = await asyncio.to_thread(spans_of, tokenizer, ids, _mask(sample))
-    scored = await judge(sample.prompt, response, offsets)
-    sample.metadata = {**(sample.metadata or {}), CREDIT: scored.credit, METRICS: scored.metrics}
+    try:
+        scored = await judge(sample.prompt, response, offsets)
+    except Unscored as error:  # slime gives it a mask of zeros, so that nothing is learned from the number
+        sample.remove_sample = True
+        sample.metadata = {**(sample.metadata or {}), METRICS: {"unscored": str(error)}}
+        return 0.0
+    credit = {CREDIT: scored.credit} if scored.token_rewards is None else {SIGNED: scored.token_rewards}
+    sample.metadata = {**(sample.metadata or {}), **credit, METRICS: scored.metrics}
     return scored.score
 
 
@@ -83,16 +93,18 @@ def post_process_rewards(args: Namespace, samples: Sequence[Sample]) -> tuple[li
     """
     check_args(args)
     raw = [float(sample.get_reward_value(args)) for sample in samples]
-    credit = [(sample.metadata or {}).get(CREDIT) for sample in samples]
+    known = [sample.metadata or {} for sample in samples]
+    credit = [(of.get(CREDIT), of.get(SIGNED)) for of in known]
     dense_share = float(_settings(args).get("dense_share", ShapingConfig().dense_share))
-    if dense_share == 0 or all(c is None for c in credit):
+    if dense_share == 0 or all(c is None and s is None for c, s in credit):
         return raw, raw
     rewards = []
-    for sample, score, weights in zip(samples, raw, credit, strict=True):
-        if weights is None:
+    for sample, score, (weights, signed) in zip(samples, raw, credit, strict=True):
+        if weights is None and signed is None:
             rewards.append(_on_last_token(score, torch.zeros(sample.response_length)))
         else:
-            rewards.append(token_rewards(score, weights, _mask(sample), dense_share=dense_share))
+            mask = _mask(sample)
+            rewards.append(token_rewards(score, weights, mask, dense_share=dense_share, signed=signed))
     return raw, rewards
 
 

@@ -35,6 +35,7 @@ import attnshape
 from attnshape.config import ShapingConfig
 from attnshape.integrations.framework import require_parameters, require_version
 from attnshape.integrations.reward import reward_model, token_rewards
+from attnshape.text.load import Layers, SourceName
 from attnshape.text.turns import spans_of
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ REQUEST = "attnshape"
 """Key of ``extra_info`` with what ``compute_score`` needs beyond verl's own arguments."""
 MASK = "attnshape_response_mask"
 """Field that takes the response mask, which verl does not send, from an agent loop to its reward worker."""
-REWARDS = ("credit", "terminal_reward")
+REWARDS = ("credit", "token_rewards", "terminal_reward")
 """What a reward function may return that verl is not to log."""
 TOKEN_REWARDS = "attnshape_token_rewards"
 """Extra field of an agent loop's output while it is scored but not yet padded."""
@@ -62,7 +63,9 @@ async def compute_score(
     url: str | None = None,
     model: str | None = None,
     score_fn: str = "logit",
-    layer: int = -1,
+    source: SourceName = "attention",
+    layer: Layers | None = None,
+    span: int = 1,
     query_position: str = "pooled",
     trust_remote_code: bool = False,
     device: str = "cpu",
@@ -79,14 +82,19 @@ async def compute_score(
         url: of ``attnshape serve``; or
         model: folder or hub name of a sequence classifier, loaded in every reward worker
             (``reward.num_workers``), one completion per forward.
-        score_fn, layer, query_position, trust_remote_code, device: of ``model``: the score, such as
-            ``"logit[1] - logit[0]"``; the attention layer that is read, and its query; whether Python files
-            of the checkpoint are run; and where it runs. verl's reward workers see no GPU.
+        score_fn, source, layer, span, query_position, trust_remote_code, device: of ``model``: the score,
+            such as ``"logit[1] - logit[0]"``; where credit is read from, see ``CreditSource``; whether Python
+            files of the checkpoint are run; and where it runs. verl's reward workers see no GPU.
         api_key: of the server; by default ``ATTNSHAPE_API_KEY`` in the environment of the reward workers.
         reward_router_address, reward_model_tokenizer: of verl's own reward server, not used.
 
     Returns:
-        ``score``, ``credit`` (floats per response token) and the credit's metrics, always the same keys.
+        ``score``, ``credit`` (floats per response token; or None, and ``token_rewards``, where the source has
+        signs) and the credit's metrics, always the same keys.
+
+    Raises:
+        ValueError: the reward model has no score for this completion, and verl has no completion without one:
+            its agent loop writes every reward into the batch.
     """
     if REQUEST not in extra_info:
         raise RuntimeError(f"reward.reward_manager: compute_score needs name=RewardManager of pkg://{MODULE}")
@@ -95,21 +103,23 @@ async def compute_score(
         api_key=api_key,
         model=model,
         score_fn=score_fn,
+        source=source,
         layer=layer,
+        span=span,
         query_position=query_position,
         trust_remote_code=trust_remote_code,
         device=device,
     )
     scored = await judge(**extra_info[REQUEST])
-    return {"score": scored.score, "credit": scored.credit, **scored.metrics}
+    return {"score": scored.score, **scored.values, **scored.metrics}
 
 
 def reward_of(result: dict[str, Any], mask: Sequence[bool], dense_share: float) -> float | list[float]:
     """What verl is to have as the reward score.
 
     Args:
-        result: of a reward function: ``score``; ``credit``, floats per response token; ``terminal_reward``, a
-            second reward, which stays on the last unmasked token.
+        result: of a reward function: ``score``; ``credit``, floats per response token, or signed
+            ``token_rewards``; ``terminal_reward``, a second reward, which stays on the last unmasked token.
         mask: of the response's tokens.
         dense_share: share of the score that is redistributed.
 
@@ -117,11 +127,11 @@ def reward_of(result: dict[str, Any], mask: Sequence[bool], dense_share: float) 
         One float per token; or, without credit or with ``dense_share = 0``, one float, for verl to place.
     """
     score, terminal = float(result["score"]), float(result.get("terminal_reward", 0.0))
-    credit = result.get("credit")
-    if credit is None or dense_share == 0:
+    credit, signed = result.get("credit"), result.get("token_rewards")
+    if (credit is None and signed is None) or dense_share == 0:
         return score + terminal
     rewards: list[float] = token_rewards(
-        score, credit, mask, dense_share=dense_share, terminal_reward=terminal
+        score, credit, mask, dense_share=dense_share, signed=signed, terminal_reward=terminal
     ).tolist()
     return rewards
 

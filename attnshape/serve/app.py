@@ -171,6 +171,8 @@ def create_app(config: ServeConfig, reader: Reader, pool: Pool) -> FastAPI:
                     examples = await asyncio.get_running_loop().run_in_executor(
                         reading, read_all, completions, reader
                     )
+                    if isinstance(examples[0], str) and not isinstance(parsed, list):
+                        raise ValueError(examples[0])
                 except SyntaxError as error:
                     raise HTTPException(400, str(error)) from error
                 except ValueError as error:
@@ -188,7 +190,8 @@ def create_app(config: ServeConfig, reader: Reader, pool: Pool) -> FastAPI:
     async def score(request: Request) -> Response:
         """Score and credit of one completion, or of each of a list.
 
-        A completion for which the model has no finite answer gets an error in place of its score.
+        A completion that has no score (too long, not finite) gets an error in its place; alone, status 422
+        where the model cannot read it.
         """
         started, status = time.monotonic(), 500
         try:
@@ -239,21 +242,28 @@ def _is_let_in(request: Request, api_key: str) -> bool:
     return kind.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), api_key.encode())
 
 
-def read_all(completions: Sequence[Completion], reader: Reader) -> list[Example]:
-    """Raises ValueError that says which one cannot be scored, and why."""
-    examples = []
-    for i, completion in enumerate(completions):
+def read_all(completions: Sequence[Completion], reader: Reader) -> list[Example | str]:
+    """What the model reads, or why a completion cannot be scored."""
+    examples: list[Example | str] = []
+    for completion in completions:
         try:
             examples.append(completion.read(reader))
         except ValueError as error:
-            raise ValueError(f"[{i}]: {error}" if len(completions) > 1 else str(error)) from error
+            examples.append(str(error))
     return examples
 
 
-async def _answers(request: Request, examples: Sequence[Example], queue: BatchQueue) -> list[dict[str, Any]]:
+async def _answers(
+    request: Request, examples: Sequence[Example | str], queue: BatchQueue
+) -> list[dict[str, Any]]:
     """Raises ClientDisconnect when nobody waits any more; what no worker has is then taken out."""
-    futures = [asyncio.wrap_future(queue.put(example)) for example in examples]
-    answered = asyncio.create_task(asyncio.wait(futures))
+    waiting = {
+        i: asyncio.wrap_future(queue.put(example))
+        for i, example in enumerate(examples)
+        if not isinstance(example, str)
+    }
+    futures = list(waiting.values())
+    answered = asyncio.create_task(_all_of(futures))
     gone = asyncio.create_task(_hung_up(request))
     try:
         await asyncio.wait((answered, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -262,11 +272,19 @@ async def _answers(request: Request, examples: Sequence[Example], queue: BatchQu
         errors = [str(error) for future in futures if (error := future.exception()) is not None]
         if errors:
             raise HTTPException(503, errors[0], RETRY_AFTER)
-        return [answer(example, future.result()) for example, future in zip(examples, futures, strict=True)]
+        return [
+            {"error": example} if isinstance(example, str) else answer(example, waiting[i].result())
+            for i, example in enumerate(examples)
+        ]
     finally:
-        waiting: list[asyncio.Future[Any]] = [answered, gone, *futures]
-        for task in waiting:
+        tasks: list[asyncio.Future[Any]] = [answered, gone, *futures]
+        for task in tasks:
             task.cancel()
+
+
+async def _all_of(futures: Sequence[asyncio.Future[Any]]) -> None:
+    if futures:
+        await asyncio.wait(futures)
 
 
 async def _hung_up(request: Request) -> None:

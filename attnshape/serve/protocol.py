@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from attnshape.text.model import Scored
+from attnshape.text.model import NOT_FINITE, Scored
 from attnshape.text.reader import Example, Reader, check_form
 
 SHOWN_PROBLEMS = 3
@@ -46,9 +46,11 @@ class Completion(BaseModel):
 class Metrics(BaseModel):
     """Where the reward model looked, over its own tokens."""
 
-    entropy: Annotated[float, Field(description="Of the credit, in nats.")]
-    last_share: Annotated[float, Field(description="The credit on the last token.")]
-    response_attention: Annotated[float, Field(description="Share of the attention on the response.")]
+    entropy: Annotated[float, Field(description="Of the credit, or of the weights' sizes, in nats.")]
+    last_share: Annotated[float, Field(description="That on the last token.")]
+    response_attention: Annotated[
+        float | None, Field(description="Share of the attention on the response; of --source attention only.")
+    ] = None
     fallback: Annotated[bool, Field(description="It was nothing: all credit is on the last token.")]
     changed: Annotated[
         bool, Field(description="The chat template changed the response; what it dropped has no credit.")
@@ -56,12 +58,23 @@ class Metrics(BaseModel):
 
 
 class Answer(BaseModel):
-    """Score and credit of one completion."""
+    """Score of one completion, and credit or token rewards."""
 
     score: float
     credit: Annotated[
-        list[float], Field(description="Sums to 1; all 0 where no token of the policy has text.")
+        list[float] | None,
+        Field(
+            description="Sums to 1; all 0 where no token of the policy has text. Null where the server's "
+            "--source has signs."
+        ),
     ]
+    token_rewards: Annotated[
+        list[float] | None,
+        Field(
+            description="Of a source with signs, in units of the score: they sum to 0, and are added beside "
+            "a score that is spread evenly. Otherwise not there."
+        ),
+    ] = None
     offsets: Annotated[
         list[tuple[int, int]] | None,
         Field(description="Of the reward model's tokens, where the request gave none."),
@@ -128,6 +141,6 @@ def answer(example: Example, scored: Scored | str) -> dict[str, Any]:
     if isinstance(scored, str):
         return {"error": scored}
     if not scored.finite:
-        return {"error": "the model's score or attention is not finite"}
+        return {"error": NOT_FINITE}
     offsets = {"offsets": example.offsets} if example.policy_offsets is None else {}
-    return {"score": scored.score, "credit": scored.credit, **offsets, "metrics": scored.metrics}
+    return {"score": scored.score, **scored.values, **offsets, "metrics": scored.metrics}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple, TextIO
 
 from attnshape.files import kept_file
-from attnshape.text.html import PAGE_FOOT, CreditItem, credit_section, page_head
-from attnshape.text.model import CreditModel, Scored
+from attnshape.text.html import PAGE_FOOT, CreditItem, View, credit_section, page_head
+from attnshape.text.model import NOT_FINITE, CreditModel, Scored
 from attnshape.text.partial import Partial
 from attnshape.text.reader import Example, Reader
 
@@ -48,7 +48,8 @@ def credit_lines(
     A line is ``{"prompt": str, "response": str}``, read as one text, or ``{"messages": [...]}``, which ends
     with the assistant's and is rendered with the tokenizer's chat template (``Reader`` says how); an ``"id"``
     is passed on. What is written holds ``line, id, score, tokens, offsets, credit`` and ``metrics``;
-    ``tokens`` are slices of the response and ``offsets`` their characters in it. No more than a batch is held
+    ``tokens`` are slices of the response and ``offsets`` their characters in it. A source with signs gives
+    ``token_rewards``, and null as ``credit``. No more than a batch is held
     in memory, and after each batch all of it is written.
 
     Args:
@@ -74,13 +75,13 @@ def credit_lines(
                 skip(line.number, scored)
                 continue
             if not scored.finite:
-                skip(line.number, "the model's score or attention is not finite")
+                skip(line.number, NOT_FINITE)
                 continue
             written += 1
             changed += line.example.changed
             out.write(json.dumps(_row(line, scored), ensure_ascii=False) + "\n")
             if page is not None:
-                page.write(credit_section(line.number, _item(line.example, scored)))
+                page.write(credit_section(line.number, page_item(line.example, {str(model.source): scored})))
         out.flush()
         if page is not None:
             page.flush()
@@ -145,36 +146,53 @@ def _row(line: Line, scored: Scored) -> dict[str, Any]:
         "score": scored.score,
         "tokens": [example.response[start:end] for start, end in example.offsets],
         "offsets": example.offsets,
-        "credit": scored.credit,
+        **scored.values,
         "metrics": scored.metrics,
     }
 
 
-def _item(example: Example, scored: Scored) -> CreditItem:
-    """Pieces that tile the response: text without a token joins the next, a shared character is one.
+def page_item(example: Example, views: Mapping[str, Scored], note: str = "") -> CreditItem:
+    """A completion as it is shown, by each source: pieces that tile the response.
 
-    Where the chat template changed the response, text without a token is what it dropped, and stands alone.
+    Text without a token joins the next, a shared character is one. Where the chat template changed the
+    response, text without a token is what it dropped, and stands alone.
     """
     tokens: list[str] = []
-    credit: list[float] = []
+    rewards: dict[str, list[float]] = {name: [] for name in views}
+    columns = {name: scored.rewards for name, scored in views.items()}
+
+    def add(start: int, end: int, at: int | None) -> None:
+        tokens.append(example.response[start:end])
+        for name, column in columns.items():
+            rewards[name].append(0.0 if at is None else column[at])
+
     shown = 0
-    for (start, end), c in zip(example.offsets, scored.credit, strict=True):
+    for i, (start, end) in enumerate(example.offsets):
         if example.changed and start > shown:
-            tokens.append(example.response[shown:start])
-            credit.append(0.0)
+            add(shown, start, None)
             shown = start
         if end > shown:
-            tokens.append(example.response[shown:end])
-            credit.append(c)
+            add(shown, end, i)
             shown = end
-        elif credit:
-            credit[-1] += c
+        elif tokens:
+            for name, column in columns.items():
+                rewards[name][-1] += column[i]
     if example.changed and shown < len(example.response):
-        tokens.append(example.response[shown:])
-        credit.append(0.0)
+        add(shown, len(example.response), None)
+    (first, *_) = views.values()
     notes = {
-        "the chat template changed the response: what it dropped has no credit": scored.metrics["changed"],
-        "no attention on the response: all credit on its last token": scored.metrics["fallback"],
+        note: note,
+        "the chat template changed the response: what it dropped has no credit": first.metrics["changed"],
+        "no attention on the response: all credit on its last token": first.metrics["fallback"],
     }
-    note = "; ".join(text for text, holds in notes.items() if holds)
-    return CreditItem(example.prompt, tokens, credit, scored.score, note)
+    shown_metrics = ("entropy", "response_attention")
+    return CreditItem(
+        example.prompt,
+        tokens,
+        first.score,
+        [
+            View(name, rewards[name], {m: scored.metrics[m] for m in shown_metrics if m in scored.metrics})
+            for name, scored in views.items()
+        ],
+        "; ".join(text for text, holds in notes.items() if holds),
+    )

@@ -27,6 +27,19 @@ QueryPosition: TypeAlias = Pooled | int
 """The token whose hidden state gives the score: the head's own choice, the last of the text, the last of the
 response, or one counted from the text's first token (0) or from its last (-1)."""
 
+SourceName: TypeAlias = Literal[
+    "attention",
+    "columns",
+    "rollout",
+    "signed_rollout",
+    "gradient_value",
+    "gradient_embedding",
+    "leave_one_out",
+]
+"""Where credit is read from, see ``CreditSource``."""
+Layers: TypeAlias = int | tuple[int, ...] | Literal["all"]
+"""Attention layers, negative from the last."""
+
 Sizes: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 """Of a weight in the checkpoint, and in the model."""
 
@@ -36,19 +49,21 @@ CLASSIFIER, BASE = "AutoModelForSequenceClassification", "AutoModel"
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelConfig:
-    """Which reward model, and how score and attention are read from it.
+    """Which reward model, and how score and credit are read from it.
 
     Args:
         model: a folder or hub name of a sequence classifier with a trained head, or of an adapter to one.
         score_fn: the score, of the model's logits.
-        layer: the attention layer that is read, negative from the last.
+        source, layer, span: of the credit, as for ``CreditSource``.
         query_position: the token whose hidden state gives the score.
         trust_remote_code: whether Python files that the checkpoint brings are run.
     """
 
     model: str
     score_fn: ScoreFn = LOGIT
-    layer: int = -1
+    source: SourceName = "attention"
+    layer: Layers | None = None
+    span: int = 1
     query_position: QueryPosition = "pooled"
     trust_remote_code: bool = False
 
@@ -62,6 +77,17 @@ def parse_query_position(text: str) -> QueryPosition:
     except ValueError:
         names = ", ".join(get_args(Pooled))
         raise ValueError(f"query_position: got {text!r}, want {names}, or an integer such as 0") from None
+
+
+def parse_layers(text: str | None) -> Layers | None:
+    """``"-1"``, ``"0,1"`` or ``"all"``; raises ValueError for what is none of them."""
+    if text is None or text == "all":
+        return text  # type: ignore[return-value]
+    try:
+        layers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"layer: got {text!r}, want an integer, several with commas, or 'all'") from None
+    return layers[0] if len(layers) == 1 else layers
 
 
 def check_device(device: str) -> torch.device:

@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from attnshape.credit import centered
 from attnshape.ops import shape_rewards
-from attnshape.tap import AttentionTap
 from attnshape.text.align import align
 from attnshape.text.load import (
+    Layers,
     QueryPosition,
     RewardModelConfig,
+    SourceName,
     check_pooling,
     load_reward_model,
     load_tokenizer,
 )
 from attnshape.text.reader import Example, Reader
 from attnshape.text.score_fn import ScoreFn, parse_score_fn
-from attnshape.text.source import ATTENTION, CreditSource, SourceName
+from attnshape.text.source import CreditSource, SourceTap
 from attnshape.text.turns import spans_of
 from attnshape.types import Response, Status
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+T = TypeVar("T")
+NOT_FINITE = "the model's score or attention is not finite"
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]]
 """Text, which the response continues, or messages, which the reward model's chat template renders with it."""
 
@@ -41,29 +45,58 @@ class Scored:
     """What the reward model says of one completion."""
 
     score: float
-    credit: list[float]
+    credit: list[float] | None
     """Per token of the policy where its offsets were given, else per token of the reward model; sums to 1, or
-    is all 0 where none of the policy's tokens has text."""
+    is all 0 where none of the policy's tokens has text. None where the source is signed."""
     metrics: dict[str, float | bool]
-    """``entropy`` (nats) and ``last_share`` of the credit on the reward model's tokens;
-    ``response_attention``, the share of the attention that falls on them; ``fallback``, whether it was
-    nothing, and all credit is on the last token; ``changed``, whether the chat template changed the response,
-    whose lost characters have no credit."""
+    """``entropy`` (nats) and ``last_share`` of the credit, or of the weights' sizes, on the reward model's
+    tokens; ``response_attention``, the share of the attention that falls on them, of source
+    ``"attention"``; ``fallback``, whether it was nothing, and all credit is on the last token; ``changed``,
+    whether the chat template changed the response, whose lost characters have no credit."""
+    token_rewards: list[float] | None = None
+    """Of a signed source, per token as ``credit``: in units of the score, centred, so that they sum to 0 and
+    can be added beside a score that is spread evenly."""
 
     @property
     def finite(self) -> bool:
-        return all(map(math.isfinite, (self.score, *self.credit, *self.metrics.values())))
+        values = (self.credit or []) + (self.token_rewards or [])
+        return all(map(math.isfinite, (self.score, *values, *self.metrics.values())))
+
+    @property
+    def values(self) -> dict[str, list[float] | None]:
+        """``credit``, and ``token_rewards`` where the source has signs: as files and answers have them."""
+        rewards = {} if self.token_rewards is None else {"token_rewards": self.token_rewards}
+        return {"credit": self.credit, **rewards}
+
+    @property
+    def rewards(self) -> list[float]:
+        """What each token is paid where the whole score is spread: they sum to it where any has text."""
+        if self.token_rewards is None:
+            return [self.score * weight for weight in self.credit or ()]
+        return [self.score / len(self.token_rewards) + reward for reward in self.token_rewards]
 
 
 class Credited(NamedTuple):
     """What a reward model says of the policy's tokens; on the reward model's device."""
 
     score: Tensor
-    """float32 ``[B]``."""
+    """float32 ``[B]``; NaN where there is none, which ``group_advantages`` takes as missing."""
     weights: Tensor
-    """float32 ``[B, R]``, not normalised; signed where the source is. 0 where masked."""
+    """float32 ``[B, R]``, not normalised; signed where the source is. 0 where masked, or without a score."""
     mask: Tensor
     """bool ``[B, R]``: the policy's own tokens."""
+    errors: list[str | None]
+    """Why a completion has no score: too long, no text, not finite, …"""
+
+
+class Weighed(NamedTuple):
+    """One forward's scores and weights, on the reward model's tokens."""
+
+    score: Tensor
+    """``[B]``, detached."""
+    weights: Tensor
+    """``[B, R]``, not normalised."""
+    response: Response
 
 
 class CreditModel:
@@ -76,8 +109,7 @@ class CreditModel:
     Args:
         model: a folder or hub name of a sequence classifier, or one that is loaded.
         tokenizer: of a loaded model, a fast one; found by the model's name if not given.
-        source: what weighs the tokens, see ``CreditSource``.
-        layer: which attention layer is read, negative from the last; the source's own if not given.
+        source, layer, span: what weighs the tokens, see ``CreditSource``.
         score_fn: the score, such as ``"logit[1] - logit[0]"``.
         query_position: the token whose hidden state gives the score.
         batch_tokens: the most that a forward takes when called, padding counted; a longer text goes alone.
@@ -86,7 +118,7 @@ class CreditModel:
 
     Raises:
         ValueError: no such source; a checkpoint that is refused, see ``load_reward_model``; a slow tokenizer;
-            a score function, layer or query position that does not fit the model.
+            a score function, source, layer or query position that does not fit the model.
     """
 
     def __init__(
@@ -95,7 +127,8 @@ class CreditModel:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         source: SourceName = "attention",
-        layer: int | Sequence[int] | None = None,
+        layer: Layers | Sequence[int] | None = None,
+        span: int = 1,
         score_fn: str | ScoreFn = "logit",
         query_position: QueryPosition = "pooled",
         batch_tokens: int = 16384,
@@ -104,7 +137,7 @@ class CreditModel:
     ) -> None:
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens: got {batch_tokens}, want 1 or more")
-        self.source = CreditSource(source, layer)
+        self.source = CreditSource(source, layer, span)  # type: ignore[arg-type]
         self.score_fn = parse_score_fn(score_fn) if isinstance(score_fn, str) else score_fn
         self.query_position, self.batch_tokens = query_position, batch_tokens
         self.name: str = model if isinstance(model, str) else model.config.name_or_path
@@ -120,14 +153,21 @@ class CreditModel:
         check_pooling(model, query_position)
         if not trust_remote_code:  # code of its own may give other logits than its configuration says
             self.score_fn.check(model.config.num_labels)
-        self.tap = self.source.tap(model, query_position)
+        self.tap = self._tap(self.source)
+
+    def _tap(self, source: CreditSource) -> SourceTap:
+        return source.tap(
+            self.model, self.query_position, score_fn=self.score_fn, batch_tokens=self.batch_tokens
+        )
 
     @classmethod
     def load(cls, config: RewardModelConfig, device: str) -> CreditModel:
-        """The attention of ``config``'s model."""
+        """``config``'s model and source."""
         return cls(
             config.model,
+            source=config.source,
             layer=config.layer,
+            span=config.span,
             score_fn=config.score_fn,
             query_position=config.query_position,
             device=device,
@@ -149,6 +189,9 @@ class CreditModel:
     ) -> Credited:
         """Scores completions, longest first, in as few forwards as ``batch_tokens`` allows.
 
+        One that the reward model does not take (too long, no text, an answer that is not finite) has no
+        score, no weights, and its error said beside it: a run goes on.
+
         Args:
             prompts: text, or messages.
             responses: the policy's sampled token ids, one row per prompt, without padding.
@@ -156,7 +199,7 @@ class CreditModel:
             masks: non-zero where a token is the policy's own: a tool's gets no weight.
 
         Raises:
-            ValueError: not as many of each; a completion that the reward model does not take, by its number.
+            ValueError: not as many of each.
         """
         rows = [[int(i) for i in ids] for ids in responses]
         given = [[1] * len(ids) for ids in rows] if masks is None else masks
@@ -164,35 +207,59 @@ class CreditModel:
         if not len(prompts) == len(rows) == len(own):
             raise ValueError(f"got {len(prompts)} prompts, {len(rows)} responses and {len(own)} masks")
         reader = self.reader()
-        examples = []
+        examples: dict[int, Example] = {}
+        errors: list[str | None] = [None] * len(rows)
         for i, (prompt, ids, live) in enumerate(zip(prompts, rows, own, strict=True)):
             if len(ids) != len(live):
                 raise ValueError(f"masks[{i}]: got {len(live)} for a response of {len(ids)} tokens")
             text, offsets = spans_of(tokenizer, ids, live)
             try:
-                if isinstance(prompt, str):
-                    examples.append(reader.read(prompt, text, offsets))
-                else:
-                    messages = [*prompt, {"role": "assistant", "content": text}]
-                    examples.append(reader.read_messages(messages, offsets))
+                examples[i] = reader.read_reply(prompt, text, offsets)
             except ValueError as error:
-                raise ValueError(f"completion {i}: {error}") from error
+                errors[i] = str(error)
         device, width = self.model.device, max(map(len, rows), default=0)
-        score, weights = torch.zeros(len(rows), device=device), torch.zeros(len(rows), width, device=device)
-        for batch in self._batches(examples):
-            chosen = [examples[i] for i in batch]
-            with self.source.opened(self.tap):
-                found, index = _forward(self.model, self.tap, chosen, self.score_fn, self.query_position)
-                of_reader = self.source.weights(self.tap.take(), found, Response(index >= 0, index=index))
-            score[batch] = found.detach()
-            for i, example, row in zip(batch, chosen, of_reader, strict=True):
-                carry = align(example.spans, example.policy_spans)
-                weights[i, : len(rows[i])] = carry(row[: len(example.positions)])
+        score = torch.full((len(rows),), math.nan, device=device)
+        weights = torch.zeros(len(rows), width, device=device)
+        for batch in self.batches(examples):
+            weighed = self._each(self._weigh_policy, [examples[i] for i in batch])
+            for i, found in zip(batch, weighed, strict=True):
+                if isinstance(found, str):
+                    errors[i] = found
+                elif not (found[0].isfinite() & found[1].isfinite().all()):
+                    errors[i] = NOT_FINITE
+                else:
+                    score[i], weights[i, : len(rows[i])] = found
         mask = torch.tensor([live + [False] * (width - len(live)) for live in own], dtype=torch.bool)
-        return Credited(score, weights, mask.view(len(rows), width).to(device))
+        return Credited(score, weights, mask.view(len(rows), width).to(device), errors)
 
-    def _batches(self, examples: Sequence[Example]) -> Iterator[list[int]]:
-        order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
+    def _weigh_policy(self, examples: Sequence[Example]) -> list[tuple[Tensor, Tensor]]:
+        """Score and weights of each, carried to the policy's tokens."""
+        found = self.weigh(examples)
+        return [
+            (score, align(example.spans, example.policy_spans)(row[: len(example.positions)]))
+            for example, score, row in zip(examples, found.score, found.weights, strict=True)
+        ]
+
+    def weigh(self, examples: Sequence[Example], source: CreditSource | None = None) -> Weighed:
+        """One forward, and what the source takes beyond it.
+
+        Args:
+            source: another than the model's own.
+
+        Raises:
+            ValueError: the model's output is no logits per completion, or a position is outside a text; the
+                source cannot be had from this model.
+        """
+        source, tap = (self.source, self.tap) if source is None else (source, self._tap(source))
+        with source.opened(tap):  # opened anew: a forward that failed has left its traces in it
+            score, index = _forward(self.model, tap, examples, self.score_fn, self.query_position)
+            taken = tap.take()
+        response = Response(index >= 0, index=index)
+        return Weighed(score.detach(), source.weights(taken, score, response), response)
+
+    def batches(self, examples: Mapping[int, Example]) -> Iterator[list[int]]:
+        """Their keys, the longest first, as many as ``batch_tokens`` allows."""
+        order = sorted(examples, key=lambda i: -len(examples[i].input_ids))
         while order:
             count = max(self.batch_tokens // len(examples[order[0]].input_ids), 1)
             yield order[:count]
@@ -211,68 +278,60 @@ class CreditModel:
 
     def score_each(self, examples: Sequence[Example]) -> list[Scored | str]:
         """Scores, or why one has none; in halves where the device does not hold them together."""
+        return self._each(self.score, examples)
+
+    def _each(
+        self, read: Callable[[Sequence[Example]], list[T]], examples: Sequence[Example]
+    ) -> list[T | str]:
         try:
-            return [*self.score(examples)]
+            return [*read(examples)]
         except (ValueError, torch.OutOfMemoryError) as error:
             if len(examples) == 1:
                 return [("out of memory: " if isinstance(error, torch.OutOfMemoryError) else "") + str(error)]
         # Outside the handler, whose error keeps the tensors of the forward.
         torch.cuda.empty_cache()
         half = len(examples) // 2
-        return [*self.score_each(examples[:half]), *self.score_each(examples[half:])]
+        return [*self._each(read, examples[:half]), *self._each(read, examples[half:])]
 
-    def score(self, examples: Sequence[Example]) -> list[Scored]:
-        """One forward, by a source without signs.
-
-        Raises:
-            ValueError: the model's output is no logits per completion, or a position is outside a text; the
-                source is signed.
-        """
-        if self.signed:
-            raise ValueError(f"source: {self.source.name!r} has signs, and credit has none")
-        with self.source.opened(self.tap):  # opened anew: a forward that failed has left its traces in it
-            return score_examples(
-                self.model, self.tap, examples, self.score_fn, self.query_position, self.source
-            )
+    def score(self, examples: Sequence[Example], source: CreditSource | None = None) -> list[Scored]:
+        """The same as ``weigh``, in numbers: what files, pages and the server hold."""
+        weighed = self.weigh(examples, source)
+        return scored_by(self.source if source is None else source, weighed, examples)
 
 
-@torch.inference_mode()
-def score_examples(
-    model: PreTrainedModel,
-    tap: AttentionTap,
-    examples: Sequence[Example],
-    score_fn: ScoreFn,
-    query_position: QueryPosition = "pooled",
-    source: CreditSource = ATTENTION,
-) -> list[Scored]:
-    """One forward of the model, which the tap is open on."""
-    score, index = _forward(model, tap, examples, score_fn, query_position)
-    response, credit = Response(index >= 0, index=index), tap.take()
-    if source.name != "attention":
-        credit = source.weights(credit, score, response)
-    shaped = shape_rewards(score, credit, response)
-    stats = shaped.row_stats
-    columns = {
-        "entropy": stats.entropy,
-        "last_share": stats.last_share,
-        "response_attention": stats.response_share,
-    }
-    metrics = {name: column.tolist() for name, column in columns.items() if column is not None}
+@torch.no_grad()
+def scored_by(source: CreditSource, weighed: Weighed, examples: Sequence[Example]) -> list[Scored]:
+    """What ``source`` says of each completion."""
+    score, weights, response = weighed
+    shaped = shape_rewards(score, weights.abs(), response)
+    columns = {"entropy": shaped.row_stats.entropy, "last_share": shaped.row_stats.last_share}
+    if source.name == "attention":
+        columns["response_attention"] = weights.sum(1)
+    metrics = {name: column.tolist() for name, column in columns.items()}
     fallback = (shaped.status & int(Status.FALLBACK | Status.EMPTY) != 0).tolist()
+    if source.signed and not source.of_score:
+        weights = score[:, None] * weights
+    values = (weights if source.signed else shaped.credit).cpu()
     scored = []
     for b, example in enumerate(examples):
-        credit = shaped.credit[b, : len(example.positions)].cpu()
+        row = values[b, : len(example.positions)]
+        has_text = [True] * len(row)
         if example.policy_offsets is not None:
-            credit = align(example.spans, example.policy_spans)(credit)
+            row = align(example.spans, example.policy_spans)(row)
+            has_text = [start < end for start, end in example.policy_spans]
+        if source.signed:
+            row = centered(row[None], torch.tensor([has_text]))[0]
+        numbers = [_rounded(x) for x in row.tolist()]
         scored.append(
             Scored(
                 score=_rounded(score[b].item()),
-                credit=[_rounded(c) for c in credit.tolist()],
+                credit=None if source.signed else numbers,
                 metrics={
                     **{name: _rounded(column[b]) for name, column in metrics.items()},
                     "fallback": fallback[b],
                     "changed": example.changed,
                 },
+                token_rewards=numbers if source.signed else None,
             )
         )
     return scored
@@ -297,7 +356,7 @@ def _padding(model: PreTrainedModel, examples: Sequence[Example]) -> Iterator[in
 
 def _forward(
     model: PreTrainedModel,
-    tap: AttentionTap,
+    tap: SourceTap,
     examples: Sequence[Example],
     score_fn: ScoreFn,
     query_position: QueryPosition,

@@ -116,6 +116,21 @@ class Reader:
         place = place_of_reply(checked, self.tokenizer, text)
         return _example(text, checked[-1]["content"], place, ids, spans, policy_offsets)
 
+    def read_reply(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        response: str,
+        policy_offsets: Sequence[tuple[int, int]],
+    ) -> Example:
+        """A response to text, which it continues, or to messages.
+
+        Raises:
+            ValueError: as for ``read`` and ``read_messages``.
+        """
+        if isinstance(prompt, str):
+            return self.read(prompt, response, policy_offsets)
+        return self.read_messages([*prompt, {"role": "assistant", "content": response}], policy_offsets)
+
     def _encode(self, text: str, add_special_tokens: bool) -> tuple[list[int], list[tuple[int, int]]]:
         text.encode()  # an unpaired surrogate is no text
         if len(text) > self._max_characters:  # told before the memory of so many tokens is spent

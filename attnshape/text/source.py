@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from types import TracebackType
+from typing import Any, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from attnshape import credit
 from attnshape.ops import attention_column_credit, attention_credit, attention_rollout
 from attnshape.tap import AttentionTap
-from attnshape.text.load import QueryPosition
+from attnshape.tap.find import attention_layers
+from attnshape.text.load import Layers, QueryPosition, SourceName
+from attnshape.text.score_fn import ScoreFn
 from attnshape.types import Response
 
-SourceName: TypeAlias = Literal[
-    "attention", "columns", "rollout", "signed_rollout", "gradient_value", "gradient_embedding"
-]
+FIRST_LOGIT = ScoreFn(((1.0, 0),))
+_LAYERED = ("attention", "columns", "gradient_value")
+_WHOLE = ("attention", "columns")
 
 
 @dataclass(frozen=True)
@@ -28,19 +33,44 @@ class CreditSource:
     Args:
         name: ``"attention"``: the row of the token that is scored; ``"columns"``: the attention among the
             response's own tokens; ``"rollout"``: attention carried down through all layers; and with signs
-            ``"signed_rollout"``, ``"gradient_value"`` and ``"gradient_embedding"``. See ``CREDIT.md``.
-        layer: which attention layer, negative from the last, as for ``AttentionTap``.
+            ``"signed_rollout"``, ``"gradient_value"``, ``"gradient_embedding"``, and ``"leave_one_out"``,
+            which scores the text again without each token. See ``docs/sources.md``.
+        layer: which attention layer, negative from the last, as for ``AttentionTap``; several, or ``"all"``,
+            are averaged (``"attention"`` and ``"columns"``).
+        span: of ``"leave_one_out"``: how many tokens are deleted together; each gets an equal share.
 
     Raises:
-        ValueError: no such source.
+        ValueError: no such source; a layer or span that it does not take.
     """
 
     name: SourceName = "attention"
-    layer: int | Sequence[int] | None = None
+    layer: Layers | None = None
+    span: int = 1
 
     def __post_init__(self) -> None:
         if self.name not in get_args(SourceName):
             raise ValueError(f"source: got {self.name!r}, want one of {get_args(SourceName)}")
+        if self.layer is not None and not isinstance(self.layer, int | str):
+            object.__setattr__(self, "layer", tuple(self.layer))
+        if self.layer is not None and self.name not in _LAYERED:
+            raise ValueError(f"layer: got {self.layer!r}, want none for source={self.name!r}")
+        if self.layer is not None and not isinstance(self.layer, int) and self.name not in _WHOLE:
+            raise ValueError(f"layer: got {self.layer!r}, want one layer for source={self.name!r}")
+        if isinstance(self.layer, str) and self.layer != "all":
+            raise ValueError(f"layer: got {self.layer!r}, want an int, several, or 'all'")
+        if self.span != 1 and self.name != "leave_one_out":
+            raise ValueError(f"span: got {self.span}, want 1 for source={self.name!r}")
+        if not isinstance(self.span, int) or self.span < 1:
+            raise ValueError(f"span: got {self.span!r}, want 1 or more")
+
+    def __str__(self) -> str:
+        if self.span != 1:
+            return f"{self.name}, {self.span} tokens"
+        if self.layer is None:
+            return self.name
+        if isinstance(self.layer, int):
+            return f"{self.name}, layer {self.layer}"
+        return f"{self.name}, {'all' if self.layer == 'all' else ' '.join(map(str, self.layer))} layers"
 
     @property
     def signed(self) -> bool:
@@ -50,23 +80,44 @@ class CreditSource:
     @property
     def of_score(self) -> bool:
         """Whether weights say how far a token moved the score up or down, not which share of it is its."""
+        return self.differentiates or self.name == "leave_one_out"
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether the forward is one with gradients."""
         return self.name in ("gradient_value", "gradient_embedding")
 
-    def tap(self, model: nn.Module, query_position: QueryPosition = "pooled") -> AttentionTap:
+    def tap(
+        self,
+        model: nn.Module,
+        query_position: QueryPosition = "pooled",
+        *,
+        score_fn: ScoreFn = FIRST_LOGIT,
+        batch_tokens: int = 16384,
+    ) -> SourceTap:
         """Of a model, not yet open; an integer position is to be set for each forward.
+
+        Args:
+            score_fn, batch_tokens: of the forwards of ``"leave_one_out"``.
 
         Raises:
             TypeError, ValueError: as for ``AttentionTap``: the model cannot be read so.
         """
+        if self.name == "leave_one_out":
+            return Rescoring(model, score_fn, batch_tokens)
         position: Any = "last_visible" if isinstance(query_position, int) else query_position
+        layer: Any = self.layer
+        if layer == "all":
+            models = {n: m for n, m in model.named_modules() if isinstance(m, PreTrainedModel)}
+            layer = range(len(attention_layers(model, models)))
         if self.name == "columns":
-            return AttentionTap(model, self.layer, query_position="all")
-        return AttentionTap(model, self.layer, source=self.name, query_position=position)
+            return AttentionTap(model, layer, query_position="all")
+        return AttentionTap(model, layer, source=self.name, query_position=position)
 
     @contextmanager
-    def opened(self, tap: AttentionTap) -> Iterator[None]:
+    def opened(self, tap: SourceTap) -> Iterator[None]:
         """For one forward, with gradients where the source needs them, whatever the caller's mode is."""
-        with torch.inference_mode(not self.of_score), torch.set_grad_enabled(self.of_score), tap:
+        with torch.inference_mode(not self.differentiates), torch.set_grad_enabled(self.differentiates), tap:
             yield
 
     def weights(self, taken: Any, score: Tensor, response: Response) -> Tensor:
@@ -86,7 +137,85 @@ class CreditSource:
             return attention_rollout(taken, response, normalization="none")
         if self.name == "signed_rollout":
             return credit.signed_rollout(taken, response)
+        if self.name == "leave_one_out":
+            rank = (response.mask != 0).cumsum(-1) - 1
+            asked: Asked = taken
+            return asked.weights(score, response, rank // self.span)
         return credit.gradient_weights(score, taken, response)
 
 
-ATTENTION = CreditSource()
+class Rescoring:
+    """A model's tap for leave-one-out: remembers what a forward read, which is then read again without parts.
+
+    Args:
+        score_fn, batch_tokens: of the forwards that follow.
+    """
+
+    def __init__(self, model: nn.Module, score_fn: ScoreFn = FIRST_LOGIT, batch_tokens: int = 16384) -> None:
+        self.model, self.score_fn, self.batch_tokens = model, score_fn, batch_tokens
+        self.query_position: Any = "pooled"  # no row is read
+        self._calls: list[dict[str, Any]] = []
+        self._hook: RemovableHandle | None = None
+
+    def __enter__(self) -> Rescoring:
+        self._calls = []
+        self._hook = self.model.register_forward_pre_hook(self._on_call, with_kwargs=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._hook is not None
+        self._hook.remove()
+
+    def _on_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._calls.append(dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs)
+
+    def take(self) -> Asked:
+        """What the one forward since the last ``take`` read.
+
+        Raises:
+            RuntimeError: no forward ran, or more than one.
+            ValueError: it read more than ids and their mask.
+        """
+        calls, self._calls = self._calls, []
+        if len(calls) != 1:
+            raise RuntimeError(f"take() wants exactly one forward since the last take(), got {len(calls)}")
+        (given,) = calls
+        more = [name for name, x in given.items() if isinstance(x, Tensor) and x.any()]
+        more = [name for name in more if name not in ("input_ids", "attention_mask")]
+        if more or given.get("input_ids") is None:
+            raise ValueError(
+                "source: 'leave_one_out' wants a forward of input_ids and attention_mask, got "
+                f"{', '.join(more) or 'no input_ids'}"
+            )
+        return Asked(self, given["input_ids"], given.get("attention_mask"))
+
+
+class Asked(NamedTuple):
+    """What a forward read."""
+
+    tap: Rescoring
+    input_ids: Tensor
+    attention_mask: Tensor | None
+
+    def weights(self, score: Tensor, response: Response, spans: Tensor) -> Tensor:
+        model: Any = self.tap.model
+
+        def score_of(ids: Tensor, mask: Tensor) -> Tensor:
+            return self.tap.score_fn(model(input_ids=ids, attention_mask=mask).logits.float())
+
+        config = getattr(model, "config", None)
+        return credit.leave_one_out(
+            score_of,
+            self.input_ids,
+            response,
+            score=score,
+            attention_mask=self.attention_mask,
+            spans=spans,
+            pad_token_id=None if config is None else config.get_text_config().pad_token_id,
+            batch_tokens=self.tap.batch_tokens,
+        )
+
+
+SourceTap: TypeAlias = AttentionTap | Rescoring

@@ -176,7 +176,7 @@ def depth(
 
 @app.command()
 def summary(*, out: Out = RESULTS) -> None:
-    """Fold new runs into the tables; write summary.json, the figures, and the tables of the READMEs."""
+    """Fold new runs into the tables; write summary.json, the figures, and the tables of the pages."""
     paper = json.loads((HERE / "paper_figures.json").read_text())
     with _refusing():
         collect(out, (RUNS, MODELS))
@@ -193,7 +193,10 @@ def summary(*, out: Out = RESULTS) -> None:
     figures.speed(results, out / "credit_and_speed.png")
     made = tables(json.loads(to_json(found)), paper)
     if out == RESULTS:
-        for page, own in ((HERE / "README.md", made), (ROOT / "README.md", in_short(found["claims"]))):
+        for page, own in (
+            (HERE / "README.md", made),
+            (ROOT / "docs" / "evidence.md", in_short(found["claims"])),
+        ):
             filled = fill(page.read_text(encoding="utf-8"), own)
             with whole_file(page) as file:
                 file.write(filled)

@@ -81,8 +81,8 @@ IN_SHORT = (
     "ABC is ahead of sparse, 4-layer reward model, both at lambda 1",
     "gradient x value, signed is ahead of sparse, 4-layer reward model, both at lambda 1",
 )
-"""The claims that the project's README shows."""
-README_TABLE = "the paper's claims, in short"
+"""The claims that docs/evidence.md shows."""
+IN_SHORT_TABLE = "the paper's claims, in short"
 CREDIT_TABLES = [f"{reward}, {n} tokens" for reward in ("lexical", "contextual") for n in (12, 50)]
 
 
@@ -163,9 +163,9 @@ def claims(found: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def in_short(found: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
-    """The table of the project's README, by the name of its marker."""
+    """The table of docs/evidence.md, by the name of its marker."""
     by_text = {claim["claim"]: claim for group in found.values() for claim in group}
-    return {README_TABLE: _table(CLAIM_HEADS, [_claim(by_text[text]) for text in IN_SHORT])}
+    return {IN_SHORT_TABLE: _table(CLAIM_HEADS, [_claim(by_text[text]) for text in IN_SHORT])}
 
 
 def coverage(found: dict[str, list[int]]) -> str:

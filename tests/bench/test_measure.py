@@ -124,7 +124,7 @@ def test_quick_cases_have_every_operation_but_credit_alone(device: torch.device)
 
 
 def bench(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["bench", *map(str, arguments)], env={"COLUMNS": "160"})
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)], env={"COLUMNS": "200"})
 
 
 @pytest.fixture
@@ -148,9 +148,10 @@ def test_the_command_shows_ours_beside_the_baseline_and_the_copy(
     assert [row["case"] for row in found["measured"]] == [case.name for case in few_cases]
     for case, row in zip(few_cases, found["measured"], strict=True):
         line = next(line for line in result.stdout.splitlines() if case.name in line)
-        gain = row["ratios"][PLAIN]["value"]
         assert f" {case.bytes / 1e6:.2f} " in line
-        assert str(Ratio(gain, gain, gain)) in line
+        assert str(Ratio(**row["ratios"][PLAIN])) in line or "unsteady" in line
+    assert len(found["load"]) == 2
+    assert f"load before {found['load'][0]:.1f}, after {found['load'][1]:.1f}" in result.stdout
 
 
 def test_the_command_fails_where_a_result_is_wrong(

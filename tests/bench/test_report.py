@@ -1,4 +1,4 @@
-"""The report, the README's section and the guard: every figure from a file."""
+"""The report, the section of docs/performance.md and the guard: every figure from a file."""
 
 from __future__ import annotations
 
@@ -107,9 +107,9 @@ def file(tmp_path: Path) -> Path:
     return write(tmp_path / "abacus" / "bench.json", BENCHMARKS)
 
 
-def test_the_readmes_section_is_that_of_the_committed_runs() -> None:
+def test_the_pages_section_is_that_of_the_committed_runs() -> None:
     """If this fails: python -m benchmarks.report."""
-    assert report.readme_section(committed()) in report.README.read_text()
+    assert report.page_section(committed()) in report.PAGE.read_text()
 
 
 def test_reports_are_those_of_the_committed_runs() -> None:
@@ -156,12 +156,12 @@ def test_plots_are_drawn_of_what_there_is(file: Path, tmp_path: Path) -> None:
     assert report.draw(load(alone)) == []
 
 
-def test_the_readmes_section_names_file_machine_and_versions(
+def test_the_pages_section_names_file_machine_and_versions(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "ROOT", file.parents[1])
-    section = report.readme_section([load(file)])
-    assert "[`abacus/bench.json`](abacus/bench.json) of 2026-11-24 (Abacus, 2 threads" in section
+    section = report.page_section([load(file)])
+    assert "[`abacus/bench.json`](../abacus/bench.json) of 2026-11-24 (Abacus, 2 threads" in section
     assert "torch 2.13.0" in section
     assert "| forward, B 2 S 1024: 1.03 x the bare forward | 1.05 x | **missed** |" in section
     assert "| verl 0.9.1 | 61 to 61 |" in section
@@ -171,26 +171,26 @@ def test_the_readmes_section_names_file_machine_and_versions(
     gpu = load(
         write(file.parents[1] / "gpu" / "bench.json", {}, machine_info=MACHINE | {"device_type": "cuda"})
     )
-    assert "No GPU figure" not in report.readme_section([gpu])
+    assert "No GPU figure" not in report.page_section([gpu])
 
 
-def test_the_readmes_section_is_written_between_its_marks(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    section = report.readme_section([])
+def test_the_pages_section_is_written_between_its_marks(tmp_path: Path) -> None:
+    page = tmp_path / "performance.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    section = report.page_section([])
     for _ in range(2):
-        report.write_readme(section, readme)
-        assert readme.read_text() == f"before\n{section}\nafter\n"
-    readme.write_text("nothing")
+        report.write_page(section, page)
+        assert page.read_text() == f"before\n{section}\nafter\n"
+    page.write_text("nothing")
     with pytest.raises(ValueError, match="has no section between"):
-        report.write_readme(section, readme)
+        report.write_page(section, page)
 
 
-def test_files_that_are_given_do_not_reach_the_readme(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = report.README.read_text()
+def test_files_that_are_given_do_not_reach_the_page(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = report.PAGE.read_text()
     monkeypatch.setattr(sys, "argv", ["report", str(file)])
     report.main()
-    assert report.README.read_text() == before
+    assert report.PAGE.read_text() == before
     assert file.with_name("report.md").read_text() == report.report(load(file))
 
 

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from attnshape.bench import timing as module
-from attnshape.bench.timing import Ratio, Timing, copy_calls, host_timing, ratio_of, sets_for, time_calls
+from attnshape.bench.timing import (
+    Ratio,
+    Timing,
+    copy_calls,
+    host_timing,
+    ratio_of,
+    sets_for,
+    steady_ratio,
+    time_calls,
+)
 
 CPU = torch.device("cpu")
 
@@ -65,9 +74,25 @@ def test_tails_are_cut_at_the_tenth() -> None:
     assert ratio_of(samples, Timing((1.0,) * 20, "clock", 1.0)) == Ratio(10.5, 3.0, 18.0)
 
 
-@pytest.mark.parametrize(("value", "text"), [(1.234, "1.23"), (12.34, "12.3"), (123.4, "123")])
-def test_a_ratio_in_three_digits(value: float, text: str) -> None:
-    assert str(Ratio(value, value, value)) == text
+@pytest.mark.parametrize(
+    ("ratio", "text"),
+    [
+        ((1.234, 1.2, 1.3), "1.23 (1.20 to 1.30)"),
+        ((12.34, 12, 13), "12.3 (12.0 to 13.0)"),
+        ((123.4, 99.6, 130), "123 (100 to 130)"),
+    ],
+)
+def test_a_ratio_in_three_digits_with_its_spread(ratio: tuple[float, float, float], text: str) -> None:
+    assert str(Ratio(*ratio)) == text
+
+
+def test_a_ratio_that_moved_by_more_than_it_spreads_is_none() -> None:
+    ones = Timing((1.0,) * 20, "clock", 1.0)
+    early, late = [2.0, 2.1] * 5, [3.0, 3.1] * 5
+    assert steady_ratio(Timing(tuple(early + late), "clock", 1.0), ones) is None
+    mixed = Timing(tuple(early[:5] + late[:5] + early[5:] + late[5:]), "clock", 1.0)
+    assert steady_ratio(mixed, ones) == ratio_of(mixed, ones)
+    assert steady_ratio(ones, ones) == Ratio(1.0, 1.0, 1.0)
 
 
 def test_host_timing(clock: FakeTime) -> None:

@@ -16,7 +16,7 @@ import torch
 from parity.toys import Offline, save_policy, save_reward_model
 
 from attnshape.integrations import reward
-from attnshape.integrations.reward import ATTEMPTS, reward_model, token_rewards
+from attnshape.integrations.reward import ATTEMPTS, Unscored, reward_model, token_rewards
 from attnshape.text.model import Scored
 from attnshape.text.turns import spans_of
 
@@ -83,7 +83,7 @@ def test_a_reward_that_is_not_finite_is_an_error(folder: Path, policy: Any, tmp_
         model.score.weight.fill_(torch.inf)
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(folder / "reward_model").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="score or attention is not finite"):
+    with pytest.raises(Unscored, match="score or attention is not finite"):
         ask(reward_model(model=str(tmp_path)), "Good? ", "Yes", [(0, 3)])
 
 
@@ -102,6 +102,11 @@ def test_token_rewards() -> None:
     assert token_rewards(2.0, [0.0] * 4, mask, dense_share=0.75).tolist() == pytest.approx([0, 0, 0, 2.0])
     with pytest.raises(ValueError, match="credit: got 3 weights for a response of 4 tokens"):
         token_rewards(2.0, credit[:3], mask, dense_share=0.75)
+    signed = token_rewards(3.0, None, mask, dense_share=0.5, signed=[2.0, -1.0, 0.0, -1.0])
+    assert signed.tolist() == pytest.approx([0.5 + 1.0, 0.5 - 0.5, 0.0, 0.5 - 0.5 + 1.5])
+    for both in ({}, {"signed": [0.0] * 4}):
+        with pytest.raises(ValueError, match="want either credit or signed token rewards"):
+            token_rewards(2.0, credit if both else None, mask, dense_share=0.75, **both)
 
 
 READY = json.dumps({"status": "ready", "workers": []})
@@ -186,12 +191,27 @@ def test_a_server_that_stays_overloaded(server: Server) -> None:
 
 def test_a_completion_that_the_server_refuses(server: Server) -> None:
     server.answers["/score"] = [(422, '{"error": "too long"}')]
-    with pytest.raises(ValueError, match=r'/score: 422 {"error": "too long"}'):
+    with pytest.raises(Unscored, match=r'/score: 422 {"error": "too long"}'):
         ask(reward_model(url=server.url), "Good? ", "Yes", [(0, 3)])
     server.answers["/score"] = [(200, '{"error": "not finite"}')]
-    with pytest.raises(ValueError, match="/score: not finite"):
+    with pytest.raises(Unscored, match="/score: not finite"):
         ask(reward_model(url=server.url), "Good? ", "Yes", [(0, 3)])
-    assert len(server.got) == 2
+    server.answers["/score"] = [(401, '{"error": "no key"}')]  # of more than this completion
+    with pytest.raises(ValueError, match="401") as caught:
+        ask(reward_model(url=server.url), "Good? ", "Yes", [(0, 3)])
+    assert not isinstance(caught.value, Unscored)
+    assert len(server.got) == 3
+
+
+def test_a_server_whose_source_has_signs(server: Server) -> None:
+    answer = {"score": -0.5, "credit": None, "token_rewards": [0.25, -0.25], "metrics": {}}
+    server.answers["/score"] = [(200, json.dumps(answer))]
+    judge = reward_model(url=server.url)
+    assert ask(judge, "Good? ", "Yes!", [(0, 3), (3, 4)]) == Scored(-0.5, None, {}, [0.25, -0.25])
+    for wrong in ([0.25], [0.25, "x"], None):
+        server.answers["/score"] = [(200, json.dumps(answer | {"token_rewards": wrong}))]
+        with pytest.raises(ValueError, match="/score: want token_rewards"):
+            ask(judge, "Good? ", "Yes!", [(0, 3), (3, 4)])
 
 
 def test_a_server_is_waited_for_while_it_loads(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

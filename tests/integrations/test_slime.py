@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attnshape import ShapingConfig, reference
 from attnshape.integrations import framework, slime
+from attnshape.integrations.reward import Unscored
 from attnshape.text.model import Scored
 
 MODULE = "attnshape.integrations.slime"
@@ -30,6 +31,7 @@ class Sample:
     prompt: Any = "Good? "
     loss_mask: list[int] | None = None
     reward: float | None = None
+    remove_sample: bool = False
     metadata: dict[str, Any] | None = field(default_factory=dict)
 
     def get_reward_value(self, args: Namespace) -> float:
@@ -133,6 +135,34 @@ def test_scores_and_what_the_reward_model_is_asked(monkeypatch: pytest.MonkeyPat
     assert asked["2"] == (response, [(s, e if m else s) for (s, e), m in zip(spans, mask, strict=True)])
     assert asked["3"] == ("", [])
     assert whole.metadata == {slime.CREDIT: [0.5] * len(ids), slime.METRICS: {}}
+
+
+@pytest.mark.usefixtures("present")
+def test_a_sample_without_a_score_is_taken_out_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def judge(prompt: Any, response: str, offsets: list[tuple[int, int]]) -> Scored:
+        if prompt == "long":
+            raise Unscored("too long")
+        if prompt == "down":
+            raise ValueError("no such server")
+        return Scored(2.0, None, {}, [0.5] + [0.0] * (len(offsets) - 2) + [-0.5])
+
+    monkeypatch.setattr(slime, "reward_model", lambda **_: judge)
+    ids = slime._tokenizer("policy")("It was not bad.")["input_ids"]
+    long, fine, down = (Sample(ids, len(ids), prompt=prompt) for prompt in ("long", "fine", "down"))
+    assert asyncio.run(slime.custom_rm(arguments(), [long, fine])) == [0.0, 2.0]
+    assert (long.remove_sample, fine.remove_sample) == (True, False)
+    assert long.metadata == {slime.METRICS: {"unscored": "too long"}}
+    long.reward, fine.reward = 0.0, 2.0
+    raw, (of_long, of_fine) = slime.post_process_rewards(
+        arguments(attnshape={"dense_share": 0.5}), [long, fine]
+    )
+    assert raw == [0.0, 2.0]
+    assert not of_long.any()
+    even = 1.0 / len(ids)
+    expected = [even + 0.25] + [even] * (len(ids) - 2) + [even - 0.25 + 1.0]
+    assert of_fine.tolist() == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="no such server"):
+        asyncio.run(slime.custom_rm(arguments(), down))
 
 
 @pytest.mark.usefixtures("present")

@@ -21,13 +21,13 @@ def test_the_tables_of_both_pages_are_the_committed_summarys() -> None:
     paper = json.loads((HERE / "paper_figures.json").read_text())
     summary = json.loads((RESULTS / "summary.json").read_text())
     assert fill(page, tables(summary, paper)) == page
-    page = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "evidence.md").read_text()
     assert f"{len(chosen())} runs of" in page
     assert fill(page, in_short(summary["claims"])) == page
 
 
 def test_what_the_recipe_says_of_overlap_and_precision() -> None:
-    """The bounds and the two exceptions in CREDIT.md, over every reward model of the study."""
+    """The bounds and the two exceptions in docs/sources.md, over every reward model of the study."""
     last = [m["lengths"]["50"]["sources"]["last row"] for m in Results(RESULTS).models]
     low = [x["precision_at_k"] for x in last if x["overlap"] < 0.12]
     high = [x["precision_at_k"] for x in last if x["overlap"] > 0.4]

@@ -168,7 +168,6 @@ REFUSED: dict[str, tuple[Any, int, str]] = {
     "empty": ({"prompt": "a", "response": ""}, 422, "the response has no token"),
     "offsets outside": ({**PAIR, "offsets": [[0, 6]]}, 422, "offsets[0]: got [0, 6]"),
     "offsets in disorder": ({**PAIR, "offsets": [[3, 5], [0, 3]]}, 422, "want them in order"),
-    "one of a list": ([PAIR, LONG], 422, "[1]: "),
     "a template's no": ({"messages": [{"role": "nobody"}, TURN]}, 422, "the chat template fails: who?"),
     "messages of the user": ({"messages": [{"role": "user", "content": "a"}]}, 422, "must end with one"),
     "no text": ({"messages": [{**TURN, "content": 1}]}, 422, '"content" must be a string'),
@@ -188,6 +187,34 @@ def test_bad_requests_are_told_why(server: Server, body: Any, status: int, messa
 
     run(test)
     assert len(server.pool.queue) == 0
+
+
+def test_one_of_a_list_that_cannot_be_read_costs_no_other(server: Server) -> None:
+    async def test() -> None:
+        both = asyncio.create_task(server.post([LONG, PAIR]))
+        await server.has_waiting(1)
+        server.answer(GOOD)
+        response = await both
+        assert response.status_code == 200
+        first, second = strict_json(response)
+        assert set(first) == {"error"}
+        assert "more than the 64 that the model takes" in first["error"]
+        assert second["score"] == GOOD.score
+        response = await server.post([LONG, LONG])
+        assert [set(one) for one in strict_json(response)] == [{"error"}] * 2
+
+    run(test)
+
+
+def test_a_source_with_signs_answers_token_rewards(server: Server) -> None:
+    async def test() -> None:
+        one = asyncio.create_task(server.post({**PAIR, "offsets": OFFSETS}))
+        await server.has_waiting(1)
+        server.answer(Scored(1.5, None, METRICS, [0.5, -0.5]))
+        body = strict_json(await one)
+        assert body == {"score": 1.5, "credit": None, "token_rewards": [0.5, -0.5], "metrics": METRICS}
+
+    run(test)
 
 
 def test_other_types_paths_and_methods(server: Server) -> None:

@@ -289,7 +289,7 @@ def test_options_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attnshape.serve.app.run", lambda *arguments: calls.append(arguments[:3]))
     assert CliRunner().invoke(app, ["serve", "m", "--devices", "cpu"]).exit_code == 0
     arguments = """
-        serve m --host 0.0.0.0 --port 9 --devices cuda:0,cuda:1 --score-fn logit[1] --layer 3
+        serve m --host 0.0.0.0 --port 9 --devices cuda:0,cuda:1 --score-fn logit[1] --layer 3 --source columns
         --max-batch-tokens 7 --max-pending 8 --max-body-bytes 9 --query-position -1 --trust-remote-code
         --api-key secret
     """.split()
@@ -299,6 +299,7 @@ def test_options_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
         model="m",
         score_fn=parse_score_fn("logit[1]"),
         devices=("cuda:0", "cuda:1"),
+        source="columns",
         layer=3,
         max_batch_tokens=7,
         max_pending=8,
@@ -338,4 +339,4 @@ def test_without_the_extra_it_says_what_to_install() -> None:
     code = "import sys; sys.modules['fastapi'] = None; from attnshape.cli import app; app(['serve', 'm'])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr == "attnshape serve needs: pip install 'attnshape[serve]'\n"
+    assert result.stderr == "attnshape serve needs: pip install fastapi uvicorn prometheus-client\n"

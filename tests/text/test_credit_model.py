@@ -14,7 +14,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import attnshape
 from attnshape import AttentionTap, CreditModel, Response, credit
-from attnshape.text.source import CreditSource, SourceName
+from attnshape.text.load import SourceName
+from attnshape.text.source import CreditSource
+from attnshape.text.turns import spans_of
 
 TALK = [{"role": "user", "content": "Was the film any good?"}]
 PROMPTS: list[Any] = ["Was the film any good? ", TALK, "the plot"]
@@ -63,6 +65,15 @@ def by_hand(world: World, source: str, ids: list[int]) -> tuple[Tensor, Tensor]:
     inputs = tokenizer(text, return_tensors="pt")
     mask = torch.ones_like(inputs["input_ids"])
     response = Response(mask, start=torch.zeros(1, dtype=torch.int32))
+    if source == "leave_one_out":
+        whole = inputs["input_ids"][0].tolist()
+        texts = [whole] + [whole[:i] + whole[i + 1 :] for i in range(len(whole))]
+        with torch.no_grad():
+            scores = torch.stack(
+                [model(torch.tensor([ids])).logits[0, 0] if ids else torch.tensor(0.0) for ids in texts]
+            )
+        moves = scores[0] - scores[1:]
+        return scores[:1], moves if len(whole) > 1 else torch.zeros(1)
     options: Any = {"query_position": "all"} if source == "columns" else {}
     tapped: Any = "attention" if source == "columns" else source
     with AttentionTap(model, source=tapped, **options) as tap:
@@ -82,7 +93,8 @@ def by_hand(world: World, source: str, ids: list[int]) -> tuple[Tensor, Tensor]:
 def test_every_source_is_its_own_function(world: World, source: SourceName) -> None:
     judge = CreditModel(world.reward, source=source)
     out = judge([""] * 3, world.ids, world.policy)
-    assert judge.signed == (source in ("signed_rollout", "gradient_value", "gradient_embedding"))
+    signed = ("signed_rollout", "gradient_value", "gradient_embedding", "leave_one_out")
+    assert judge.signed == (source in signed)
     for i, ids in enumerate(world.ids):
         score, expected = by_hand(world, source, ids)
         torch.testing.assert_close(out.score[i], score[0], rtol=1e-4, atol=1e-5)
@@ -107,10 +119,46 @@ def test_forwards_take_so_many_tokens(world: World, batch_tokens: int, sizes: li
     torch.testing.assert_close(out.weights, whole.weights, rtol=1e-4, atol=1e-6)
 
 
-def test_a_signed_source_gives_no_credit(world: World) -> None:
-    judge = CreditModel(world.reward, source="gradient_value")
-    with pytest.raises(ValueError, match="source: 'gradient_value' has signs"):
-        judge.score([judge.reader().read("", "good")])
+@pytest.mark.parametrize("source", ["signed_rollout", "gradient_value", "leave_one_out"])
+def test_a_signed_source_gives_token_rewards(world: World, source: SourceName) -> None:
+    """Of the reward model's tokens, and of the policy's: those without text get none, and a row sums to 0."""
+    judge = CreditModel(world.reward, source=source)
+    ids = world.ids[0]
+    score, weights = by_hand(world, source, ids)
+    if source == "signed_rollout":
+        weights = score * weights
+    text, offsets = spans_of(world.policy, ids, [1] * len(ids))
+    reader = judge.reader()
+    own, policys = judge.score([reader.read("", text), reader.read("", text, offsets)])
+    assert own.credit is policys.credit is None
+    centred = weights - weights.mean()
+    torch.testing.assert_close(torch.tensor(own.token_rewards), centred, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(sum(own.rewards), score.item(), rtol=1e-4, atol=1e-5)
+    assert policys.token_rewards is not None
+    assert policys.token_rewards[-1] == 0  # the end of the text has none
+    assert sum(policys.token_rewards) == pytest.approx(0, abs=1e-5)
+    carried = judge([""], [ids], world.policy).weights[0]
+    if source == "signed_rollout":
+        carried = score * carried
+    expected = carried[:-1] - carried[:-1].mean()
+    torch.testing.assert_close(torch.tensor(policys.token_rewards[:-1]), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_leave_one_out_by_spans(world: World) -> None:
+    ids = world.ids[0]
+    whole = CreditModel(world.reward, source="leave_one_out")
+    spans = CreditModel(world.reward, source="leave_one_out", span=3)
+    example = whole.reader().read("the plot", TEXTS[0])
+    asked: list[int] = []
+    spans.model.register_forward_pre_hook(lambda *x: asked.append(len(x[-1]["input_ids"])), with_kwargs=True)
+    found = spans.weigh([example]).weights[0]
+    n = len(example.positions)
+    assert sum(asked) == 1 + -(-n // 3)
+    with torch.no_grad():
+        left = [x for i, x in enumerate(example.input_ids) if i not in example.positions[3:6]]
+        scores = [whole.model(torch.tensor([x])).logits[0, 0] for x in (example.input_ids, left)]
+    torch.testing.assert_close(found[3:6], ((scores[0] - scores[1]) / 3).expand(3), rtol=1e-4, atol=1e-5)
+    assert whole([""], [ids], world.policy).weights.any()
 
 
 def test_scored_is_the_sources_too(world: World) -> None:
@@ -143,18 +191,70 @@ def test_what_does_not_fit_is_refused(world: World, tmp_path: Path) -> None:
         judge(["", ""], world.ids, world.policy)
     with pytest.raises(ValueError, match=r"masks\[0\]: got 1 for a response of"):
         judge([""], world.ids[:1], world.policy, masks=[[1]])
-    with pytest.raises(ValueError, match=r"completion 1: .*more than the 512"):
-        judge(["", ""], [world.ids[0], world.ids[0] * 80], world.policy)
     with pytest.raises(ValueError, match="source: got 'magic', want one of"):
         CreditModel(world.reward, source="magic")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batch_tokens: got 0"):
         CreditModel(world.reward, batch_tokens=0)
-    with pytest.raises(ValueError, match=r"layer: got 1, want none for source='rollout'"):
-        CreditModel(world.reward, source="rollout", layer=1)
+    for options, message in (
+        ({"source": "rollout", "layer": 1}, r"layer: got 1, want none for source='rollout'"),
+        ({"source": "leave_one_out", "layer": 1}, r"layer: got 1, want none for source='leave_one_out'"),
+        ({"source": "gradient_value", "layer": "all"}, "layer: got 'all', want one layer"),
+        ({"layer": "every"}, "layer: got 'every', want an int, several, or 'all'"),
+        ({"layer": 9}, "layer"),
+        ({"span": 2}, "span: got 2, want 1 for source='attention'"),
+        ({"source": "leave_one_out", "span": 0}, "span: got 0, want 1 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CreditModel(world.reward, **options)
     with pytest.raises(ValueError, match="has 2 labels, so 'logit' alone is ambiguous"):
         CreditModel(str(save(tmp_path / "two", "two_labels")))
     with pytest.raises(ValueError, match=r"is no reward model: it lacks score\.weight"):
         CreditModel(str(save(tmp_path / "causal", "causal")))
+
+
+def test_a_completion_without_a_score_costs_no_other(world: World) -> None:
+    """Too long, no text, not finite: said, beside a score that is missing as where a function of TRL's is."""
+    model = AutoModelForSequenceClassification.from_pretrained(world.reward).eval()
+    judge = CreditModel(model)
+    fine = judge([""], world.ids[:1], world.policy)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[judge.tokenizer.encode(";", add_special_tokens=False)[0]] = (
+            torch.nan
+        )
+    semicolon = world.policy.encode("good;", add_special_tokens=False)
+    out = judge([""] * 4, [world.ids[0], world.ids[0] * 80, [], semicolon], world.policy)
+    assert out.score.isnan().tolist() == [False, True, True, True]
+    torch.testing.assert_close(out.score[0], fine.score[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.weights[0, : len(world.ids[0])], fine.weights[0], rtol=1e-4, atol=1e-6)
+    assert not out.weights[1:].any()
+    assert out.errors[0] is None
+    for said, reason in zip(
+        out.errors[1:], ("more than the 512", "the text has no token", "not finite"), strict=True
+    ):
+        assert said is not None
+        assert reason in said
+    advantages = attnshape.group_advantages(out.score, out.weights, out.mask, group=4).advantages
+    assert not advantages[1:].any()
+    assert advantages.isfinite().all()
+
+
+def test_leave_one_out_refuses_what_it_cannot_ask_again(world: World) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(world.reward).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    for inputs, message in (
+        (
+            {"inputs_embeds": torch.ones(1, 3, 32)},
+            "wants a forward of input_ids and attention_mask, got inputs_embeds",
+        ),
+        ({"input_ids": ids, "position_ids": ids}, "got position_ids"),
+    ):
+        tap = CreditSource("leave_one_out").tap(model)
+        with torch.no_grad(), tap:
+            model(**inputs)
+        with pytest.raises(ValueError, match=message):
+            tap.take()
+    with pytest.raises(RuntimeError, match="exactly one forward since the last take"):
+        tap.take()
 
 
 def test_the_grad_mode_is_the_callers_again(world: World) -> None:

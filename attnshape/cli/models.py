@@ -1,0 +1,219 @@
+"""``credit``, ``audit`` and ``serve``: what a reward model says of text."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+
+from attnshape.cli.base import (
+    DEFAULT_DEVICE,
+    INTERRUPTED,
+    Device,
+    Layer,
+    Model,
+    Position,
+    ScoreFnText,
+    Source,
+    Span,
+    TrustRemoteCode,
+    app,
+    errors,
+    fail,
+    progress_bar,
+    reward_model_config,
+)
+from attnshape.files import whole_file
+
+if TYPE_CHECKING:
+    from attnshape.text.partial import Partial
+
+STANDARD = Path("-")
+
+
+@app.command()
+def credit(
+    model: Model,
+    completions: Annotated[
+        Path,
+        typer.Argument(
+            metavar="JSONL",
+            help='One {"prompt": …, "response": …} or {"messages": […]} per line; - for standard input.',
+        ),
+    ],
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSONL to write, - for standard output; by default JSONL's name + .credit.jsonl, or - for -."
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Page to write, each token coloured by its credit.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on behind what an interrupted run with these options wrote.")
+    ] = False,
+    source: Source = "attention",
+    layer: Layer = None,
+    span: Span = 1,
+    score_fn: ScoreFnText = "logit",
+    query_position: Position = "pooled",
+    trust_remote_code: TrustRemoteCode = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Completions per forward.")] = 16,
+    device: Device = DEFAULT_DEVICE,
+) -> None:
+    """Score completions with a reward model and write each token's credit.
+
+    Sources with signs (signed_rollout, gradient_value, gradient_embedding, leave_one_out) give token rewards
+    in its place, which sum to zero beside a score that is spread evenly.
+
+    Lines that cannot be read or scored are named with their number and skipped; the exit status is then 1.
+    Ctrl-C keeps what is written, in a file of its own whose name is said.
+    """
+    from attnshape.text.file import credit_file, credit_lines
+    from attnshape.text.model import CreditModel
+    from attnshape.text.partial import Partial
+
+    if out is None:
+        out = STANDARD if completions == STANDARD else completions.with_suffix(".credit.jsonl")
+    _check_files(completions, out, html, resume)
+    partial: Partial | None = None
+    try:
+        config = reward_model_config(model, score_fn, query_position, trust_remote_code, source, layer, span)
+        if out != STANDARD:
+            # Lines are known by their numbers, so only in a file that is the same, and of the same model.
+            read = [completions.resolve(), *_state(completions)] if completions.is_file() else []
+            weights = [_state(path) for path in sorted(Path(model).glob("*"))]
+            settings = {**vars(config), "completions": read, "weights": weights, "page": html is not None}
+            partial = Partial(out, html, settings, resumable=completions.is_file())
+            partial.check(resume)
+    except ValueError as error:
+        raise fail(error) from error
+    try:
+        credit_model = CreditModel.load(config, device)
+        credit_model.probe()
+        with progress_bar() as progress, contextlib.ExitStack() as stack:
+            total = completions.stat().st_size if completions.is_file() else None
+            task = progress.add_task(completions.name, total=total)
+            lines = (
+                sys.stdin.buffer if completions == STANDARD else stack.enter_context(completions.open("rb"))
+            )
+            options: dict[str, Any] = {
+                "title": f"Credit of {completions.name}",
+                "batch_size": batch_size,
+                "on_skip": lambda line, reason: errors.print(f"{completions}:{line}: skipped: {reason}"),
+                "on_read": lambda size: progress.advance(task, size),
+            }
+            if partial is not None:
+                counts = credit_file(credit_model, lines, partial, **options)
+            else:
+                page = None if html is None else stack.enter_context(whole_file(html))
+                counts = credit_lines(credit_model, lines, sys.stdout, page, **options)
+    except (ValueError, OSError) as error:
+        raise fail(f"{error}{_kept(partial)}") from error
+    except KeyboardInterrupt:
+        errors.print(f"interrupted{_kept(partial)}")
+        raise typer.Exit(INTERRUPTED) from None
+    changed = f", {counts.changed} of them changed by the chat template" if counts.changed else ""
+    errors.print(f"{counts.written} completions written to {out}{changed}, {counts.skipped} lines skipped")
+    if counts.skipped:
+        raise typer.Exit(1)
+
+
+def _kept(partial: Partial | None) -> str:
+    """Of a run that ended early."""
+    if partial is None or not partial.path.exists():
+        return ""
+    hint = ", --resume goes on behind it" if partial.resumable else ""
+    return f"; what is written is in {partial.path}{hint}"
+
+
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _check_files(source: Path, out: Path, html: Path | None, resume: bool) -> None:
+    """Before work starts."""
+    paths = [path for path in (source, out, html) if path is not None and path != STANDARD]
+    if html == STANDARD:
+        raise fail("--html: got -, want a file")
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise fail("the files that are read and written must be different ones")
+    if source != STANDARD and (not source.exists() or source.is_dir()):
+        raise fail(f"{source}: there is no such file")
+    for path in paths[source != STANDARD :]:
+        if not path.resolve().parent.is_dir():
+            raise fail(f"there is no folder {path.parent}")
+        if path.is_dir():
+            raise fail(f"{path} is a folder, want a file")
+    if resume and (out == STANDARD or not source.is_file()):
+        raise fail("--resume: want files; standard input cannot be read again")
+
+
+@app.command()
+def serve(
+    model: Model,
+    *,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; whoever reaches it can use the model.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any free one.")] = 8000,
+    devices: Annotated[
+        str | None,
+        typer.Option(help="One worker process each: cuda:0,cuda:1 or cpu; by default every GPU."),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="ATTNSHAPE_API_KEY", help="Token that requests must bring as 'Authorization: Bearer'."
+        ),
+    ] = None,
+    source: Source = "attention",
+    layer: Layer = None,
+    span: Span = 1,
+    score_fn: ScoreFnText = "logit",
+    query_position: Position = "pooled",
+    trust_remote_code: TrustRemoteCode = False,
+    max_batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Of a batch, padding included; longer completions are refused.")
+    ] = 16384,
+    max_pending: Annotated[
+        int, typer.Option(min=1, help="Completions held at once; more are asked to come again.")
+    ] = 2048,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Of a request.")] = 4 << 20,
+) -> None:
+    """Answer score and credit per token over HTTP: POST /score, GET /health, GET /metrics.
+
+    Sources with signs answer token_rewards, and null as credit.
+
+    SIGTERM or Ctrl-C ends it when all accepted requests are answered.
+    """
+    try:
+        from attnshape.serve.app import ServeConfig, run
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "prometheus_client", "uvicorn"):
+            raise
+        raise fail("attnshape serve needs: pip install fastapi uvicorn prometheus-client") from error
+
+    every = devices or ",".join(f"cuda:{i}" for i in range(torch.cuda.device_count())) or "cpu"
+    try:
+        config = ServeConfig(
+            **vars(
+                reward_model_config(model, score_fn, query_position, trust_remote_code, source, layer, span)
+            ),
+            devices=tuple(device.strip() for device in every.split(",")),
+            max_batch_tokens=max_batch_tokens,
+            max_pending=max_pending,
+            max_body_bytes=max_body_bytes,
+            api_key=api_key,
+        )
+        errors.print(f"loading {model} on {every}")
+        run(config, host, port, lambda url: errors.print(f"{model} on {every} is served at {url}"))
+    except (ValueError, OSError) as error:
+        raise fail(error) from error
