@@ -96,17 +96,15 @@ class Launch(NamedTuple):
     def variant(self, target: Any) -> Variant:
         from triton.compiler import make_backend
 
-        options = dict(self.options)
-        if target.backend == "hip":
-            options.pop("maxnreg", None)
         source = self.launcher.source(self.arguments)
-        return Variant(self.launcher.kernel, source, vars(make_backend(target).parse_options(options)))
+        options = make_backend(target).parse_options(dict(self.options))
+        return Variant(self.launcher.kernel, source, vars(options))
 
 
 Calls = Iterable[tuple[str, Callable[..., Any], dict[str, Any]]]
 
 
-def captured_launches(calls: Calls) -> Iterator[Launch]:
+def captured_launches(calls: Calls, backend: str = "cuda") -> Iterator[Launch]:
     """What the calls, each with a name and its arguments, would launch on a GPU; nothing is computed."""
     import torch
 
@@ -119,6 +117,7 @@ def captured_launches(calls: Calls) -> Iterator[Launch]:
         started.append((self, programs, options, {name: arguments[name] for name in self.constant}))
 
     Launcher.__call__ = capture  # type: ignore[method-assign]
+    torch.version.hip = "compiled offline" if backend == "hip" else None
     triton_backend.unsupported = lambda *_: None  # the tensors are on the CPU
     for name, call, given in calls:
         started.clear()
@@ -356,8 +355,13 @@ def measured(known: Facts, targets: Iterable[str] = TARGETS, wanted: str = "") -
 
     What is not ``known`` is compiled.
     """
-    launches = list(captured_launches(call for call in calls() if re.search(wanted, call[0])))
-    launched = {target: [launch.variant(gpu_of(target)) for launch in launches] for target in targets}
+    targets = list(targets)
+    by_backend = {
+        backend: list(captured_launches((x for x in calls() if re.search(wanted, x[0])), backend))
+        for backend in {TARGETS[target][0] for target in targets}
+    }
+    launches = {target: by_backend[TARGETS[target][0]] for target in targets}
+    launched = {target: [x.variant(gpu_of(target)) for x in launches[target]] for target in targets}
     needed = {
         (target, digest(variant, target)): variant
         for target, variants in launched.items()
@@ -366,7 +370,7 @@ def measured(known: Facts, targets: Iterable[str] = TARGETS, wanted: str = "") -
     facts_of = {place: known[place] for place in needed if place in known}
     facts_of |= compiled({place: variant for place, variant in needed.items() if place not in known})
     by_key = {(place[0], variant.key): facts_of[place] for place, variant in needed.items()}
-    return {target: found_of(target, launches, launched[target], by_key) for target in targets}, facts_of
+    return {x: found_of(x, launches[x], launched[x], by_key) for x in targets}, facts_of
 
 
 def compiled(missing: dict[tuple[str, str], Variant]) -> Facts:
@@ -481,12 +485,12 @@ def markdown(table: dict[str, Any]) -> str:
         "",
         f"By `python -m benchmarks.kernel_table` with triton {triton.__version__}; nothing here was timed.",
         "",
-        "A row per kernel and target, in each column the worst of its specialisations. *Programs*: how many a",
-        "multiprocessor holds, by registers, shared memory and warps (CUDA C++ Programming Guide, technical",
-        "specifications per compute capability; CDNA 3 ISA guide). *Loop*: the innermost one around the first",
-        "tensor-core product. Each specialisation has a line in `kernels.jsonl`.",
+        "A row per kernel and target, in each column the worst of its specialisations. *Programs*: how many",
+        "a multiprocessor holds, by registers, shared memory and warps (CUDA C++ Programming Guide, technical",
+        "specifications per compute capability; CDNA 3 ISA guide). *Instructions* and *barriers*: of the",
+        "innermost loop around the first tensor-core product. Each specialisation has a line in `kernels.jsonl`.",
         "",
-        "| kernel | target | specialisations | registers | shared memory | spills | programs | loop: instructions "
+        "| kernel | target | specialisations | registers | shared memory | spills | programs | instructions "
         "| barriers |",
         "|---|---|---|---|---|---|---|---|---|",
     ]

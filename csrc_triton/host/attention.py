@@ -345,7 +345,7 @@ def operands_of(layer: LayerInputs, n_layers: int = 1, only_kept: bool = False) 
     heavy = key.element_size() >= 4 or max(16, padded(group)) * padded(width) > 4096
     product = Product(
         G=group,
-        M=max(8, padded(group)),
+        M=max(16 if torch.version.hip else 8, padded(group)),
         D=width,
         BLOCK_D=16 if heavy or (not wide and not interpreted()) else max(16, padded(width)),
         STRIDE_QD=query.stride(-1),

@@ -53,41 +53,37 @@ def test_every_kernel_is_in_the_table(found: dict[str, dict]) -> None:
     assert {facts["kernel"] for facts in found["sm_90"]["variants"]} == kernels()
 
 
-NVIDIA_ONLY = (
-    "AMD's matrix instructions take no 8 heads by 16 of width: slow there, and bits follow alignment"
-)
-
-
 def key_readers(variants: list[dict]) -> list[dict]:
     """Variants of the kernel that reads one row's keys, in the cases that vary how keys lie."""
     return [x for x in variants if x["case"].startswith("credit") and x["kernel"] == "attend_kernel"]
 
 
+def whole(variants: list[dict]) -> list[dict]:
+    """Those whose keys lie side by side, and whose product with a chunk of them is one."""
+    alike = [x for x in key_readers(variants) if "bfloat16 32/8" in x["case"] or "14/2" in x["case"]]
+    return [x for x in alike if "misaligned" not in x["case"]]
+
+
 def test_keys_are_loaded_128_bits_at_a_time(compiled: tuple[str, list[dict]]) -> None:
     target, variants = compiled
-    if target == "gfx942":
-        pytest.skip(NVIDIA_ONLY)
-    count = {facts["case"]: facts["wide_loads"] for facts in key_readers(variants)}
-    assert count
-    for case, wide in count.items():
-        assert wide >= 2 or "misaligned" in case, case
+    # AMD loads parts of 16 elements narrowly.
+    readers = whole(variants) if target == "gfx942" else key_readers(variants)
+    assert readers
+    for facts in readers:
+        assert facts["wide_loads"] >= 2 or "misaligned" in facts["case"], described(facts)
 
 
 def test_half_precision_rows_use_tensor_cores(compiled: tuple[str, list[dict]]) -> None:
     target, variants = compiled
-    if target == "gfx942":
-        pytest.skip(NVIDIA_ONLY)
     for facts in key_readers(variants):
         if "float32" not in facts["case"]:
             assert facts["matrix"] > 0, described(facts)
-        else:
+        elif target != "gfx942":  # which multiplies float32 in full
             assert facts["matrix"] == 0, described(facts)  # no tf32
 
 
 def test_alignment_does_not_change_the_order_of_additions(compiled: tuple[str, list[dict]]) -> None:
-    target, variants = compiled
-    if target == "gfx942":
-        pytest.skip(NVIDIA_ONLY)
+    _, variants = compiled
     order = {facts["case"]: facts["order"] for facts in key_readers(variants)}
     aligned = {
         "bfloat16": "credit, bfloat16 32/8x128 token-major",
@@ -101,15 +97,13 @@ def test_alignment_does_not_change_the_order_of_additions(compiled: tuple[str, l
 def test_three_chunks_of_keys_are_on_their_way(compiled: tuple[str, list[dict]]) -> None:
     """Where keys lie side by side and a chunk's product is one: the loop waits for the oldest only."""
     target, variants = compiled
-    if target == "gfx942":
-        pytest.skip("AMD's pipeline holds them in registers")
-    whole = [x for x in key_readers(variants) if "bfloat16 32/8" in x["case"] or "14/2" in x["case"]]
-    aligned = [x for x in whole if "misaligned" not in x["case"]]
+    aligned = whole(variants)
     assert aligned
     for facts in aligned:
         assert facts["on_their_way"] == 3, described(facts)
-        assert facts["loop_barriers"] <= 4, described(facts)
-        assert facts["loop_instructions"] <= 260, described(facts)  # for 64 keys
+        if target != "gfx942":
+            assert facts["loop_barriers"] <= 4, described(facts)
+            assert facts["loop_instructions"] <= 260, described(facts)  # for 64 keys
 
 
 def test_credit_is_written_before_it_is_read_again(compiled: tuple[str, list[dict]]) -> None:
