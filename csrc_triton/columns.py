@@ -339,8 +339,8 @@ def normalizer_kernel(
         return
 
     largest = tl.full([tiles.BLOCK], -INF, tl.float32)
-    total_sum = tl.zeros([tiles.BLOCK], tl.float32)
-    moved = tl.zeros([tiles.BLOCK], tl.float32)
+    total_sum = tl.full([tiles.BLOCK], 0.0, tl.float32)
+    moved = tl.full([tiles.BLOCK], 0.0, tl.float32)
     if (layer.p_lse is None) or (p_moved is not None):
         queries = query_rows(layer, own, row, head, position, asked, tiles)
         held = held_part(queries, tiles.STRIDE_QD, tiles)
@@ -437,7 +437,7 @@ def column_kernel(
     if ORDERED:  # noqa: SIM102
         if axis.window is not None:
             stop = tl.minimum(stop, j0 + (tiles.BLOCK - 1) + axis.window).to(tl.int32)
-    column = tl.zeros([tiles.BLOCK], tl.float32)
+    column = tl.full([tiles.BLOCK], 0.0, tl.float32)
     for i0 in range(start, stop, tiles.STEP):
         i = i0 + tl.arange(0, tiles.STEP)
         position, weight, asked = queries_of(entries, own, i)

@@ -323,21 +323,33 @@ def operands_of(layer: LayerInputs, n_layers: int = 1, only_kept: bool = False) 
     if head_mask is not None and head_mask.dtype == torch.bool:
         head_mask = head_mask.view(torch.uint8)
     lse_strides = (0, 0, 0) if lse is None else _position_strides(lse.unsqueeze(-1), packed, keys)
+    query_b, query_h, query_t = (x // query_unit for x in query_strides)
+    key_b, key_h, key_t = (x // key_unit for x in key_strides)
+    lse_b, lse_h, lse_t = lse_strides
+    added_b, added_h, added_t = (0, 0, 0) if mask_row is None else _mask_row_strides(mask_row, packed)
     operands = Layer(
-        query,
-        *(x // query_unit for x in query_strides),
-        key,
-        *(x // key_unit for x in key_strides),
-        key.shape[1],
-        float(layer.scaling),
-        None if layer.softcap is None else float(layer.softcap),
-        n_layers,
-        contiguous(layer.sinks),
-        head_mask,
-        lse,
-        *lse_strides,
-        mask_row,
-        *((0, 0, 0) if mask_row is None else _mask_row_strides(mask_row, packed)),
+        p_query=query,
+        stride_qb=query_b,
+        stride_qh=query_h,
+        stride_qt=query_t,
+        p_key=key,
+        stride_kb=key_b,
+        stride_kh=key_h,
+        stride_kt=key_t,
+        kv_heads=key.shape[1],
+        scaling=float(layer.scaling),
+        softcap=None if layer.softcap is None else float(layer.softcap),
+        n_layers=n_layers,
+        p_sinks=contiguous(layer.sinks),
+        p_head_mask=head_mask,
+        p_lse=lse,
+        stride_lb=lse_b,
+        stride_lh=lse_h,
+        stride_lt=lse_t,
+        p_mask_row=mask_row,
+        stride_ab=added_b,
+        stride_ah=added_h,
+        stride_at=added_t,
     )
     wide = key_unit > 1 and key.data_ptr() % 16 == 0
     # Parts of 16 fit registers where operands are wide, or loaded element by element. Tensor cores add 16 by
