@@ -231,6 +231,7 @@ def nvidia_facts(asm: dict[str, Any]) -> dict[str, Any]:
         "atomics": dict(sorted(sass.atomic_orders(code).items())),
         "requested": dict(sorted(sass.requested_orders(asm["ptx"]).items())),
         **sass.product_loop(code),
+        **sass.longest_loop(code),
     }
 
 

@@ -151,11 +151,15 @@ def calls() -> Calls:
     """Every budget's call, and those that need another specialisation of a kernel."""
     import torch
 
+    from attnshape.bench.cases import Case, Shape
     from benchmarks.cases import budget_cases
 
     for case, _ in budget_cases():
         arguments = case.arguments(torch.device("cpu"))
         yield case.name, functools.partial(call_case, case), arguments
+    for what in ("sweep", "gae"):
+        case = Case(what, Shape(4096, 511))  # whose rows begin where they may
+        yield case.name, functools.partial(call_case, case), case.arguments(torch.device("cpu"))
     yield from attention_calls()
     yield from option_calls()
     yield from column_calls()

@@ -36,7 +36,7 @@ def rows_kernel(
 @triton.jit
 def chunks_kernel(
     axis, layer, left, response, inputs, settings, out, grid,
-    mean: tl.constexpr, rules: tl.constexpr, SOURCE: tl.constexpr, FACTS: tl.constexpr,
+    mean: tl.constexpr, rules: tl.constexpr, SOURCE: tl.constexpr,
 ):  # fmt: skip
     """A task of a chunk of a row that other programs share: its facts, or with everybody's the rest.
 
@@ -45,9 +45,7 @@ def chunks_kernel(
     i_p = tl.atomic_add(grid.p_counters, 1, sem="relaxed", scope="gpu")
     if i_p == tl.num_programs(0) - 1:
         tl.store(grid.p_counters, 0)
-    n_programs = grid.n_tasks
-    if FACTS:
-        n_programs = grid.n_tasks * 2
+    n_programs = grid.n_tasks * 2
     if response.p_cu is not None:  # noqa: SIM102
         if i_p == n_programs + grid.n_leaders:
             fill_gaps(response, out, rules.CHUNK)
@@ -55,7 +53,7 @@ def chunks_kernel(
 
     # First all facts, then the rest from the right of each row, whose carry comes from there.
     leading = i_p >= n_programs
-    sharing = (i_p < grid.n_tasks) & FACTS
+    sharing = i_p < grid.n_tasks
     i_slot = tl.where(sharing, i_p, n_programs - 1 - i_p)
     i_b, i_c = row_of_slot(i_slot, response.p_cu, response.n_rows, grid.chunks_per_row, rules.CHUNK)
     i_b = tl.where(leading, i_p - n_programs, i_b).to(tl.int32)
@@ -76,7 +74,7 @@ def chunks_kernel(
     if owned & sharing:
         share_facts(row, attended, board, job, i_c, mean, rules, SOURCE)
     if owned & (sharing == 0):
-        shape_chunk(row, board, job, n_chunks - 1 - i_c, rules, FACTS)
+        shape_chunk(row, board, job, i_c, n_chunks, rules)
     if response.p_cu is not None:  # noqa: SIM102
         if leading & row.lost:
             # A row that does not own its tokens becomes NaN, whatever its weights are.

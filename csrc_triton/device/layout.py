@@ -200,13 +200,50 @@ def is_outside(response, keys, live, t):
     return live & outside
 
 
-@triton.jit
-def token_input(p_x, stride, place, j, live):
-    """One input at tokens ``j`` of a row, float32, 0 where not ``live``."""
-    return tl.load(p_x + first_token(place, stride) + j, mask=live, other=0.0).to(tl.float32)
+# Chunks of tokens in tensors of [B, R] or [M]. Their layout, and with it the order of additions, is that of
+# tensors whose rows begin at multiples of 16 bytes, whether they do or not. How wide they are read and
+# written follows from their bound, of which only ``WIDE`` says that 4 divides it.
 
 
 @triton.jit
-def store_tokens(p_x, j, x, inside):
+def is_inside(place, j, WIDE: tl.constexpr):
+    length = place.length
+    if WIDE:
+        length = length // 4 * 4
+    return j < length
+
+
+@triton.jit
+def token_input(p_x, stride, place, j, inside):
+    """One input at tokens ``j`` of a row, float32. Masked ones are read too: a mask is no bound."""
+    p_row = tl.multiple_of(p_x + first_token(place, stride), 16)
+    return tl.load(p_row + j, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def live_tokens(response, place, j, inside):
+    """Whether tokens ``j`` of a row are unmasked."""
+    p_row = tl.multiple_of(response.p_mask + first_token(place, response.stride_mask), 16)
+    return inside & (tl.load(p_row + j, mask=inside, other=0) != 0)
+
+
+@triton.jit
+def store_tokens(p_x, lo, j, x, inside):
+    """Stores ``x`` at tokens ``j`` from ``lo`` on among those of all rows, if it is asked for."""
     if p_x is not None:
-        tl.store(p_x + j, x, mask=inside)
+        tl.store(tl.multiple_of(p_x + lo, 16) + j, x, mask=inside)
+
+
+@triton.jit
+def zero_tokens(out, lo, count, N: tl.constexpr, WIDE: tl.constexpr):
+    """Zeros at ``count`` tokens from ``lo`` on among those of all rows."""
+    if WIDE:
+        count = count // 4 * 4
+    zero = tl.full([N], 0.0, tl.float32)
+    for start in range(0, count, N):
+        j = start + tl.arange(0, N)
+        store_tokens(out.p_rewards, lo, j, zero, j < count)
+        store_tokens(out.p_advantages, lo, j, zero, j < count)
+        store_tokens(out.p_returns, lo, j, zero, j < count)
+        store_tokens(out.p_credit, lo, j, zero, j < count)
+        store_tokens(out.p_kl, lo, j, zero, j < count)

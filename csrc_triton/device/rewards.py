@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 
 from csrc_triton.device.attention import attention_at
-from csrc_triton.device.layout import first_token, is_live, store_tokens, token_input
+from csrc_triton.device.layout import first_token, is_inside, live_tokens, store_tokens, token_input
 from csrc_triton.device.math import clamp, expm1_residual, is_finite, number
+from csrc_triton.device.scan import two_sums
 
 
 class Numbers(NamedTuple):
@@ -67,13 +68,24 @@ class CreditRule(NamedTuple):
     fallback: Any
 
 
+class Read(NamedTuple):
+    """Inputs of a chunk of tokens, [N], 0 where masked or where there are none."""
+
+    inside: Any
+    live: Any
+    weight: Any
+    kl: Any  # given, or the log-ratio
+    token_reward: Any
+    value: Any
+
+
 class ChunkRewards(NamedTuple):
-    reward: Any  # [N]
-    live: Any  # [N]
-    nonfinite: Any  # [N], where an output is not finite
-    entropy: Any  # of the chunk's credit
-    last_share: Any  # of it, on the last unmasked token
-    spread: Any  # of the redistributed score
+    """Of a chunk of tokens, [N]."""
+
+    reward: Any
+    credit: Any
+    spread: Any  # what a token got of the score
+    nonfinite: Any  # whether an output is not finite
 
 
 @triton.jit
@@ -124,16 +136,18 @@ def chunk_facts(row, attended, job, i_c, mean: tl.constexpr, rules: tl.constexpr
     outside = 0
     if SOURCE == "groups" or SOURCE == "terms":
         p_credit = job.out.p_credit + place.lo
-        live, weights, outside = attention_at(attended, job.response, place, p_credit, j, mean, SOURCE)
-        tl.store(p_credit + j, weights, mask=j < place.length)
-        mass = tl.sum(weights)
-    else:
-        live = is_live(job.response, place, j)
-        mass = tl.full([], 0.0, tl.float32)
-        if SOURCE == "weights":
-            weights = token_input(job.inputs.p_weights, job.inputs.stride_weights, place, j, live)
-            mass = tl.sum(tl.where(weights < 0.0, -float("inf"), weights))  # whose row falls back
-    return tl.sum(live.to(tl.int32)), tl.max(tl.where(live, j, -1)), mass, outside
+        _, made, outside = attention_at(attended, job.response, place, p_credit, j, mean, SOURCE)
+        tl.store(p_credit + j, made, mask=j < place.length)
+        # Read again, as given weights are: so they are added in the same order, by whichever threads.
+        tl.debug_barrier()
+    inside = is_inside(place, j, rules.WIDE)
+    live = live_tokens(job.response, place, j, inside)
+    weights = tl.full(j.shape, 0.0, tl.float32)
+    if SOURCE is not None:
+        weights = token_input(job.inputs.p_weights, job.inputs.stride_weights, place, j, inside)
+        weights = tl.where(live, tl.where(weights < 0.0, -float("inf"), weights), 0.0)  # whose row falls back
+    mass, count = two_sums(weights, live.to(tl.float32))
+    return count.to(tl.int32), tl.max(tl.where(live, j, -1)), mass, outside
 
 
 @triton.jit
@@ -214,11 +228,43 @@ def even_score(numbers, facts, rule, credit):
 
 
 @triton.jit
-def credit_at(place, facts, rule, inputs, j, live, on_score, rules: tl.constexpr):
-    """Credit of tokens ``j``; 0 where masked."""
+def read_tokens(job, place, j, rules: tl.constexpr):
+    """All inputs of tokens ``j``, on their way at once."""
+    inputs = job.inputs
+    inside = is_inside(place, j, rules.WIDE)
+    zero = tl.full(j.shape, 0.0, tl.float32)
+    weight = zero
+    kl = zero
+    token_reward = zero
+    value = zero
+    if rules.CREDIT == "given":
+        weight = token_input(inputs.p_weights, inputs.stride_weights, place, j, inside)
+    if rules.KL_ESTIMATOR == "given":
+        kl = token_input(inputs.p_kl, inputs.stride_kl, place, j, inside)
+    elif rules.KL_ESTIMATOR is not None:
+        kl = token_input(inputs.p_logprobs, inputs.stride_logprobs, place, j, inside)
+        kl -= token_input(inputs.p_ref_logprobs, inputs.stride_ref_logprobs, place, j, inside)
+    if inputs.p_token_rewards is not None:
+        token_reward = token_input(inputs.p_token_rewards, inputs.stride_token_rewards, place, j, inside)
+    if inputs.p_values is not None:
+        value = token_input(inputs.p_values, inputs.stride_values, place, j, inside)
+    live = live_tokens(job.response, place, j, inside)
+    return Read(
+        inside,
+        live,
+        tl.where(live, weight, 0.0),
+        tl.where(live, kl, 0.0),
+        tl.where(live, token_reward, 0.0),
+        tl.where(live, value, 0.0),
+    )
+
+
+@triton.jit
+def credit_at(facts, rule, weight, live, on_score, rules: tl.constexpr):
+    """Credit of tokens; 0 where masked."""
     one_hot = tl.where(on_score, rule.total, 0.0)
     if rules.CREDIT == "given":
-        credit = token_input(inputs.p_weights, inputs.stride_weights, place, j, live)
+        credit = weight
         if rules.NORMALIZATION != "none":
             credit = credit / rule.mass_divisor * rule.total
         if rules.EVEN:
@@ -226,24 +272,10 @@ def credit_at(place, facts, rule, inputs, j, live, on_score, rules: tl.constexpr
         else:
             credit = tl.where(rule.fallback, one_hot, credit)
     elif rules.CREDIT == "uniform":
-        credit = tl.zeros(j.shape, tl.float32) + rule.each
+        credit = tl.full(live.shape, 0.0, tl.float32) + rule.each
     else:
         credit = one_hot
     return lost_or_masked(credit, live, facts)
-
-
-@triton.jit
-def kl_at(row, facts, inputs, j, live, rules: tl.constexpr):
-    """KL of tokens ``j``; 0 where masked."""
-    place = row.place
-    if rules.KL_ESTIMATOR == "given":
-        kl = token_input(inputs.p_kl, inputs.stride_kl, place, j, live)
-    else:
-        log_ratio = token_input(inputs.p_logprobs, inputs.stride_logprobs, place, j, live)
-        log_ratio -= token_input(inputs.p_ref_logprobs, inputs.stride_ref_logprobs, place, j, live)
-        clips = row.numbers.kl_input_clip, row.numbers.kl_output_clip
-        kl = kl_estimate(log_ratio, clips[0], clips[1], rules.KL_ESTIMATOR)
-    return lost_or_masked(kl, live, facts)
 
 
 @triton.jit
@@ -253,46 +285,42 @@ def lost_or_masked(x, live, facts):
 
 
 @triton.jit
-def chunk_rewards(row, facts, rule, job, j, WITH_STATS: tl.constexpr, rules: tl.constexpr):
+def chunk_rewards(row, facts, rule, job, read, j, rules: tl.constexpr):
     """Credit, KL and rewards of tokens ``j``: stored, and what the rest needs of them."""
     inputs = job.inputs
     out = job.out
     place = row.place
     numbers = row.numbers
-    inside = j < place.length
-    live = is_live(job.response, place, j)
-    reward = tl.zeros(j.shape, tl.float32)
+    live = read.live
+    credit = tl.full(j.shape, 0.0, tl.float32)
+    reward = credit
+    spread = credit
     nonfinite = live & (place.length < 0)
-    entropy = tl.full([], 0.0, tl.float32)
-    last_share = entropy
-    spread = entropy
     if rules.CREDIT is not None:
         on_score = live & (j == rule.at)
-        credit = credit_at(place, facts, rule, inputs, j, live, on_score, rules)
+        credit = credit_at(facts, rule, read.weight, live, on_score, rules)
         nonfinite |= is_finite(credit) == 0
-        store_tokens(out.p_credit, place.lo + j, credit, inside)
-        if WITH_STATS:
-            share = tl.where(credit == 0.0, 0.0, credit / rule.divisor)
-            entropy = -tl.sum(share * tl.log(tl.where(share == 0.0, 1.0, share)))
-            last_share = tl.sum(tl.where(j == facts.last, share, 0.0))
+        store_tokens(out.p_credit, place.lo, j, credit, read.inside)
         if inputs.p_score is not None:
             if rules.EVEN:
-                reward = even_score(numbers, facts, rule, credit)
+                spread = even_score(numbers, facts, rule, credit)
             else:
-                reward = redistributed_score(numbers.score, credit, on_score, numbers.dense_share)
-            reward = tl.where(live, reward, 0.0)
-            if WITH_STATS:
-                spread = tl.sum(reward)
+                spread = redistributed_score(numbers.score, credit, on_score, numbers.dense_share)
+            spread = tl.where(live, spread, 0.0)
+            reward = spread
         if inputs.p_terminal is not None:
             reward = tl.where(on_score, reward + numbers.terminal, reward)
     if inputs.p_token_rewards is not None:
-        reward += token_input(inputs.p_token_rewards, inputs.stride_token_rewards, place, j, live)
+        reward += read.token_reward
     if rules.KL_ESTIMATOR is not None:
-        kl = kl_at(row, facts, inputs, j, live, rules)
+        kl = read.kl
+        if rules.KL_ESTIMATOR != "given":
+            kl = kl_estimate(kl, numbers.kl_input_clip, numbers.kl_output_clip, rules.KL_ESTIMATOR)
+        kl = lost_or_masked(kl, live, facts)
         nonfinite |= is_finite(kl) == 0
-        store_tokens(out.p_kl, place.lo + j, kl, inside)
+        store_tokens(out.p_kl, place.lo, j, kl, read.inside)
         reward -= numbers.kl_coef * kl
     reward = lost_or_masked(reward, live, facts)
     nonfinite |= is_finite(reward) == 0
-    store_tokens(out.p_rewards, place.lo + j, reward, inside)
-    return ChunkRewards(reward, live, nonfinite, entropy, last_share, spread)
+    store_tokens(out.p_rewards, place.lo, j, reward, read.inside)
+    return ChunkRewards(reward, credit, spread, nonfinite)

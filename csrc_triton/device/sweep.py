@@ -23,9 +23,8 @@ from csrc_triton.device.advantages import (
     SECOND_MOMENT,
     SHARE,
     SPREAD,
-    ahead,
-    chunk_advantages,
-    chunk_moments,
+    carried,
+    recurrence,
 )
 from csrc_triton.device.handoff import arrive, wait_for
 from csrc_triton.device.layout import (
@@ -36,77 +35,91 @@ from csrc_triton.device.layout import (
     OUT_OF_RANGE,
     SCORE_MASKED,
     store_tokens,
+    zero_tokens,
 )
 from csrc_triton.device.math import clamp, is_finite
-from csrc_triton.device.rewards import Facts, chunk_facts, chunk_rewards, credit_rule, facts_of_row
-from csrc_triton.device.scan import LANES, add_to_lane, no_carry, sum_lanes
+from csrc_triton.device.rewards import chunk_facts, chunk_rewards, credit_rule, facts_of_row, read_tokens
+from csrc_triton.device.scan import (
+    LANES,
+    add_to_lane,
+    affine_before,
+    first_two,
+    four_sums,
+    lane_sums,
+    no_carry,
+    two_sums,
+)
 
 
 class Sums(NamedTuple):
-    """Over some tokens of a row."""
+    """Over some tokens of a row, float64."""
 
-    nonfinite: Any  # whether an output is not finite
+    nonfinite: Any  # tokens with an output that is not finite
     entropy: Any  # of the credit
     last_share: Any  # of it, on the last unmasked token
     spread: Any  # of the redistributed score
-    first_moment: Any  # of the advantages, float64
+    first_moment: Any  # of the advantages
     second_moment: Any
 
 
 @triton.jit
 def shape_tokens(row, facts, rule, job, board, state, state_value, k, n_chunks, rules: tl.constexpr):
-    """Everything of the ``k``-th chunk from the right; what it adds to the row, and the carries after it."""
-    # Time runs backwards in a block, so that scans run forwards.
-    j = (n_chunks - k) * rules.CHUNK - 1 - tl.arange(0, rules.CHUNK)
-    lo = row.place.lo
-    inside = j < row.place.length
+    """Everything of the ``k``-th of a row's chunks from the right; what it adds to the row, and the carries.
+
+    Loads first, then what is of each token, then sums, which wait for all threads: four at a time.
+    """
+    out = job.out
+    place = row.place
     numbers = row.numbers
-    found = chunk_rewards(row, facts, rule, job, j, job.out.p_stats is not None, rules)
-    live = found.live
+    j = (n_chunks - 1 - k) * rules.CHUNK + tl.arange(0, rules.CHUNK)
+    read = read_tokens(job, place, j, rules)
+    live = read.live
+    found = chunk_rewards(row, facts, rule, job, read, j, rules)
     bad = found.nonfinite
-    first = tl.full([], 0.0, tl.float64)
-    second = first
-    if (job.out.p_advantages is not None) or (job.out.p_returns is not None):
-        value, reward = ahead(row, facts, job.inputs, found.reward, live, j)
+    advantage = found.reward
+    if (out.p_advantages is not None) or (out.p_returns is not None):
         valued: tl.constexpr = job.inputs.p_values is not None
-        gl = numbers.gl
-        advantage, state = chunk_advantages(
-            reward, value, live, inside, gl, numbers.gamma, state, board, k, n_chunks, valued, 0, rules
-        )
+        reward = found.reward
+        if job.inputs.p_bootstrap is not None:
+            reward = tl.where(j == facts.last, reward + numbers.gamma * numbers.bootstrap, reward)
+        step = reward - read.value
+        a, b = recurrence(reward, read.value, live, read.inside, numbers.gl, numbers.gamma, valued, rules)
+        of_a, of_b = first_two(a, b)
+        carry, state = carried(board, state, of_a, of_b, k, n_chunks, rules.UNIT, 0)
+        advantage = tl.where(live, step + affine_before(a, b, carry, rules.UNIT), 0.0)
         bad |= is_finite(advantage) == 0
-        store_tokens(job.out.p_advantages, lo + j, advantage, inside)
-        if job.out.p_moments is not None:
-            first, second = chunk_moments(advantage, live)
+        store_tokens(out.p_advantages, place.lo, j, advantage, read.inside)
+        returned = advantage
         if rules.TWO_RECURRENCES:
             gl = numbers.gl_value
-            advantage, state_value = chunk_advantages(
-                reward,
-                value,
-                live,
-                inside,
-                gl,
-                numbers.gamma,
-                state_value,
-                board,
-                k,
-                n_chunks,
-                valued,
-                1,
-                rules,
-            )
-        bad |= is_finite(advantage + value) == 0
-        store_tokens(job.out.p_returns, lo + j, advantage + value, inside)
-    elif job.out.p_moments is not None:
-        first, second = chunk_moments(found.reward, live)
-    sums = Sums(tl.max(bad.to(tl.int32)), found.entropy, found.last_share, found.spread, first, second)
-    return sums, state, state_value
+            a, b = recurrence(reward, read.value, live, read.inside, gl, numbers.gamma, valued, rules)
+            of_a, of_b = first_two(a, b)
+            carry, state_value = carried(board, state_value, of_a, of_b, k, n_chunks, rules.UNIT, 1)
+            returned = tl.where(live, step + affine_before(a, b, carry, rules.UNIT), 0.0)
+        returned += read.value
+        bad |= is_finite(returned) == 0
+        store_tokens(out.p_returns, place.lo, j, returned, read.inside)
+    nothing = tl.full(j.shape, 0.0, tl.float64)
+    exact = nothing
+    if out.p_moments is not None:
+        exact = advantage.to(tl.float64)
+    n_bad, first, second, spread = four_sums(
+        bad.to(tl.float64), exact, exact * exact, found.spread.to(tl.float64)
+    )
+    entropy = tl.full([], 0.0, tl.float64)
+    last_share = entropy
+    if out.p_stats is not None:
+        share = tl.where(found.credit == 0.0, 0.0, found.credit / rule.divisor)
+        surprise = -share * tl.log(tl.where(share == 0.0, 1.0, share))
+        entropy, last_share = two_sums(surprise, tl.where(j == facts.last, share, 0.0))
+    return Sums(n_bad, entropy, last_share, spread, first, second), state, state_value
 
 
 @triton.jit
 def finish_row(row, facts, rule, sums, job, rules: tl.constexpr):
     """Status and statistics of a row whose tokens are done."""
     i_b = row.place.row
-    nonfinite = sums.nonfinite != 0
+    nonfinite = sums.nonfinite != 0.0
     empty = facts.count == 0
     if job.out.p_status is not None:
         tl.store(job.out.p_status + i_b, status_of(facts, rule, nonfinite, rules))
@@ -132,7 +145,7 @@ def finish_row(row, facts, rule, sums, job, rules: tl.constexpr):
     if rules.ZERO_NONFINITE:  # noqa: SIM102
         if zeroed:
             tl.debug_barrier()
-            zero_tokens(job.out, row.place.lo, row.place.lo + row.place.length, rules.CHUNK)
+            zero_tokens(job.out, row.place.lo, row.place.length, rules.CHUNK, rules.WIDE)
 
 
 @triton.jit
@@ -150,18 +163,6 @@ def status_of(facts, rule, nonfinite, rules: tl.constexpr):
 
 
 @triton.jit
-def zero_tokens(out, begin, stop, N: tl.constexpr):
-    zero = tl.zeros([N], tl.float32)
-    for start in range(begin, stop, N):
-        j = start + tl.arange(0, N)
-        store_tokens(out.p_rewards, j, zero, j < stop)
-        store_tokens(out.p_advantages, j, zero, j < stop)
-        store_tokens(out.p_returns, j, zero, j < stop)
-        store_tokens(out.p_credit, j, zero, j < stop)
-        store_tokens(out.p_kl, j, zero, j < stop)
-
-
-@triton.jit
 def fill_gaps(response, out, N: tl.constexpr):
     """Zeros at packed tokens of no row: those before the lowest bound and after the highest."""
     highest = tl.full([], 0, tl.int64)
@@ -172,8 +173,8 @@ def fill_gaps(response, out, N: tl.constexpr):
         bound = tl.load(response.p_cu + o_b, mask=there, other=0).to(tl.int64)
         lowest = tl.minimum(lowest, tl.min(tl.where(there, bound, response.width)))
         highest = tl.maximum(highest, tl.max(tl.where(there, bound, 0)))
-    zero_tokens(out, tl.full([], 0, tl.int64), tl.maximum(lowest, 0), N)
-    zero_tokens(out, highest, tl.full([], 0, tl.int64) + response.width, N)
+    zero_tokens(out, tl.full([], 0, tl.int64), tl.maximum(lowest, 0), N, False)
+    zero_tokens(out, highest, response.width - highest, N, False)
 
 
 # A whole row by one program
@@ -192,25 +193,27 @@ def shape_row(row, attended, job, mean: tl.constexpr, rules: tl.constexpr, SOURC
         last = tl.maximum(last, latest)
         masses = add_to_lane(masses, i_c, mass)
         outside |= off
-    if SOURCE == "groups" or SOURCE == "terms":
-        tl.debug_barrier()  # weights that other threads left
     facts = facts_of_row(row, count, last, tl.sum(masses), outside)
     rule, facts = credit_rule(row, job.response, facts, rules)
 
+    # After its last unmasked token a row has nothing but zeros.
+    n_shaped = (facts.last + rules.CHUNK) // rules.CHUNK
+    begin = n_shaped * rules.CHUNK
+    zero_tokens(job.out, row.place.lo + begin, row.place.length - begin, rules.CHUNK, rules.WIDE)
     state = no_carry()
     state_value = no_carry()
-    nonfinite = 0
-    entropies = tl.zeros([LANES], tl.float32)
-    shares = tl.zeros([LANES], tl.float32)
+    nonfinite = tl.full([], 0.0, tl.float64)
+    entropies = tl.zeros([LANES], tl.float64)
+    shares = tl.zeros([LANES], tl.float64)
     spreads = tl.zeros([LANES], tl.float64)
     firsts = tl.zeros([LANES], tl.float64)
     seconds = tl.zeros([LANES], tl.float64)
-    for i_k in range(n_chunks):
-        k = row.place.length * 0 + i_k
+    for i_k in range(n_shaped):
+        k = n_shaped * 0 + i_k
         added, state, state_value = shape_tokens(
-            row, facts, rule, job, None, state, state_value, k, n_chunks, rules
+            row, facts, rule, job, None, state, state_value, k, n_shaped, rules
         )
-        nonfinite |= added.nonfinite
+        nonfinite += added.nonfinite
         if job.out.p_stats is not None:
             entropies = add_to_lane(entropies, k, added.entropy)
             shares = add_to_lane(shares, k, added.last_share)
@@ -218,10 +221,9 @@ def shape_row(row, attended, job, mean: tl.constexpr, rules: tl.constexpr, SOURC
         if job.out.p_moments is not None:
             firsts = add_to_lane(firsts, k, added.first_moment)
             seconds = add_to_lane(seconds, k, added.second_moment)
-    sums = Sums(
-        nonfinite, tl.sum(entropies), tl.sum(shares), tl.sum(spreads), tl.sum(firsts), tl.sum(seconds)
-    )
-    finish_row(row, facts, rule, sums, job, rules)
+    entropy, share, spread, first = four_sums(entropies, shares, spreads, firsts)
+    second = tl.sum(seconds)
+    finish_row(row, facts, rule, Sums(nonfinite, entropy, share, spread, first, second), job, rules)
 
 
 # A row by many programs
@@ -256,56 +258,52 @@ def shared_facts(row, board, n_chunks):
         last = tl.maximum(last, tl.max(latest))
         off = tl.load(p_ints + OUTSIDE * board.slots, mask=there, other=0, cache_modifier=".cg")
         outside |= tl.max(off)
-    mass = sum_lanes(board.p_doubles + MASS * board.slots, n_chunks, tl.float64, LANES)
+    mass = tl.sum(lane_sums(board.p_doubles + MASS * board.slots, n_chunks, LANES))
     return facts_of_row(row, count, last, mass, outside)
 
 
 @triton.jit
-def shape_chunk(row, board, job, k, rules: tl.constexpr, FACTS: tl.constexpr):
-    """The second task of the ``k``-th chunk from the right: all the rest. The last one finishes the row."""
-    n_chunks = tl.maximum((row.place.length + rules.CHUNK - 1) // rules.CHUNK, 1)
-    if FACTS:
-        facts = shared_facts(row, board, n_chunks)
-    else:
-        facts = Facts(1, -1, tl.full([], 0.0, tl.float64), row.lost)
+def shape_chunk(row, board, job, i_c, n_chunks, rules: tl.constexpr):
+    """The second task of a chunk: all the rest. The last one finishes the row."""
+    facts = shared_facts(row, board, n_chunks)
     rule, facts = credit_rule(row, job.response, facts, rules)
-    none = no_carry()  # of its own: what it needs is on the board
-    added, _, _ = shape_tokens(row, facts, rule, job, board, none, none, k, n_chunks, rules)
-    p_doubles = board.p_doubles + k
-    if job.out.p_stats is not None:
-        tl.store(p_doubles + ENTROPY * board.slots, added.entropy.to(tl.float64))
-        tl.store(p_doubles + SHARE * board.slots, added.last_share.to(tl.float64))
-        tl.store(p_doubles + SPREAD * board.slots, added.spread.to(tl.float64))
-    if job.out.p_moments is not None:
+    n_shaped = (facts.last + rules.CHUNK) // rules.CHUNK
+    if i_c < n_shaped:
+        k = n_shaped - 1 - i_c
+        none = no_carry()  # of its own: what it needs is on the board
+        added, _, _ = shape_tokens(row, facts, rule, job, board, none, none, k, n_shaped, rules)
+        p_doubles = board.p_doubles + k
+        tl.store(p_doubles + NONFINITE_TOKENS * board.slots, added.nonfinite)
+        tl.store(p_doubles + ENTROPY * board.slots, added.entropy)
+        tl.store(p_doubles + SHARE * board.slots, added.last_share)
+        tl.store(p_doubles + SPREAD * board.slots, added.spread)
         tl.store(p_doubles + FIRST_MOMENT * board.slots, added.first_moment)
         tl.store(p_doubles + SECOND_MOMENT * board.slots, added.second_moment)
-    tl.store(board.p_ints + NONFINITE_TOKENS * board.slots + k, added.nonfinite)
+    else:
+        begin = i_c * rules.CHUNK
+        count = tl.minimum(row.place.length - begin, rules.CHUNK)
+        zero_tokens(job.out, row.place.lo + begin, count, rules.CHUNK, rules.WIDE)
     if arrive(board.p_done) == n_chunks - 1:
-        sums = sums_of_chunks(board, n_chunks, job.out.p_stats is not None, job.out.p_moments is not None)
+        sums = sums_of_chunks(board, n_chunks, n_shaped)
         finish_row(row, facts, rule, sums, job, rules)
 
 
 @triton.jit
-def sums_of_chunks(board, n_chunks, WITH_STATS: tl.constexpr, WITH_MOMENTS: tl.constexpr):
+def sums_of_chunks(board, n_chunks, n_shaped):
     """Of all chunks of a row that are done, whose counters and flags are 0 then."""
     tl.store(board.p_made, 0)
     tl.store(board.p_done, 0)
-    nonfinite = 0
     for start in range(0, n_chunks, LANES):
         o_c = start + tl.arange(0, LANES)
-        there = o_c < n_chunks
         for i in tl.static_range(FLAGS):
-            tl.store(board.p_flags + i * board.slots + o_c, 0, mask=there)
-        p_bad = board.p_ints + NONFINITE_TOKENS * board.slots + o_c
-        nonfinite |= tl.max(tl.load(p_bad, mask=there, other=0, cache_modifier=".cg"))
+            tl.store(board.p_flags + i * board.slots + o_c, 0, mask=o_c < n_chunks)
     p_doubles = board.p_doubles
-    n_stats = n_chunks if WITH_STATS else 0
-    n_moments = n_chunks if WITH_MOMENTS else 0
-    return Sums(
-        nonfinite,
-        sum_lanes(p_doubles + ENTROPY * board.slots, n_stats, tl.float32, LANES),
-        sum_lanes(p_doubles + SHARE * board.slots, n_stats, tl.float32, LANES),
-        sum_lanes(p_doubles + SPREAD * board.slots, n_stats, tl.float64, LANES),
-        sum_lanes(p_doubles + FIRST_MOMENT * board.slots, n_moments, tl.float64, LANES),
-        sum_lanes(p_doubles + SECOND_MOMENT * board.slots, n_moments, tl.float64, LANES),
+    entropy, share, spread, first = four_sums(
+        lane_sums(p_doubles + ENTROPY * board.slots, n_shaped, LANES),
+        lane_sums(p_doubles + SHARE * board.slots, n_shaped, LANES),
+        lane_sums(p_doubles + SPREAD * board.slots, n_shaped, LANES),
+        lane_sums(p_doubles + FIRST_MOMENT * board.slots, n_shaped, LANES),
     )
+    second = tl.sum(lane_sums(p_doubles + SECOND_MOMENT * board.slots, n_shaped, LANES))
+    nonfinite = tl.sum(lane_sums(p_doubles + NONFINITE_TOKENS * board.slots, n_shaped, LANES))
+    return Sums(nonfinite, entropy, share, spread, first, second)

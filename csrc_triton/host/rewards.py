@@ -149,6 +149,7 @@ def sweep(
     )
     rules = Rules(
         attention.CHUNK,
+        WIDE=where.p_cu is None and where.width % 4 == 0 and all(map(_is_wide, (where.p_mask, *inputs))),
         CREDIT=credit if isinstance(credit, str | None) else "given",
         EVEN=even,
         NORMALIZATION=normalization,
@@ -161,7 +162,7 @@ def sweep(
     )
     job = {"response": where, "inputs": inputs, "settings": settings, "out": Outputs(*shaped), "rules": rules}
     if layers is None:
-        _sweep(job, None if weights is None else "weights", None, bootstrap is not None)
+        _sweep(job, None if weights is None else "weights", None)
     else:
         _attend(layers, job)
     return shaped
@@ -195,14 +196,14 @@ def _attend(layers: Sequence[LayerInputs], job: dict[str, Any]) -> None:
         attend(last, len(layers), **job, finish="shape", add=bool(others))
         return
     read = attend(last, len(layers), response, "terms", add=bool(others))
-    _sweep(job, "terms", read, True)
+    _sweep(job, "terms", read)
 
 
 def _sweep(
-    job: dict[str, Any], source: Literal["weights", "terms"] | None, read: dict[str, Any] | None, facts: bool
+    job: dict[str, Any], source: Literal["weights", "terms"] | None, read: dict[str, Any] | None
 ) -> None:
-    """Given credit, or what was left of the keys that were ``read``; with ``facts`` where rows need any."""
-    response, out = job["response"], job["out"]
+    """Given credit, or what was left of the keys that were ``read``."""
+    response = job["response"]
     batch, packed, device = response.n_rows, response.p_cu is not None, response.p_mask.device
     n_tasks, chunks_per_row = chunks_of(response)
     longest, averaging = ceil_div(response.width, attention.CHUNK), source == "terms"
@@ -211,8 +212,6 @@ def _sweep(
     if not in_chunks(batch, longest, n_tasks, processors(device), averaging):
         launch(ROWS, batch, many, **job, SOURCE=source)
         return
-    per_row = (out.p_status, out.p_stats, out.p_moments)
-    facts = facts or job["rules"].CREDIT is not None or any(x is not None for x in per_row)
     leaders = batch if packed else 0
     grid = Grid(
         COUNTERS.take(device, 1 + 2 * batch + FLAGS.value * n_tasks),
@@ -222,8 +221,7 @@ def _sweep(
         p_doubles=torch.empty(DOUBLES, n_tasks, dtype=torch.float64, device=device),
         p_ints=torch.empty(INTS, n_tasks, dtype=torch.int32, device=device),
     )
-    programs = n_tasks * (1 + facts) + leaders
-    launch(CHUNKS, programs, many, **job, grid=grid, SOURCE=source, FACTS=facts)
+    launch(CHUNKS, 2 * n_tasks + leaders, many, **job, grid=grid, SOURCE=source)
 
 
 def in_chunks(batch: int, longest: int, n_chunks: int, processors: int, averaging: bool = False) -> bool:
@@ -248,3 +246,10 @@ def _tokens(x: Tensor | None) -> tuple[Tensor | None, int]:
 def _number(x: float | Tensor) -> tuple[Tensor | None, float]:
     """A tensor to be read on the device, or a number."""
     return (x.contiguous(), 0.0) if isinstance(x, Tensor) else (None, float(x))
+
+
+def _is_wide(x: object) -> bool:
+    """Whether four neighbours in every row of an input lie where one load finds them."""
+    if not isinstance(x, Tensor) or x.ndim != 2:
+        return True
+    return x.stride(0) % 4 == 0 and x.data_ptr() % (4 * x.element_size()) == 0

@@ -106,8 +106,36 @@ def test_three_chunks_of_keys_are_on_their_way(compiled: tuple[str, list[dict]])
             assert facts["loop_instructions"] <= 260, described(facts)  # for 64 keys
 
 
+def test_a_chunk_is_read_and_written_widely_and_waits_seldom(
+    compiled: tuple[str, list[dict]],
+) -> None:
+    """128 bits at a time: weights, values, both log-probabilities; and five outputs, or two."""
+    target, variants = compiled
+    by_case = {x["case"]: x for x in variants if x["kernel"] == "rows_kernel"}
+    sweep, gae = by_case["sweep, 4096x512"], by_case["gae, 4096x512"]
+    if target == "gfx942":
+        assert (sweep["wide_loads"], gae["wide_loads"]) == (5, 2)
+        return
+    assert sweep["longest_wide"] == 4 + 5
+    assert gae["longest_wide"] == 2 + 2
+    assert sweep["longest_loop"] <= 1000, described(sweep)
+    assert gae["longest_loop"] <= 600, described(gae)
+    assert max(sweep["longest_barriers"], gae["longest_barriers"]) <= 14
+
+
+def test_where_rows_begin_does_not_change_the_order_of_additions(
+    compiled: tuple[str, list[dict]],
+) -> None:
+    _, variants = compiled
+    by_case = {x["case"]: x for x in variants if x["kernel"] == "rows_kernel"}
+    for what in ("sweep", "gae"):
+        odd, even = by_case[f"{what}, 4096x511"], by_case[f"{what}, 4096x512"]
+        assert odd["wide_loads"] == 0
+        assert odd["order"] == even["order"] != ""
+
+
 def test_credit_is_written_before_it_is_read_again(compiled: tuple[str, list[dict]]) -> None:
-    """A program that makes a row's weights leaves them to its own second loop, behind a barrier."""
+    """A program that makes a row's weights reads them again, behind a barrier."""
     _, variants = compiled
     alone = [x for x in variants if x["kernel"] == "rows_kernel"]
     making = [x for x in alone if x["constants"].get("SOURCE") == "terms"]
