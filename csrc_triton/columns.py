@@ -465,6 +465,7 @@ def at_response_kernel(
     p_x,  # [keys]: what lies at the tokens' keys
     p_poison,
     p_rows,
+    MEAN: tl.constexpr,
     SHIFT: tl.constexpr,
     H: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -483,7 +484,7 @@ def at_response_kernel(
     rank = tl.load(found.p_rank + place.lo + j, mask=inside, other=-1)
     source = rank - SHIFT
     wanted = (rank >= 0) & (source >= 0) & (status == 0)
-    if per_head is not None:
+    if MEAN:
         at = place.lo + source
         x = sum_heads(per_head, at, wanted, None, row, at, True, H)
         x = x / tl.maximum(n_live - SHIFT - source, 1).to(tl.float32)

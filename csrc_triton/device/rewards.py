@@ -315,7 +315,8 @@ def chunk_rewards(row, facts, rule, job, read, j, rules: tl.constexpr):
     if rules.KL_ESTIMATOR is not None:
         kl = read.kl
         if rules.KL_ESTIMATOR != "given":
-            kl = kl_estimate(kl, numbers.kl_input_clip, numbers.kl_output_clip, rules.KL_ESTIMATOR)
+            estimator: tl.constexpr = rules.KL_ESTIMATOR  # Triton 3.6 passes no plain string
+            kl = kl_estimate(kl, numbers.kl_input_clip, numbers.kl_output_clip, estimator)
         kl = lost_or_masked(kl, live, facts)
         nonfinite |= is_finite(kl) == 0
         store_tokens(out.p_kl, place.lo, j, kl, read.inside)

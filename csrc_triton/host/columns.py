@@ -128,6 +128,7 @@ class ResponseEntries:
                 p_x=None if x.ndim == 2 else x,
                 p_poison=poison,
                 p_rows=rows,
+                MEAN=x.ndim == 2,
                 SHIFT=self.shift,
                 H=MEAN_HEADS,
                 CHUNK=CHUNK,
