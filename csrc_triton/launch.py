@@ -35,6 +35,7 @@ class Launcher:
         parameters = inspect.signature(kernel.fn).parameters.values()
         self.constant = {p.name: "constexpr" in str(p.annotation) for p in parameters}
         self.aligned: list[list[str]] = [path.split(".") for path in aligned]
+        self.interpreted = interpreted()
         self.compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, programs: int, options: dict[str, Any], **arguments: Any) -> None:
@@ -47,7 +48,7 @@ class Launcher:
             wrong = ", ".join(sorted(arguments.keys() ^ self.constant.keys()))
             raise TypeError(f"{self.kernel.fn.__name__}: {wrong}: want a value for each of its parameters")
         values = [arguments[name] for name in self.constant]
-        if interpreted():
+        if self.interpreted:
             self.kernel[(programs, 1, 1)](*values)
             return
         key = self.key(arguments, options)
@@ -61,20 +62,23 @@ class Launcher:
     def key(self, arguments: dict[str, Any], options: dict[str, Any]) -> tuple[Any, ...]:
         """What arguments have in common that are served by one compilation."""
         kinds: list[Any] = []
-        device = None
+        some: Any = None
         for name, constant in self.constant.items():
             value = arguments[name]
             if constant:
                 kinds.append(value)
                 continue
             for x in value if isinstance(value, tuple) else (value,):
-                if isinstance(x, Tensor):
-                    kinds.append(x.dtype)
-                    device = x.device
+                kind = type(x)
+                if x is None or kind is float:
+                    kinds.append(kind)
+                elif kind is int:
+                    kinds.append(kind if -(2**31) <= x < 2**31 else "i64")
                 else:
-                    kinds.append(type(x) if type(x) is not int or -(2**31) <= x < 2**31 else "i64")
+                    some = x
+                    kinds.append(x.dtype)
         kinds += [_is_aligned(arguments, path) for path in self.aligned]
-        return (device, *kinds, *options.values())
+        return (some.device, *kinds, *options.values())
 
     def source(self, arguments: dict[str, Any]) -> Any:
         """What Triton compiles."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
@@ -351,26 +352,51 @@ def operands_of(layer: LayerInputs, n_layers: int = 1, only_kept: bool = False) 
         stride_ah=added_h,
         stride_at=added_t,
     )
-    wide = key_unit > 1 and key.data_ptr() % 16 == 0
+    product = _product(
+        group,
+        width,
+        key.element_size(),
+        key_unit > 1 and key.data_ptr() % 16 == 0,
+        (query.stride(-1), key.stride(-1), query_unit, key_unit),
+        key_strides[2] * chunk >= 2**31,
+        only_kept,
+        interpreted(),
+        torch.version.hip is not None,
+    )
+    return operands, product
+
+
+@functools.cache
+def _product(
+    group: int,
+    width: int,
+    itemsize: int,
+    wide: bool,
+    strides: tuple[int, int, int, int],
+    far: bool,
+    only_kept: bool,
+    interpreted: bool,
+    amd: bool,
+) -> Product:
     # Parts of 16 fit registers where operands are wide, or loaded element by element. Tensor cores add 16 by
     # 16 all the same, so bits do not depend on alignment; the interpreter's products would.
-    heavy = key.element_size() >= 4 or max(16, padded(group)) * padded(width) > 4096
-    product = Product(
+    heavy = itemsize >= 4 or max(16, padded(group)) * padded(width) > 4096
+    stride_qd, stride_kd, query_unit, key_unit = strides
+    return Product(
         G=group,
-        M=max(16 if torch.version.hip else 8, padded(group)),
+        M=max(16 if amd else 8, padded(group)),
         D=width,
-        BLOCK_D=16 if heavy or (not wide and not interpreted()) else max(16, padded(width)),
-        STRIDE_QD=query.stride(-1),
-        STRIDE_KD=key.stride(-1),
+        BLOCK_D=16 if heavy or (not wide and not interpreted) else max(16, padded(width)),
+        STRIDE_QD=stride_qd,
+        STRIDE_KD=stride_kd,
         QUERY_UNIT=query_unit,
         KEY_UNIT=key_unit,
-        FAR=key_strides[2] * chunk >= 2**31,
-        UPCAST=interpreted(),
+        FAR=far,
+        UPCAST=interpreted,
         STAGES=4 if wide else 1,
         FOLD=fold_size(group, width),
         ONLY_KEPT=only_kept,
     )
-    return operands, product
 
 
 def fold_size(group: int, width: int) -> int:

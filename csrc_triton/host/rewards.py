@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from csrc_triton.arguments import Grid, Inputs, Outputs, Rules, Settings
+from csrc_triton.arguments import Grid, Inputs, Outputs, Response, Rules, Settings
 from csrc_triton.device.advantages import DOUBLES, FLAGS, INTS
 from csrc_triton.host import attention
 from csrc_triton.host.attention import (
@@ -149,7 +149,7 @@ def sweep(
     )
     rules = Rules(
         attention.CHUNK,
-        WIDE=where.p_cu is None and where.width % 4 == 0 and all(map(_is_wide, (where.p_mask, *inputs))),
+        WIDE=_is_wide(where, inputs),
         CREDIT=credit if isinstance(credit, str | None) else "given",
         EVEN=even,
         NORMALIZATION=normalization,
@@ -248,8 +248,13 @@ def _number(x: float | Tensor) -> tuple[Tensor | None, float]:
     return (x.contiguous(), 0.0) if isinstance(x, Tensor) else (None, float(x))
 
 
-def _is_wide(x: object) -> bool:
-    """Whether four neighbours in every row of an input lie where one load finds them."""
-    if not isinstance(x, Tensor) or x.ndim != 2:
-        return True
-    return x.stride(0) % 4 == 0 and x.data_ptr() % (4 * x.element_size()) == 0
+def _is_wide(response: Response, inputs: Inputs) -> bool:
+    """Whether four neighbours in every row of tokens lie where one load finds them."""
+    if response.p_cu is not None or response.width % 4:
+        return False
+    # Tensors of tokens and their strides follow each other.
+    of_tokens = (response.p_mask, response.stride_mask, *inputs[: Inputs._fields.index("p_score")])
+    for x, stride in zip(of_tokens[::2], of_tokens[1::2], strict=True):
+        if x is not None and (stride % 4 or x.data_ptr() % 16):
+            return False
+    return True

@@ -54,13 +54,13 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Compiled]:
     active = SimpleNamespace(get_current_target=lambda: None)
     monkeypatch.setattr(triton, "compile", compile)
     monkeypatch.setattr(triton.runtime.driver, "_active", active)
-    monkeypatch.setattr(launch, "interpreted", lambda: False)
     return made
 
 
 @pytest.fixture
-def launcher() -> Launcher:
+def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
     kernel = SimpleNamespace(fn=named_kernel, __name__="named_kernel", arg_names=["p_out", "inputs", "rules"])
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
     return Launcher(kernel, "p_out", "inputs.p_in")
 
 
