@@ -245,19 +245,14 @@ def response_kernel(response, found, SHIFT: tl.constexpr, SCAN: tl.constexpr):
 
 @triton.jit
 def entries_kernel(
-    axis,
-    response,
-    found,
+    axis, response, found,
     p_rows,  # [B, 7] out
     p_asked,  # [B] out: position of the last query asked, or None
     p_top,  # [B]: position at which a rollout starts, or None; out if p_carried is given
     p_carried,  # [keys] out: 1 there
-    CAUSAL: tl.constexpr,
-    LAST_RESPONSE: tl.constexpr,
-    LOWEST: tl.constexpr,
-    SHIFT: tl.constexpr,
-    SCAN: tl.constexpr,
-):
+    CAUSAL: tl.constexpr, LAST_RESPONSE: tl.constexpr,
+    LOWEST: tl.constexpr, SHIFT: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
     """The entries of a row, and whether an index of the row is out of range: below LOWEST, or no key."""
     i_b = tl.program_id(0)
     row = i_b.to(tl.int64)
@@ -458,18 +453,12 @@ def column_kernel(
 
 @triton.jit
 def at_response_kernel(
-    axis,
-    response,
-    found,
-    per_head,  # columns, or where there are none
+    axis, response, found,
+    per_head,  # columns, with MEAN
     p_x,  # [keys]: what lies at the tokens' keys
-    p_poison,
-    p_rows,
-    MEAN: tl.constexpr,
-    SHIFT: tl.constexpr,
-    H: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    p_poison, p_rows,
+    MEAN: tl.constexpr, SHIFT: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """What CHUNK response tokens get: the mean of those who asked about it, or what lies at its position."""
     slots_per_row = (response.width + CHUNK - 1) // CHUNK
     i_b, i_c = row_of_slot(tl.program_id(0), response.p_cu, response.n_rows, slots_per_row, CHUNK)

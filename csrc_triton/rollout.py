@@ -59,9 +59,8 @@ def share_kernel(
     p_rows,
     moved,  # per head
     residual,
-    H: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    H: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """What each position carries over the length of all that was moved to it."""
     here = positions_of_program(axis, p_rows, CHUNK)
     carried = tl.load(p_carried + here.at, mask=here.inside, other=0.0)
@@ -78,14 +77,12 @@ def carry_kernel(
     p_below,  # [keys] out
     p_poison,  # [B] out: whether what is carried on is not finite; None below the lowest layer
     p_above,  # [keys]: what each position carries, or its share of what it is made of
-    axis,
-    p_rows,
+    axis, p_rows,
     columns,  # per head
     weights,  # of keys and heads, or None
     residual,
-    H: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    H: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """One layer down: what each position gets from the later ones and keeps of its own."""
     here = positions_of_program(axis, p_rows, CHUNK)
     above = tl.load(p_above + here.at, mask=here.inside, other=0.0)

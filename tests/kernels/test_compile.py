@@ -118,8 +118,9 @@ def test_a_chunk_is_read_and_written_widely_and_waits_seldom(
         return
     assert sweep["longest_wide"] == 4 + 5
     assert gae["longest_wide"] == 2 + 2
-    assert sweep["longest_loop"] <= 1000, described(sweep)
-    assert gae["longest_loop"] <= 600, described(gae)
+    # Instructions of a warp; four of them do 512 tokens. sm_120 computes float64 in more.
+    assert sweep["longest_loop"] <= (1350 if target == "sm_120" else 1000), described(sweep)
+    assert gae["longest_loop"] <= (900 if target == "sm_120" else 600), described(gae)
     assert max(sweep["longest_barriers"], gae["longest_barriers"]) <= 14
 
 
