@@ -8,13 +8,18 @@ PARITY ?= .parity
 BIN = $(VENV)/bin
 READY = $(VENV)/ready
 
-.PHONY: demo test lint kernels bench parity gpu soak docs dist clean
+.PHONY: demo test lint pytest kernels bench parity vllm gpu soak docs dist clean
 
 demo: $(READY)
 	$(BIN)/attnshape demo --out demo-out
 
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --benchmark-disable
+# Side by side: mypy keeps one core busy for half a minute. Bytecode is written where the machine would rather
+# not: every process that a test starts would compile the project anew.
+test: $(READY)
+	$(MAKE) --no-print-directory --jobs 2 lint pytest
+
+pytest: $(READY)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --benchmark-disable
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -40,6 +45,11 @@ parity: $(READY)
 		$(SLIME:%=--checkout slime=%) $(NEMO_RL:%=--checkout nemo_rl=%) $(AREAL:%=--checkout areal=%)
 	PYTHONPATH=.:tests $(BIN)/python -m parity.adapters $(ONLY) --environments $(PARITY) \
 		$(SLIME:%=--checkout slime=%)
+
+# The plugin inside vLLM's own engine and server on a CPU, in an environment of its own; CELLS names some, such as
+# CELLS='"gemma2" "server"'. A quarter of an hour.
+vllm: $(READY)
+	PYTHONPATH=.:tests $(BIN)/python -m integrations.vllm $(CELLS) --environments $(PARITY) $(SLIME:%=--slime %)
 
 # On a machine with a GPU whose PYTHON has torch, triton, transformers, hypothesis, matplotlib, pytest,
 # pytest-benchmark, rich and typer: the kernels compiled, not interpreted; first that they are correct, then how

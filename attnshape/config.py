@@ -22,6 +22,7 @@ Normalization: TypeAlias = Literal["sum_to_one", "sum_to_length", "none"]
 OnNaN: TypeAlias = Literal["propagate", "zero_row"]
 Scale: TypeAlias = Literal["group", "batch", "none"]
 ScoreIndex: TypeAlias = Literal["last_unmasked", "last_token"]
+Signed: TypeAlias = Literal["shares", "score"]
 
 ESTIMATORS: Mapping[str, str] = {"k1": "k1", "k2": "k2", "k3": "k3"}
 
@@ -424,8 +425,11 @@ class GroupConfig(_GroupPresets):
         lone: what a group of one gives: its ``"score"``, as if its mean were 0 and its deviation 1, or
             ``"zero"``.
         dense_share: share of the advantage that the credit spreads, 0 to 1.
-        signed: the weights have signs: they enter centred, ``A[i] + dense_share * A[i] * n_i * (w - mean w)``
-            with ``sum |w| = 1``.
+        signed: given weights have signs, and enter centred, with ``sum |w| = 1``. ``"shares"``: they say
+            which share of the advantage is a token's (``credit.signed_rollout``):
+            ``A[i] + dense_share * A[i] * n_i * (w - mean w)``. ``"score"``: they say what raised the score
+            and what lowered it (gradient × value, process rewards), which a negative ``A[i]`` must not
+            turn around: ``A[i] + dense_share * |A[i]| * n_i * (w - mean w)``.
         whitening: for the caller, after it.
 
     Raises:
@@ -442,7 +446,7 @@ class GroupConfig(_GroupPresets):
     bessel: bool = True
     lone: Literal["score", "zero"] = "zero"
     dense_share: float = 0.8
-    signed: bool = False
+    signed: Signed | None = None
     whitening: Whitening = field(default_factory=_whitening)
 
     def __post_init__(self) -> None:
@@ -450,6 +454,7 @@ class GroupConfig(_GroupPresets):
         check_choice("baseline", self.baseline, get_args(Baseline))
         check_choice("scale", self.scale, get_args(Scale))
         check_choice("lone", self.lone, ("score", "zero"))
+        check_choice("signed", self.signed, (None, *get_args(Signed)))
         _check_eps(self.eps)
         if not isinstance(self.whitening, Whitening):
             raise TypeError(f"whitening: got {type(self.whitening).__name__}, want Whitening")

@@ -300,7 +300,7 @@ def top_overlap(
     weights, signs aside; returned is the share that both picked, in expectation over ties broken at random.
     Sources that know nothing of each other reach about ``share``. Held against ``gradient_weights`` it tells
     an attention row that points at the words that moved the score from one that does not, which the entropy
-    in ``metrics`` cannot (``benchmarks/paper/README.md``).
+    in ``metrics`` cannot (``benchmarks/paper/TABLES.md``).
 
     Args:
         first, second: weights of either sign, padded or packed.

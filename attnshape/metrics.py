@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from attnshape.types import ShapedRewards
+from attnshape.types import GroupAdvantages, ShapedRewards
 
 
-def log_metrics(out: ShapedRewards, prefix: str = "attnshape/") -> dict[str, float]:
+def log_metrics(out: ShapedRewards | GroupAdvantages, prefix: str = "attnshape/") -> dict[str, float]:
     """``out.metrics`` as plain floats, for wandb, tensorboard, trackio and their like.
 
     One transfer from the device, which waits for it.
 
     Args:
-        out: what ``shape_rewards`` returned.
+        out: what ``shape_rewards`` or ``group_advantages`` returned.
         prefix: of every name.
 
     Example:

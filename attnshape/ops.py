@@ -516,6 +516,11 @@ def group_advantages(
     floating = [x for x in sources if isinstance(x, Tensor)]
     layers = [layer for source in attention for layer in source]
     parts = parts.to(compute_dtype(score, *floating, *[x.key for x in layers]))
+    if config.signed == "score":
+        sources = [
+            vectorized.turned(x, parts[:, k] < 0, response) if isinstance(x, Tensor) else x
+            for k, x in enumerate(sources)
+        ]
     compute = _function("spread", backend, response.mask.device, layers, parts, *floating)
     out: GroupAdvantages = compute(parts, sources, response, config)
     status = out.status | (~score.isfinite().view(len(score), -1).any(1)) * int(Status.NONFINITE)

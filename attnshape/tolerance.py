@@ -16,6 +16,8 @@ CREDIT_SUM = 1e-6
 
 
 _OUTPUT = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# Engines that keep keys and values in 8 bits may multiply in 8 bits, and round the row to them.
+_OUTPUT |= {torch.float8_e4m3fn: 0.1, torch.float8_e5m2: 0.1}
 _FLOAT32_PRODUCTS = {"tf32": 4e-3, "bf16": 3e-2}
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import csrc_triton
-from attnshape import masked
 from attnshape.config import GroupConfig, Normalization, ShapingConfig, Whitening
 from attnshape.types import (
     KL,
@@ -21,11 +20,13 @@ from attnshape.types import (
     Response,
     RowStats,
     ShapedRewards,
+    Status,
     TokenInputs,
     decay,
     float32_rounded,
 )
 from attnshape.vectorized import groups
+from attnshape.vectorized.advantages import with_carried
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
@@ -147,17 +148,23 @@ def shape_rewards(
     )
     entropy, last_share, share, error = swept.stats.unbind(1)
     stats = RowStats(entropy, last_share, share if attention else None, error)
-    shaped = ShapedRewards(
+    advantages, returns = swept.advantages, swept.returns
+    if config.carry_masked:
+        unsound = int(Status.OUT_OF_RANGE | (Status.NONFINITE if config.on_nan == "zero_row" else 0))
+        computed = Advantages(advantages, returns, swept.moments)
+        filled = with_carried(computed, swept.rewards, tokens.values, response, config, tokens.bootstrap)
+        lost = (swept.status & unsound != 0)[:, None]
+        advantages, returns = (torch.where(lost, x, y) for x, y in zip(computed[:2], filled[:2], strict=True))
+    return ShapedRewards(
         swept.rewards,
-        swept.advantages,
-        swept.returns,
+        advantages,
+        returns,
         swept.credit,
         swept.kl,
         swept.status,
         swept.moments,
         stats,
     )
-    return masked.filled(shaped, tokens.values, response.mask, config)
 
 
 def gae(
@@ -176,7 +183,7 @@ def gae(
         **_recurrence(config),
     )
     out = Advantages(swept.advantages, swept.returns, swept.moments)
-    return masked.carried(out, values, response.mask, config)
+    return with_carried(out, rewards, values, response, config, bootstrap)
 
 
 def spread(

@@ -233,6 +233,20 @@ class Advantages(NamedTuple):
     ``whiten`` takes them. NaN where the advantages are; of an empty row 0."""
 
 
+_FLAGS = {
+    "fallback_rows": Status.FALLBACK,
+    "negative_rows": Status.NEGATIVE,
+    "empty_rows": Status.EMPTY,
+    "score_masked_rows": Status.SCORE_MASKED,
+    "out_of_range_rows": Status.OUT_OF_RANGE,
+    "nan_rows": Status.NONFINITE,
+}
+
+
+def _flagged_rows(status: Tensor) -> dict[str, Tensor]:
+    return {name: (status & int(flag) != 0).sum() for name, flag in _FLAGS.items()}
+
+
 class GroupAdvantages(NamedTuple):
     """What ``group_advantages`` returns; detached."""
 
@@ -246,6 +260,21 @@ class GroupAdvantages(NamedTuple):
     """int32 ``[B]``: ``Status`` flags; a row that fell back is spread uniformly."""
     moments: Tensor
     """``[B, 3]`` of the advantages, as ``whiten`` takes them."""
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """0-d tensors on the device, computed when read: flagged rows, as in ``ShapedRewards.metrics``.
+
+        Padded rows have ``credit_entropy`` too: in nats, of the credit's sizes, over rows that have any.
+        """
+        out = _flagged_rows(self.status)
+        if self.credit.ndim == 2:
+            sizes = self.credit.abs()
+            total = sizes.sum(1, keepdim=True)
+            has_credit = total[:, 0].isfinite() & (total[:, 0] > 0)
+            entropy = torch.special.entr(sizes / total).sum(1)
+            out["credit_entropy"] = torch.where(has_credit, entropy, 0).sum() / has_credit.sum().clamp(min=1)
+        return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,15 +320,7 @@ class ShapedRewards:
         flagged rows;
         ``score_error`` is the largest error of a row's redistributed sum against its score.
         """
-        flags = {
-            "fallback_rows": Status.FALLBACK,
-            "negative_rows": Status.NEGATIVE,
-            "empty_rows": Status.EMPTY,
-            "score_masked_rows": Status.SCORE_MASKED,
-            "out_of_range_rows": Status.OUT_OF_RANGE,
-            "nan_rows": Status.NONFINITE,
-        }
-        out = {name: (self.status & int(flag) != 0).sum() for name, flag in flags.items()}
+        out = _flagged_rows(self.status)
         live = self.status & int(Status.EMPTY | Status.OUT_OF_RANGE | Status.NONFINITE) == 0
         count = live.sum().clamp(min=1)
 

@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = {
     "index.md": "README.md",
     "study.md": "benchmarks/paper/README.md",
+    "language.md": "benchmarks/language/README.md",
+    "vllm-results.md": "tests/integrations/vllm/results.md",
     "parity.md": "tests/parity/results.md",
     "changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",

@@ -54,7 +54,5 @@ with tempfile.TemporaryDirectory() as name:
         dense_share=0.8,
     )
     trainer.train()
-for line in trainer.state.log_history:
-    print(
-        {key: line[key] for key in ("reward", "credit/entropy", "credit/response_attention") if key in line}
-    )
+for line in trainer.state.log_history[:-1]:  # the last is of the whole run
+    print({key: line[key] for key in ("reward", "credit/entropy", "credit/response_attention")})

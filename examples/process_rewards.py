@@ -37,7 +37,7 @@ dense = 0.1 * of_tokens + 0.1 * of_segments
 beside = attnshape.shape_rewards(score, "sparse", mask, token_rewards=dense, config=ShapingConfig(gamma=0.99))
 
 # GRPO: signed weights move advantage between a completion's tokens and keep its mean.
-group = GroupConfig.grpo(signed=True, dense_share=0.5)
+group = GroupConfig.grpo(signed="score", dense_share=0.5)
 shaped = attnshape.group_advantages(score, of_tokens, mask, group=B, config=group)
 torch.testing.assert_close(shaped.advantages.sum(1) / mask.sum(1), shaped.completion)
 

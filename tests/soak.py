@@ -55,7 +55,8 @@ COINS = (
 def drawn(seed: int, longest: int) -> Case:
     r = random.Random(seed)
     pick, coin = lambda *choices: r.choice(choices), lambda: r.random() < 0.5
-    kv_heads = pick(1, 2, 3)
+    source = pick("weights", "weights", "attention", "uniform", "sparse")
+    kv_heads, head_dim = (pick(1, 2, 3), pick(8, 16, 24, 80)) if source == "attention" else (1, 8)
     width = max(1, round(longest ** r.random()))
     carry_masked = pick(False, False, True)
     return {
@@ -63,11 +64,11 @@ def drawn(seed: int, longest: int) -> Case:
         "batch": r.randint(1, 6),
         "width": width,
         "keys": width + r.randint(1, 12),
-        "heads": kv_heads * pick(1, 2, 5),
+        "heads": kv_heads * pick(1, 2, 5) if source == "attention" else 1,
         "kv_heads": kv_heads,
-        "head_dim": pick(8, 16, 24, 80),
+        "head_dim": head_dim,
         "dtype": pick("float32", "bfloat16", "float16"),
-        "source": pick("weights", "weights", "attention", "uniform", "sparse"),
+        "source": source,
         "packed": not carry_masked and coin(),
         **{
             name: coin() for name in ("holes", "values", "extras", "left_padding", "use_index", "whole_query")
@@ -135,9 +136,13 @@ def failure(case: Case, backend: str) -> str | None:
     return None
 
 
+def _kind(found: str | None) -> str | None:
+    return found and found.partition(":")[0]
+
+
 def shrunk(case: Case, backend: str) -> Case:
-    """The plainest case found that fails as well."""
-    changed = True
+    """The plainest case found that fails in the same way."""
+    changed, kind = True, _kind(failure(case, backend))
     while changed:
         changed = False
         for name, plain in PLAIN.items():
@@ -145,7 +150,7 @@ def shrunk(case: Case, backend: str) -> Case:
             for value in [plain, *halved]:
                 simpler = case | {name: value}
                 simpler["keys"] = max(simpler["keys"], simpler["width"] + 1)
-                if simpler != case and failure(simpler, backend) is not None:
+                if simpler != case and _kind(failure(simpler, backend)) == kind:
                     case, changed = simpler, True
                     break
     return case
@@ -176,13 +181,14 @@ def main() -> None:
     parser.add_argument("--loop", type=int, default=100_000)
     parser.add_argument("--kernels", type=int, default=10_000)
     parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--processes", type=int, help="as many as there are CPUs, if not given")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes
     os.environ["TRITON_INTERPRET"] = "1"
     kinds = {"loop": (options.loop, 4096, "cpu"), "kernels": (options.kernels, 40, "triton")}
     state = json.loads(options.out.read_text()) if options.out.exists() else {}
-    with multiprocessing.get_context("spawn").Pool(initializer=begin) as pool:
+    with multiprocessing.get_context("spawn").Pool(options.processes, initializer=begin) as pool:
         for name, (count, longest, backend) in kinds.items():
             done = state.setdefault(name, {"backend": backend, "longest": longest, "cases": 0, "failed": []})
             while done["cases"] < count and time.monotonic() < end:

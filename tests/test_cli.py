@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -212,15 +213,15 @@ def test_page_shows_every_completion(llama: Path, source: Path, tmp_path: Path) 
     assert "∅" not in text
     for c in rows[0]["credit"]:
         shares = c * len(rows[0]["credit"])
-        assert f'title="{rows[0]["score"] * c:.4g}, {shares:.1f} × even"' in text
+        assert f'title="{rows[0]["score"] * c:.3g}, {shares:.1f} × even"' in text
 
 
-def test_a_source_with_signs_gives_token_rewards(llama: Path, source: Path, tmp_path: Path) -> None:
+def test_a_source_with_signs_gives_token_rewards(any_model: Path, source: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    result = invoke(llama, source, "--source", "leave_one_out", "--html", page)
+    result = invoke(any_model, source, "--source", "leave_one_out", "--html", page)
     assert result.exit_code == 0, result.output
     rows = read(tmp_path / "completions.credit.jsonl")
-    model = AutoModelForSequenceClassification.from_pretrained(llama).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(any_model).eval()
     text = RECORDS[0]["prompt"] + RECORDS[0]["response"]
     ids = tokenizer()(text)["input_ids"]
     with torch.no_grad():
@@ -232,10 +233,31 @@ def test_a_source_with_signs_gives_token_rewards(llama: Path, source: Path, tmp_
         assert row["credit"] is None
         assert sum(row["token_rewards"]) == pytest.approx(0, abs=1e-4 * (1 + max(row["token_rewards"])))
     paid = rows[0]["score"] / n + rows[0]["token_rewards"][0]
-    assert f'title="{paid:.4g}, ' in page.read_text(encoding="utf-8")
-    spans = invoke(llama, source, "--source", "leave_one_out", "--span", 100)
+    assert f'title="{paid:.3g}, ' in page.read_text(encoding="utf-8")
+    spans = invoke(any_model, source, "--source", "leave_one_out", "--span", 100)
     assert spans.exit_code == 0
     assert not any(any(row["token_rewards"]) for row in read(tmp_path / "completions.credit.jsonl"))
+
+
+def test_sources_beside_each_other_on_the_page(llama: Path, source: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    result = invoke(llama, source, "--html", page, "--beside", "rollout", "--beside", "leave_one_out")
+    assert result.exit_code == 0, result.output
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<figure>") == 3 * len(RECORDS)
+    assert re.findall(r"<figcaption><b>([^<]*)", text)[:3] == ["attention", "rollout", "leave_one_out"]
+    assert invoke(llama, source, "--source", "rollout", "--out", tmp_path / "rollout.jsonl").exit_code == 0
+    row = read(tmp_path / "rollout.jsonl")[0]
+    shown = text.split("<b>rollout</b>")[1].split("<figure>")[0]
+    for c in row["credit"]:
+        assert f'title="{row["score"] * c:.3g}, ' in shown
+    for arguments, message in (
+        (("--beside", "rollout"), "--beside: want --html"),
+        (("--html", page, "--beside", "magic"), "source: got 'magic', want one of"),
+    ):
+        refused = invoke(llama, source, *arguments)
+        assert refused.exit_code == 1
+        assert message in refused.stderr
 
 
 def test_layers(llama: Path, source: Path, tmp_path: Path) -> None:

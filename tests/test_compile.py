@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support.backends import pairs
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -89,9 +90,16 @@ def compilations() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("name", [*OPERATORS, "redistribute"])
+FUNCTIONS = [*OPERATORS, "redistribute"]
+
+
 @pytest.mark.parametrize(
-    ("backend", "compiler"), [("cpu", "aot_eager"), ("torch", "inductor"), ("triton", "aot_eager")]
+    ("name", "backend", "compiler"),
+    [
+        *((name, "torch", "inductor") for name in FUNCTIONS),
+        # To a compiler the backend is one constant more.
+        *((name, ("cpu", "triton")[i % 2], "aot_eager") for i, name in enumerate(FUNCTIONS)),
+    ],
 )
 def test_compiled_as_eager(name: str, backend: str, compiler: str) -> None:
     arguments = drawn()
@@ -99,14 +107,15 @@ def test_compiled_as_eager(name: str, backend: str, compiler: str) -> None:
     assert_same(function(name, arguments, backend), call(name, arguments, backend))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_in_every_layout(packed: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("packed", "dtype", "backend"),
+    pairs([False, True], [torch.float32, torch.bfloat16], ["cpu", "torch", "triton"]),
+)
+def test_compiled_in_every_layout(packed: bool, dtype: torch.dtype, backend: str) -> None:
     options = {"sinks": True, "softcap": 5.0, "sliding_window": 7, "head_mask": True, "lse": True, "kl": "kl"}
     arguments = drawn(packed=packed, dtype=dtype, **options)
     function = compiled(call, backend="aot_eager")
-    for backend in ("cpu", "torch", "triton"):
-        assert_same(function("shape_rewards", arguments, backend), call("shape_rewards", arguments, backend))
+    assert_same(function("shape_rewards", arguments, backend), call("shape_rewards", arguments, backend))
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -187,9 +196,14 @@ class Recorder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("backend", ["cpu", "torch", "triton"])
+@pytest.mark.parametrize(
+    ("name", "packed", "backend"),
+    [
+        *((name, packed, "torch") for name in OPERATORS for packed in (False, True)),
+        *((name, i % 2 == 0, "cpu") for i, name in enumerate(OPERATORS)),
+        *((name, i % 2 == 1, "triton") for i, name in enumerate(OPERATORS)),
+    ],
+)
 def test_opcheck(name: str, packed: bool, backend: str) -> None:
     operator, seen = getattr(torch.ops.attnshape, name).default, []
     with Recorder(seen, operator):
@@ -223,7 +237,7 @@ def test_make_fx_records_one_operator(name: str, mode: str) -> None:
     assert_same(graph(*tensors), function(*tensors))
 
 
-@pytest.mark.parametrize("name", [*OPERATORS, "redistribute"])
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_fake_tensors(name: str) -> None:
     arguments = drawn(packed=True)
     with FakeTensorMode() as mode:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from attnshape import credit
 
@@ -17,6 +18,12 @@ def test_the_page_names_every_source() -> None:
     table = PAGE.split("## Deep reward models")[0]
     for name in credit.__all__:
         assert f"{name}(" in table or f"`{name}`" in table, name
+
+
+def by_letter() -> transformers.PreTrainedTokenizerFast:
+    letters = Tokenizer(models.WordLevel({c: i for i, c in enumerate("? abdfghilmow")}, unk_token="?"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="?")
 
 
 def test_the_calls_on_the_page_run() -> None:
@@ -32,6 +39,8 @@ def test_the_calls_on_the_page_run() -> None:
         "response_mask": torch.ones(4, 5, dtype=torch.long),
         "response_start": torch.full((4,), 7),
         "values": torch.randn(4, 5),
+        "tokenizer": by_letter(),
+        "pairs": [("how ", "good film"), ("how ", "a bad film")],
     }
     for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
         exec(block, names)
@@ -42,6 +51,7 @@ def test_the_calls_on_the_page_run() -> None:
             score = score - names["scores"][:, 6].detach()
         torch.testing.assert_close(names["out"].rewards.sum(1), score)
     assert 0 <= names["agreement"] <= 1
+    assert "(2 completions)" in names["found"].advice or "2 completions do not tell" in names["found"].advice
 
 
 def test_costs_on_the_page_are_those_that_were_counted() -> None:

@@ -4,14 +4,16 @@ import importlib.util
 import io
 import json
 import os
-import subprocess
+import runpy
 import sys
 import urllib.request
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from support.processes import start
 from support.reward_models import save
 
 from attnshape.serve.protocol import Completion
@@ -30,21 +32,25 @@ def test_it_fits_a_page(name: str) -> None:
     assert len(EXAMPLES[name].read_text().splitlines()) <= 60
 
 
-@pytest.mark.parametrize("name", EXAMPLES.keys() - OF_ITS_OWN)
-def test_it_runs(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - OF_ITS_OWN))
+def test_it_runs(name: str, tmp_path: Path) -> None:
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
-    command = [sys.executable, *(["-W", "error"] if name not in NEEDS else []), str(EXAMPLES[name])]
-    ended = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert ended.stdout.strip()
+    output = tmp_path / "output"
+    process = start(run, EXAMPLES[name], output, "default" if name in NEEDS else "error")
+    process.join()
+    assert process.exitcode == 0, output.read_text()[-3000:]
+    assert output.read_text().strip()
+
+
+def run(path: Path, output: Path, warned: Any) -> None:
+    """As `python path` does."""
+    os.chdir(ROOT)
+    sys.argv = [str(path)]
+    warnings.simplefilter(warned)
+    with output.open("w") as sys.stdout:
+        sys.stderr = sys.stdout
+        runpy.run_path(str(path), run_name="__main__")
 
 
 def test_a_server_is_asked(

@@ -76,8 +76,8 @@ def test_statistics_of_unequal_groups_and_missing_rewards(
     torch.testing.assert_close(out.advantages, out.completion[:, None].expand(9, 4))
 
 
-@drawn(problems(), st.integers(0, 2), st.booleans(), cpu=30, torch=60, triton=10)
-def test_spread(backend: str, problem: Problem, kind: int, signed: bool) -> None:
+@drawn(problems(), st.integers(0, 2), st.sampled_from([None, "shares", "score"]), cpu=30, torch=60, triton=10)
+def test_spread(backend: str, problem: Problem, kind: int, signed: Any) -> None:
     """By attention, by weights, by two rewards at once."""
     batch, mask = len(problem.score), problem.response.mask
     torch.manual_seed(batch)
@@ -151,14 +151,17 @@ def test_a_row_out_of_range_is_flagged_as_that(backend: str) -> None:
     assert out.advantages.isnan().any(1).tolist() == [False, True]
 
 
-def test_signed_weights_keep_the_mean() -> None:
+@pytest.mark.parametrize("signed", ["shares", "score"])
+def test_signed_weights_keep_the_mean(signed: Any) -> None:
+    """What lowered a score is punished in a completion below the mean too, if weights are of the score."""
     weights = torch.tensor([[0.5, -0.25, 0.25], [-1.0, -1.0, 2.0]])
-    config = GroupConfig(scale="none", signed=True, dense_share=0.5)
+    config = GroupConfig(scale="none", signed=signed, dense_share=0.5)
     out = group_advantages(torch.tensor([1.0, 0.0]), weights, torch.ones(2, 3), group=2, config=config)
     torch.testing.assert_close(out.advantages.mean(1), out.completion)
     w = weights / weights.abs().sum(1, keepdim=True)
     a = torch.tensor([0.5, -0.5])[:, None]
-    torch.testing.assert_close(out.advantages, a + 0.5 * a * 3 * (w - w.mean(1, keepdim=True)))
+    of = a.abs() if signed == "score" else a
+    torch.testing.assert_close(out.advantages, a + 0.5 * of * 3 * (w - w.mean(1, keepdim=True)))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import ast
 import graphlib
 from pathlib import Path
 
+import attnshape
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -34,3 +36,11 @@ def test_imports_go_one_way() -> None:
     graph = {name: imported(path, set(found)) for name, path in found.items()}
     assert "attnshape.demo.plots" in graph["attnshape.demo.results"]
     graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_credit_and_the_reference_come_with_the_package() -> None:
+    """``import attnshape`` is enough for ``attnshape.credit.…`` and ``attnshape.reference.…``."""
+    tree = ast.parse((ROOT / "attnshape" / "__init__.py").read_text())
+    found = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "attnshape"]
+    assert {"credit", "reference"} <= {alias.name for node in found for alias in node.names}
+    assert {"credit", "reference"} <= set(attnshape.__all__)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from support.backends import BACKENDS, DEVICE, each_backend, here, there
+from support.backends import BACKENDS, DEVICE, each_backend, each_backend_with, here, there
 from support.problems import check_shaped, make_problem, pack
 
 import attnshape
@@ -25,12 +25,18 @@ def with_bound(x: torch.Tensor, value: int) -> torch.Tensor:
     return x
 
 
-@each_backend
-@pytest.mark.parametrize("value", [-1, -(2**31), 23, 24, 2**31 - 1])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(
-    "where",
-    ["start", "index", "query_position", "key_start", "score_index", "cu_seqlens", "response.cu_seqlens"],
+@each_backend_with(
+    value=[-1, -(2**31), 23, 24, 2**31 - 1],
+    packed=[False, True],
+    where=[
+        "start",
+        "index",
+        "query_position",
+        "key_start",
+        "score_index",
+        "cu_seqlens",
+        "response.cu_seqlens",
+    ],
 )
 def test_indices_out_of_range(backend: str, where: str, value: int, packed: bool) -> None:
     problem = make_problem(7, holes=False, attention_mask=False, use_index=where == "index")

@@ -147,3 +147,16 @@ def test_packed_tokens_are_refused() -> None:
         attnshape.gae(ones, ones, response, ShapingConfig(carry_masked=True))
     with pytest.raises(ValueError, match=message):
         attnshape.shape_rewards(torch.ones(1), "sparse", response, config=ShapingConfig.verl())
+
+
+@pytest.mark.parametrize("semantics", ["skip", "zero"])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_an_infinite_value_before_a_masked_token(backend: attnshape.types.Backend, semantics: str) -> None:
+    """Found by the soak: what passes a masked token cannot be told from the advantage after it."""
+    rewards, values = torch.tensor([[9.0, 1.0, 2.0]]), torch.tensor([[5.0, torch.inf, 0.5]])
+    mask = torch.tensor([[0, 1, 1]])
+    config = ShapingConfig(lam=0.5, mask_semantics=semantics, carry_masked=True)
+    got = attnshape.gae(rewards, values, mask, config, backend=backend)
+    want = reference.gae(rewards.double(), values.double(), mask, config)
+    for x, y in zip(got[:2], want[:2], strict=True):
+        torch.testing.assert_close(x.double(), y, equal_nan=True)

@@ -562,3 +562,9 @@ def test_metrics_are_plain_floats_for_a_log() -> None:
     assert found["credit/credit_entropy"] == pytest.approx(entropy)
     assert (found["credit/fallback_rows"], found["credit/empty_rows"]) == (1.0, 1.0)
     assert "attnshape/credit_entropy" in attnshape.log_metrics(out)
+    groups = attnshape.group_advantages(score, credit, torch.tensor([[1, 1], [1, 1], [0, 0]]), group=3)
+    found = attnshape.log_metrics(groups)
+    assert {type(value) for value in found.values()} == {float}
+    # Without credit a completion's advantage is even.
+    assert found["attnshape/credit_entropy"] == pytest.approx(entropy + math.log(2) / 2)
+    assert (found["attnshape/fallback_rows"], found["attnshape/empty_rows"]) == (1.0, 1.0)

@@ -8,6 +8,7 @@ from parity import __main__ as main
 from parity import check, drivers
 from parity.adapters import ADAPTERS
 from parity.cases import CHOICES, WHOLE_SEQUENCE, draw
+from parity.groups import FORMULAS
 from parity.options import parse
 
 
@@ -29,13 +30,30 @@ def test_functions_are_cut_out_of_a_checkout(tmp_path: Path) -> None:
 
 
 def test_requirements_are_pinned() -> None:
-    assert {*main.REQUIREMENTS} == {*drivers.PACKAGES, *ADAPTERS}
+    presets = {main.ENVIRONMENTS.get(name, name) for name in drivers.PACKAGES}
+    assert {*main.REQUIREMENTS} == presets | {*ADAPTERS, "vllm"}  # which `make vllm` installs
     assert {*drivers.PACKAGES, *drivers.CHECKOUTS} == set(CHOICES)
     for name, pins in main.REQUIREMENTS.items():
         assert all("==" in pin for packages in pins.values() for pin in packages), name
 
 
-@pytest.mark.parametrize("framework", CHOICES)
+@pytest.mark.parametrize("framework", FORMULAS)
+def test_groups_hold_what_is_hard(framework: str) -> None:
+    cases = [draw(framework, seed) for seed in range(40)]
+    for name, values in CHOICES[framework].items():
+        assert {case.settings[name] for case in cases} == set(values)
+    sizes = [case.inputs["group"].bincount().tolist() for case in cases]
+    assert any(1 in found for found in sizes) == (framework == "verl-groups")  # a group of one
+    assert all(len(set(found)) == 1 for found in sizes) == (framework != "verl-groups")
+    masks = torch.stack([case.inputs["mask"] for case in cases])
+    assert (masks.sum(-1) == 1).any()  # one token
+    assert (~masks & (masks.cumsum(-1) > 0)).any()  # holes, or padding
+    if framework == "trl-groups":
+        lost = torch.stack([case.inputs["score"].isnan() for case in cases])
+        assert lost.all(-1).any()  # a completion without any reward
+
+
+@pytest.mark.parametrize("framework", [name for name in CHOICES if name not in FORMULAS])
 def test_cases_hold_what_is_hard(framework: str) -> None:
     cases = [draw(framework, seed) for seed in range(40)]
     assert torch.equal(draw(framework, 3).inputs["values"], cases[3].inputs["values"])
@@ -66,7 +84,8 @@ def test_a_frameworks_name_stands_for_its_versions(monkeypatch: pytest.MonkeyPat
     known = {*CHOICES, *ADAPTERS}
     monkeypatch.setattr("sys.argv", ["parity", "verl", "trl", "--checkout", "slime=there"])
     options = parse(None, known)
-    assert options.frameworks == ["verl", *sorted(name for name in known if name.startswith("trl-"))]
+    of_trl = sorted(name for name in known if name.startswith("trl-"))
+    assert options.frameworks == ["verl", "verl-groups", *of_trl]
     assert options.checkouts == {"slime": Path("there")}
     monkeypatch.setattr("sys.argv", ["parity", "trlx"])
     with pytest.raises(SystemExit):

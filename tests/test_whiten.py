@@ -2,10 +2,9 @@
 
 import dataclasses
 
-import pytest
 import torch
 from hypothesis import strategies as st
-from support.backends import DEVICE, drawn, each_backend, here, there
+from support.backends import DEVICE, drawn, each_backend, each_backend_with, here, there
 from support.problems import Problem, mapped, problems, to_float64
 
 import attnshape
@@ -47,11 +46,12 @@ def test_moments_of_lost_and_of_zeroed_rows(backend: str) -> None:
         assert out.moments[1].isfinite().all()
 
 
-@each_backend
-@pytest.mark.parametrize("bessel", [True, False])
-@pytest.mark.parametrize("eps_mode", ["add", "clamp", "add_to_std"])
-@pytest.mark.parametrize("shift_mean", [True, False])
-@pytest.mark.parametrize("count", [0, 1, 2, 40])
+@each_backend_with(
+    bessel=[True, False],
+    eps_mode=["add", "clamp", "add_to_std"],
+    shift_mean=[True, False],
+    count=[0, 1, 2, 40],
+)
 def test_whiten(backend: str, bessel: bool, eps_mode: str, shift_mean: bool, count: int) -> None:
     g = torch.Generator().manual_seed(count)
     x = torch.randn(5, 8, generator=g) * 3 + 100

@@ -55,6 +55,9 @@ def credit(
     html: Annotated[
         Path | None, typer.Option(help="Page to write, each token coloured by its credit.")
     ] = None,
+    beside: Annotated[
+        list[str] | None, typer.Option(help="Another source that the page shows beside it; may be repeated.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on behind what an interrupted run with these options wrote.")
     ] = False,
@@ -78,10 +81,13 @@ def credit(
     from attnshape.text.file import credit_file, credit_lines
     from attnshape.text.model import CreditModel
     from attnshape.text.partial import Partial
+    from attnshape.text.source import CreditSource
 
     if out is None:
         out = STANDARD if completions == STANDARD else completions.with_suffix(".credit.jsonl")
     _check_files(completions, out, html, resume)
+    if beside and html is None:
+        raise fail("--beside: want --html, the page that shows it")
     partial: Partial | None = None
     try:
         config = reward_model_config(model, score_fn, query_position, trust_remote_code, source, layer, span)
@@ -89,14 +95,17 @@ def credit(
             # Lines are known by their numbers, so only in a file that is the same, and of the same model.
             read = [completions.resolve(), *_state(completions)] if completions.is_file() else []
             weights = [_state(path) for path in sorted(Path(model).glob("*"))]
-            settings = {**vars(config), "completions": read, "weights": weights, "page": html is not None}
+            shown = None if html is None else list(beside or ())
+            settings = {**vars(config), "completions": read, "weights": weights, "page": shown}
             partial = Partial(out, html, settings, resumable=completions.is_file())
             partial.check(resume)
     except ValueError as error:
         raise fail(error) from error
     try:
         credit_model = CreditModel.load(config, device)
-        credit_model.probe()
+        others = [CreditSource(name) for name in beside or ()]  # type: ignore[arg-type]
+        for other in (None, *others):
+            credit_model.probe(other)
         with progress_bar() as progress, contextlib.ExitStack() as stack:
             total = completions.stat().st_size if completions.is_file() else None
             task = progress.add_task(completions.name, total=total)
@@ -105,6 +114,7 @@ def credit(
             )
             options: dict[str, Any] = {
                 "title": f"Credit of {completions.name}",
+                "beside": others,
                 "batch_size": batch_size,
                 "on_skip": lambda line, reason: errors.print(f"{completions}:{line}: skipped: {reason}"),
                 "on_read": lambda size: progress.advance(task, size),
@@ -154,6 +164,50 @@ def _check_files(source: Path, out: Path, html: Path | None, resume: bool) -> No
             raise fail(f"{path} is a folder, want a file")
     if resume and (out == STANDARD or not source.is_file()):
         raise fail("--resume: want files; standard input cannot be read again")
+
+
+@app.command()
+def audit(
+    model: Model,
+    completions: Annotated[
+        Path, typer.Argument(metavar="JSONL", help="As for `attnshape credit`; - for standard input.")
+    ],
+    *,
+    source: Annotated[list[str] | None, typer.Option(help="Look at this one only; may be repeated.")] = None,
+    limit: Annotated[int, typer.Option(min=2, help="Completions that are looked at, the first ones.")] = 100,
+    span: Span = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File to write every figure to.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Page to write: the completions that the sources disagree on most, side by side."),
+    ] = None,
+    score_fn: ScoreFnText = "logit",
+    query_position: Position = "pooled",
+    trust_remote_code: TrustRemoteCode = False,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Of a forward, padding included.")] = 16384,
+    device: Device = DEFAULT_DEVICE,
+) -> None:
+    """Measure which source of credit to trust with a reward model, without labels.
+
+    The tokens that a source names are deleted, and the score is looked at: how far it moves against its
+    verdict (the side of the mean that it is on), beyond what random deletion does, as a share of what
+    leave-one-out reaches with a forward per token. A source that this model does not have is a row that says
+    why.
+    """
+    from attnshape.cli.audit import audit_file
+
+    for path in (json_file, html):
+        if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+            raise fail(f"{path}: want a file, in a folder that is there")
+    if completions != STANDARD and not completions.is_file():
+        raise fail(f"{completions}: there is no such file")
+    try:
+        config = reward_model_config(model, score_fn, query_position, trust_remote_code)
+        skipped = audit_file(config, completions, device, source, limit, span, batch_tokens, json_file, html)
+    except (ValueError, OSError) as error:
+        raise fail(error) from error
+    if skipped:
+        raise typer.Exit(1)
 
 
 @app.command()

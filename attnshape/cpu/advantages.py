@@ -9,119 +9,197 @@ from __future__ import annotations
 
 from typing import Any
 
+from attnshape.cpu.arithmetic import fold
 from attnshape.cpu.jit import inner
+from attnshape.cpu.lanes import (
+    WIDTH,
+    absolute,
+    all_of,
+    all_true,
+    get,
+    put,
+    read_f32s,
+    splat,
+    where,
+    write_f32s,
+)
 from attnshape.cpu.layout import (
     ADDEND,
-    ADDEND_VALUE,
-    ADVANTAGES,
     BLOCK,
-    DELTA,
-    FACTOR,
-    FACTOR_VALUE,
     HELD,
     LIVE,
-    RETURNS,
     REWARDS,
     SUM,
     SUM_2,
     VALUES,
 )
+from attnshape.cpu.memory import OVERFLOW_F32
 
-WAYS = 4
-"""Rows whose chains run side by side."""
+WAYS = 8
+"""Rows whose chains run side by side: while one waits for its sum, the others go on."""
 
 
 @inner
-def prepare(
-    n: int, gamma: float, gl: float, gl_value: float, chains: int, skip: bool, s: Any, o: int
+def add_terms(gamma: float, gl: float, addend: int, s: Any, o: int) -> None:
+    """What a token adds to ``W``, from its reward and its value: 0 where masked."""
+    none, by_reward, by_value = splat(0.0), splat(gl), splat(gamma - gl)
+    for t in range(0, BLOCK, WIDTH):
+        live = get(s, o + LIVE + t) != none
+        r, v = where(live, get(s, o + REWARDS + t), none), where(live, get(s, o + VALUES + t), none)
+        put(s, o + addend + t, by_reward * r + by_value * v)
+
+
+@inner
+def add_terms_of_memory(
+    gamma: float, gl: float, rewards: int, at_reward: int, values: int, at_value: int, s: Any, o: int
 ) -> None:  # fmt: skip
-    """``r - V``, and ``W_t = factor_t W_{t+1} + addend_t`` of advantages; of returns, if theirs is another.
-
-    The identity past the block, and at masked tokens that are skipped.
-    """
-    masked = 1.0 if skip else gl
-    for t in range(n):
-        s[o + DELTA + t] = s[o + REWARDS + t] - (s[o + VALUES + t] if s[o + LIVE + t] != 0.0 else 0.0)
-    for t in range(n):
-        live = s[o + LIVE + t] != 0.0
-        v = s[o + VALUES + t] if live else 0.0
-        s[o + ADDEND + t] = gl * s[o + REWARDS + t] + (gamma - gl) * v
-        s[o + FACTOR + t] = gl if live else masked
-    for t in range(n, BLOCK):
-        s[o + ADDEND + t] = 0.0
-        s[o + FACTOR + t] = 1.0
-    if chains == 1:
-        return
-    masked = 1.0 if skip else gl_value
-    for t in range(n):
-        live = s[o + LIVE + t] != 0.0
-        v = s[o + VALUES + t] if live else 0.0
-        s[o + ADDEND_VALUE + t] = gl_value * s[o + REWARDS + t] + (gamma - gl_value) * v
-        s[o + FACTOR_VALUE + t] = gl_value if live else masked
-    for t in range(n, BLOCK):
-        s[o + ADDEND_VALUE + t] = 0.0
-        s[o + FACTOR_VALUE + t] = 1.0
+    """The same of a whole block that lies in memory as float32; rewards become rewards without values."""
+    none, by_reward, by_value = splat(0.0), splat(gl), splat(gamma - gl)
+    for t in range(0, BLOCK, WIDTH):
+        live = get(s, o + LIVE + t) != none
+        r, v = where(live, read_f32s(rewards, at_reward + t), none), read_f32s(values, at_value + t)
+        put(s, o + VALUES + t, v)
+        v = where(live, v, none)
+        put(s, o + ADDEND + t, by_reward * r + by_value * v)
+        put(s, o + REWARDS + t, r - v)
 
 
 @inner
-def carry(s: Any, w: Any, k: int) -> None:
-    """Replaces each token's addend by the ``W`` that enters the token from the next, in all rows.
+def subtract_values(s: Any, o: int) -> None:
+    """Rewards become rewards without values, 0 where masked."""
+    none = splat(0.0)
+    for t in range(0, BLOCK, WIDTH):
+        x = get(s, o + REWARDS + t) - get(s, o + VALUES + t)
+        put(s, o + REWARDS + t, where(get(s, o + LIVE + t) != none, x, none))
 
-    ``w[k]``, ``[WAYS]``, is what enters the block, and then what leaves it.
+
+@inner
+def set_factors(n: int, gl: float, masked: float, factor: int, s: Any, o: int) -> None:
+    """``gl``, and ``masked`` where a token is masked; the identity past the block."""
+    for t in range(n):
+        s[o + factor + t] = gl if s[o + LIVE + t] != 0.0 else masked
+    for t in range(n, BLOCK):
+        s[o + factor + t] = 1.0
+
+
+@inner
+def passed(factor: float, addend: int, w: Any, s: Any) -> Any:
+    """``W`` of a token; the one that enters it takes the place of what the token adds."""
+    x = s[addend]
+    s[addend] = w
+    return factor * w + x
+
+
+@inner
+def carry(factor: int, addend: int, s: Any, w: Any) -> None:
+    """Replaces what each token adds by the ``W`` that enters the token from the next, in all rows.
+
+    ``w``, ``[WAYS]``, is what enters the block, and then what leaves it.
     """
-    factor, addend = FACTOR + 2 * k * BLOCK, ADDEND + 2 * k * BLOCK
-    w0, w1, w2, w3 = w[k, 0], w[k, 1], w[k, 2], w[k, 3]
+    w0, w1, w2, w3, w4, w5, w6, w7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
     for i in range(BLOCK):
-        t = BLOCK - 1 - i
-        n0 = s[factor + t] * w0 + s[addend + t]
-        n1 = s[HELD + factor + t] * w1 + s[HELD + addend + t]
-        n2 = s[2 * HELD + factor + t] * w2 + s[2 * HELD + addend + t]
-        n3 = s[3 * HELD + factor + t] * w3 + s[3 * HELD + addend + t]
-        s[addend + t], s[HELD + addend + t] = w0, w1
-        s[2 * HELD + addend + t], s[3 * HELD + addend + t] = w2, w3
-        w0, w1, w2, w3 = n0, n1, n2, n3
-    w[k, 0], w[k, 1], w[k, 2], w[k, 3] = w0, w1, w2, w3
+        f, a = factor + BLOCK - 1 - i, addend + BLOCK - 1 - i
+        w0 = passed(s[f], a, w0, s)
+        w1 = passed(s[f + HELD], a + HELD, w1, s)
+        w2 = passed(s[f + 2 * HELD], a + 2 * HELD, w2, s)
+        w3 = passed(s[f + 3 * HELD], a + 3 * HELD, w3, s)
+        w4 = passed(s[f + 4 * HELD], a + 4 * HELD, w4, s)
+        w5 = passed(s[f + 5 * HELD], a + 5 * HELD, w5, s)
+        w6 = passed(s[f + 6 * HELD], a + 6 * HELD, w6, s)
+        w7 = passed(s[f + 7 * HELD], a + 7 * HELD, w7, s)
+    w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7] = w0, w1, w2, w3, w4, w5, w6, w7
 
 
 @inner
-def settle(n: int, decoupled: bool, s: Any, o: int) -> None:
-    """Advantages and returns, 0 where masked, from the ``W`` that stands in the addends."""
-    for t in range(n):
-        live, v = s[o + LIVE + t] != 0.0, s[o + VALUES + t]
-        a = s[o + DELTA + t] + s[o + ADDEND + t]
-        s[o + ADVANTAGES + t] = a if live else 0.0
-        s[o + RETURNS + t] = a + v if live else 0.0
-    if decoupled:
-        for t in range(n):
-            live, v = s[o + LIVE + t] != 0.0, s[o + VALUES + t]
-            a = s[o + DELTA + t] + s[o + ADDEND_VALUE + t]
-            s[o + RETURNS + t] = a + v if live else 0.0
+def carry_dense(gl: Any, addend: int, s: Any, w: Any) -> None:
+    """The same where no token is masked: ``gl``, ``[WAYS]``, is every factor. Past a row's end ``W`` is 0."""
+    w0, w1, w2, w3, w4, w5, w6, w7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
+    f0, f1, f2, f3, f4, f5, f6, f7 = gl[0], gl[1], gl[2], gl[3], gl[4], gl[5], gl[6], gl[7]
+    for i in range(BLOCK):
+        a = addend + BLOCK - 1 - i
+        w0 = passed(f0, a, w0, s)
+        w1 = passed(f1, a + HELD, w1, s)
+        w2 = passed(f2, a + 2 * HELD, w2, s)
+        w3 = passed(f3, a + 3 * HELD, w3, s)
+        w4 = passed(f4, a + 4 * HELD, w4, s)
+        w5 = passed(f5, a + 5 * HELD, w5, s)
+        w6 = passed(f6, a + 6 * HELD, w6, s)
+        w7 = passed(f7, a + 7 * HELD, w7, s)
+    w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7] = w0, w1, w2, w3, w4, w5, w6, w7
 
 
 @inner
-def settle_all(n: int, decoupled: bool, skip: bool, later: Any, s: Any, o: int) -> None:
-    """The same, with what the recurrence carries past masked tokens left there.
+def settle(of_returns: int, s: Any, o: int) -> None:
+    """Advantages and returns, 0 where masked, from the ``W`` that stands in the addends.
+
+    ``of_returns``: the addends that the returns' recurrence has left.
+    """
+    none = splat(0.0)
+    for t in range(0, BLOCK, WIDTH):
+        live, x = get(s, o + LIVE + t) != none, get(s, o + REWARDS + t)
+        a, r = x + get(s, o + ADDEND + t), x + get(s, o + of_returns + t) + get(s, o + VALUES + t)
+        put(s, o + REWARDS + t, where(live, a, none))
+        put(s, o + ADDEND + t, where(live, r, none))
+
+
+@inner
+def settle_into_memory(
+    of_returns: int, advantages: int, returns: int, start: int, near: float, s: Any, o: int
+) -> Any:  # fmt: skip
+    """``settle`` and ``add_moments`` of a whole block whose outputs are float32; whether they are finite."""
+    none, base, limit, fine = splat(0.0), splat(near), splat(OVERFLOW_F32), all_true()
+    total, squares = get(s, o + SUM), get(s, o + SUM_2)
+    for t in range(0, BLOCK, WIDTH):
+        live, x = get(s, o + LIVE + t) != none, get(s, o + REWARDS + t)
+        a = where(live, x + get(s, o + ADDEND + t), none)
+        r = where(live, x + get(s, o + of_returns + t) + get(s, o + VALUES + t), none)
+        write_f32s(advantages, start + t, a)
+        write_f32s(returns, start + t, r)
+        fine = fine & (absolute(a) < limit) & (absolute(r) < limit)
+        d = where(live, a - base, none)
+        total = total + d
+        squares = squares + d * d
+    put(s, o + SUM, total)
+    put(s, o + SUM_2, squares)
+    return all_of(fine)
+
+
+@inner
+def settle_all(n: int, of_returns: int, skip: bool, later: Any, s: Any, o: int) -> None:
+    """``settle``, with what the recurrence carries past masked tokens left there.
 
     ``later`` is what the next unmasked token has, of advantages and of returns without their value.
     """
-    advantage, without_value, of_returns = later[0], later[1], o + (ADDEND_VALUE if decoupled else ADDEND)
+    advantage, without_value = later[0], later[1]
     for i in range(n):
         t = n - 1 - i
         live, v = s[o + LIVE + t] != 0.0, s[o + VALUES + t]
         if live or not skip:
-            advantage, without_value = (
-                s[o + DELTA + t] + s[o + ADDEND + t],
-                s[o + DELTA + t] + s[of_returns + t],
-            )
-        s[o + ADVANTAGES + t] = advantage
-        s[o + RETURNS + t] = without_value + (v if live or skip else 0.0)
+            advantage = s[o + REWARDS + t] + s[o + ADDEND + t]
+            without_value = s[o + REWARDS + t] + s[o + of_returns + t]
+        s[o + REWARDS + t] = advantage
+        s[o + ADDEND + t] = without_value + (v if live or skip else 0.0)
     later[0], later[1] = advantage, without_value
 
 
 @inner
-def add_moments(n: int, near: float, s: Any, o: int) -> None:
-    """Adds deviations of unmasked advantages from ``near``, and their squares, to the lanes."""
-    for t in range(n):
-        d = s[o + ADVANTAGES + t] - near if s[o + LIVE + t] != 0.0 else 0.0
-        s[o + SUM + t] += d
-        s[o + SUM_2 + t] += d * d
+def add_moments(near: float, s: Any, o: int) -> None:
+    """Adds deviations of unmasked advantages from ``near``, and their squares, to the lanes of the sums."""
+    none, base = splat(0.0), splat(near)
+    total, squares = get(s, o + SUM), get(s, o + SUM_2)
+    for t in range(0, BLOCK, WIDTH):
+        d = where(get(s, o + LIVE + t) != none, get(s, o + REWARDS + t) - base, none)
+        total = total + d
+        squares = squares + d * d
+    put(s, o + SUM, total)
+    put(s, o + SUM_2, squares)
+
+
+@inner
+def moments_of(count: int, near: float, s: Any, o: int) -> tuple[float, float]:
+    """Mean and sum of squared deviations, by the sums of ``add_moments``, which are 0 afterwards."""
+    total, squares = fold(WIDTH, s, o + SUM), fold(WIDTH, s, o + SUM_2)
+    if count == 0:
+        return 0.0, 0.0
+    m2 = squares - total * (total / count)
+    return near + total / count, 0.0 if m2 < 0.0 else m2

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from attnshape.cpu import lanes
 from attnshape.cpu.arithmetic import exp, fold, log
+from attnshape.cpu.blocks import fill, load, load_index, load_mask, start_of, store
 from attnshape.cpu.jit import entry, inner
+from attnshape.cpu.lanes import WIDTH, get, put, splat, where
 from attnshape.cpu.layout import BLOCK, bounds_of
 from attnshape.cpu.memory import (
     ADDRESS,
@@ -29,13 +31,7 @@ from attnshape.cpu.memory import (
     OTHER,
     ROW,
     TOKEN,
-    fill,
-    load,
-    load_index,
-    load_mask,
     scratch_of,
-    start_of,
-    store,
     widened,
 )
 from attnshape.cpu.threads import over_rows
@@ -45,7 +41,7 @@ from attnshape.types import AttentionInputs, Response, compute_dtype
 QUERY, KEY, KEY_MASK, MASK_ROW, LSE, KEY_START, POSITION = range(7)
 MASK, START, INDEX, OUT = range(4)
 # What a layer is, in integers and in numbers.
-HEADS, KEY_HEADS, WIDTH, LENGTH, WINDOW, CAUSAL, AT = range(7)
+HEADS, KEY_HEADS, HEAD_WIDTH, LENGTH, WINDOW, CAUSAL, AT = range(7)
 SCALING, SOFTCAP = range(2)
 LAST_VISIBLE, GIVEN, LAST_RESPONSE = range(3)  # AT
 
@@ -103,10 +99,10 @@ def visible_keys(
 
 @inner
 def dots_of(
-    places: Any, count: int, width: int, key: int, first: int, end: int, queries: int, row: int, s: Any,
-    o: int, apart: int,
+    places: Any, count: int, width: int, key: int, scaling: float, first: int, end: int, queries: int,
+    row: int, s: Any, o: int, apart: int,
 ) -> None:  # fmt: skip
-    """``s[o + h * apart + t]``: products of ``count`` queries with the keys that are visible.
+    """``s[o + h * apart + t]``: scaled products of ``count`` queries with the keys that are visible.
 
     Args:
         width: of a head, made up to whole lanes where the queries stand.
@@ -134,7 +130,8 @@ def dots_of(
             else:
                 x = lanes.four_f64(queries, padded, h * padded, at, k, padded)
             to = o + h * apart + t
-            s[to], s[to + apart], s[to + 2 * apart], s[to + 3 * apart] = x
+            s[to], s[to + apart] = scaling * x[0], scaling * x[1]
+            s[to + 2 * apart], s[to + 3 * apart] = scaling * x[2], scaling * x[3]
         for h in range(fours, count):
             if kind_now == BF16:
                 y = lanes.one_bf16(queries, h * padded, at, k, padded)
@@ -144,7 +141,7 @@ def dots_of(
                 y = lanes.one_f16(queries, h * padded, at, k, padded)
             else:
                 y = lanes.one_f64(queries, h * padded, at, k, padded)
-            s[o + h * apart + t] = y
+            s[o + h * apart + t] = scaling * y
 
 
 @inner
@@ -155,30 +152,42 @@ def softcapped(cap: float, first: int, end: int, s: Any, o: int) -> None:
 
 
 @inner
-def denominator(sink: float, first: int, end: int, s: Any, seen: int, x: int, sums: int) -> Any:
-    """Replaces scores by ``exp(score - their maximum)``, 0 where not seen; their sum, the sink's too.
+def exponentials(shift: float, first: int, end: int, s: Any, x: int) -> None:
+    for t in range(first, end + -(end - first) % WIDTH):
+        s[x + t] = exp(s[x + t] - shift)
 
-    Lane ``t % BLOCK`` counted from ``first``; ``sums`` is where the lanes stand.
-    """
-    for j in range(BLOCK):
-        s[sums + j] = -np.inf
-    for t in range(first, end, BLOCK):
-        for j in range(min(BLOCK, end - t)):
-            score = s[x + t + j]
-            higher = (score > s[sums + j]) & (s[seen + t + j] != 0.0)
-            s[sums + j] = score if higher else s[sums + j]
-    top = sink
-    for j in range(BLOCK):
+
+@inner
+def highest_score(first: int, end: int, s: Any, seen: int, x: int, sums: int) -> Any:
+    """The highest score that is seen, NaN left out; the others become ``-inf``."""
+    none, lowest = splat(0.0), splat(-np.inf)
+    best = lowest
+    for t in range(first, end, WIDTH):
+        score = where(get(s, seen + t) != none, get(s, x + t), lowest)
+        put(s, x + t, score)
+        best = where(best < score, score, best)
+    put(s, sums, best)
+    top = -np.inf
+    for j in range(WIDTH):
         top = max(top, s[sums + j])
-        s[sums + j] = 0.0
-    for t in range(first, end, BLOCK):
-        for j in range(min(BLOCK, end - t)):
-            p = exp(s[x + t + j] - top)
-            p = p if s[seen + t + j] != 0.0 else 0.0
-            s[x + t + j] = p
-            s[sums + j] += p
-    total = fold(BLOCK, s, sums)
-    return total if sink == -np.inf else total + exp(sink - top)
+    return top
+
+
+@inner
+def total_of(first: int, end: int, s: Any, x: int, sums: int) -> Any:
+    total = splat(0.0)
+    for t in range(first, end, WIDTH):
+        total = total + get(s, x + t)
+    put(s, sums, total)
+    return fold(WIDTH, s, sums)
+
+
+@inner
+def add_weights(factor: float, first: int, end: int, s: Any, seen: int, x: int, out: Any, o: int) -> None:
+    none, share = splat(0.0), splat(factor)
+    for t in range(first, end, WIDTH):
+        weight = where(get(s, seen + t) != none, get(s, x + t) * share, none)
+        put(out, o + t, get(out, o + t) + weight)
 
 
 @inner
@@ -195,9 +204,9 @@ def attend_row(
     end: int, queries: int, row: int, s: Any, out: Any, o: int, share: float,
 ) -> None:  # fmt: skip
     """Adds ``share`` times the mean over heads of the attention row to ``out[o + t]``."""
-    length, width = layer[LENGTH], layer[WIDTH]
+    apart, width = layer[LENGTH] + WIDTH, layer[HEAD_WIDTH]  # eight numbers at once may go past the end
     padded, size = width + -width % lanes.LANES, 8 if places[KEY, KIND] == F64 else 4
-    seen_by_head, sums, scores = length, 2 * length, 2 * length + BLOCK
+    seen_by_head, sums, scores = apart, 2 * apart, 2 * apart + BLOCK
     group, done = layer[HEADS] // layer[KEY_HEADS], 0
     mask_kind = places[MASK_ROW, ADDRESS] != 0
     share = share / max(len(heads), 1)
@@ -210,11 +219,11 @@ def attend_row(
             widened(places, QUERY, q, width, padded, queries + count * padded * size)
             count += 1
         key = b * places[KEY, ROW] + g * places[KEY, HEAD] + base * places[KEY, OTHER]
-        dots_of(places, count, width, key, first, end, queries, row, s, scores, length)
+        dots_of(
+            places, count, width, key, numbers[SCALING], first, end, queries, row, s, scores, apart
+        )  # fmt: skip
         for i in range(count):
-            h, x, seen = heads[done + i], scores + i * length, 0
-            for t in range(first, end):
-                s[x + t] = numbers[SCALING] * s[x + t]
+            h, x, seen = heads[done + i], scores + i * apart, 0
             if numbers[SOFTCAP] > 0.0:
                 softcapped(numbers[SOFTCAP], first, end, s, x)
             if mask_kind:
@@ -229,19 +238,21 @@ def attend_row(
                     hidden = s[seen + t] == -np.inf
                     s[x + t] += s[seen + t]
                     s[seen + t] = 0.0 if hidden else s[t]
+                for t in range(end, end + WIDTH):
+                    s[seen + t] = 0.0
             factor = share
             if places[LSE, ADDRESS] != 0:
                 at = b * places[LSE, ROW] + h * places[LSE, HEAD] + (base + p) * places[LSE, OTHER]
                 load(places, LSE, at, 1, s, sums)
                 lse = s[sums] if len(sinks) == 0 else log_add_exp(s[sums], sinks[h])
-                for t in range(first, end):
-                    s[x + t] = exp(s[x + t] - lse)
+                exponentials(lse, first, end, s, x)
             else:
-                factor = share / denominator(
-                    -np.inf if len(sinks) == 0 else sinks[h], first, end, s, seen, x, sums
-                )
-            for t in range(first, end):
-                out[o + t] += s[x + t] * factor if s[seen + t] != 0.0 else 0.0
+                sink = -np.inf if len(sinks) == 0 else sinks[h]
+                top = max(sink, highest_score(first, end, s, seen, x, sums))
+                exponentials(top, first, end, s, x)
+                total = total_of(first, end, s, x, sums)
+                factor = share / (total if sink == -np.inf else total + exp(sink - top))
+            add_weights(factor, first, end, s, seen, x, out, o)
         done += count
 
 
@@ -256,12 +267,12 @@ def attend(
         places: int64 ``[7, 6]``, by the names above.
         bounds, lost: see ``rows.sweep``; ``lost`` of all rows.
         heads: those that count, int64. sinks: float64 ``[Hq]``, or ``[0]``. last: int64 ``[B]``, or ``[0]``.
-        scratch: room for ``[2 + group, S] + BLOCK`` numbers. typed: bytes for ``group + 1`` heads.
-        means: float64 ``[high - low, S]``, flat.
+        scratch: room for ``[2 + group, S + WIDTH] + BLOCK`` numbers. typed: bytes for ``group + 1`` heads.
+        means: float64 ``[high - low, S]``, flat, and ``WIDTH`` more.
     """
     s, out = scratch_of(scratch), scratch_of(means)
     row = typed.ctypes.data
-    queries = row + 8 * (layer[WIDTH] + lanes.LANES)
+    queries = row + 8 * (layer[HEAD_WIDTH] + lanes.LANES)
     for b in range(low, high):
         base, length = 0, layer[LENGTH]
         if len(bounds) > 0:
@@ -270,6 +281,8 @@ def attend(
         if p == LOST:
             lost[b] = 1
         if p >= 0 and lost[b] == 0:
+            for t in range(end, end + WIDTH):
+                s[t] = 0.0
             attend_row(
                 places, layer, numbers, heads, sinks, b, base, p, first, end, queries, row, s, out,
                 (b - low) * layer[LENGTH], share,
@@ -292,7 +305,7 @@ def write_rows(places: Any, bounds: Any, lost: Any, length: int, means: Any, low
             fill(places, OUT, at, n, np.nan)
         else:
             o = (b - low) * length
-            store(places, OUT, at, n, s, o, o)
+            store(places, OUT, at, n, s, o)
 
 
 @inner
@@ -335,7 +348,7 @@ def write_responses(
                     if 0 <= k < limit:
                         x = out[(b - low) * keys + k]
                 s[BLOCK + j] = x
-            store(places, OUT, start_of(places, OUT, b, base + t), m, s, BLOCK, 0)
+            store(places, OUT, start_of(places, OUT, b, base + t), m, s, BLOCK)
         lost[b] = any_live and (outside or lost[b] != 0)
 
 
@@ -415,7 +428,7 @@ class Layer:
             self.choices[LENGTH] = self.keys
 
     def attend(self, lost: Array, last: Array, share: float, means: Array, low: int, high: int) -> None:
-        scratch = np.empty((2 + self.group) * self.keys + BLOCK)
+        scratch = np.empty((2 + self.group) * (self.keys + lanes.WIDTH) + BLOCK)
         typed = np.empty(8 * (self.group + 1) * (self.width + lanes.LANES), np.uint8)
         attend(
             self.places, self.bounds, lost, self.choices, self.numbers, self.heads, self.sinks, last, share,
@@ -430,7 +443,7 @@ def _over_rows(layers: Sequence[Layer], last: Array, finish: Any) -> Array:
     lost = np.bitwise_or.reduce([layer.lost for layer in layers])
 
     def compute(low: int, high: int) -> None:
-        means = np.zeros((high - low) * keys)
+        means = np.zeros((high - low) * keys + lanes.WIDTH)
         for layer in layers:
             layer.attend(lost, last, 1.0 / len(layers), means, low, high)
         finish(lost, means, low, high)

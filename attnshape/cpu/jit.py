@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 
 import numba
 from numba import extending
-from numba.core import caching
+from numba.core import caching, codegen, compiler, types
+from numba.core.types.misc import unliteral
+from numba.core.typing import templates
 
 log = logging.getLogger("attnshape.cpu")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -29,9 +31,59 @@ def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
     return extending.intrinsic(function)  # type: ignore[no-any-return]
 
 
+class _Part(codegen.JITCodeLibrary):  # type: ignore[misc]
+    """Code that becomes part of others and is never called by itself: optimised there, and there alone."""
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalized = True
+
+    def get_pointer_to_function(self, name: str) -> int:
+        self._ensure_finalized()
+        return 0
+
+    @property
+    def codegen(self) -> _Part:
+        return self
+
+    def set_env(self, name: str, env: Any) -> None:
+        """Nothing in memory has such a name."""
+
+
+class _PartCompiler(compiler.Compiler):  # type: ignore[misc]
+    def define_pipelines(self) -> Any:
+        self.state.library = _Part(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
+        self.state.library.enable_object_caching()
+        return super().define_pipelines()
+
+
 def inner(function: F) -> F:
-    """Compiled as a part of what calls it."""
-    return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)(function)  # type: ignore[no-any-return]
+    """Compiled as a part of what calls it: once, not once for every constant that it is given."""
+    options = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    compiled = numba.njit(pipeline_class=_PartCompiler, **options)(function)
+    template_of = compiled.get_call_template
+    compiled.get_call_template = lambda args, kws: template_of([unliteral(x) for x in args], kws)
+    return compiled  # type: ignore[no-any-return]
+
+
+def operation(function: Any, result: types.Type, *of: types.Type) -> Callable[..., Any]:
+    """``function``, an operator too, of arguments of these types is what the decorated code builds."""
+    template = templates.make_concrete_template(
+        f"{function} {of}", function, [templates.signature(result, *of)]
+    )
+    templates.builtin_registry.register_global(function, types.Function(template))
+
+    def decorate(build: Callable[..., Any]) -> Callable[..., Any]:
+        def lowered(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            found = build(builder, *arguments)
+            return context.get_dummy_value() if result is types.void else found
+
+        extending.lower_builtin(function, *of)(lowered)
+        return build
+
+    return decorate
 
 
 def entry(function: F) -> F:

@@ -1,36 +1,162 @@
-"""Dot products in sixteen lanes, whatever the machine's vectors hold: the same bits on every one."""
+"""Numbers that are computed with at once, as many whatever the machine's vectors hold: the same bits on all.
+
+Sixteen lanes for dot products, eight of float64 for what is done to the tokens of a block.
+"""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from numba.core import types
+from numba.core.types.containers import UniTuple
 from numba.extending import models, register_model
 
-from attnshape.cpu.jit import inner, intrinsic
+from attnshape.cpu.jit import inner, intrinsic, operation
+from attnshape.cpu.memory import SCRATCH
 
-LANES = 16
+LANES, WIDTH = 16, 8
+ELEMENTS = {types.float32: ir.FloatType(), types.float64: ir.DoubleType(), types.boolean: ir.IntType(1)}
 
 
 class _Lanes(types.Type):
-    def __init__(self, element: Any) -> None:
-        super().__init__(f"Lanes({element})")
-        self.element = element
+    def __init__(self, element: Any, count: int) -> None:
+        super().__init__(f"Lanes({element} x {count})")
+        self.element, self.count = element, count
 
     @property
     def vector(self) -> ir.Type:
-        return ir.VectorType(ir.FloatType() if self.element == types.float32 else ir.DoubleType(), LANES)
+        return ir.VectorType(ELEMENTS[self.element], self.count)
 
 
-LANES_F32, LANES_F64 = _Lanes(types.float32), _Lanes(types.float64)
+LANES_F32, LANES_F64 = _Lanes(types.float32, LANES), _Lanes(types.float64, LANES)
+TOKENS, FLAGS = _Lanes(types.float64, WIDTH), _Lanes(types.boolean, WIDTH)
 
 
 @register_model(_Lanes)
 class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, dmm: Any, fe_type: Any) -> None:
         super().__init__(dmm, fe_type, fe_type.vector)
+
+
+# Tokens of a block --------------------------------------------------------------------------------------
+
+
+operation(operator.add, TOKENS, TOKENS, TOKENS)(lambda builder, x, y: builder.fadd(x, y))
+operation(operator.sub, TOKENS, TOKENS, TOKENS)(lambda builder, x, y: builder.fsub(x, y))
+operation(operator.mul, TOKENS, TOKENS, TOKENS)(lambda builder, x, y: builder.fmul(x, y))
+operation(operator.ne, FLAGS, TOKENS, TOKENS)(lambda builder, x, y: builder.fcmp_unordered("!=", x, y))
+operation(operator.lt, FLAGS, TOKENS, TOKENS)(lambda builder, x, y: builder.fcmp_ordered("<", x, y))
+operation(operator.and_, FLAGS, FLAGS, FLAGS)(lambda builder, x, y: builder.and_(x, y))
+
+
+@intrinsic
+def where(typingctx: Any, condition: Any, x: Any, y: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.select(*arguments)
+
+    return TOKENS(FLAGS, TOKENS, TOKENS), codegen
+
+
+@intrinsic
+def all_of(typingctx: Any, flags: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits = ir.IntType(WIDTH)
+        return builder.icmp_unsigned(
+            "==", builder.bitcast(arguments[0], bits), ir.Constant(bits, 2**WIDTH - 1)
+        )
+
+    return types.boolean(FLAGS), codegen
+
+
+@intrinsic
+def all_true(typingctx: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(FLAGS.vector, [1] * WIDTH)
+
+    return FLAGS(), codegen
+
+
+@intrinsic
+def splat(typingctx: Any, x: Any) -> Any:
+    """The same number in all lanes."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        one, i32 = ir.Constant(TOKENS.vector, ir.Undefined), ir.IntType(32)
+        one = builder.insert_element(one, arguments[0], ir.Constant(i32, 0))
+        return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(i32, WIDTH), [0] * WIDTH))
+
+    return TOKENS(types.float64), codegen
+
+
+@intrinsic
+def absolute(typingctx: Any, x: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        i64 = ir.VectorType(ir.IntType(64), WIDTH)
+        bits = builder.and_(builder.bitcast(arguments[0], i64), ir.Constant(i64, [2**63 - 1] * WIDTH))
+        return builder.bitcast(bits, TOKENS.vector)
+
+    return TOKENS(TOKENS), codegen
+
+
+@intrinsic
+def get(typingctx: Any, scratch: Any, index: Any) -> Any:
+    """Eight numbers of the scratch memory."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        at = builder.gep(arguments[0], [arguments[1]], inbounds=True)
+        return builder.load(builder.bitcast(at, ir.PointerType(TOKENS.vector)), align=8)
+
+    return TOKENS(SCRATCH, types.int64), codegen
+
+
+@intrinsic
+def put(typingctx: Any, scratch: Any, index: Any, x: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        at = builder.gep(arguments[0], [arguments[1]], inbounds=True)
+        builder.store(arguments[2], builder.bitcast(at, ir.PointerType(TOKENS.vector)), align=8)
+        return context.get_dummy_value()
+
+    return types.void(SCRATCH, types.int64, TOKENS), codegen
+
+
+def _access(element: ir.Type, size: int) -> tuple[Any, Any]:
+    """``read(address, index)`` and ``write(address, index, x)`` of eight neighbours of a dtype."""
+    stored = ir.VectorType(element, WIDTH)
+
+    def pointer(builder: Any, address: Any, index: Any) -> Any:
+        base = builder.inttoptr(address, ir.PointerType(element))
+        return builder.bitcast(builder.gep(base, [index], inbounds=True), ir.PointerType(stored))
+
+    @intrinsic
+    def read(typingctx: Any, address: Any, index: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            x = builder.load(pointer(builder, *arguments), align=size)
+            return x if size == 8 else builder.fpext(x, TOKENS.vector)
+
+        return TOKENS(types.int64, types.int64), codegen
+
+    @intrinsic
+    def write(typingctx: Any, address: Any, index: Any, x: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            address, index, x = arguments
+            builder.store(
+                x if size == 8 else builder.fptrunc(x, stored), pointer(builder, address, index), align=size
+            )
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, TOKENS), codegen
+
+    return read, write
+
+
+read_f32s, write_f32s = _access(ir.FloatType(), 4)
+read_f64s, write_f64s = _access(ir.DoubleType(), 8)
+
+
+# Dot products -------------------------------------------------------------------------------------------
 
 
 def _vector(element: ir.Type) -> ir.Type:
@@ -114,6 +240,34 @@ def fold_lanes(typingctx: Any, x: Any) -> Any:
     return types.float64(x), codegen
 
 
+def _halves(builder: Any, x: Any, y: Any, width: int) -> Any:
+    """``x`` and ``y``, each of parts of ``2 * width`` lanes, with each part's halves added: x's, then y's."""
+    count, i32 = x.type.count, ir.IntType(32)
+    starts = range(0, 2 * count, 2 * width)
+    low, high = (
+        ir.Constant(ir.VectorType(i32, count), [start + shift + j for start in starts for j in range(width)])
+        for shift in (0, width)
+    )
+    return builder.fadd(builder.shuffle_vector(x, y, low), builder.shuffle_vector(x, y, high))
+
+
+@intrinsic
+def fold_four(typingctx: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """``fold_lanes`` of each, all at once and to the same bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        a, b, c, d = arguments
+        x = _halves(builder, _halves(builder, a, b, 8), _halves(builder, c, d, 8), 4)
+        for width in (2, 1):
+            x = _halves(builder, x, ir.Constant(x.type, ir.Undefined), width)
+        if a.type.element == ir.FloatType():
+            x = builder.fpext(x, ir.VectorType(ir.DoubleType(), LANES))
+        sums = [builder.extract_element(x, ir.Constant(ir.IntType(32), i)) for i in range(4)]
+        return context.make_tuple(builder, signature.return_type, sums)
+
+    return UniTuple(types.float64, 4)(a, a, a, a), codegen
+
+
 def _zero(lanes: _Lanes) -> Any:
     @intrinsic
     def zero(typingctx: Any) -> Any:
@@ -143,7 +297,8 @@ def _dots(read_query: Any, read_key: Any, zero: Any) -> tuple[Any, Any]:
             b = multiply_add(b, read_query(queries, q + apart + i), key)
             c = multiply_add(c, read_query(queries, q + 2 * apart + i), key)
             d = multiply_add(d, read_query(queries, q + 3 * apart + i), key)
-        return fold_lanes(a), fold_lanes(b), fold_lanes(c), fold_lanes(d)
+        found: tuple[float, float, float, float] = fold_four(a, b, c, d)
+        return found
 
     @inner
     def one(queries: int, q: int, keys: int, k: int, width: int) -> Any:

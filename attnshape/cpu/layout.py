@@ -7,19 +7,23 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from attnshape.cpu.blocks import count_live, load_mask, start_of
 from attnshape.cpu.jit import inner
-from attnshape.cpu.memory import load_mask, start_of
 
 BLOCK = 128
 """Tokens that are held at once, as float64, while a row is swept; counted from its first unmasked token."""
 
 # Fields of the scratch memory: token ``t`` of a block is at ``o + FIELD + t``, with ``o`` the row's place.
-# As they are read, as they are written, of the recurrence, and sums over blocks: a lane for each place.
-LIVE, RAW, VALUES, LOGPROBS, REF_LOGPROBS, KL, TOKEN_REWARDS = (i * BLOCK for i in range(7))
-REWARDS, CREDIT, KL_OUT, ADVANTAGES, RETURNS = (i * BLOCK for i in range(7, 12))
-DELTA, FACTOR, ADDEND, FACTOR_VALUE, ADDEND_VALUE = (i * BLOCK for i in range(12, 17))
-SUM, SUM_2 = (i * BLOCK for i in range(17, 19))
-HELD = 19 * BLOCK
+# Few of them, each used for one thing after another, so that several rows fit into a CPU's nearest cache.
+LIVE = 0  # 1 where unmasked, else 0; 0 past the block's tokens
+CREDIT = BLOCK  # raw weights, then credit
+VALUES = 2 * BLOCK
+KL = 3 * BLOCK  # log-probabilities, then the penalty
+REWARDS = 4 * BLOCK  # token rewards, then rewards, then rewards without values, then advantages
+ADDEND = 5 * BLOCK  # the reference's log-probabilities, then what the recurrence adds, then W, then returns
+SUM, SUM_2 = 6 * BLOCK, 7 * BLOCK  # sums over blocks, in lanes
+FACTOR, FACTOR_VALUE, ADDEND_VALUE = 8 * BLOCK, 9 * BLOCK, 10 * BLOCK
+HELD = 11 * BLOCK
 """Numbers held of a row."""
 
 
@@ -42,20 +46,24 @@ def survey(
     places: Any, mask: int, row: int, base: int, length: int, at: int, s: Any, o: int
 ) -> tuple[int, int, int, int]:
     """The row's first unmasked token, the one after the last unmasked, how many are, whether ``at`` is."""
-    first, end, count, at_live = -1, 0, 0, 0
+    first, last, count, at_live = -1, -1, 0, 0
     for t in range(0, length, BLOCK):
         n = min(BLOCK, length - t)
-        found = load_mask(places, mask, start_of(places, mask, row, base + t), n, s, o)
-        if found == 0:
-            continue
+        found = count_live(places, mask, start_of(places, mask, row, base + t), n, s, o)
         count += found
-        if t <= at < t + n:
-            at_live = 1 if s[o + at - t] != 0.0 else 0
-        if first < 0:
-            first = t
-            while s[o + first - t] == 0.0:
-                first += 1
-        end = t + n
-        while s[o + end - 1 - t] == 0.0:
-            end -= 1
-    return max(first, 0), end, count, at_live
+        if found > 0:
+            first, last = t if first < 0 else first, t
+    if count == 0:
+        return 0, 0, 0, 0
+    load_mask(places, mask, start_of(places, mask, row, base + first), min(BLOCK, length - first), s, o)
+    j = 0
+    while s[o + j] == 0.0:
+        j += 1
+    first += j
+    n = min(BLOCK, length - last)
+    load_mask(places, mask, start_of(places, mask, row, base + last), n, s, o)
+    while s[o + n - 1] == 0.0:
+        n -= 1
+    if 0 <= at < length:
+        at_live = load_mask(places, mask, start_of(places, mask, row, base + at), 1, s, o)
+    return first, last + n, count, at_live

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba.core import types
-from numba.extending import models, overload, register_model
+from numba.extending import models, register_model
 from torch import Tensor
 
-from attnshape.cpu.jit import inner, intrinsic
+from attnshape.cpu.jit import inner, intrinsic, operation
 
 ADDRESS, KIND, ROW, TOKEN, HEAD, OTHER = 0, 1, 2, 3, 4, 5
 """Columns of a table of places: where the first element is, its dtype, and strides in elements. The last two
@@ -37,6 +37,8 @@ KINDS: dict[torch.dtype, int] = {
     torch.int64: I64,
 }
 NOWHERE = (0, 0, 0, 0)
+OVERFLOW_F32 = 2.0**128 - 2.0**103
+"""From here on a number becomes infinite as float32."""
 
 
 def place_of(x: Tensor | None) -> tuple[int, int, int, int]:
@@ -120,6 +122,43 @@ def bits_of(typingctx: Any, x: Any) -> Any:
     return types.int64(types.float64), codegen
 
 
+@intrinsic
+def read_word(typingctx: Any, address: Any, index: Any) -> Any:
+    """Eight bytes, from the one at ``index`` on."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, index = arguments
+        base = builder.inttoptr(address, ir.PointerType(ir.IntType(8)))
+        at = builder.bitcast(builder.gep(base, [index], inbounds=True), ir.PointerType(ir.IntType(64)))
+        return builder.load(at, align=1)
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def ones(typingctx: Any, x: Any) -> Any:
+    """How many bits are 1."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return types.int64(types.int64), codegen
+
+
+@inner
+def half(bits: Any) -> Any:
+    """The number that these bits of a float16 stand for."""
+    sign, size = (np.int32(bits) & 0x8000) << 16, np.int32(bits) & 0x7FFF
+    normal = as_f32(sign | ((size << 13) + (112 << 23)))
+    small = np.float32(size) * np.float32(2.0**-24)
+    special = as_f32(sign | (size << 13) | 0x7F800000)
+    if size >= 0x7C00:
+        return special
+    if size >= 0x400:
+        return normal
+    return -small if sign != 0 else small
+
+
 @inner
 def widened(places: Any, name: int, start: int, n: int, padded: int, out: int) -> None:
     """Elements along ``TOKEN`` to the memory at ``out``, then zeros: float32, of float64 float64."""
@@ -173,166 +212,11 @@ def scratch_of(typingctx: Any, array: Any) -> Any:
     return SCRATCH(array), codegen
 
 
-@intrinsic
-def _get(typingctx: Any, scratch: Any, index: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.load(builder.gep(arguments[0], [arguments[1]], inbounds=True))
-
-    return types.float64(SCRATCH, types.int64), codegen
+@operation(operator.getitem, types.float64, SCRATCH, types.int64)
+def _get(builder: Any, scratch: Any, index: Any) -> Any:
+    return builder.load(builder.gep(scratch, [index], inbounds=True))
 
 
-@intrinsic
-def _put(typingctx: Any, scratch: Any, index: Any, value: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.store(arguments[2], builder.gep(arguments[0], [arguments[1]], inbounds=True))
-        return context.get_dummy_value()
-
-    return types.void(SCRATCH, types.int64, types.float64), codegen
-
-
-@overload(operator.getitem)
-def _getitem(scratch, index):  # type: ignore[no-untyped-def]
-    if isinstance(scratch, _Scratch):
-        return lambda scratch, index: _get(scratch, index)
-    return None
-
-
-@overload(operator.setitem)
-def _setitem(scratch, index, value):  # type: ignore[no-untyped-def]
-    if isinstance(scratch, _Scratch):
-        return lambda scratch, index, value: _put(scratch, index, value)
-    return None
-
-
-# Blocks of tokens ------------------------------------------------------------------------------------
-
-
-@inner
-def start_of(places: Any, name: int, row: int, token: int) -> Any:
-    """Index of a token's element: of a row of ``[B, R]``, or of ``[M]``, whose rows have no stride."""
-    return row * places[name, ROW] + token * places[name, TOKEN]
-
-
-@inner
-def half(bits: Any) -> Any:
-    """The number that these bits of a float16 stand for."""
-    sign, size = (np.int32(bits) & 0x8000) << 16, np.int32(bits) & 0x7FFF
-    normal = as_f32(sign | ((size << 13) + (112 << 23)))
-    small = np.float32(size) * np.float32(2.0**-24)
-    special = as_f32(sign | (size << 13) | 0x7F800000)
-    if size >= 0x7C00:
-        return special
-    if size >= 0x400:
-        return normal
-    return -small if sign != 0 else small
-
-
-@inner
-def load(places: Any, name: int, start: int, n: int, s: Any, o: int) -> None:
-    """``s[o : o + n]``, float64, becomes the elements of a float tensor from ``start`` on."""
-    address, kind, stride = places[name, ADDRESS], places[name, KIND], places[name, TOKEN]
-    if kind == F32:
-        for t in range(n):
-            s[o + t] = read_f32(address, start + t * stride)
-    elif kind == F64:
-        for t in range(n):
-            s[o + t] = read_f64(address, start + t * stride)
-    elif kind == BF16:
-        for t in range(n):
-            s[o + t] = as_f32(np.int32(read_i16(address, start + t * stride)) << 16)
-    else:
-        for t in range(n):
-            s[o + t] = half(read_i16(address, start + t * stride))
-
-
-@inner
-def load_mask(places: Any, name: int, start: int, n: int, s: Any, o: int) -> int:
-    """``s[o : o + n]`` becomes 1 where the mask is not zero, else 0; how many are 1."""
-    address, kind, stride = places[name, ADDRESS], places[name, KIND], places[name, TOKEN]
-    count = 0
-    if kind == I8:
-        for t in range(n):
-            live = read_i8(address, start + t * stride) != 0
-            s[o + t] = live
-            count += live
-    elif kind == I64:
-        for t in range(n):
-            live = read_i64(address, start + t * stride) != 0
-            s[o + t] = live
-            count += live
-    elif kind == I32:
-        for t in range(n):
-            live = read_i32(address, start + t * stride) != 0
-            s[o + t] = live
-            count += live
-    elif kind == F32:
-        for t in range(n):
-            live = read_f32(address, start + t * stride) != 0
-            s[o + t] = live
-            count += live
-    elif kind == F64:
-        for t in range(n):
-            live = read_f64(address, start + t * stride) != 0
-            s[o + t] = live
-            count += live
-    elif kind == I16:
-        for t in range(n):
-            live = read_i16(address, start + t * stride) != 0
-            s[o + t] = live
-            count += live
-    else:
-        for t in range(n):
-            live = (read_i16(address, start + t * stride) & 0x7FFF) != 0
-            s[o + t] = live
-            count += live
-    return count
-
-
-@inner
-def load_index(places: Any, name: int, row: int, token: int) -> Any:
-    """Element of a tensor of int32 or int64, ``[B]`` or ``[B, R]``."""
-    at = start_of(places, name, row, token)
-    if places[name, KIND] == I64:
-        return read_i64(places[name, ADDRESS], at)
-    return np.int64(read_i32(places[name, ADDRESS], at))
-
-
-@inner
-def store(places: Any, name: int, start: int, n: int, s: Any, o: int, live: int) -> bool:
-    """Writes ``s[o : o + n]``, rounded once, from the element at ``start`` on; outputs are contiguous.
-
-    Whether the written elements are finite where ``s[live : live + n]`` is not 0.
-    """
-    address, lost = places[name, ADDRESS], 0
-    if places[name, KIND] == F32:
-        for t in range(n):
-            x = np.float32(s[o + t])
-            write_f32(address, start + t, x)
-            lost += (not abs(x) < np.float32(np.inf)) & (s[live + t] != 0.0)
-    else:
-        for t in range(n):
-            x = s[o + t]
-            write_f64(address, start + t, x)
-            lost += (not abs(x) < np.inf) & (s[live + t] != 0.0)
-    return lost == 0
-
-
-@inner
-def store_one(places: Any, name: int, index: int, x: float) -> None:
-    if places[name, KIND] == F32:
-        write_f32(places[name, ADDRESS], index, np.float32(x))
-    else:
-        write_f64(places[name, ADDRESS], index, x)
-
-
-@inner
-def fill(places: Any, name: int, start: int, n: int, x: float) -> None:
-    address = places[name, ADDRESS]
-    if address == 0:
-        return
-    if places[name, KIND] == F32:
-        for t in range(n):
-            write_f32(address, start + t, np.float32(x))
-    else:
-        for t in range(n):
-            write_f64(address, start + t, x)
+@operation(operator.setitem, types.void, SCRATCH, types.int64, types.float64)
+def _put(builder: Any, scratch: Any, index: Any, value: Any) -> None:
+    builder.store(value, builder.gep(scratch, [index], inbounds=True))

@@ -7,22 +7,25 @@ from typing import Any
 import numpy as np
 
 from attnshape.cpu import layout
-from attnshape.cpu.advantages import WAYS, add_moments, carry, prepare, settle, settle_all
-from attnshape.cpu.arithmetic import fold, log
+from attnshape.cpu.advantages import (
+    WAYS,
+    add_moments,
+    add_terms,
+    add_terms_of_memory,
+    carry,
+    carry_dense,
+    moments_of,
+    set_factors,
+    settle,
+    settle_all,
+    settle_into_memory,
+    subtract_values,
+)
+from attnshape.cpu.arithmetic import log
+from attnshape.cpu.blocks import fill, highest, load, load_index, load_mask, start_of, store, store_one
 from attnshape.cpu.jit import entry, inner
 from attnshape.cpu.layout import BLOCK, HELD, LIVE, survey
-from attnshape.cpu.memory import (
-    ADDRESS,
-    fill,
-    load,
-    load_index,
-    load_mask,
-    scratch_of,
-    start_of,
-    store,
-    store_one,
-    write_i32,
-)
+from attnshape.cpu.memory import ADDRESS, F32, KIND, TOKEN, scratch_of, write_i32
 from attnshape.cpu.rewards import clamp, credit_of, entropy_of, kl_of, mass_of, rewards_of
 from attnshape.types import MIN_MASS, Status
 
@@ -37,18 +40,24 @@ PLACES = 21
 LENGTH, SOURCE, NORMALIZATION, KL_KIND, SCORE_AT, SKIP, KEEP_MASKED, ZERO_LOST, DECOUPLED, SHAPED = range(10)
 SHARE, GAMMA, GL_ALL, GL_VALUE_ALL, SCORE_LOW, SCORE_HIGH, KL_INPUT, KL_OUTPUT, KL_COEF = range(9)
 
+# Fields that what is read comes to, and that what is written lies in, by name.
+FIELDS = (
+    layout.LIVE, layout.CREDIT, layout.VALUES, layout.KL, layout.ADDEND, layout.KL, layout.REWARDS,
+    *(0,) * 6, layout.REWARDS, layout.CREDIT, layout.KL, layout.REWARDS, layout.ADDEND,
+)  # fmt: skip
+
 WEIGHTS, UNIFORM, SPARSE = 0, 1, 2  # SOURCE
 TO_ONE, TO_LENGTH, AS_IS = 0, 1, 2  # NORMALIZATION
 LAST_UNMASKED, LAST_TOKEN, INDEXED = 0, 1, 2  # SCORE_AT
 
 # What is known of each row in flight, in integers and in numbers.
-BASE, WIDTH, ANCHOR, BEGIN, END, COUNT, LAST, AT, ON_SCORE, TOP, BLOCKS, FLAGS, FINITE, KEEP = range(14)
+BASE, WIDTH, ANCHOR, BEGIN, END, COUNT, LAST, AT, ON_SCORE, TOP, BLOCKS, FLAGS, FINITE, KEEP, DENSE = range(
+    15
+)
 SCALE, HOT, SCORE_SHARE, SCORE_TOKEN, AFTER, NEAR = range(6)
 
 FALLBACK, EMPTY, SCORE_MASKED, OUT_OF_RANGE, NONFINITE, NEGATIVE = [int(flag) for flag in Status]
-
-
-ROW_INTEGERS, ROW_NUMBERS = 14, 6
+ROW_INTEGERS, ROW_NUMBERS = 15, 6
 
 
 # A row --------------------------------------------------------------------------------------------------
@@ -86,6 +95,7 @@ def open_row(
     if row[i, BEGIN] < row[i, END]:
         row[i, TOP] = (row[i, END] - 1 - first) // BLOCK
         row[i, BLOCKS] = row[i, TOP] + 1 + (first - row[i, BEGIN] + BLOCK - 1) // BLOCK
+    row[i, DENSE] = count == row[i, END] - row[i, BEGIN]
     fill_row(places, b, base, row[i, BEGIN], 0.0)
     fill_row(places, b, base + row[i, END], length - row[i, END], 0.0)
 
@@ -134,12 +144,7 @@ def weigh_row(
 def close_row(places: Any, choices: Any, b: int, row: Any, of: Any, stats: Any, i: int, s: Any) -> None:
     """Status, stats and moments of a row that has been swept."""
     count = row[i, COUNT]
-    total, squares = fold(BLOCK, s, i * HELD + layout.SUM), fold(BLOCK, s, i * HELD + layout.SUM_2)
-    mean, m2 = 0.0, 0.0
-    if count > 0:
-        mean = of[i, NEAR] + total / count
-        m2 = squares - total * (total / count)
-        m2 = 0.0 if m2 < 0.0 else m2
+    mean, m2 = moments_of(count, of[i, NEAR], s, i * HELD)
     if row[i, FINITE] == 0:
         row[i, FLAGS] |= NONFINITE
         if choices[ZERO_LOST] != 0:
@@ -167,14 +172,17 @@ def tokens_of(row: Any, i: int, step: int) -> tuple[int, int]:
 
 
 @inner
-def write_block(places: Any, names: Any, b: int, t: int, n: int, row: Any, i: int, s: Any) -> None:
+def write_block(places: Any, first: int, last: int, b: int, t: int, n: int, row: Any, i: int, s: Any) -> None:
     """Writes the block's outputs of these names, and notes whether all are finite."""
-    for name in range(names[0], names[1] + 1):
-        if places[name, ADDRESS] != 0:
-            field = i * HELD + layout.REWARDS + (name - REWARDS) * BLOCK
-            start = start_of(places, name, b, row[i, BASE] + t)
-            if not store(places, name, start, n, s, field, i * HELD + LIVE):
-                row[i, FINITE] = 0
+    o = i * HELD
+    for name in range(first, last + 1):
+        if places[name, ADDRESS] == 0:
+            continue
+        finite = store(places, name, start_of(places, name, b, row[i, BASE] + t), n, s, o + FIELDS[name])
+        if not finite:
+            for j in range(n):
+                if s[o + LIVE + j] != 0.0 and not abs(s[o + FIELDS[name] + j]) < highest(places, name):
+                    row[i, FINITE] = 0
 
 
 @inner
@@ -184,17 +192,16 @@ def open_block(
     """Reads a block, computes and writes its credit, KL and rewards."""
     o, at, token = i * HELD, row[i, AT] - t, row[i, BASE] + t
     weighted = choices[SOURCE] == WEIGHTS and row[i, FLAGS] & FALLBACK == 0
-    load_mask(places, MASK, start_of(places, MASK, b, token), n, s, o + LIVE)
     for name in range(RAW, TOKEN_REWARDS + 1):
-        if places[name, ADDRESS] != 0 and (name != RAW or weighted):
-            load(places, name, start_of(places, name, b, token), n, s, o + name * BLOCK)
+        if name == TOKEN_REWARDS or (places[name, ADDRESS] != 0 and (name != RAW or weighted)):
+            load(places, name, start_of(places, name, b, token), n, s, o + FIELDS[name])
     if choices[SHAPED] == 0:
         for j in range(n):
-            s[o + layout.REWARDS + j] = s[o + layout.TOKEN_REWARDS + j] if s[o + LIVE + j] != 0.0 else 0.0
+            s[o + layout.REWARDS + j] = s[o + layout.REWARDS + j] if s[o + LIVE + j] != 0.0 else 0.0
     else:
         if not weighted:
             for j in range(n):
-                s[o + layout.RAW + j] = 1.0
+                s[o + layout.CREDIT + j] = 1.0
         credit_of(n, of[i, SCALE], of[i, HOT], at, s, o)
         if places[KL_OUT, ADDRESS] != 0:
             kl_of(n, choices[KL_KIND], numbers[KL_INPUT], numbers[KL_OUTPUT], s, o)
@@ -203,12 +210,56 @@ def open_block(
         for name in (REWARDS, CREDIT, KL_OUT):
             if name != KL_OUT or places[KL_OUT, ADDRESS] != 0:  # without a KL its field stays 0
                 for j in range(n):
-                    s[o + layout.REWARDS + (name - REWARDS) * BLOCK + j] = (
-                        np.nan if s[o + LIVE + j] != 0.0 else 0.0
-                    )
-    write_block(places, (REWARDS, KL_OUT), b, t, n, row, i, s)
+                    s[o + FIELDS[name] + j] = np.nan if s[o + LIVE + j] != 0.0 else 0.0
+    write_block(places, REWARDS, KL_OUT, b, t, n, row, i, s)
     if 0 <= row[i, LAST] - t < n:
         s[o + layout.REWARDS + row[i, LAST] - t] += of[i, AFTER]
+
+
+@inner
+def open_mask(places: Any, b: int, t: int, n: int, row: Any, i: int, s: Any) -> None:
+    """Which of a block's tokens are unmasked."""
+    live = i * HELD + LIVE
+    if row[i, DENSE] == 0:
+        load_mask(places, MASK, start_of(places, MASK, b, row[i, BASE] + t), n, s, live)
+    elif row[i, DENSE] == 1:
+        row[i, DENSE] = 2 if n == BLOCK else 1  # the blocks that follow are the same
+        for j in range(n):
+            s[live + j] = 1.0
+    for j in range(n, BLOCK):
+        s[live + j] = 0.0
+
+
+@inner
+def link_block(choices: Any, gamma: float, gl: Any, n: int, dense: bool, i: int, s: Any) -> None:
+    """What the recurrence needs of a block, once its rewards are written."""
+    o = i * HELD
+    add_terms(gamma, gl[0, i], layout.ADDEND, s, o)
+    if choices[DECOUPLED] != 0:
+        add_terms(gamma, gl[1, i], layout.ADDEND_VALUE, s, o)
+    subtract_values(s, o)
+    if not dense:
+        skip = choices[SKIP] != 0
+        set_factors(n, gl[0, i], 1.0 if skip else gl[0, i], layout.FACTOR, s, o)
+        if choices[DECOUPLED] != 0:
+            set_factors(n, gl[1, i], 1.0 if skip else gl[1, i], layout.FACTOR_VALUE, s, o)
+
+
+@inner
+def is_plain(places: Any, choices: Any, t: int, n: int, row: Any, of: Any, i: int) -> bool:
+    """Whether a block's advantages come straight from rewards and values that lie in memory as float32."""
+    return (
+        choices[SHAPED] == 0
+        and n == BLOCK
+        and (t + n <= row[i, LAST] or of[i, AFTER] == 0.0)
+        and row[i, DENSE] != 0
+        and choices[DECOUPLED] == 0
+        and row[i, FLAGS] & OUT_OF_RANGE == 0
+        and places[TOKEN_REWARDS, KIND] == F32
+        and places[VALUES, KIND] == F32
+        and places[TOKEN_REWARDS, TOKEN] == 1
+        and places[VALUES, TOKEN] == 1
+    )
 
 
 @inner
@@ -217,14 +268,63 @@ def close_block(
 ) -> None:
     """Advantages and returns of a block, once the chains have run over it."""
     o, last = i * HELD, row[i, LAST] - t
-    if row[i, KEEP] != 0:
-        settle_all(n, choices[DECOUPLED] != 0, choices[SKIP] != 0, later[i], s, o)
-    else:
-        settle(n, choices[DECOUPLED] != 0, s, o)
-    write_block(places, (ADVANTAGES, RETURNS), b, t, n, row, i, s)
+    of_returns = layout.ADDEND_VALUE if choices[DECOUPLED] != 0 else layout.ADDEND
     if 0 <= last < n:
-        of[i, NEAR] = s[o + layout.ADVANTAGES + last]
-    add_moments(n, of[i, NEAR], s, o)
+        of[i, NEAR] = s[o + layout.REWARDS + last] + s[o + layout.ADDEND + last]
+    if n == BLOCK and row[i, KEEP] == 0 and places[ADVANTAGES, KIND] == F32:
+        start = start_of(places, ADVANTAGES, b, row[i, BASE] + t)
+        advantages, returns = places[ADVANTAGES, ADDRESS], places[RETURNS, ADDRESS]
+        if not settle_into_memory(of_returns, advantages, returns, start, of[i, NEAR], s, o):
+            row[i, FINITE] = 0
+        return
+    if row[i, KEEP] != 0:
+        settle_all(n, of_returns, choices[SKIP] != 0, later[i], s, o)
+    else:
+        settle(of_returns, s, o)
+    write_block(places, ADVANTAGES, RETURNS, b, t, n, row, i, s)
+    add_moments(of[i, NEAR], s, o)
+
+
+@inner
+def sweep_rows(
+    places: Any, choices: Any, numbers: Any, b: int, ways: int, row: Any, of: Any, gl: Any, later: Any,
+    w: Any, s: Any,
+) -> None:  # fmt: skip
+    """The blocks of rows ``b : b + ways`` that have been opened, side by side, each row's last one first."""
+    chains = 0 if places[ADVANTAGES, ADDRESS] == 0 else 1 + choices[DECOUPLED]
+    dense, steps = True, 0
+    for i in range(ways):
+        steps = max(steps, row[i, BLOCKS])
+        dense = dense and row[i, DENSE] != 0
+    for step in range(steps):
+        for i in range(ways):
+            if step >= row[i, BLOCKS]:
+                continue
+            t, n = tokens_of(row, i, step)
+            open_mask(places, b + i, t, n, row, i, s)
+            if is_plain(places, choices, t, n, row, of, i):
+                token = row[i, BASE] + t
+                add_terms_of_memory(
+                    numbers[GAMMA], gl[0, i],
+                    places[TOKEN_REWARDS, ADDRESS], start_of(places, TOKEN_REWARDS, b + i, token),
+                    places[VALUES, ADDRESS], start_of(places, VALUES, b + i, token), s, i * HELD,
+                )  # fmt: skip
+                if not dense:
+                    set_factors(n, gl[0, i], gl[0, i], layout.FACTOR, s, i * HELD)
+                continue
+            open_block(places, choices, numbers, b + i, t, n, row, of, i, s)
+            if chains > 0:
+                link_block(choices, numbers[GAMMA], gl, n, dense, i, s)
+        for k in range(chains):
+            addend = layout.ADDEND if k == 0 else layout.ADDEND_VALUE
+            if dense:
+                carry_dense(gl[k], addend, s, w[k])
+            else:
+                carry(layout.FACTOR if k == 0 else layout.FACTOR_VALUE, addend, s, w[k])
+        for i in range(ways):
+            if chains > 0 and step < row[i, BLOCKS]:
+                t, n = tokens_of(row, i, step)
+                close_block(places, choices, b + i, t, n, row, of, later, i, s)
 
 
 @entry
@@ -238,20 +338,18 @@ def sweep(
         bounds: first token and length of each packed row, int64 ``[B, 2]``; ``[0, 2]`` where rows are padded.
         lost: uint8 ``[B]``, rows whose indices are out of range; ``[0]`` for none.
         choices, numbers: by the names above.
-        scratch: ``[WAYS * HELD]`` zeros.
+        scratch: room for ``WAYS * HELD`` numbers, which the caller holds: here nothing would.
     """
     s = scratch_of(scratch)
     row, of = np.zeros((WAYS, ROW_INTEGERS), np.int64), np.zeros((WAYS, ROW_NUMBERS))
-    given, stats, later, w = (
-        np.zeros((WAYS, PLACES)),
-        np.zeros((WAYS, 4)),
-        np.zeros((WAYS, 2)),
-        np.zeros((2, WAYS)),
-    )
-    chains = 0 if places[ADVANTAGES, ADDRESS] == 0 else 1 + choices[DECOUPLED]
-    skip = choices[SKIP] != 0
+    given, stats, later = np.zeros((WAYS, PLACES)), np.zeros((WAYS, 4)), np.zeros((WAYS, 2))
+    gl, w = np.zeros((2, WAYS)), np.zeros((2, WAYS))
+    for i in range(WAYS):  # what is not read stays 0
+        for field in (layout.VALUES, layout.KL, layout.SUM, layout.SUM_2):
+            for t in range(BLOCK):
+                s[i * HELD + field + t] = 0.0
     for b in range(low, high, WAYS):
-        ways, steps = min(WAYS, high - b), 0
+        ways = min(WAYS, high - b)
         for i in range(ways):
             w[0, i] = w[1, i] = 0.0
             for numbers_of_row in (of, stats, later):
@@ -266,24 +364,11 @@ def sweep(
                 if places[name, ADDRESS] != 0:
                     load(places, name, start_of(places, name, 0, b + i), 1, s, i * HELD)
                     given[i, name] = s[i * HELD]
+            gl[0, i], gl[1, i] = given[i, GL], given[i, GL_VALUE]
             of[i, AFTER] = numbers[GAMMA] * given[i, BOOTSTRAP]
             open_row(places, choices, b + i, base, length, bad, row, i, s)
             if choices[SHAPED] != 0 and row[i, FLAGS] & (EMPTY | OUT_OF_RANGE) == 0:
                 weigh_row(places, choices, numbers, b + i, row, of, given, stats, i, s)
-            steps = max(steps, row[i, BLOCKS])
-        for step in range(steps):
-            for i in range(ways):
-                if step >= row[i, BLOCKS]:
-                    continue
-                t, n = tokens_of(row, i, step)
-                open_block(places, choices, numbers, b + i, t, n, row, of, i, s)
-                if chains > 0:
-                    prepare(n, numbers[GAMMA], given[i, GL], given[i, GL_VALUE], chains, skip, s, i * HELD)
-            for k in range(chains):
-                carry(s, w, k)
-            for i in range(ways):
-                if chains > 0 and step < row[i, BLOCKS]:
-                    t, n = tokens_of(row, i, step)
-                    close_block(places, choices, b + i, t, n, row, of, later, i, s)
+        sweep_rows(places, choices, numbers, b, ways, row, of, gl, later, w, s)
         for i in range(ways):
             close_row(places, choices, b + i, row, of, stats, i, s)

@@ -124,8 +124,7 @@ class Call:
         bounds, lost = self.bounds, self.lost
 
         def compute(low: int, high: int, held: object = tensors) -> None:
-            scratch = np.zeros(WAYS * HELD)
-            rows.sweep(places, bounds, lost, choices, numbers, scratch, low, high)
+            rows.sweep(places, bounds, lost, choices, numbers, np.empty(WAYS * HELD), low, high)
 
         over_rows(compute, self.batch, self.width, WAYS)
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from attnshape.config import Whitening
-from attnshape.cpu.advantages import add_moments
-from attnshape.cpu.arithmetic import fold
+from attnshape.cpu.advantages import add_moments, moments_of
+from attnshape.cpu.blocks import load, load_mask, start_of, store
 from attnshape.cpu.jit import entry, inner
-from attnshape.cpu.layout import ADVANTAGES, BLOCK, HELD, LIVE, SUM, SUM_2
-from attnshape.cpu.memory import KINDS, load, load_mask, scratch_of, start_of, store, table_of
+from attnshape.cpu.layout import BLOCK, HELD, LIVE, REWARDS
+from attnshape.cpu.memory import KINDS, scratch_of, table_of
 from attnshape.cpu.threads import over_rows
 from attnshape.types import compute_dtype
 
@@ -43,20 +43,17 @@ def measure(places: Any, width: int, scratch: Any, moments: Any, low: int, high:
         for t in range(first, first + length, BLOCK):
             n = min(BLOCK, first + length - t)
             live = load_mask(places, MASK, start_of(places, MASK, row, t), n, s, LIVE)
-            load(places, X, start_of(places, X, row, t), n, s, ADVANTAGES)
+            for j in range(n, BLOCK):
+                s[LIVE + j] = 0.0
+            load(places, X, start_of(places, X, row, t), n, s, REWARDS)
             if live > 0 and count == 0:
                 j = 0
                 while s[LIVE + j] == 0.0:
                     j += 1
-                near = s[ADVANTAGES + j]
+                near = s[REWARDS + j]
             count += live
-            add_moments(n, near, s, 0)
-        total, squares = fold(BLOCK, s, SUM), fold(BLOCK, s, SUM_2)
-        mean, m2 = 0.0, 0.0
-        if count > 0:
-            mean = near + total / count
-            m2 = squares - total * (total / count)
-            m2 = 0.0 if m2 < 0.0 else m2
+            add_moments(near, s, 0)
+        mean, m2 = moments_of(count, near, s, 0)
         moments[unit, 0], moments[unit, 1], moments[unit, 2] = count, mean, m2
 
 
@@ -96,14 +93,14 @@ def apply(
         row, first, length = chunk_of(unit, width)
         for t in range(first, first + length, BLOCK):
             n = min(BLOCK, first + length - t)
-            load(places, X, start_of(places, X, row, t), n, s, ADVANTAGES)
+            load(places, X, start_of(places, X, row, t), n, s, REWARDS)
             for j in range(n):
-                s[ADVANTAGES + j] = (s[ADVANTAGES + j] - mean) * scale + kept
+                s[REWARDS + j] = (s[REWARDS + j] - mean) * scale + kept
             if zero_masked:
                 load_mask(places, MASK, start_of(places, MASK, row, t), n, s, LIVE)
                 for j in range(n):
-                    s[ADVANTAGES + j] = s[ADVANTAGES + j] if s[LIVE + j] != 0.0 else 0.0
-            store(places, OUT, start_of(places, OUT, row, t), n, s, ADVANTAGES, LIVE)
+                    s[REWARDS + j] = s[REWARDS + j] if s[LIVE + j] != 0.0 else 0.0
+            store(places, OUT, start_of(places, OUT, row, t), n, s, REWARDS)
 
 
 def whiten(

@@ -3,7 +3,7 @@
 Ran with slime 0.3.1 at commit 624b824 (torch 2.13; Megatron and SGLang stubbed). Other versions are refused
 with the first sample that is scored, and so is a slime whose functions take other parameters.
 
-    --advantage-estimator ppo
+    --advantage-estimator ppo        or grpo, cispo, reinforce_plus_plus, reinforce_plus_plus_baseline
     --rm-url http://127.0.0.1:8000
     --custom-rm-path attnshape.integrations.slime.custom_rm
     --custom-reward-post-process-path attnshape.integrations.slime.post_process_rewards
@@ -15,32 +15,38 @@ In a file for ``--custom-config-path``, all optional:
 
 ``model``, in place of ``--rm-url``, is a sequence classifier that the rollout process loads; ``dense_share:
 0`` gives slime's own rewards and advantages.
+
+Under ``ppo`` the score becomes token rewards. Without a critic slime's own advantage of a sample is spread by
+its credit, and its mean over the tokens that count stays; slime's KL, discount and whitening stay its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import math
+from argparse import Namespace
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from attnshape.config import ShapingConfig
+from attnshape.config import GroupConfig, ShapingConfig
 from attnshape.integrations.framework import require_parameters, require_version
+from attnshape.integrations.groups import added
 from attnshape.integrations.reward import RewardModel, Unscored, reward_model, token_rewards
-from attnshape.ops import gae
+from attnshape.ops import gae, group_advantages
 from attnshape.text.turns import spans_of
 from attnshape.types import Response
 
 if TYPE_CHECKING:
-    from argparse import Namespace
-
     from slime.utils.types import Sample
     from transformers import PreTrainedTokenizerBase
 
 TESTED = ("0.3.1",)
+ESTIMATORS = ("ppo", "grpo", "cispo", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
 MODULE = "attnshape.integrations.slime"
 CREDIT = "attnshape_credit"
 """Key of ``Sample.metadata``, which stays in the rollout process."""
@@ -85,22 +91,26 @@ async def _scored(judge: RewardModel, tokenizer: PreTrainedTokenizerBase, sample
 
 
 def post_process_rewards(args: Namespace, samples: Sequence[Sample]) -> tuple[list[float], list[Any]]:
-    """``--custom-reward-post-process-path``: scores as they are, and token rewards.
+    """``--custom-reward-post-process-path``: scores as they are, and token rewards, or spread ones.
 
     Returns:
-        A float per sample; and a float32 tensor ``[response_length]`` per sample. Without any credit, or with
-        ``dense_share: 0``, the floats twice, as slime's own has them.
+        A float per sample; and a float32 tensor ``[response_length]`` per sample: token rewards, which sum to
+        the score, or without a critic what slime makes of the score (normalised in its group), spread:
+        that is their mean. Without any credit, or with ``dense_share: 0``, floats, as slime's own has them.
     """
     check_args(args)
     raw = [float(sample.get_reward_value(args)) for sample in samples]
+    own = raw if args.advantage_estimator == "ppo" else _slimes_rewards(args, samples)
     known = [sample.metadata or {} for sample in samples]
     credit = [(of.get(CREDIT), of.get(SIGNED)) for of in known]
     dense_share = float(_settings(args).get("dense_share", ShapingConfig().dense_share))
     if dense_share == 0 or all(c is None and s is None for c, s in credit):
-        return raw, raw
+        return raw, own
     rewards = []
-    for sample, score, (weights, signed) in zip(samples, raw, credit, strict=True):
-        if weights is None and signed is None:
+    for sample, score, (weights, signed) in zip(samples, own, credit, strict=True):
+        if args.advantage_estimator != "ppo":
+            rewards.append(_spread(score, weights, signed, _mask(sample), dense_share))
+        elif weights is None and signed is None:
             rewards.append(_on_last_token(score, torch.zeros(sample.response_length)))
         else:
             mask = _mask(sample)
@@ -108,43 +118,132 @@ def post_process_rewards(args: Namespace, samples: Sequence[Sample]) -> tuple[li
     return raw, rewards
 
 
-def compute_advantages(args: Namespace, rollout_data: dict[str, Any]) -> None:
-    """``--custom-advantage-function-path``: GAE over token rewards, for slime to whiten.
+def _slimes_rewards(args: Namespace, samples: Sequence[Sample]) -> list[float]:
+    """What slime does with scores without this hook: for ``grpo`` they are normalised in their groups.
 
-    Reads ``rewards`` (token rewards, or floats for the last token), ``kl``, ``values`` and the lengths, and
-    sets ``advantages`` and ``returns``, lists of float32 ``[response_length]``. As in slime, masked tokens
-    are steps like others. Under context parallelism ``kl`` and ``values`` are gathered with slime's own
-    functions, and the results are the rank's shards again.
+    Samples that the reward model has no score for, which slime would count as 0, are left out of their group.
+    """
+    from slime.ray.rollout import RolloutManager
+
+    theirs = RolloutManager.__ray_metadata__.modified_class._post_process_rewards
+    require_parameters(theirs, "self", "samples")
+    manager = SimpleNamespace(args=args, custom_reward_post_process_func=None)
+    rewards: list[float] = theirs(manager, samples)[1]
+    unscored = ["unscored" in (sample.metadata or {}).get(METRICS, {}) for sample in samples]
+    compares = args.advantage_estimator != "reinforce_plus_plus" and args.rewards_normalization
+    if not (any(unscored) and compares):
+        return rewards
+    scores = torch.tensor([float(sample.get_reward_value(args)) for sample in samples])
+    whole = len(samples) == args.n_samples_per_prompt * args.rollout_batch_size
+    scaled = args.advantage_estimator != "reinforce_plus_plus_baseline" and args.grpo_std_normalization
+    config = GroupConfig(baseline="mean", scale="group" if scaled else "none", eps=1e-6)
+    compared: list[float] = group_advantages(
+        scores.masked_fill(torch.tensor(unscored), math.nan),
+        None,
+        torch.ones(len(samples), 1),
+        group=args.n_samples_per_prompt if whole else len(samples),
+        config=config,
+    ).completion.tolist()
+    return compared
+
+
+def _spread(
+    own: float,
+    weights: Sequence[float] | None,
+    signed: Sequence[float] | None,
+    mask: Sequence[int],
+    dense_share: float,
+) -> Tensor:
+    """``[R]``: ``own`` of all tokens, and what credit adds to it."""
+    flat = torch.full((len(mask),), own)
+    values = weights if signed is None else signed
+    if values is None or not mask:
+        return flat
+    row = torch.tensor([values], dtype=torch.float32), torch.tensor([mask]) != 0
+    return flat + added(torch.tensor([own]), *row, dense_share, signed=signed is not None)[0]
+
+
+def compute_advantages(args: Namespace, rollout_data: dict[str, Any]) -> None:
+    """``--custom-advantage-function-path``: GAE over token rewards, or spread advantages.
+
+    Reads ``rewards`` (one per token, or floats), ``kl``, the lengths and, under ``ppo``, ``values``, and sets
+    ``advantages`` and ``returns``, lists of float32 ``[response_length]``, for slime to whiten. As in slime,
+    masked tokens are steps of GAE like others. Under context parallelism ``kl`` and ``values`` are gathered
+    with slime's own functions, and the results are the rank's shards again.
 
     Raises:
         RuntimeError: another version of slime.
         ValueError: settings that do not go together, or a reward that is not as long as its response.
     """
     check_args(args)
-    gather, shard = _context_parallel()
-    lengths = list(zip(rollout_data["total_lengths"], rollout_data["response_lengths"], strict=True))
     with torch.no_grad():
-        kl = [gather(x, *at) for x, at in zip(rollout_data["kl"], lengths, strict=True)]
-        values = [gather(x, *at) for x, at in zip(rollout_data["values"], lengths, strict=True)]
-        rewards = [
-            _placed(reward, (-args.kl_coef * x).float())
-            for reward, x in zip(rollout_data["rewards"], kl, strict=True)
-        ]
-        sizes = [x.shape[0] for x in rewards]
-        flat = torch.cat(rewards)
-        ends = torch.tensor([0, *sizes], device=flat.device).cumsum(0, dtype=torch.int32)
-        config = ShapingConfig.slime(gamma=args.gamma, lam=args.lambd)
-        response = Response(torch.ones_like(flat, dtype=torch.bool), cu_seqlens=ends)
-        advantages, returns, _ = gae(flat, torch.cat(values).float(), response, config)
-    for name, x in (("advantages", advantages), ("returns", returns)):
-        rollout_data[name] = [shard(row, *at) for row, at in zip(torch.split(x, sizes), lengths, strict=True)]
+        compute = _gae if args.advantage_estimator == "ppo" else _without_critic
+        rollout_data["advantages"], rollout_data["returns"] = compute(args, rollout_data)
+
+
+def _gae(args: Namespace, data: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    gather, shard = _context_parallel()
+    lengths = list(zip(data["total_lengths"], data["response_lengths"], strict=True))
+    kl = [gather(x, *at) for x, at in zip(data["kl"], lengths, strict=True)]
+    values = [gather(x, *at) for x, at in zip(data["values"], lengths, strict=True)]
+    rewards = [
+        _placed(reward, (-args.kl_coef * x).float()) for reward, x in zip(data["rewards"], kl, strict=True)
+    ]
+    sizes = [x.shape[0] for x in rewards]
+    flat = torch.cat(rewards)
+    ends = torch.tensor([0, *sizes], device=flat.device).cumsum(0, dtype=torch.int32)
+    config = ShapingConfig.slime(gamma=args.gamma, lam=args.lambd)
+    response = Response(torch.ones_like(flat, dtype=torch.bool), cu_seqlens=ends)
+    advantages, returns, _ = gae(flat, torch.cat(values).float(), response, config)
+    shards = [
+        [shard(row, *at) for row, at in zip(torch.split(x, sizes), lengths, strict=True)]
+        for x in (advantages, returns)
+    ]
+    return shards[0], shards[1]
+
+
+def _without_critic(args: Namespace, data: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """slime's own estimator on one number per sample, and what credit adds to it."""
+    from slime.backends.megatron_utils import loss
+
+    require_parameters(loss.compute_advantages_and_returns, "args", "rollout_data")
+    _, shard = _context_parallel()
+    own: list[float] = []
+    change: list[Tensor] = []
+    for reward, mask in zip(data["rewards"], data["loss_masks"], strict=True):
+        mean = _mean(reward, mask) if isinstance(reward, Tensor) else reward
+        own.append(mean)
+        row = reward.to(mask.device) - mean if isinstance(reward, Tensor) else torch.zeros_like(mask).float()
+        change.append(row.masked_fill(mask == 0, 0.0))
+    theirs = {**data, "rewards": own}
+    plain = {"custom_advantage_function_path": None, "normalize_advantages": False, "use_opd": False}
+    loss.compute_advantages_and_returns(Namespace(**{**vars(args), **plain}), theirs)
+    lengths = zip(data["total_lengths"], data["response_lengths"], strict=True)
+    shards = [shard(x, *at) for x, at in zip(change, lengths, strict=True)]
+    advantages, returns = (
+        [row + x.to(row) for row, x in zip(theirs[name], shards, strict=True)]
+        for name in ("advantages", "returns")
+    )
+    return advantages, returns
+
+
+def _mean(reward: Tensor, mask: Tensor) -> float:
+    """Over the tokens that count, or all of them if none does."""
+    if reward.shape != mask.shape:
+        raise ValueError(f"rewards: got {tuple(reward.shape)} for a response of {len(mask)} tokens")
+    counted = reward[mask.to(reward.device) != 0]
+    return float((counted if len(counted) else reward).double().mean()) if len(reward) else 0.0
 
 
 def check_args(args: Namespace) -> None:
-    """Raises ValueError where slime would not take token rewards all the way; RuntimeError of its version."""
+    """Raises ValueError where the credit would not go all the way in slime; RuntimeError of its version."""
     _check_slime()
+    if args.advantage_estimator not in ESTIMATORS:
+        raise ValueError(
+            f"--advantage-estimator: got {args.advantage_estimator}, want one of {', '.join(ESTIMATORS)} "
+            "(the loss of gspo has one ratio per sample: an advantage per token means nothing there)"
+        )
     wanted = {
-        "advantage_estimator": "ppo",
         "custom_reward_post_process_path": f"{MODULE}.post_process_rewards",
         "custom_advantage_function_path": f"{MODULE}.compute_advantages",
         "custom_convert_samples_to_train_data_path": None,

@@ -8,26 +8,31 @@
 
 ``A[i]`` is TRL's own, and ``A[i, t] = A[i] * (dense_share * n_i * credit[i, t] + 1 - dense_share)``: the mean
 over a completion's tokens stays. With ``dense_share=0`` a run is the plain trainer's, to the bit. The reward
-model is read in the forward that TRL scores with.
+model is read in the forward that TRL scores with. With TRL's ``log_completions=True`` each table of
+completions, every ``logging_steps``, has a page beside it, ``completions_00010.html``, coloured by credit.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from attnshape.config import GroupConfig
+from attnshape.config import GroupConfig, Signed
 from attnshape.integrations.framework import require_parameters
 from attnshape.ops import DEFAULT_CONFIG, group_advantages, shape_rewards
 from attnshape.text.align import align
+from attnshape.text.html import CreditItem, View, credit_page
 from attnshape.text.model import CreditModel
 from attnshape.text.place import Messages, whole
 from attnshape.text.source import CreditSource
+from attnshape.text.texts import decoded_spans
 from attnshape.text.turns import Turn, spans_in_text, turns_of
 from attnshape.types import Response, Status
 from attnshape.vectorized.groups import completion_advantages
@@ -92,6 +97,59 @@ class _Reading(NamedTuple):
     model: _Tapped
 
 
+class _Page(NamedTuple):
+    """What a page shows of one generation: this process's completions."""
+
+    prompts: Sequence[Any]
+    ids: Sequence[Sequence[int]]
+    mask: Tensor
+    """``[B, T]``."""
+    scores: Tensor
+    """``[B, K]``, of the reward models that have credit."""
+    credits: dict[str, tuple[Tensor, dict[str, Tensor]]]
+    """Of each of them what each token is paid, ``[B, T]``, summing to the score; and the credit's metrics."""
+    advantages: Tensor
+    """``[B, T]``, or ``[B]`` where nothing is spread."""
+
+    def items(self, tokenizer: Any) -> list[CreditItem]:
+        out = []
+        count = self.mask.sum(1, keepdim=True).clamp(min=1)
+        advantages = self.advantages if self.advantages.ndim == 2 else self.advantages[:, None] * self.mask
+        for b, (prompt, ids) in enumerate(zip(self.prompts, self.ids, strict=True)):
+            text, offsets = decoded_spans(tokenizer, list(ids))
+            columns = [(name, paid[b], metrics) for name, (paid, metrics) in self.credits.items()]
+            columns.append(("advantage", (advantages / count)[b], {}))
+            views = [
+                View(
+                    name,
+                    _on_pieces(offsets, text, column.tolist())[1],
+                    {key: float(x[b]) for key, x in metrics.items() if not math.isnan(x[b])},
+                )
+                for name, column, metrics in columns
+            ]
+            if not isinstance(prompt, str):
+                prompt = "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+            pieces, _ = _on_pieces(offsets, text, [0.0] * len(ids))
+            note = f"advantage {float(advantages[b].sum() / count[b]):.4g}"
+            out.append(CreditItem(prompt, pieces, float(self.scores[b, 0]), views, note))
+        return out
+
+
+def _on_pieces(
+    offsets: Sequence[tuple[int, int]], text: str, column: Sequence[float]
+) -> tuple[list[str], list[float]]:
+    """What each token adds to ``text``, and what that is paid; a token without text joins the last."""
+    pieces, paid, shown = [""], [0.0], 0
+    for (_, end), x in zip(offsets, column, strict=False):
+        if end > shown:
+            pieces.append(text[shown:end])
+            paid.append(x)
+            shown = end
+        else:
+            paid[-1] += x
+    return pieces, paid
+
+
 class _Credit(NamedTuple):
     """Of one reward model on the policy's tokens."""
 
@@ -141,7 +199,7 @@ def shaped_grpo_trainer(base: type[Any]) -> type[Any]:
             if baseline not in ("mean", "leave_one_out"):
                 raise ValueError(f"baseline: got {baseline!r}, want 'mean' or 'leave_one_out'")
             credits = [credit] if isinstance(credit, CreditModel) else list(credit or ())
-            signed = {each.signed for each in credits}
+            signed = {_signed(each.source) for each in credits} or {None}
             if len(signed) > 1:
                 raise ValueError("credit: got signed and unsigned sources, want all of one kind")
             bound = inspect.signature(base.__init__).bind(self, *args, **kwargs)
@@ -151,11 +209,12 @@ def shaped_grpo_trainer(base: type[Any]) -> type[Any]:
                 _check_loss(self, base)
             self._baseline = baseline
             self._spread = GroupConfig(
-                baseline="none", scale="none", dense_share=dense_share, signed=signed == {True}
+                baseline="none", scale="none", dense_share=dense_share, signed=signed.pop()
             )
             self._readings: dict[int, _Reading] = {}
             self._completions: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
             self._rewards = torch.zeros(0, 0)
+            self._page: _Page | None = None
 
         def _calculate_rewards(
             self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
@@ -196,13 +255,15 @@ def shaped_grpo_trainer(base: type[Any]) -> type[Any]:
                 mask = mask * out["tool_mask"]
             names = self.reward_func_names
             spreads: list[Tensor | None] = []
+            shown: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}
             for i, reading in self._readings.items():
                 found = self._credit_of(reading, mask)
                 self._log_credit("credit" if len(self._credits) == 1 else f"credit/{names[i]}", found)
-                # What lowered a score is to be punished where the advantage is negative.
-                of_score = self._credits[i].of_score
-                spreads.append(found.weights * parts[:, i, None].sign() if of_score else found.weights)
+                spreads.append(found.weights)
+                shown[names[i]] = found.weights, found.metrics
             self._readings = {}
+            if self._credits and self.log_completions and self.accelerator.is_main_process:
+                self._page = self._page_of(shown, mask, place, out)
             if self._spread.dense_share == 0 or not self._credits:
                 return out
             if parts.shape[1] == 1:
@@ -214,7 +275,40 @@ def shaped_grpo_trainer(base: type[Any]) -> type[Any]:
             out["advantages"] = group_advantages(
                 scores.float(), spreads, mask, group=1, config=self._spread
             ).advantages
+            if self._page is not None:
+                self._page = self._page._replace(advantages=out["advantages"])
             return out
+
+        def _page_of(
+            self,
+            credits: dict[str, tuple[Tensor, dict[str, Tensor]]],
+            mask: Tensor,
+            place: slice,
+            out: dict[str, Any],
+        ) -> _Page:
+            scores = self._rewards[place][:, list(self._credits)].to(mask.device).float()
+            whole, count = dataclasses.replace(self._spread, dense_share=1.0), mask.sum(1, keepdim=True)
+            paid = {
+                name: (
+                    group_advantages(scores[:, k], weights, mask, group=1, config=whole).advantages
+                    / count.clamp(min=1),
+                    {key: x for key, x in metrics.items() if key in ("entropy", "response_attention")},
+                )
+                for k, (name, (weights, metrics)) in enumerate(credits.items())
+            }
+            prompts, _, ids = self._completions
+            return _Page(prompts, ids, mask, scores, paid, out["advantages"])
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            """TRL's; beside its completions table (``log_completions``) a page, coloured by credit."""
+            super().log(logs, *args, **kwargs)
+            if self._page is not None:
+                step, folder = self.state.global_step, Path(self.args.output_dir, "completions")
+                folder.mkdir(parents=True, exist_ok=True)
+                policy = getattr(self.processing_class, "tokenizer", self.processing_class)
+                page = credit_page(f"Completions at step {step}", self._page.items(policy))
+                (folder / f"completions_{step:05d}.html").write_text(page, encoding="utf-8")
+                self._page = None
 
         def _parts(self) -> Tensor:
             """``[N, K]`` float64: each reward's part of each advantage, over all processes."""
@@ -257,6 +351,8 @@ def shaped_grpo_trainer(base: type[Any]) -> type[Any]:
             carried = carry(of_reader)
             weights[:, : carried.shape[1]] = carried
             weights = weights.to(mask.device)
+            # A completion that the model has no number for keeps TRL's advantage, which is 0 if none has.
+            weights[~weights.isfinite().all(1)] = 0.0
             shaped = shape_rewards(weights.new_zeros(len(weights)), weights.abs(), mask)
             empty = (shaped.status & int(Status.EMPTY)) != 0
             lost = ((shaped.status & int(Status.FALLBACK)) != 0) | ~torch.tensor(found, device=mask.device)
@@ -284,6 +380,12 @@ def shaped_grpo_trainer(base: type[Any]) -> type[Any]:
 
     GRPOTrainer.__qualname__ = "GRPOTrainer"
     return GRPOTrainer
+
+
+def _signed(source: CreditSource) -> Signed | None:
+    if source.signed:
+        return "score" if source.of_score else "shares"
+    return None
 
 
 def _place_credits(credits: Sequence[CreditModel], given: dict[str, Any]) -> dict[int, CreditSource]:

@@ -16,7 +16,10 @@ Reward side:
 and ``AgentLoopManager`` has these written to ``rm_scores``, where verl's own writes one number on the last
 token.
 
-Advantage side, off unless asked for, in the environment of the trainer's process (see ``verl_plugin``):
+With ``algorithm.adv_estimator=gae`` that is all. Without a critic it is one of
+``verl_groups.ESTIMATORS``, such as ``attnshape_grpo``; verl's own that would lose the credit are refused.
+
+verl's GAE loop is replaced where that is asked for in the trainer's process (see ``verl_plugin``):
 
     ATTNSHAPE_VERL_GAE=1
 """
@@ -26,13 +29,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 import attnshape
 from attnshape.config import ShapingConfig
+from attnshape.integrations import verl_groups
 from attnshape.integrations.framework import require_parameters, require_version
 from attnshape.integrations.reward import reward_model, token_rewards
 from attnshape.text.load import Layers, SourceName
@@ -52,6 +56,8 @@ REWARDS = ("credit", "token_rewards", "terminal_reward")
 """What a reward function may return that verl is not to log."""
 TOKEN_REWARDS = "attnshape_token_rewards"
 """Extra field of an agent loop's output while it is scored but not yet padded."""
+Reward: TypeAlias = float | list[float] | dict[str, Any]
+"""Of a completion, from a reward worker to its agent loop."""
 
 
 async def compute_score(
@@ -114,22 +120,33 @@ async def compute_score(
     return {"score": scored.score, **scored.values, **scored.metrics}
 
 
-def reward_of(result: dict[str, Any], mask: Sequence[bool], dense_share: float) -> float | list[float]:
-    """What verl is to have as the reward score.
+def reward_of(result: dict[str, Any], mask: Sequence[bool], dense_share: float, groups: bool) -> Reward:
+    """What verl's agent loop is to have as the reward score.
 
     Args:
         result: of a reward function: ``score``; ``credit``, floats per response token, or signed
             ``token_rewards``; ``terminal_reward``, a second reward, which stays on the last unmasked token.
         mask: of the response's tokens.
         dense_share: share of the score that is redistributed.
+        groups: for an estimator of ``verl_groups``.
 
     Returns:
-        One float per token; or, without credit or with ``dense_share = 0``, one float, for verl to place.
+        One float per token; for groups the float for verl to place, the score and its credit; without credit
+        or with ``dense_share = 0`` the float alone.
+
+    Raises:
+        ValueError: ``credit`` and ``mask`` are not as many.
     """
     score, terminal = float(result["score"]), float(result.get("terminal_reward", 0.0))
     credit, signed = result.get("credit"), result.get("token_rewards")
-    if (credit is None and signed is None) or dense_share == 0:
+    values = credit if signed is None else signed
+    if values is None or dense_share == 0:
         return score + terminal
+    if groups:
+        if len(values) != len(mask):
+            raise ValueError(f"credit: got {len(values)} weights for a response of {len(mask)} tokens")
+        spread = {"credit": [float(x) for x in values], "signed": signed is not None}
+        return {"reward": score + terminal, "score": score, **spread}
     rewards: list[float] = token_rewards(
         score, credit, mask, dense_share=dense_share, signed=signed, terminal_reward=terminal
     ).tolist()
@@ -163,9 +180,8 @@ def _reward_manager() -> type:
         ) -> None:
             super().__init__(config, tokenizer, compute_score)
             check_config(config)
-            self.dense_share = float(
-                (config.reward.get("reward_kwargs") or {}).get("dense_share", ShapingConfig().dense_share)
-            )
+            self.dense_share = dense_share_of(config)
+            self.groups = config.algorithm.adv_estimator in verl_groups.ESTIMATORS
             self.router: dict[str, Any] = {}
             if reward_router_address is not None:
                 self.router = {
@@ -207,7 +223,7 @@ def _reward_manager() -> type:
             else:
                 result = await self.loop.run_in_executor(None, call)
             result = result if isinstance(result, dict) else {"score": result, "acc": result}
-            reward = reward_of(result, mask, self.dense_share)
+            reward = reward_of(result, mask, self.dense_share, self.groups)
             return {
                 "reward_score": reward,
                 "reward_extra_info": {name: x for name, x in result.items() if name not in REWARDS},
@@ -244,8 +260,19 @@ def _response(item: Any) -> tuple[list[int], list[bool]]:
     return responses[:length].tolist(), mask[:length].bool().tolist()
 
 
+def dense_share_of(config: Any) -> float:
+    """Raises ValueError for other names in ``reward.reward_kwargs``, which would say nothing to anybody."""
+    settings = dict(config.reward.get("reward_kwargs") or {})
+    dense_share = float(settings.pop("dense_share", ShapingConfig().dense_share))
+    if settings:
+        raise ValueError(f"reward.reward_kwargs: got {', '.join(settings)}, want dense_share and no other")
+    return dense_share
+
+
 def check_config(config: Any) -> None:
-    """Raises ValueError where verl would not write token rewards as ``RewardManager`` gives them."""
+    """Raises ValueError where verl would not make of the credit what ``RewardManager`` gives it for."""
+    if dense_share_of(config):
+        verl_groups.check_estimator(config.algorithm)
     own_server = config.reward.reward_model.enable
     if own_server and config.reward.custom_reward_function.path is None:
         raise ValueError(
@@ -257,6 +284,11 @@ def check_config(config: Any) -> None:
             raise ValueError(
                 "reward.reward_model: colocated with the policy under trainer.use_v1, where verl does not "
                 "say which tokens are the policy's; want enable=False or enable_resource_pool=True"
+            )
+        if config.algorithm.adv_estimator in verl_groups.ESTIMATORS:
+            raise ValueError(
+                "reward.reward_model: colocated with the policy, where no credit travels beside the score "
+                f"for algorithm.adv_estimator={config.algorithm.adv_estimator}; want enable=False"
             )
         return
     found = config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class")
@@ -286,6 +318,9 @@ class AgentLoopManager:
                 f"name=RewardManager module.path=pkg://{MODULE}"
             )
         check_config(config)
+        estimator = config.algorithm.adv_estimator
+        if estimator in verl_groups.ESTIMATORS:
+            verl_groups.install(config.trainer.use_v1, estimator, dense_share_of(config))
         if reward_loop_worker_handles is not None:
             import ray
 
@@ -303,6 +338,18 @@ def _require_agent_loop() -> Any:
     )
     require_parameters(agent_loop.AgentLoopOutput.as_dict, "self")
     return agent_loop
+
+
+def _move_credit(config: Any, outputs: list[Any]) -> None:
+    """From the last output's reward score to where it travels; every output has such a field."""
+    if config.algorithm.adv_estimator not in verl_groups.ESTIMATORS:
+        return
+    reward, credit = outputs[-1].reward_score, None
+    if isinstance(reward, dict):
+        credit = dict(reward)
+        outputs[-1].reward_score = credit.pop("reward")
+    for output in outputs:
+        output.extra_fields[verl_groups.CREDIT] = credit if output is outputs[-1] else None
 
 
 @functools.cache
@@ -323,6 +370,7 @@ def _manager_v1() -> Any:
     class Worker(agent_loop_tq.AgentLoopWorkerTQ.__ray_metadata__.modified_class):  # type: ignore[misc]
         async def _compute_score(self, outputs: list[Any], kwargs: dict[str, Any]) -> None:
             await super()._compute_score(outputs, {**kwargs, MASK: outputs[-1].response_mask})
+            _move_credit(self.config, outputs)
             rewards = outputs[-1].reward_score
             if isinstance(rewards, list):
                 fields = {**vars(outputs[-1]), "reward_score": sum(rewards), "token_rewards": rewards}
@@ -346,6 +394,7 @@ def _manager_v0() -> Any:
     class Worker(agent_loop.AgentLoopWorker):  # type: ignore[misc, name-defined]
         async def _compute_score(self, outputs: list[Any], kwargs: dict[str, Any]) -> None:
             await super()._compute_score(outputs, {**kwargs, MASK: outputs[-1].response_mask})
+            _move_credit(self.config, outputs)
             output = outputs[-1]
             if isinstance(output.reward_score, list):
                 output.extra_fields[TOKEN_REWARDS] = output.reward_score

@@ -175,6 +175,8 @@ def group_advantages(
             spread = torch.where(live, torch.ones_like(advantages[row]) / n, 0.0)
             if raw is not None and config.signed:
                 w = torch.where(live, raw[row].to(dtype), 0.0)
+                of_score = config.signed == "score" and isinstance(credits[k], Tensor)
+                w = -w if of_score and parts[b, k] < 0 else w
                 mass = w.abs().sum()
                 if mass < MIN_MASS:
                     status[b] |= int(Status.FALLBACK)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -28,6 +28,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from attnshape.serve.batching import BatchQueue
 from attnshape.serve.metrics import Metrics
+from attnshape.serve.page import page
 from attnshape.serve.process import Job, work
 from attnshape.serve.protocol import BODY, Answer, Completion, Failure, answer, parse
 from attnshape.serve.workers import Pool, State
@@ -137,7 +138,8 @@ def build(
     )
     cpus = config.devices.count("cpu")
     threads = max(1, torch.get_num_threads() // max(1, cpus))
-    targets = [(device, functools.partial(work, Job(config, device, threads))) for device in config.devices]
+    jobs = [Job(config, device, threads, config.max_batch_tokens) for device in config.devices]
+    targets = [(job.device, functools.partial(work, job)) for job in jobs]
     queue = BatchQueue(config.max_batch_tokens)
     pool = Pool(targets, queue, Metrics(), on_failure=on_failure, on_ready=on_ready)
     return create_app(config, reader, pool), pool
@@ -145,7 +147,7 @@ def build(
 
 def create_app(config: ServeConfig, reader: Reader, pool: Pool) -> FastAPI:
     """The endpoints in front of a pool."""
-    # FastAPI's pages of documentation fetch their scripts from elsewhere.
+    # FastAPI's pages of documentation fetch their scripts from elsewhere; /docs is one of our own.
     app = FastAPI(
         title="attnshape",
         description="Score and credit per token of a reward model.",
@@ -229,6 +231,10 @@ def create_app(config: ServeConfig, reader: Reader, pool: Pool) -> FastAPI:
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(pool.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(page(app.openapi()))
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> Response:

@@ -14,11 +14,14 @@ from attnshape.text.model import CreditModel
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker process loads; ``threads`` are those of PyTorch on a CPU."""
+    """What a worker process loads."""
 
     config: RewardModelConfig
     device: str
     threads: int
+    """Of PyTorch on a CPU."""
+    batch_tokens: int = 16384
+    """The most that a forward of the process's own takes: those of leave-one-out."""
 
 
 def work(job: Job, pipe: Connection) -> None:
@@ -31,7 +34,7 @@ def work(job: Job, pipe: Connection) -> None:
         signal.signal(name, signal.SIG_IGN)
     torch.set_num_threads(job.threads)
     try:
-        model = CreditModel.load(job.config, job.device)
+        model = CreditModel.load(job.config, job.device, job.batch_tokens)
         model.probe()
     except Exception as error:
         pipe.send(f"{job.device}: {error}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, TextIO
 
@@ -13,6 +13,7 @@ from attnshape.text.html import PAGE_FOOT, CreditItem, View, credit_section, pag
 from attnshape.text.model import NOT_FINITE, CreditModel, Scored
 from attnshape.text.partial import Partial
 from attnshape.text.reader import Example, Reader
+from attnshape.text.source import CreditSource
 
 
 class Counts(NamedTuple):
@@ -38,6 +39,7 @@ def credit_lines(
     page: TextIO | None = None,
     *,
     title: str = "",
+    beside: Sequence[CreditSource] = (),
     batch_size: int = 16,
     done: Iterable[int] = (),
     on_skip: Callable[[int, str], None] = lambda line, reason: None,
@@ -54,6 +56,7 @@ def credit_lines(
 
     Args:
         title: of the page.
+        beside: other sources that the page shows too, where they have an answer.
         batch_size: sequences per forward.
         done: the numbers of lines that are in ``out`` and ``page`` already, in order.
         on_skip: called with the number of a line that cannot be read or scored, and the reason.
@@ -68,9 +71,11 @@ def credit_lines(
 
     if page is not None and not page.tell():
         page.write(page_head(title))
-    readable = _readable(lines, model.reader(), iter(done), skip, on_read)
-    while batch := list(itertools.islice(readable, batch_size)):
-        for line, scored in zip(batch, model.score_each([line.example for line in batch]), strict=True):
+    ahead = readable(lines, model.reader(), iter(done), skip, on_read)
+    while batch := list(itertools.islice(ahead, batch_size)):
+        examples = [line.example for line in batch]
+        others = {str(source): model.score_each(examples, source) for source in beside if page is not None}
+        for i, (line, scored) in enumerate(zip(batch, model.score_each(examples), strict=True)):
             if isinstance(scored, str):
                 skip(line.number, scored)
                 continue
@@ -81,7 +86,11 @@ def credit_lines(
             changed += line.example.changed
             out.write(json.dumps(_row(line, scored), ensure_ascii=False) + "\n")
             if page is not None:
-                page.write(credit_section(line.number, page_item(line.example, {str(model.source): scored})))
+                views = {str(model.source): scored}
+                for name, answers in others.items():
+                    if not isinstance(other := answers[i], str) and other.finite:
+                        views[name] = other
+                page.write(credit_section(line.number, page_item(line.example, views)))
         out.flush()
         if page is not None:
             page.flush()
@@ -104,13 +113,14 @@ def credit_file(model: CreditModel, lines: Iterable[bytes], partial: Partial, **
         return credit_lines(model, lines, out, page, done=done, **options)
 
 
-def _readable(
+def readable(
     lines: Iterable[bytes],
     reader: Reader,
     done: Iterator[int],
     skip: Callable[[int, str], None],
-    on_read: Callable[[int], None],
+    on_read: Callable[[int], None] = lambda size: None,
 ) -> Iterator[Line]:
+    """Those of the lines that can be read and are not done."""
     next_done = next(done, None)
     for number, line in enumerate(lines, 1):
         on_read(len(line))
@@ -151,7 +161,7 @@ def _row(line: Line, scored: Scored) -> dict[str, Any]:
     }
 
 
-def page_item(example: Example, views: Mapping[str, Scored], note: str = "") -> CreditItem:
+def page_item(example: Example, views: Mapping[str, Scored]) -> CreditItem:
     """A completion as it is shown, by each source: pieces that tile the response.
 
     Text without a token joins the next, a shared character is one. Where the chat template changed the
@@ -181,7 +191,6 @@ def page_item(example: Example, views: Mapping[str, Scored], note: str = "") -> 
         add(shown, len(example.response), None)
     (first, *_) = views.values()
     notes = {
-        note: note,
         "the chat template changed the response: what it dropped has no credit": first.metrics["changed"],
         "no attention on the response: all credit on its last token": first.metrics["fallback"],
     }

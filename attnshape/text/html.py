@@ -35,19 +35,16 @@ class CreditItem:
     note: str = ""
 
 
-def credit_page(title: str, items: Iterable[CreditItem], note: str = "") -> str:
+def credit_page(title: str, items: Iterable[CreditItem]) -> str:
     """One page without anything from outside; every text is escaped, and no script but its own can run.
 
     A page too long for memory is ``page_head``, a ``credit_section`` per completion, and ``PAGE_FOOT``.
-
-    Args:
-        note: of the whole page.
 
     Raises:
         ValueError: a view has not as many rewards as there are tokens.
     """
     sections = (credit_section(number, item) for number, item in enumerate(items, 1))
-    return "".join([page_head(title, note), *sections, PAGE_FOOT])
+    return "".join([page_head(title), *sections, PAGE_FOOT])
 
 
 def page_head(title: str, note: str = "") -> str:
@@ -103,7 +100,7 @@ def _token(text: str, reward: float, even: float, *, first: bool) -> str:
 
 
 def _number(x: float) -> str:
-    return f"{x:.4g}"
+    return f"{x:.3g}"
 
 
 def _visible(text: str) -> str:
@@ -208,7 +205,8 @@ form { display: flex; flex-wrap: wrap; gap: .4rem 1.2rem; align-items: baseline;
 form[hidden] { display: none; }
 input[type=number] { width: 6em; }
 body > output { position: fixed; inset: auto 0 0 0; padding: .4rem 1rem; background: var(--page);
-  border-top: 1px solid var(--line); font-variant-numeric: tabular-nums; white-space: pre-wrap; }
+  border-top: 1px solid var(--line); font: .85rem/1.5 system-ui, sans-serif; max-height: 30vh; overflow: auto;
+  font-variant-numeric: tabular-nums; white-space: pre-wrap; }
 body > output:empty { display: none; }
 </style>
 </head>

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
@@ -27,7 +26,7 @@ from attnshape.text.load import (
 )
 from attnshape.text.reader import Example, Reader
 from attnshape.text.score_fn import ScoreFn, parse_score_fn
-from attnshape.text.source import CreditSource, SourceTap
+from attnshape.text.source import CreditSource, SourceTap, score_texts
 from attnshape.text.turns import spans_of
 from attnshape.types import Response, Status
 
@@ -80,13 +79,33 @@ class Credited(NamedTuple):
     """What a reward model says of the policy's tokens; on the reward model's device."""
 
     score: Tensor
-    """float32 ``[B]``; NaN where there is none, which ``group_advantages`` takes as missing."""
+    """float32 ``[B]``; NaN where there is none. ``group_advantages`` takes that as missing; with
+    ``ShapingConfig(on_nan="zero_row")`` nothing is learned from that row of ``shape_rewards``."""
     weights: Tensor
     """float32 ``[B, R]``, not normalised; signed where the source is. 0 where masked, or without a score."""
     mask: Tensor
     """bool ``[B, R]``: the policy's own tokens."""
     errors: list[str | None]
     """Why a completion has no score: too long, no text, not finite, …"""
+
+
+class Tokens(NamedTuple):
+    """Completions as one forward reads them, padded on the right with whatever."""
+
+    input_ids: Tensor
+    """int64 ``[B, S]``."""
+    attention_mask: Tensor
+    """The same."""
+    response: Response
+    """``[B, R]``, with the position of each of its tokens."""
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], device: torch.device) -> Tokens:
+        lengths = torch.tensor([len(example.input_ids) for example in examples], device=device)
+        input_ids = _padded([example.input_ids for example in examples], 0).to(device)
+        attention_mask = (torch.arange(input_ids.shape[1], device=device) < lengths[:, None]).long()
+        index = _padded([example.positions for example in examples], -1).to(device)
+        return cls(input_ids, attention_mask, Response(index >= 0, index=index))
 
 
 class Weighed(NamedTuple):
@@ -161,7 +180,7 @@ class CreditModel:
         )
 
     @classmethod
-    def load(cls, config: RewardModelConfig, device: str) -> CreditModel:
+    def load(cls, config: RewardModelConfig, device: str, batch_tokens: int = 16384) -> CreditModel:
         """``config``'s model and source."""
         return cls(
             config.model,
@@ -170,6 +189,7 @@ class CreditModel:
             span=config.span,
             score_fn=config.score_fn,
             query_position=config.query_position,
+            batch_tokens=batch_tokens,
             device=device,
             trust_remote_code=config.trust_remote_code,
         )
@@ -199,7 +219,7 @@ class CreditModel:
             masks: non-zero where a token is the policy's own: a tool's gets no weight.
 
         Raises:
-            ValueError: not as many of each.
+            ValueError: not as many of each; the model can be read for none of them.
         """
         rows = [[int(i) for i in ids] for ids in responses]
         given = [[1] * len(ids) for ids in rows] if masks is None else masks
@@ -220,11 +240,14 @@ class CreditModel:
         device, width = self.model.device, max(map(len, rows), default=0)
         score = torch.full((len(rows),), math.nan, device=device)
         weights = torch.zeros(len(rows), width, device=device)
+        failed = 0
         for batch in self.batches(examples):
             weighed = self._each(self._weigh_policy, [examples[i] for i in batch])
             for i, found in zip(batch, weighed, strict=True):
                 if isinstance(found, str):
-                    errors[i] = found
+                    errors[i], failed = found, failed + 1
+                    if failed == len(examples):  # so it is the model
+                        raise ValueError(found)
                 elif not (found[0].isfinite() & found[1].isfinite().all()):
                     errors[i] = NOT_FINITE
                 else:
@@ -252,10 +275,27 @@ class CreditModel:
         """
         source, tap = (self.source, self.tap) if source is None else (source, self._tap(source))
         with source.opened(tap):  # opened anew: a forward that failed has left its traces in it
-            score, index = _forward(self.model, tap, examples, self.score_fn, self.query_position)
+            score, response = self._forward(examples, tap)
             taken = tap.take()
-        response = Response(index >= 0, index=index)
         return Weighed(score.detach(), source.weights(taken, score, response), response)
+
+    @torch.inference_mode()
+    def scores(self, examples: Sequence[Example]) -> Tensor:
+        """One forward, for the scores ``[B]`` alone."""
+        return self._forward(examples)[0]
+
+    def _forward(self, examples: Sequence[Example], tap: SourceTap | None = None) -> tuple[Tensor, Response]:
+        tokens, position = Tokens.of(examples, self.model.device), self.query_position
+        if tap is not None and isinstance(position, int) and str(tap.query_position) != "all":
+            tap.query_position = _positions(position, tokens.attention_mask.sum(1))
+        return score_texts(
+            self.model, tokens.input_ids, tokens.attention_mask, self.score_fn
+        ), tokens.response
+
+    @torch.no_grad()
+    def score_of(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scores ``[N]`` of ids ``[N, S]``: what ``credit.leave_one_out`` and ``deletion_scores`` call."""
+        return score_texts(self.model, input_ids, attention_mask, self.score_fn)
 
     def batches(self, examples: Mapping[int, Example]) -> Iterator[list[int]]:
         """Their keys, the longest first, as many as ``batch_tokens`` allows."""
@@ -269,16 +309,19 @@ class CreditModel:
         """Makes examples of completions, of at most so many tokens."""
         return Reader(self.tokenizer, self.model.config, max_length)
 
-    def probe(self) -> None:
+    def probe(self, source: CreditSource | None = None) -> None:
         """A first forward, which compiles kernels; raises ValueError if the model cannot be read."""
         token = int(self.model.config.get_text_config().pad_token_id == 0)
         position = self.query_position
         length = 2 + abs(position) if isinstance(position, int) else 2
-        self.score([Example("", "a", [token] * length, [1], [(0, 1)])])
+        self.score([Example("", "a", [token] * length, [1], [(0, 1)])], *([] if source is None else [source]))
 
-    def score_each(self, examples: Sequence[Example]) -> list[Scored | str]:
+    def score_each(
+        self, examples: Sequence[Example], source: CreditSource | None = None
+    ) -> list[Scored | str]:
         """Scores, or why one has none; in halves where the device does not hold them together."""
-        return self._each(self.score, examples)
+        score = self.score if source is None else functools.partial(self.score, source=source)
+        return self._each(score, examples)
 
     def _each(
         self, read: Callable[[Sequence[Example]], list[T]], examples: Sequence[Example]
@@ -335,45 +378,6 @@ def scored_by(source: CreditSource, weighed: Weighed, examples: Sequence[Example
             )
         )
     return scored
-
-
-@contextmanager
-def _padding(model: PreTrainedModel, examples: Sequence[Example]) -> Iterator[int]:
-    """The model's padding token; where it has none, one for this batch that leaves the scores as they are."""
-    config = model.config.get_text_config()
-    pad = getattr(config, "pad_token_id", None)
-    if pad is not None:
-        yield pad
-        return
-    # Heads take the last token that is not padding: any will do that is the last of none of the texts.
-    last = {example.input_ids[-1] for example in examples}
-    try:
-        config.pad_token_id = next(i for i in itertools.count() if i not in last)
-        yield config.pad_token_id
-    finally:
-        config.pad_token_id = None
-
-
-def _forward(
-    model: PreTrainedModel,
-    tap: SourceTap,
-    examples: Sequence[Example],
-    score_fn: ScoreFn,
-    query_position: QueryPosition,
-) -> tuple[Tensor, Tensor]:
-    """Scores ``[B]``, and int64 ``[B, R]`` positions of the response's tokens, -1 in padding."""
-    with _padding(model, examples) as pad:
-        input_ids = _padded([example.input_ids for example in examples], pad).to(model.device)
-        lengths = torch.tensor([len(example.input_ids) for example in examples], device=model.device)
-        attention_mask = torch.arange(input_ids.shape[1], device=model.device) < lengths[:, None]
-        if isinstance(query_position, int) and str(tap.query_position) != "all":
-            tap.query_position = _positions(query_position, lengths)
-        logits = getattr(model(input_ids=input_ids, attention_mask=attention_mask.long()), "logits", None)
-    if logits is None or logits.ndim != 2 or len(logits) != len(examples):
-        shape = None if logits is None else list(logits.shape)
-        raise ValueError(f"{type(model).__name__}: got logits {shape}, want [{len(examples)}, labels]")
-    index = _padded([example.positions for example in examples], -1).to(model.device)
-    return score_fn(logits.float()), index
 
 
 def _positions(position: int, lengths: Tensor) -> Tensor:

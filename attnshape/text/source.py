@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -200,22 +201,52 @@ class Asked(NamedTuple):
     attention_mask: Tensor | None
 
     def weights(self, score: Tensor, response: Response, spans: Tensor) -> Tensor:
-        model: Any = self.tap.model
-
-        def score_of(ids: Tensor, mask: Tensor) -> Tensor:
-            return self.tap.score_fn(model(input_ids=ids, attention_mask=mask).logits.float())
-
-        config = getattr(model, "config", None)
         return credit.leave_one_out(
-            score_of,
+            lambda ids, mask: score_texts(self.tap.model, ids, mask, self.tap.score_fn),
             self.input_ids,
             response,
             score=score,
             attention_mask=self.attention_mask,
             spans=spans,
-            pad_token_id=None if config is None else config.get_text_config().pad_token_id,
+            pad_token_id=0,
             batch_tokens=self.tap.batch_tokens,
         )
 
 
 SourceTap: TypeAlias = AttentionTap | Rescoring
+
+
+def score_texts(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, score_fn: ScoreFn) -> Tensor:
+    """One forward's scores ``[N]`` of ids ``[N, S]``, padded on the right with whatever.
+
+    Raises:
+        ValueError: what the model gives is no logits per text.
+    """
+    last = input_ids.gather(1, attention_mask.sum(1, keepdim=True).clamp(min=1) - 1)
+    with _padding(model, set(last[:, 0].tolist())) as pad:
+        ids = input_ids.masked_fill(attention_mask == 0, pad)
+        logits = getattr(model(input_ids=ids, attention_mask=attention_mask), "logits", None)
+    if logits is None or logits.ndim != 2 or len(logits) != len(input_ids):
+        shape = None if logits is None else list(logits.shape)
+        raise ValueError(f"{type(model).__name__}: got logits {shape}, want [{len(input_ids)}, labels]")
+    return score_fn(logits.float())
+
+
+@contextmanager
+def _padding(model: nn.Module, last: set[int]) -> Iterator[int]:
+    """The model's padding token; where it has none, one for this batch that leaves the scores as they are."""
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        yield 0
+        return
+    config = config.get_text_config()
+    pad = getattr(config, "pad_token_id", None)
+    if pad is not None:
+        yield pad
+        return
+    # Heads take the last token that is not padding: any will do that is the last of none of the texts.
+    try:
+        config.pad_token_id = next(i for i in itertools.count() if i not in last)
+        yield config.pad_token_id
+    finally:
+        config.pad_token_id = None

@@ -6,7 +6,7 @@ Arguments are checked by ``attnshape.ops``. Packed layouts are padded first and 
 from attnshape.vectorized.advantages import gae
 from attnshape.vectorized.attention import attention_credit, attention_row
 from attnshape.vectorized.columns import attention_column_credit
-from attnshape.vectorized.groups import completion_advantages, spread
+from attnshape.vectorized.groups import completion_advantages, spread, turned
 from attnshape.vectorized.rewards import shape_rewards
 from attnshape.vectorized.rollout import attention_rollout, signed_rollout
 from attnshape.vectorized.whiten import whiten
@@ -21,5 +21,6 @@ __all__ = [
     "shape_rewards",
     "signed_rollout",
     "spread",
+    "turned",
     "whiten",
 ]

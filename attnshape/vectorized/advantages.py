@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from attnshape import masked
 from attnshape.config import ShapingConfig
 from attnshape.types import Advantages, Response, compute_dtype, decay, float32_rounded
 from attnshape.vectorized.layout import Mask, Rows, at_column
@@ -32,7 +31,7 @@ def _suffix_scan(factor: Tensor, x: Tensor) -> Tensor:
 def gae_of_rows(
     rewards: Tensor, values: Tensor | None, mask: Mask, config: ShapingConfig, bootstrap: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns ``[n, R]``, 0 where masked.
+    """Advantages and returns ``[n, R]``; 0 where masked, or what the recurrence carries past there.
 
     ``W_t = gl W_{t+1} + gl r_t + (gamma - gl) V_t`` and ``A_t = r_t - V_t + W_{t+1}``; to skip a masked token
     is the identity. Rewards are 0 where masked.
@@ -41,20 +40,47 @@ def gae_of_rows(
     if bootstrap is not None and rewards.shape[1]:
         after = torch.where(mask.last < 0, 0.0, gamma * bootstrap.to(dtype))
         rewards = rewards.scatter_add(1, at_column(mask.last, rewards.shape[1]), after[:, None])
-    v = torch.zeros_like(rewards) if values is None else mask.select(values.to(dtype))
+    given = torch.zeros_like(rewards) if values is None else values.to(dtype)
+    v, skip = mask.select(given), config.mask_semantics == "skip"
 
     def advantages(lam: float | Tensor) -> Tensor:
         gl = decay(config.gamma, lam)
         gl = gl.to(dtype)[:, None] if isinstance(gl, Tensor) else torch.full_like(rewards[:, :1], gl)
-        factor = torch.where(mask.live, gl, 1.0 if config.mask_semantics == "skip" else gl)
-        w = _suffix_scan(factor, mask.select(gl * rewards + (gamma - gl) * v))
-        return mask.select(rewards - v + torch.nn.functional.pad(w[:, 1:], (0, 1)))
+        w = _suffix_scan(
+            torch.where(mask.live, gl, 1.0 if skip else gl), mask.select(gl * rewards + (gamma - gl) * v)
+        )
+        found = rewards - v + torch.nn.functional.pad(w[:, 1:], (0, 1))
+        if config.carry_masked and not skip:
+            return found
+        found = mask.select(found)
+        return mask.following(found) if config.carry_masked else found
 
     if values is None:
         found = advantages(1.0)
         return found, found.clone()
     found = advantages(config.lam)
-    return found, (found if config.lam_value is None else advantages(config.lam_value)) + v
+    added = given if config.carry_masked and skip else v
+    return found, (found if config.lam_value is None else advantages(config.lam_value)) + added
+
+
+def with_carried(
+    computed: Advantages,
+    rewards: Tensor,
+    values: Tensor | None,
+    response: Response,
+    config: ShapingConfig,
+    bootstrap: Tensor | None,
+) -> Advantages:
+    """What the recurrence carries past masked tokens, put where another backend has left 0, if asked for."""
+    if not config.carry_masked:
+        return computed
+    mask = Mask(response.mask != 0)
+    values = None if values is None else values.double()
+    carried = gae_of_rows(mask.select(rewards.double()), values, mask, config, bootstrap)
+    advantages, returns = (
+        torch.where(mask.live, x, y.to(x.dtype)) for x, y in zip(computed[:2], carried, strict=True)
+    )
+    return Advantages(advantages, returns, computed.moments)
 
 
 def gae(
@@ -70,6 +96,5 @@ def gae(
     advantages, returns = gae_of_rows(padded, rows.pad(values), mask, config, bootstrap)
     lost = rows.live & rows.invalid[:, None]
     advantages, returns = (x.masked_fill(lost, math.nan) for x in (advantages, returns))
-    moments = moments_of(advantages, mask).to(dtype)
-    out = Advantages(rows.restore(advantages), rows.restore(returns), moments)
-    return masked.carried(out, values, response.mask, config)
+    moments = moments_of(mask.select(advantages), mask).to(dtype)
+    return Advantages(rows.restore(advantages), rows.restore(returns), moments)

@@ -18,6 +18,8 @@ KEY_CHUNK = 1024
 """Keys converted to the accumulation dtype at once."""
 SCORE_ELEMENTS = 1 << 24
 """Attention weights held at once while columns are summed."""
+CACHED_ELEMENTS = 1 << 20
+"""The same on a CPU, in whose cache they stay."""
 
 
 class PaddedLayer(NamedTuple):
@@ -85,8 +87,31 @@ def padded_layer(inputs: AttentionInputs, last_response: Tensor | None = None) -
 
 def attend(layer: PaddedLayer, positions: Tensor) -> Tensor:
     """``a[h, s, t]`` of the queries at ``positions [B, n]``: ``[B, Hq, n, S]``, 0 where not visible."""
+    probs, visible = _attended(layer, positions)
+    return probs.masked_fill_(~visible, 0.0)
+
+
+def mean_attended(layer: PaddedLayer, positions: Tensor, keys: int | None = None) -> Tensor:
+    """Mean over heads of ``attend``, ``[B, n, S]``; of the first keys only, where the rest is not seen."""
+    probs, visible = _attended(layer, positions, keys)
+    if visible.shape[1] > 1:
+        return mean_over_heads(layer.inputs, probs.masked_fill_(~visible, 0.0))
+    return mean_over_heads(layer.inputs, probs).masked_fill_(~visible[:, 0], 0.0)
+
+
+def _scores(query: Tensor, key: Tensor) -> Tensor:
+    """``query @ key.mT`` in the query's dtype."""
+    if key.dtype == query.dtype:
+        return query @ key.mT
+    parts = [query @ part.to(query.dtype).mT for part in torch.split(key, KEY_CHUNK, 2)]
+    return torch.cat(parts, -1)
+
+
+def _attended(layer: PaddedLayer, positions: Tensor, keys: int | None = None) -> tuple[Tensor, Tensor]:
+    """``attend`` and what is visible, ``[B, 1 or Hq, n, S]``; where it is not, NaN in a row that has NaN or
+    sees nothing."""
     inputs, dtype = layer.inputs, layer.dtype
-    key = inputs.key
+    key = inputs.key[:, :, :keys]
     batch, kv_heads, length, width = key.shape
     heads = inputs.query.shape[1]
     work = product_dtype(dtype, key.device)
@@ -96,40 +121,33 @@ def attend(layer: PaddedLayer, positions: Tensor) -> Tensor:
     else:
         query = inputs.query.transpose(1, 2)[rows, positions].transpose(1, 2)  # [B, Hq, n, D]
     query = query.to(work).reshape(batch, kv_heads, heads // kv_heads * n, width) * inputs.scaling
-    chunks = [
-        query @ key[:, :, lo : lo + KEY_CHUNK].to(work).transpose(-1, -2)
-        for lo in range(0, length, KEY_CHUNK)
-    ]
-    scores = torch.cat(chunks, -1).to(dtype) if chunks else query.new_zeros(*query.shape[:3], 0, dtype=dtype)
-    scores = scores.reshape(batch, heads, n, length)
+    scores = _scores(query, key).to(dtype).reshape(batch, heads, n, length)
     if inputs.softcap is not None:
         scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
     t = torch.arange(length, device=key.device)
     distance = positions[:, :, None] - t  # [B, n, S]
-    visible = layer.attended[:, None].expand(distance.shape)
+    visible = layer.attended[:, None, :keys].expand(distance.shape)
     if inputs.causal:
         visible = visible & (distance >= 0)
     if inputs.sliding_window is not None:
         visible = visible & (distance.abs() < inputs.sliding_window)
     visible = visible[:, None]  # [B, 1, n, S]
     if inputs.mask_row is not None:
-        added = inputs.mask_row.to(dtype)
+        added = inputs.mask_row[..., :keys].to(dtype)
         added = (added[:, None] if added.ndim == 2 else added)[:, :, None]  # [B, 1 or Hq, 1, S]
         scores = scores + added
         visible = visible & (added != -math.inf)
-    scores = scores.masked_fill(~visible, -math.inf)
+    torch.where(visible, scores, torch.full((), -math.inf, dtype=dtype, device=key.device), out=scores)
     sinks = None if inputs.sinks is None else inputs.sinks.to(dtype)[None, :, None, None]
     if inputs.lse is not None:
         lse = inputs.lse.to(dtype)
         lse = lse[:, :, None] if lse.ndim == 2 else lse.transpose(1, 2)[rows, positions].transpose(1, 2)
         lse = lse[..., None]  # [B, Hq, n, 1]
-        probs = torch.exp(scores - (lse if sinks is None else torch.logaddexp(lse, sinks)))
-    elif sinks is not None:
+        return scores.sub_(lse if sinks is None else torch.logaddexp(lse, sinks)).exp_(), visible
+    if sinks is not None:
         sinks = sinks.expand(batch, heads, n, 1)
-        probs = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
-    else:
-        probs = scores.softmax(-1)
-    return probs.masked_fill(~visible, 0.0)
+        return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1], visible
+    return torch.softmax(scores, -1, out=scores), visible
 
 
 def chosen_heads(inputs: AttentionInputs, x: Tensor) -> Tensor:
@@ -151,7 +169,7 @@ def _head_mean(
 ) -> tuple[Tensor, PaddedLayer, Tensor]:
     """Mean over layers and heads of the attention rows ``[B, S]``, the first layer, and the invalid rows."""
     layers = [padded_layer(x, last_response) for x in inputs]
-    rows = [mean_over_heads(x.inputs, attend(x, x.position[:, None])[:, :, 0]) for x in layers]
+    rows = [mean_attended(x, x.position[:, None])[:, 0] for x in layers]
     mean = rows[0] if len(rows) == 1 else torch.stack(rows).mean(0)
     invalid = torch.stack([layer.invalid for layer in layers]).any(0)
     return mean, layers[0], invalid
@@ -234,4 +252,7 @@ def attention_credit(
 def query_chunk(layer: PaddedLayer) -> int:
     """Queries whose attention over all keys fits the element budget."""
     batch, _, length, _ = layer.inputs.key.shape
-    return max(1, SCORE_ELEMENTS // max(1, batch * layer.inputs.query.shape[1] * length))
+    elements = SCORE_ELEMENTS
+    if layer.inputs.key.device.type == "cpu":
+        elements = min(elements, CACHED_ELEMENTS)
+    return max(1, elements // max(1, batch * layer.inputs.query.shape[1] * length))

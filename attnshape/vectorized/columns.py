@@ -11,9 +11,8 @@ from torch import Tensor
 from attnshape.config import Normalization
 from attnshape.types import AttentionInputs, Response
 from attnshape.vectorized.attention import (
-    attend,
     last_response_position,
-    mean_over_heads,
+    mean_attended,
     normalized,
     padded_layer,
     positions_in_range,
@@ -45,8 +44,11 @@ def attention_column_credit(
     step = query_chunk(layer)
     for lo in range(0, width, step):
         at = order[:, lo : lo + step].clamp(0, max(keys - 1, 0))
-        weights = mean_over_heads(inputs, attend(layer, at))  # [B, n, S]
-        columns += weights.masked_fill(~asking[:, lo : lo + step, None], 0.0).sum(1)
+        seen = keys
+        if inputs.causal and at.numel() and at.device.type == "cpu":  # elsewhere asking for it would wait
+            seen = int(at.max()) + 1
+        weights = mean_attended(layer, at, seen)  # [B, n, S]
+        columns[:, :seen] += weights.masked_fill_(~asking[:, lo : lo + step, None], 0.0).sum(1)
     invalid = rows.invalid | layer.invalid | ~positions_in_range(rows, positions, 0, layer.lengths)
     weights = torch.cat([columns, columns.new_zeros(batch, 1)], 1).gather(1, order.clamp(0, keys))
     if variant == "mean":

@@ -83,6 +83,13 @@ def _sums_over(
     return of_groups, of_batch
 
 
+def turned(weights: Tensor, rows: Tensor, response: Response) -> Tensor:
+    """``weights`` of the response's tokens with other signs in ``rows``, bool ``[B]``."""
+    layout = Rows.of(response)
+    padded = layout.padded(weights)
+    return layout.restore(torch.where(rows[:, None], -padded, padded))
+
+
 def with_weights(
     credits: Sequence[Weights], response: Response, shape_rewards: Callable[..., ShapedRewards]
 ) -> tuple[list[Tensor | None], Tensor]:

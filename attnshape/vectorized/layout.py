@@ -73,6 +73,13 @@ class Mask:
         t = torch.arange(self.live.shape[1] + 1, device=self.live.device)
         return (torch.nn.functional.pad(self.live, (1, 0)) * t).amax(1) - 1
 
+    def following(self, x: Tensor) -> Tensor:
+        """``x`` of the next unmasked token, from each token on; 0 past the last."""
+        width = self.live.shape[1]
+        t = torch.arange(width, device=x.device).expand_as(x)
+        at = torch.where(self.live, t, width).flip(1).cummin(1).values.flip(1) if x.numel() else t
+        return torch.nn.functional.pad(x, (0, 1)).gather(1, at)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnshape import masked
 from attnshape.config import ShapingConfig
 from attnshape.types import (
     KL,
@@ -105,9 +104,9 @@ def shape_rewards(
         rewards = rewards - kl * torch.as_tensor(tokens.kl.coef, dtype=dtype, device=kl.device)
     rewards = mask.select(rewards)
     advantages, returns = gae_of_rows(rewards, rows.pad(tokens.values), mask, config, tokens.bootstrap)
-    unknown = rows.live & invalid[:, None]
-    outputs = [x.masked_fill(unknown, math.nan) for x in (rewards, advantages, returns, *outputs)]
-    lost = ~torch.stack([x.isfinite().all(1) for x in outputs]).all(0)
+    unknown = torch.where(rows.live, math.nan, 0.0).to(dtype)
+    outputs = [torch.where(invalid[:, None], unknown, x) for x in (rewards, advantages, returns, *outputs)]
+    lost = ~torch.stack([mask.select(x).isfinite().all(1) for x in outputs]).all(0)
     if config.on_nan == "zero_row":
         outputs = [x.masked_fill(lost[:, None], 0.0) for x in outputs]
 
@@ -128,9 +127,9 @@ def shape_rewards(
     last_share = p.gather(1, at_column(mask.last, width)).sum(1)
     entropy, last_share = (torch.where(whole == 0, 0.0, x) for x in (entropy, last_share))
     stats = [torch.where(usable, x.to(dtype), 0.0) for x in (entropy, last_share, mass, error)]
-    moments = moments_of(outputs[1], mask)
+    moments = moments_of(mask.select(outputs[1]), mask)
     restored = [rows.restore(x) for x in outputs]
-    shaped = ShapedRewards(
+    return ShapedRewards(
         rewards=restored[0],
         advantages=restored[1],
         returns=restored[2],
@@ -145,4 +144,3 @@ def shape_rewards(
             score_error=stats[3],
         ),
     )
-    return masked.filled(shaped, tokens.values, response.mask, config)

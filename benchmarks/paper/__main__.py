@@ -194,7 +194,8 @@ def summary(*, out: Out = RESULTS) -> None:
     made = tables(json.loads(to_json(found)), paper)
     if out == RESULTS:
         for page, own in (
-            (HERE / "README.md", made),
+            (HERE / "README.md", {"claims": made["claims"]}),
+            (HERE / "TABLES.md", {name: table for name, table in made.items() if name != "claims"}),
             (ROOT / "docs" / "evidence.md", in_short(found["claims"])),
         ):
             filled = fill(page.read_text(encoding="utf-8"), own)

@@ -58,6 +58,11 @@ SHIFTS = (5.0, -5.0)
 DEPTHS = (1, 2, 4, 6)
 MODEL_SEEDS = (0, 1, 2, 3)
 DEEP, LONG, LONGEST = "4 layers, seed 0", "long", "longest"
+TRAININGS = tuple(f"training {i}" for i in range(1, 6))
+"""Reward models for the testbed's policy that differ in the seed of their training."""
+TRAINING_SEEDS = SEEDS[:2]
+"""Policy seeds of each training."""
+TRAINING_METHODS: tuple[Method, ...] = ("sparse", "ABC", "gradient x value, signed")
 
 # Added after others' runs had been seen.
 RUNAWAY_KL = 100.0
@@ -107,8 +112,8 @@ class Cell:
             the share of the reward that is dense.
         shift: added to every standardised score, which no preference between completions depends on.
         models: ``"testbed"``, ``"long"`` and ``"longest"`` (trained on reviews long enough for 110 and 160
-            tokens), or a reward model of the depth study, such as ``"4 layers, seed 1"``, with the testbed's
-            policy.
+            tokens), or the testbed's policy with another training of its reward model, ``"training 1"``, or
+            with one of the depth study, such as ``"4 layers, seed 1"``.
         critic: ``"shared"``, a value head on the policy's trunk as in the paper's code, or ``"separate"``, a
             model of its own as in verl, OpenRLHF and slime.
     """
@@ -240,6 +245,13 @@ def _experiments() -> dict[str, list[Cell]]:
             for cell in _cells(FEW, ("sparse", "ABC"), length=length, models=models)
         ],
         "lambda": [cell for lam in LAMS for cell in _cells(SEEDS, MAIN, length=HEADLINE, lam=lam)],
+        # The same over trainings of the reward model: the headline's error bar covers them here only.
+        "trainings": [
+            cell
+            for models in TRAININGS
+            for lam in (LAM, 1.0)
+            for cell in _cells(TRAINING_SEEDS, TRAINING_METHODS, length=HEADLINE, models=models, lam=lam)
+        ],
         "methods at 40-60": [
             *_cells(SEEDS, ("ABC-D mean", "ABC-D last"), length=HEADLINE),
             *_cells(SEEDS, ("uniform",), length=HEADLINE, beta=1.0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,12 +13,16 @@ from benchmarks.paper.cells import (
     DEEP_SOURCES,
     HEADLINE,
     KL_MARKS,
+    LAM,
     LENGTHS,
     ONE_MODEL,
     PAPER,
     RTO_BEST,
     SHIFTS,
     SPARSE_BEST,
+    TRAINING_METHODS,
+    TRAINING_SEEDS,
+    TRAININGS,
     Length,
     Method,
 )
@@ -90,7 +95,19 @@ def claims(results: Results) -> dict[str, list[dict[str, Any]]]:
         pairs.append((DEEP_SOURCES[-1], "sparse"))
         return [ahead(*pair, f"4-layer reward model{note}", models=DEEP, **settings) for pair in pairs]
 
+    def over_trainings(first: Method, lam: float) -> dict[str, Any]:
+        """Pairs of reward-model trainings: of each the mean over its policy seeds."""
+        leads = []
+        for models in TRAININGS:
+            found = differences(of(first, models=models, lam=lam), of("sparse", models=models, lam=lam))
+            if all(seed in found for seed in TRAINING_SEEDS):
+                leads.append(statistics.fmean(found[seed] for seed in TRAINING_SEEDS))
+        return claim(f"{first} is ahead of sparse, both at lambda {lam:g}, by training", lead_of(leads))
+
     return {
+        "Over five trainings of the reward model": [
+            over_trainings(method, lam) for lam in (LAM, 1.0) for method in TRAINING_METHODS[1:]
+        ],
         "The paper's claims": [
             *[ahead("ABC", "sparse", f"{n} tokens", n, **settings) for n, settings in LENGTHS],
             *[ahead("ABC", "uniform", f"{n} tokens", n, **settings) for n, settings in LENGTHS],

@@ -41,11 +41,11 @@ SOURCE_COLORS = dict(zip(DEEP_SOURCES, ("#3a7d44", "#9d8df1", "#c05299"), strict
 BESIDE = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
 
 
-def _figure(panels: int, title: str, width: float = 4.4) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width * panels, 3.8), layout="constrained")
+def _figure(panels: int, title: str, width: float = 4.4, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width * panels / rows, 3.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    axes = list(figure.subplots(rows, panels // rows, squeeze=False).flat)
     for one in axes:
         one.grid(alpha=0.2)
         one.spines[["top", "right"]].set_visible(False)
@@ -76,7 +76,8 @@ def learning(results: Results, path: Path) -> None:
         ("reward", HEADLINE, {"lam": 1.0}),
         ("kl", HEADLINE, {}),
     ]
-    figure, axes = _figure(len(panels), "Mean over seeds (their number) ± 2 standard errors; 5-step means")
+    title = "Mean over seeds (their number) ± 2 standard errors; 5-step means"
+    figure, axes = _figure(len(panels), title, rows=2)
     for one, (curve, length, settings) in zip(axes, panels, strict=True):
         for method in COLORS:
             runs = results.of(method, length, **settings)  # type: ignore[arg-type]
@@ -97,7 +98,7 @@ def learning(results: Results, path: Path) -> None:
 def lengths(results: Results, summary: dict[str, Any], paper: dict[str, Any], path: Path) -> None:
     """Mean reward over steps by length of the response, the paper's and ours, and ABC's lead over sparse."""
     figure, (theirs, ours, lead) = _figure(
-        3, "Mean reward over 100 steps by response length, ± 2 standard errors"
+        3, "Mean reward over 100 steps by response length, ± 2 standard errors", width=3.3
     )
     for method in MAIN:
         found = [(n, x[method]) for n, x in paper["methods"].items() if method in x]
@@ -176,7 +177,7 @@ def beta(results: Results, betas: Sequence[float], paper: dict[str, Any], path: 
 
 def credit(results: Results, summary: dict[str, Any], path: Path) -> None:
     """Precision at k by depth of the reward model, and what a user sees of it."""
-    figure, (depth, seen) = _figure(2, "How well credit finds the words that matter", width=6.6)
+    figure, (depth, seen) = _figure(2, "How well credit finds the words that matter", width=5.0)
     depths = summary["credit by depth"].get("lexical, 50 tokens", {})
     columns = sorted(depths, key=int)
     if columns:
@@ -198,7 +199,7 @@ def credit(results: Results, summary: dict[str, Any], path: Path) -> None:
             x, y = [m["overlap"] for m in last], [m["precision_at_k"] for m in last]
             seen.scatter(x, y, color=f"C{i}", label=f"{layers} layer{'s' * (layers > 1)} ({len(last)})")
     seen.set_xlabel("top tenth shared with gradient x value: needs no truth")
-    seen.set_title("precision at k of the last row, 50 tokens, by reward model", fontsize="medium")
+    seen.set_title("the last row, 50 tokens, by reward model", fontsize="medium")
     _legend(seen)
     figure.savefig(path, dpi=130)
 

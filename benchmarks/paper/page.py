@@ -1,4 +1,4 @@
-"""The tables of README.md, made from summary.json and put between its markers."""
+"""The tables of README.md and TABLES.md, made from summary.json and put between their markers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def fill(page: str, tables: dict[str, str]) -> str:
 
 
 def tables(summary: Summary, paper: dict[str, Any]) -> dict[str, str]:
-    """Every table of the page, by the name of its marker."""
+    """Every table, by the name of its marker: README.md has the claims, TABLES.md the others."""
     out = {
         "coverage": coverage(summary["coverage"]),
         "testbed": testbed(summary["testbed"]),
@@ -145,11 +145,12 @@ def groups(rows: dict[str, Any]) -> str:
     return _table(heads, body)
 
 
-CLAIM_HEADS = ("claim", "here", "lead (seeds ahead)")
+CLAIM_HEADS = ("claim", "here", "lead", "pairs ahead")
 
 
 def _claim(found: dict[str, Any]) -> list[str]:
-    return [found["claim"], f"**{found['verdict']}**", _lead(found["lead"])]
+    lead, _, ahead = _lead(found["lead"]).partition(" (")
+    return [found["claim"], f"**{found['verdict']}**", lead, ahead.removesuffix(")")]
 
 
 def claims(found: dict[str, list[dict[str, Any]]]) -> str:
@@ -157,7 +158,7 @@ def claims(found: dict[str, list[dict[str, Any]]]) -> str:
     rows = [
         row
         for heading, group in found.items()
-        for row in ([f"**{heading}**", "", ""], *[_claim(claim) for claim in group])
+        for row in ([f"**{heading}**", "", "", ""], *[_claim(claim) for claim in group])
     ]
     return _table(CLAIM_HEADS, rows)
 

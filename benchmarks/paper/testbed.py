@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import os
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from attnshape.bench.machine import run_facts
 from attnshape.demo.corpus import build_tokenizer
 from attnshape.demo.curves import rounded
 from attnshape.demo.models import (
+    METRICS,
     POLICY,
     REWARD_MODEL,
     ModelConfig,
@@ -30,11 +32,12 @@ from attnshape.demo.models import (
     PreferencePairs,
     TrainingMetrics,
     default_cache_dir,
+    train_reward_model,
     trained_models,
 )
 from attnshape.demo.ppo import ActorCritic, PPOConfig, Record, Rollout, train
 from attnshape.demo.run import REVIEWS_TRUTH, Reference, Setup, review_prompts
-from benchmarks.paper.cells import LONG, LONGEST, Cell
+from benchmarks.paper.cells import LONG, LONGEST, TRAININGS, Cell
 from benchmarks.paper.credits import source_for
 
 MODELS = ModelConfig()
@@ -43,6 +46,8 @@ LONG_MODELS = ModelConfig(positions=144, review_words=(60, 118), pair_words=(4, 
 """For 110 new tokens. Longer pairs take longer to learn from."""
 LONGEST_MODELS = ModelConfig(positions=192, review_words=(100, 168), pair_words=(4, 164), rm_steps=2000)
 """For 160 new tokens."""
+TRAINING_SEED_STEP = 10
+"""Between the seeds of two trainings, each of which uses a few in a row."""
 DEPTH, DPO = "depth", "dpo_policy"
 DPO_STEPS, DPO_BATCH, DPO_LR, DPO_BETA = 200, 32, 3e-4, 0.1
 CURVES = (
@@ -96,10 +101,33 @@ def own_models(
         if name == "testbed" or name in needed:
             folder, training[name], _ = trained_models(config, cache_dir, on_step)
             setups[name] = _setup(folder)
+    for seed, name in enumerate(TRAININGS, start=1):
+        if name in needed:
+            folder, training[name] = _trained_again(seed, Path(setups["testbed"].policy), on_step)
+            setups[name] = replace(setups["testbed"], reward_model=str(folder))
     for other in sorted((cache_dir / DEPTH).glob("* layers, seed *")):
         setups[other.name] = replace(setups["testbed"], reward_model=str(other))
     policy = Path(setups["testbed"].policy)
     return Models(setups, functools.partial(own_dpo, policy.parent), training)
+
+
+def _trained_again(seed: int, policy: Path, on_step: OnStep | None = None) -> tuple[Path, TrainingMetrics]:
+    """The testbed's reward model trained from the same language model with other pairs, order and head."""
+    folder = policy.parent / TRAININGS[seed - 1]
+    if not folder.is_dir():
+        config = replace(MODELS, seed=MODELS.seed + TRAINING_SEED_STEP * seed)
+        language_model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
+        model, accuracy, true_accuracy = train_reward_model(config, language_model, on_step)
+        lm_loss = json.loads((policy.parent / METRICS).read_text())["lm_loss"]
+        metrics = TrainingMetrics(lm_loss, accuracy, true_accuracy)
+
+        def save(new: Path) -> None:
+            model.save_pretrained(new)
+            build_tokenizer().save_pretrained(new)
+            (new / METRICS).write_text(json.dumps(asdict(metrics)) + "\n")
+
+        whole_folder(folder, save)
+    return folder, TrainingMetrics(**json.loads((folder / METRICS).read_text()))
 
 
 def _setup(folder: Path) -> Setup:

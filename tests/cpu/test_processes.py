@@ -16,16 +16,19 @@ import attnshape
 from attnshape.cpu import threads
 
 ROOT = Path(__file__).parents[2]
-WHITEN = """
-import logging, sys, torch
+MERGE = """
+import logging, sys
+import numpy as np
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 import attnshape
-from attnshape.cpu.whiten import measure
-x, mask = torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[1, 1, 0]])
-out = attnshape.whiten(x, mask, attnshape.Whitening(bessel=False))
-print(out.tolist(), sum(measure.stats.cache_hits.values()))
+early = {"numba", "attnshape.cpu"} & {*sys.modules}
+from attnshape.cpu.whiten import merge
+out = np.empty(3)
+merge(np.array([[2.0, 1.0, 0.0], [1.0, 4.0, 0.0]]), out)
+print(early, out, sum(merge.stats.cache_hits.values()))
 """
-WHITENED = "[[-1.0, 1.0, 0.0]]"
+"""Two tokens at 1 and one at 4, by the loop that compiles fastest; and what importing the package loads."""
+MERGED = "set() [3. 2. 6.]"
 
 
 def run(program: str, cache: Path | str | None = None, paths: str = f"{ROOT}") -> "subprocess.Popen[str]":
@@ -49,33 +52,27 @@ def finished(process: "subprocess.Popen[str]") -> tuple[str, str]:
     return out.strip(), err
 
 
-def test_nothing_is_imported_or_compiled_until_it_is_used() -> None:
-    out, _ = finished(
-        run("import attnshape, sys; print('numba' in sys.modules, 'attnshape.cpu' in sys.modules)")
-    )
-    assert out == "False False"
-
-
 def test_two_processes_compile_at_once_and_later_ones_load(tmp_path: Path) -> None:
-    both = [run(WHITEN, tmp_path) for _ in range(2)]
+    """And nothing is imported or compiled until it is used."""
+    both = [run(MERGE, tmp_path) for _ in range(2)]
     for process in both:
         out, err = finished(process)
-        assert out == f"{WHITENED} 0"
+        assert out == f"{MERGED} 0"
         assert "compiling the loops for this CPU" in err
-    out, err = finished(run(WHITEN, tmp_path))
-    assert out == f"{WHITENED} 1"
+    out, err = finished(run(MERGE, tmp_path))
+    assert out == f"{MERGED} 1"
     assert "compiling" not in err
     for kept in tmp_path.rglob("*.nbc"):
         kept.write_bytes(kept.read_bytes()[:100])
-    out, err = finished(run(WHITEN, tmp_path))
-    assert out == f"{WHITENED} 0"
+    out, err = finished(run(MERGE, tmp_path))
+    assert out == f"{MERGED} 0"
     assert "compiling" in err
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    out, err = finished(run(WHITEN, tmp_path / "file" / "below"))
-    assert out == f"{WHITENED} 0"
+    out, err = finished(run(MERGE, tmp_path / "file" / "below"))
+    assert out == f"{MERGED} 0"
     assert "set NUMBA_CACHE_DIR" in err
 
 
@@ -83,8 +80,8 @@ def test_an_installed_package_is_not_written_to(tmp_path: Path) -> None:
     subprocess.run(["cp", "-r", ROOT / "attnshape", ROOT / "csrc_triton", tmp_path], check=True)
     before = sorted(tmp_path.rglob("*"))
     cache = tmp_path.parent / f"{tmp_path.name}-cache"
-    out, _ = finished(run(WHITEN, cache, f"{tmp_path}"))
-    assert out == f"{WHITENED} 0"
+    out, _ = finished(run(MERGE, cache, f"{tmp_path}"))
+    assert out == f"{MERGED} 0"
     assert sorted(tmp_path.rglob("*")) == before
     assert list(cache.rglob("*.nbi"))
 
@@ -109,7 +106,7 @@ def test_workers(method: str, tmp_path: Path) -> None:
 import multiprocessing, work
 if __name__ == "__main__":
     here = work.total()
-    with multiprocessing.get_context({method!r}).Pool(2) as pool:
+    with multiprocessing.get_context({method!r}).Pool(1) as pool:
         assert pool.map_async(work.total, range(4)).get(timeout=120) == [here] * 4
     assert work.total() == here
     print("ok")
@@ -123,7 +120,11 @@ if __name__ == "__main__":
 
 
 def test_an_interrupt_ends_a_call_and_spoils_nothing() -> None:
+    """Nor does the end of the process."""
     program = f"""{PARALLEL}
+import atexit, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born without it
+atexit.register(lambda: print(total() == want))
 want = total()
 print("ready", flush=True)
 try:
@@ -132,7 +133,6 @@ try:
 except KeyboardInterrupt:
     pass
 assert total() == want
-print("ok")
 """
     process = run(program)
     assert process.stdout is not None
@@ -140,12 +140,6 @@ print("ok")
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     out, _ = finished(process)
-    assert out == "ok"
-
-
-def test_at_exit() -> None:
-    program = f"{PARALLEL}\nimport atexit\natexit.register(lambda: print(total() == want))\nwant = total()"
-    out, _ = finished(run(program))
     assert out == "True"
 
 

@@ -1,8 +1,8 @@
 import io
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from support.processes import FORK, start
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -340,7 +341,10 @@ def test_credit_crosses_tokenizers(foreign: Path) -> None:
         assert not judged.credit[b, len(expected) :].any()
 
 
-def test_whole_run_from_the_cache(cache_dir: Path, trained: object, tmp_path: Path, quiet: Console) -> None:
+def test_whole_run_from_the_cache(
+    cache_dir: Path, trained: object, tmp_path: Path, quiet: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: FORK)
     config = DemoConfig(
         seeds=(3, 4),
         ppo=replace(PPO, steps=3),
@@ -369,25 +373,6 @@ def test_whole_run_from_the_cache(cache_dir: Path, trained: object, tmp_path: Pa
     assert first[0] == first[1] != first[2] == first[3]
 
 
-SCRIPT = """
-from pathlib import Path
-from rich.console import Console
-from attnshape.demo.config import DemoConfig
-from attnshape.demo.run import run_demo
-from attnshape.demo.models import ModelConfig
-from attnshape.demo.ppo import PPOConfig
-if __name__ == "__main__":
-    run_demo(
-        DemoConfig(
-            seeds=(0, 1), workers={workers}, models=ModelConfig(**{models}),
-            cache_dir=Path({cache!r}), out=Path({out!r}),
-            ppo=PPOConfig(steps=100000, new_tokens=16, min_new_tokens=10),
-        ),
-        Console(force_terminal=True, width=150),
-    )
-"""
-
-
 def group_runs(pgid: int) -> bool:
     """Whether a process of the group still runs; one that nobody has reaped does not."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -401,35 +386,52 @@ def group_runs(pgid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
-@pytest.mark.parametrize(("workers", "how"), [(1, "ctrl-c"), (2, "ctrl-c"), (2, "parent killed")])
-def test_interrupted_run(cache_dir: Path, trained: object, tmp_path: Path, workers: int, how: str) -> None:
-    script, out = tmp_path / "script.py", tmp_path / "out"
-    script.write_text(SCRIPT.format(workers=workers, models=vars(MODELS), cache=str(cache_dir), out=str(out)))
-    cached = sorted(cache_dir.rglob("*"))
-    process = subprocess.Popen(
-        [sys.executable, str(script)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(Path(attnshape.__file__).parents[1])},
+def run_on_terminal(config: DemoConfig, output: Path, errors: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born without it
+    with output.open("w", buffering=1) as terminal, errors.open("w", buffering=1) as sys.stderr:
+        run_demo(config, Console(file=terminal, force_terminal=True, width=150))
+
+
+@pytest.mark.parametrize(
+    ("workers", "how", "kind"),
+    [(1, "ctrl-c", "fork"), (2, "ctrl-c", "spawn"), (2, "parent killed", "fork")],
+)
+def test_interrupted_run(
+    cache_dir: Path,
+    trained: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int,
+    how: str,
+    kind: str,
+) -> None:
+    context = multiprocessing.get_context(kind)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
+    out, output, errors = tmp_path / "out", tmp_path / "output", tmp_path / "errors"
+    config = DemoConfig(
+        seeds=(0, 1),
+        workers=workers,
+        models=MODELS,
+        cache_dir=cache_dir,
+        out=out,
+        ppo=PPOConfig(steps=100000, new_tokens=16, min_new_tokens=10),
     )
+    cached = sorted(cache_dir.rglob("*"))
+    process = start(run_on_terminal, config, output, errors)
+    assert process.pid is not None
     try:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        seen = b""
-        while b"KL" not in seen:
-            piece = os.read(process.stdout.fileno(), 65536)
-            assert piece, process.stderr.read().decode()
-            seen += piece
+        while not (output.is_file() and "KL" in output.read_text()):
+            assert process.is_alive(), errors.read_text()
+            time.sleep(0.05)
         if how == "ctrl-c":
             os.killpg(process.pid, signal.SIGINT)
-            output, errors = process.communicate(timeout=300)
-            assert process.returncode == 130
-            assert b"Interrupted" in output
-            assert b"Traceback" not in errors
+            process.join(300)
+            assert process.exitcode == 130
+            assert "Interrupted" in output.read_text()
+            assert "Traceback" not in errors.read_text()
         else:
             process.kill()
-            process.communicate(timeout=300)
+            process.join(300)
         deadline = time.monotonic() + 120
         while group_runs(process.pid) and time.monotonic() < deadline:
             time.sleep(0.1)

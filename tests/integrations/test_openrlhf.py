@@ -12,17 +12,21 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
 
-from attnshape import ShapingConfig, reference
+from attnshape import AttentionTap, Response, ShapingConfig, reference
 from attnshape.integrations import openrlhf as adapter
+from attnshape.text.source import CreditSource
 
 KL_COEF = 0.1
+PENALTY = 0.25
+"""Of completions of more than two actions: a length penalty, which no credit spreads."""
 
 
 class Maker:
     """The methods of ``RemoteExperienceMaker`` that the adapter extends, and how they call each other."""
 
-    def __init__(self) -> None:
+    def __init__(self, estimator: str = "gae", n: int = 1) -> None:
         self.seen: list[Tensor] = []
+        self.strategy = SimpleNamespace(args=args(estimator=estimator, n=n))
 
     def make_experience(self, samples_list: list[Any]) -> list[Any]:
         for samples in samples_list:
@@ -30,11 +34,21 @@ class Maker:
         return samples_list
 
     def compute_advantages_and_returns(self, experiences: list[Any]) -> list[Any]:
+        estimator = self.strategy.args.algo.advantage.estimator
         for e in experiences:
+            e.rewards = e.rewards + PENALTY * (e.action_mask.sum(1) > 2)
+        rewards = torch.cat([e.rewards for e in experiences])
+        if estimator == "rloo":
+            rewards = rewards - (rewards.sum() - rewards) / (len(rewards) - 1)
+        for e, r in zip(experiences, rewards.split([len(e.rewards) for e in experiences]), strict=True):
+            clip = [-1.0, 1.0]
             reward = module.compute_reward(
-                e.rewards, KL_COEF, e.kl, action_mask=e.action_mask, reward_clip_range=[-1.0, 1.0]
+                r, KL_COEF, e.kl, action_mask=e.action_mask, reward_clip_range=clip
             )
             self.seen.append(reward)
+            if estimator != "gae":
+                e.returns = self.get_cumulative_returns(reward, e.action_mask, 1.0)
+                continue
             e.advantages, e.returns = self.get_advantages_and_returns(
                 e.values, reward, e.action_mask, 0.98, 0.9
             )
@@ -45,6 +59,9 @@ class Maker:
     ) -> tuple[Tensor, Tensor]:
         raise AssertionError("the adapter has its own")
 
+    def get_cumulative_returns(self, rewards: Tensor, action_mask: Tensor, gamma: float) -> Tensor:
+        return (rewards * action_mask).flip(1).cumsum(1).flip(1)
+
 
 def compute_reward(
     r: Tensor,
@@ -54,6 +71,8 @@ def compute_reward(
     reward_clip_range: tuple[float, float] | None = None,
 ) -> Tensor:
     assert action_mask is not None
+    if reward_clip_range:
+        r = r.clamp(*reward_clip_range)
     last = action_mask.shape[1] - 1 - action_mask.fliplr().argmax(1, keepdim=True)
     return (-kl_coef * kl).scatter_add(1, last, r[:, None])
 
@@ -74,20 +93,23 @@ def batch(scores: list[float], masks: list[list[int]], seed: int) -> SimpleNames
 def test_scores_are_spread_over_actions() -> None:
     # A hole in the first row, and micro-batches that are not of one size.
     batches = [batch([0.5, -3.0], [[0, 1, 1, 0, 1], [0, 0, 1, 1, 0]], 0), batch([0.25], [[1, 0, 1]], 1)]
+    for each in batches:
+        each.index = list(range(len(each.answer)))
     maker = adapter.shaped_maker(module, dense_share=0.75)()
     experiences = maker.compute_advantages_and_returns(maker.make_experience(batches))
     assert module.compute_reward is compute_reward
     for e, seen in zip(experiences, maker.seen, strict=True):
         score, row = e.answer[:, 0], e.answer[:, 2:]
-        assert torch.equal(e.rewards, score)
+        penalty = PENALTY * (e.action_mask.sum(1) > 2)
+        assert torch.equal(e.rewards, score + penalty)
         assert torch.equal(e.info["reward"], score)
         assert not hasattr(e, "attention_row")
-        spread = score.double().clamp(-1, 1)
+        spread = (score + penalty).double().clamp(-1, 1) - penalty
         expected = -KL_COEF * e.kl.double()
         for b, mask in enumerate(e.action_mask):
             credit = row[b].double() * mask
             expected[b] += 0.75 * spread[b] * credit / credit.sum()
-            expected[b, mask.nonzero()[-1]] += 0.25 * spread[b]
+            expected[b, mask.nonzero()[-1]] += 0.25 * spread[b] + penalty[b]
         torch.testing.assert_close(seen.double(), expected, rtol=1e-6, atol=1e-6)
         config = ShapingConfig(gamma=0.98, lam=0.9, mask_semantics="zero")
         advantages, returns, _ = reference.gae(seen.double(), e.values.double(), e.action_mask, config)
@@ -97,6 +119,34 @@ def test_scores_are_spread_over_actions() -> None:
         torch.testing.assert_close(e.info["response_attention"], attended)
         assert e.info["credit_entropy"].shape == e.info["credit_last_share"].shape == score.shape
         assert not bool(e.info["credit_fallback"].any())
+
+
+@pytest.mark.parametrize("enters", ["advantages", "rewards"])
+def test_an_advantage_is_spread_over_actions(enters: Any) -> None:
+    """Of three completions, two in one micro-batch, out of order; a penalty's part stays uniform."""
+    batches = [batch([0.5, -0.5], [[0, 1, 1, 0, 1], [0, 0, 1, 1, 0]], 0), batch([0.25], [[1, 0, 1]], 1)]
+    batches[0].index, batches[1].index = [2, 0], [1]
+    maker = adapter.shaped_maker(module, 0.75, enters)("rloo", 3)
+    experiences = maker.compute_advantages_and_returns(maker.make_experience(batches))
+    whole = torch.tensor([0.5 + PENALTY, -0.5, 0.25]).double()
+    own = whole - (whole.sum() - whole) / 2
+    of_penalty = torch.tensor([PENALTY, -PENALTY / 2, -PENALTY / 2]).double()
+    own = own.clamp(-1, 1)
+    rows = [(e, b) for e in experiences for b in range(len(e.answer))]
+    for a, p, (e, b) in zip(own, of_penalty, rows, strict=True):
+        mask = e.action_mask[b].double()
+        credit = e.answer[b, 2:].double() * mask
+        credit /= credit.sum()
+        kl = (-KL_COEF * e.kl[b] * mask).double().flip(0).cumsum(0).flip(0)
+        if enters == "advantages":
+            last = (mask.flip(0).cumsum(0).flip(0) > 0).double()  # OpenRLHF's returns end with the last
+            want = kl + a * last + 0.75 * (a - p) * (mask.sum() * credit - 1) * mask
+        else:
+            paid = 0.75 * (a - p) * credit
+            paid[mask.nonzero()[-1]] += a - 0.75 * (a - p)
+            want = kl + paid.flip(0).cumsum(0).flip(0)
+        torch.testing.assert_close(e.returns[b].double(), want, rtol=1e-5, atol=1e-5)
+        assert e.info["credit_entropy"].shape == e.rewards.shape
 
 
 def test_a_row_without_attention_on_its_actions_falls_back() -> None:
@@ -179,8 +229,14 @@ def args(**changed: Any) -> SimpleNamespace:
         "agent_func_path": None,
         "ring_attn_size": 1,
         "tensor_parallel_size": 1,
+        "policy_loss_type": "ppo",
+        "estimator": "gae",
+        "n": 1,
     } | changed
     return SimpleNamespace(
+        actor=SimpleNamespace(policy_loss_type=found["policy_loss_type"]),
+        algo=SimpleNamespace(advantage=SimpleNamespace(estimator=found["estimator"])),
+        rollout=SimpleNamespace(n_samples_per_prompt=found["n"]),
         reward=SimpleNamespace(remote_url=found["remote_url"]),
         train=SimpleNamespace(agent_func_path=found["agent_func_path"]),
         ds=SimpleNamespace(
@@ -194,7 +250,9 @@ def args(**changed: Any) -> SimpleNamespace:
 @pytest.mark.parametrize("lengths", [[9, 4, 1], [6]])
 def test_the_reward_worker_answers_score_and_row(packing: bool, layer: int, lengths: list[int]) -> None:
     class Actor(RewardActor):
-        init_model_from_pretrained = adapter._with_tap(RewardActor.init_model_from_pretrained, layer)
+        init_model_from_pretrained = adapter._with_tap(
+            RewardActor.init_model_from_pretrained, CreditSource("attention", layer)
+        )
         forward = adapter._with_row(RewardActor.forward)
 
     actor = Actor()
@@ -216,6 +274,34 @@ def test_the_reward_worker_answers_score_and_row(packing: bool, layer: int, leng
         torch.testing.assert_close(answer[b, 1:].double(), expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_reward_worker_answers_a_rollout(packing: bool) -> None:
+    class Actor(RewardActor):
+        init_model_from_pretrained = adapter._with_tap(
+            RewardActor.init_model_from_pretrained, CreditSource("rollout")
+        )
+        forward = adapter._with_row(RewardActor.forward)
+
+    actor, lengths, width, left = Actor(), [9, 4], 11, 2
+    actor.init_model_from_pretrained(SimpleNamespace(args=args()), "folder")
+    model = actor.model[0]
+    model.packing = packing
+    ids = torch.randint(1, 50, (len(lengths), width))
+    places = torch.arange(width)
+    mask = torch.stack([(places >= left) & (places < left + n) for n in lengths]).long()
+    answer = actor.forward(sequences=ids, attention_mask=mask, pad_sequence=True)
+    for b, n in enumerate(lengths):
+        with torch.no_grad(), AttentionTap(model.model, source="rollout") as tap:
+            model.model(ids[b : b + 1, left : left + n])
+        everywhere = Response(torch.ones(1, n), start=torch.zeros(1).long())
+        expected = torch.zeros(width)
+        expected[left : left + n] = reference.attention_rollout(tap.take(), everywhere, normalization="none")[
+            0
+        ]
+        torch.testing.assert_close(answer[b, 1:], expected, rtol=1e-4, atol=1e-6)
+        assert answer[b, 1:].sum() == pytest.approx(1, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -228,12 +314,18 @@ def test_the_reward_worker_answers_score_and_row(packing: bool, layer: int, leng
 def test_settings_without_an_attention_row_are_refused_at_start(name: str, value: Any) -> None:
     adapter.check_arguments(args())
     strategy = SimpleNamespace(args=args(**{name: value}))
-    worker = adapter._with_tap(RewardActor.init_model_from_pretrained, -1)
+    worker = adapter._with_tap(RewardActor.init_model_from_pretrained, CreditSource())
     with pytest.raises(ValueError, match=name):
         worker(RewardActor(), strategy, "folder")
-    trainer = adapter._with_shaped_rewards(lambda self, pretrain, strategy: None, 0.8)
+    trainer = adapter._with_shaped_rewards(lambda self, pretrain, strategy: None, 0.8, "advantages")
     with pytest.raises(ValueError, match=name):
         trainer(object(), "folder", strategy)
+
+
+def test_one_ratio_per_completion_is_refused_without_a_critic() -> None:
+    adapter.check_arguments(args(policy_loss_type="gspo"))
+    with pytest.raises(ValueError, match="policy_loss_type: got gspo, whose loss has one ratio"):
+        adapter.check_arguments(args(policy_loss_type="gspo", estimator="rloo"))
 
 
 @pytest.fixture
@@ -291,6 +383,13 @@ def test_install_reaches_both_trainers_and_the_reward_worker(
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert "OpenRLHF 0.11.2's RewardModelActor, PPOTrainer, TrainingActor spread 0.5" in said
+    assert "by the reward model's attention, layer -2" in said
+    for options, message in (
+        ({"source": "gradient_value"}, "source: got 'gradient_value', want one of 'attention', 'rollout'"),
+        ({"source": "rollout", "layer": 0}, "layer: got 0, want none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adapter.install(**options)
     strategy = SimpleNamespace(args=args())
     for actor, options in ((openrlhf.trainer, {}), (openrlhf.training, {"queue": None})):
         sys.modules["openrlhf.trainer.ppo_trainer"].RemoteExperienceMaker = openrlhf.maker
@@ -360,14 +459,17 @@ def test_the_command_line_passes_openrlhfs_arguments_on(
         "attnshape.integrations.openrlhf.runpy.run_module",
         lambda name, **options: seen.update(name=name, argv=sys.argv[1:]),
     )
-    monkeypatch.setattr(adapter, "install", lambda share, layer: seen.update(share=share, layer=layer))
+    monkeypatch.setattr(adapter, "install", lambda *given: seen.update(given=given))
     argv = [
         "--actor.num_nodes",
         "1",
         "--abc.dense_share",
         "0.3",
-        "--abc.layer",
-        "-2",
+        "--abc.layer=0,1",
+        "--abc.source",
+        "attention",
+        "--abc.enters",
+        "rewards",
         "--reward.clip_range",
         "-5",
         "5",
@@ -377,6 +479,5 @@ def test_the_command_line_passes_openrlhfs_arguments_on(
     assert seen == {
         "name": "openrlhf.cli.train_ppo_ray",
         "argv": ["--actor.num_nodes", "1", "--reward.clip_range", "-5", "5"],
-        "share": 0.3,
-        "layer": -2,
+        "given": (0.3, (0, 1), "rewards", "attention"),
     }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,7 +87,7 @@ def test_another_slime_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"advantage_estimator": "grpo"}, "--advantage-estimator: got grpo, want ppo"),
+        ({"advantage_estimator": "gspo"}, "--advantage-estimator: got gspo, want one of ppo, grpo, cispo"),
         (
             {"custom_advantage_function_path": None},
             f"--custom-advantage-function-path: got None, want {MODULE}.compute_advantages",
@@ -188,6 +190,73 @@ def test_without_credit_the_rewards_are_slimes(off: str) -> None:
     samples = [Sample([0] * 3, 2, reward=reward, metadata=dict(credit)) for reward in (1.0, 2.0)]
     settings = {"dense_share": 0} if off == "dense_share" else None
     assert slime.post_process_rewards(arguments(attnshape=settings), samples) == ([1.0, 2.0], [1.0, 2.0])
+
+
+@pytest.fixture
+def slimes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What slime makes of rewards in groups of three."""
+
+    class RolloutManager:
+        def _post_process_rewards(self: Any, samples: Any) -> tuple[list[float], list[float]]:
+            raw = torch.tensor([x.reward for x in samples]).view(-1, 3)
+            mean, std = raw.mean(1, keepdim=True), raw.std(1, keepdim=True)
+            return raw.flatten().tolist(), ((raw - mean) / (std + 1e-6)).flatten().tolist()
+
+    rollout = ModuleType("slime.ray.rollout")
+    actor = SimpleNamespace(__ray_metadata__=SimpleNamespace(modified_class=RolloutManager))
+    rollout.RolloutManager = actor  # type: ignore[attr-defined]
+    for name, module in {"slime": None, "slime.ray": None, "slime.ray.rollout": rollout}.items():
+        monkeypatch.setitem(sys.modules, name, module or ModuleType(name))
+
+
+GRPO = {
+    "advantage_estimator": "grpo",
+    "n_samples_per_prompt": 3,
+    "rollout_batch_size": 2,
+    "rewards_normalization": True,
+    "grpo_std_normalization": True,
+}
+
+
+@pytest.mark.usefixtures("present", "slimes")
+def test_advantages_of_a_group_are_spread() -> None:
+    weights = [[0.5, 0.5], [0.1, 0.3, 0.6], None, [0.2, 0.2, 0.6], [0.5, -0.5], []]
+    samples = []
+    for i, row in enumerate(weights):
+        key = slime.SIGNED if i == 4 else slime.CREDIT
+        n = 2 if row is None else len(row)
+        of = {} if row is None else {key: row}
+        samples.append(Sample([0] * 9, n, reward=float(i * i), metadata=of))
+    samples[3].loss_mask = [1, 0, 1]
+    _, own = slime.post_process_rewards(arguments(**GRPO, attnshape={"dense_share": 0}), samples)
+    groups = torch.tensor([0.0, 1, 4, 9, 16, 25]).view(2, 3)
+    want = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)
+    assert own == pytest.approx(want.flatten().tolist(), rel=1e-6)
+    raw, rows = slime.post_process_rewards(arguments(**GRPO, attnshape={"dense_share": 0.5}), samples)
+    assert raw == groups.flatten().tolist()
+    a = want.flatten().tolist()
+    expected = [
+        [a[0]] * 2,
+        [a[1] * (0.5 + 0.5 * 3 * w) for w in (0.1, 0.3, 0.6)],
+        [a[2]] * 2,
+        [a[3] * (0.5 + 0.5 * 2 * w) for w in (0.25, 0.75)],
+        [a[4] + 0.5 * abs(a[4]) * 2 * w for w in (0.5, -0.5)],
+        [],
+    ]
+    expected[3].insert(1, a[3])  # masked
+    for row, values in zip(rows, expected, strict=True):
+        assert row.dtype == torch.float32
+        assert row.tolist() == pytest.approx(values, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.usefixtures("present", "slimes")
+def test_a_sample_without_a_score_is_in_no_group() -> None:
+    samples = [Sample([0] * 3, 2, reward=x, metadata={slime.CREDIT: [0.5, 0.5]}) for x in (1.0, 0.0, 4.0) * 2]
+    samples[1].metadata = {slime.METRICS: {"unscored": "too long"}}
+    _, rows = slime.post_process_rewards(arguments(**GRPO), samples)
+    half = 1.5 / (torch.tensor([1.0, 4.0]).std().item() + 1e-6)
+    for row, value in zip(rows[:3], (-half, 0.0, half), strict=True):
+        assert row.tolist() == pytest.approx([value] * 2, rel=1e-6)
 
 
 LENGTHS = [4, 1, 7]

@@ -30,6 +30,7 @@ class FakeTrainer:
     importance_sampling_level = "token"
     scale_rewards: Any = "group"
     tool_mask: Tensor | None = None
+    log_completions = False
 
     def __init__(
         self,
@@ -47,9 +48,12 @@ class FakeTrainer:
         self.reward_processing_classes = given if isinstance(given, list) else [given] * len(funcs)
         self.reward_func_names = [f"reward{i}" for i in range(len(funcs))]
         self.reward_weights = torch.ones(len(funcs))
-        self.accelerator = SimpleNamespace(process_index=0, gather=lambda x: x)
+        self.accelerator = SimpleNamespace(process_index=0, gather=lambda x: x, is_main_process=True)
         self._metrics: Any = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._logs: Any = {"advantages": deque(maxlen=4), "extra": defaultdict(lambda: deque(maxlen=4))}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        pass
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
@@ -160,6 +164,38 @@ def test_an_advantage_is_spread_by_credit(world: World, form: str) -> None:
     assert torch.equal(unspread._generate_and_score_completions(inputs)["advantages"], own)
 
 
+@pytest.mark.parametrize("form", ["text", "messages"])
+def test_a_page_beside_the_completions_table(
+    world: World, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What each token is paid of the score, and of the advantage; a new one for what was generated since."""
+    monkeypatch.setattr(FakeTrainer, "log_completions", True)
+    inputs = world.inputs(form)
+    trainer = world.trainer(credit=CreditModel(world.reward), dense_share=0.5)
+    trainer.args, trainer.state = SimpleNamespace(output_dir=tmp_path), SimpleNamespace(global_step=10)
+    out = trainer._generate_and_score_completions(inputs)
+    page = trainer._page
+    trainer.log({})
+    html = (tmp_path / "completions" / "completions_00010.html").read_text()
+    assert html.count("<section id=") == 4
+    score = trainer.given[:, 0].double()
+    assert page is not None
+    items = page.items(world.policy)
+    for item, s, a, credit, (_, _, ids) in zip(
+        items, score, out["advantages"].double(), world.credit(inputs), inputs, strict=True
+    ):
+        assert "".join(item.tokens) == world.policy.decode(ids, skip_special_tokens=True)
+        assert item.score == pytest.approx(float(s))
+        of_score, of_advantage = item.views
+        assert sum(of_score.rewards) == pytest.approx(float(s), rel=1e-5)
+        assert of_score.rewards[1] == pytest.approx(float(s * credit[0]), rel=1e-3, abs=1e-6)
+        assert sum(of_advantage.rewards) == pytest.approx(float(a.sum() / len(ids)), rel=1e-4, abs=1e-6)
+        assert of_score.metrics["entropy"] > 0
+    trainer.state.global_step = 11
+    trainer.log({})
+    assert len(list((tmp_path / "completions").iterdir())) == 1
+
+
 def test_without_credit_it_is_trls(world: World) -> None:
     trainer = world.trainer([lambda completions: [1.0, 0.0, 2.0, 2.0]])
     out = trainer._generate_and_score_completions(world.inputs())
@@ -257,9 +293,28 @@ def test_what_the_reward_model_does_not_read_is_uniform_and_counted(world: World
     assert trainer._metrics["train"]["credit/fallback"] == [0.25]
 
 
-def test_signed_weights_keep_the_mean_and_punish_what_lowered_the_score(world: World) -> None:
+@pytest.mark.parametrize("source", ["attention", "leave_one_out"])
+def test_a_completion_without_a_score_costs_no_other(world: World, source: Any) -> None:
+    """As in TRL's own run: it has no advantage, and its group's others have theirs, with their credit."""
     inputs = world.inputs()
-    judge = CreditModel(world.reward, source="gradient_value")
+    model = AutoModelForSequenceClassification.from_pretrained(world.reward).eval()
+    tokenizer = AutoTokenizer.from_pretrained(world.reward)
+    with torch.no_grad():  # in the third text alone
+        model.get_input_embeddings().weight[tokenizer.encode(";", add_special_tokens=False)[0]] = torch.nan
+    judge = CreditModel(model, tokenizer, source=source)
+    trainer = world.trainer([model], credit=judge, dense_share=0.8)
+    out = trainer._generate_and_score_completions(inputs)
+    assert trainer.given[:, 0].isnan().tolist() == [False, False, True, False]
+    assert out["advantages"].isfinite().all()
+    assert not out["advantages"][2:].any()
+    assert out["advantages"][0].unique().numel() > 2
+    assert trainer._metrics["train"]["credit/fallback"] == [0.25]
+
+
+@pytest.mark.parametrize("source", ["gradient_value", "leave_one_out"])
+def test_signed_weights_keep_the_mean_and_punish_what_lowered_the_score(world: World, source: Any) -> None:
+    inputs = world.inputs()
+    judge = CreditModel(world.reward, source=source)
     trainer = world.trainer(credit=judge, dense_share=0.8)
     out = trainer._generate_and_score_completions(inputs)
     scored = judge(PROMPTS, [ids for *_, ids in inputs], world.policy)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnshape import ShapingConfig, reference
-from attnshape.integrations import framework, verl
+from attnshape.integrations import framework, verl, verl_groups
 
 MODULE = "attnshape.integrations.verl"
 MASK = [True, True, False, True]
@@ -68,7 +68,7 @@ def test_the_plugin_where_there_is_no_verl(value: str, status: int) -> None:
 
 def test_a_score_with_credit_is_one_reward_per_token() -> None:
     result = {"score": 2.0, "credit": [0.5, 0.3, 0.1, 0.1], "terminal_reward": 3.0}
-    rewards = verl.reward_of(result, MASK, 0.75)
+    rewards = verl.reward_of(result, MASK, 0.75, groups=False)
     expected = [1.5 * 0.5 / 0.9, 1.5 * 0.3 / 0.9, 0.0, 1.5 * 0.1 / 0.9 + 0.5 + 3.0]
     assert rewards == pytest.approx(expected, rel=1e-6)
 
@@ -78,7 +78,49 @@ def test_a_score_with_credit_is_one_reward_per_token() -> None:
     [({"score": 2.0, "terminal_reward": 3.0}, 0.75), ({"score": 5.0, "credit": [0.5, 0.3, 0.1, 0.1]}, 0.0)],
 )
 def test_a_score_without_credit_is_verls_to_place(result: dict[str, Any], dense_share: float) -> None:
-    assert verl.reward_of(result, MASK, dense_share) == 5.0
+    for groups in (False, True):
+        assert verl.reward_of(result, MASK, dense_share, groups) == 5.0
+
+
+def test_for_groups_the_credit_travels_beside_the_score() -> None:
+    result = {"score": 2.0, "credit": [0.5, 0.3, 0.1, 0.1], "terminal_reward": 3.0}
+    found = verl.reward_of(result, MASK, 0.75, groups=True)
+    assert found == {"reward": 5.0, "score": 2.0, "credit": [0.5, 0.3, 0.1, 0.1], "signed": False}
+    of_signs = {"score": 2.0, "credit": None, "token_rewards": [0.5, -0.3, 0.1, -0.3]}
+    carried = verl.reward_of(of_signs, MASK, 0.75, groups=True)
+    assert carried == {"reward": 2.0, "score": 2.0, "credit": [0.5, -0.3, 0.1, -0.3], "signed": True}
+    with pytest.raises(ValueError, match="credit: got 4 weights for a response of 3 tokens"):
+        verl.reward_of(result, MASK[:3], 0.75, groups=True)
+
+
+def test_the_last_output_carries_the_credit() -> None:
+    config = Config(algorithm={"adv_estimator": "attnshape_grpo"})
+    reward = {"reward": 5.0, "score": 2.0, "credit": [0.5, 0.5], "signed": False}
+    outputs = [SimpleNamespace(reward_score=x, extra_fields={}) for x in (None, reward)]
+    verl._move_credit(config, outputs)
+    assert [x.reward_score for x in outputs] == [None, 5.0]
+    carried = [x.extra_fields[verl_groups.CREDIT] for x in outputs]
+    assert carried == [None, {"score": 2.0, "credit": [0.5, 0.5], "signed": False}]
+    verl._move_credit(config, [plain := SimpleNamespace(reward_score=1.0, extra_fields={})])
+    assert plain.extra_fields == {verl_groups.CREDIT: None}
+    other = Config(algorithm={"adv_estimator": "gae"})
+    verl._move_credit(other, [dense := SimpleNamespace(reward_score=[1.0], extra_fields={})])
+    assert dense == SimpleNamespace(reward_score=[1.0], extra_fields={})
+
+
+def test_an_estimator_without_its_batch() -> None:
+    with pytest.raises(RuntimeError, match="attnshape_rloo needs the credit that agent_loop_manager_class="):
+        verl_groups.estimate("attnshape_rloo", 0.8, torch.zeros(2, 3), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("found", ["beta", "overlong_buffer_cfg"])
+def test_other_reward_settings_are_refused(found: str) -> None:
+    """``beta`` is what ``dense_share`` was called."""
+    with pytest.raises(
+        ValueError, match=rf"reward.reward_kwargs: got {found}, want dense_share and no other"
+    ):
+        verl.check_config(config(reward_kwargs={found: 0.5}))
+    verl.check_config(config(reward_kwargs={"dense_share": 0.5}))
 
 
 def test_the_reward_function_needs_its_manager() -> None:
@@ -100,13 +142,17 @@ def config(**changes: Any) -> Config:
         "path": f"pkg://{MODULE}",
         "use_v1": True,
         "agent_loop_manager_class": f"{MODULE}.AgentLoopManager",
+        "adv_estimator": "gae",
+        "reward_kwargs": None,
     } | changes
     agent = {"agent_loop_manager_class": settings["agent_loop_manager_class"]}
     return Config(
         reward={
             "reward_model": {name: settings[name] for name in ("enable", "enable_resource_pool")},
             "custom_reward_function": {"path": settings["path"]},
+            "reward_kwargs": settings["reward_kwargs"],
         },
+        algorithm={"adv_estimator": settings["adv_estimator"]},
         trainer={"use_v1": settings["use_v1"]},
         actor_rollout_ref={"rollout": {"agent": agent}},
     )
@@ -120,6 +166,7 @@ def config(**changes: Any) -> Config:
         {"path": None},
         {"enable": True, "enable_resource_pool": True},
         {"enable": True, "use_v1": False, "agent_loop_manager_class": None},
+        {"adv_estimator": "attnshape_rloo"},
     ],
 )
 def test_settings_that_keep_token_rewards(changes: dict[str, Any]) -> None:
@@ -140,6 +187,10 @@ def test_settings_that_keep_token_rewards(changes: dict[str, Any]) -> None:
         ),
         ({"enable": True}, "reward.reward_model: colocated with the policy under trainer.use_v1"),
         ({"enable": True, "use_v1": False, "path": None}, "reward.custom_reward_function.path: got none"),
+        (
+            {"enable": True, "use_v1": False, "adv_estimator": "attnshape_rloo"},
+            "colocated with the policy, where no credit travels beside the score",
+        ),
     ],
 )
 def test_settings_that_lose_token_rewards(changes: dict[str, Any], message: str) -> None:

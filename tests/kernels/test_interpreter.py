@@ -46,6 +46,34 @@ def test_scans_by_doubling_are_those_one_by_one(shape: tuple[int, int], axis: in
         assert scanned(x, axis, reverse).equal(truth)
 
 
+@triton.jit
+def numbers_kernel(p_x, p_out, N: tl.constexpr):
+    o = tl.arange(0, N)
+    x = tl.load(p_x + o)
+    tl.store(p_out + o, x + 3)
+    tl.store(p_out + N + o, 3 - x)
+    tl.store(p_out + 2 * N + o, x / 4)
+    tl.store(p_out + 3 * N + o, tl.where(x > 2, x, 1))
+    tl.store(p_out + 4 * N + o, x * 2.5)
+    tl.store(p_out + 5 * N + o, x * tl.load(p_x + 1))
+    tl.store(p_out + 6 * N + o, tl.sum(x[:, None] * (o[:, None] == o[None, :]) * True, axis=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.float16, torch.float32])
+def test_numbers_and_tensors_meet_as_in_torch(dtype: torch.dtype) -> None:
+    """The second time with what was remembered from the first."""
+    for start in (0, 3):
+        x = torch.arange(start, start + 8).to(dtype)
+        out = torch.empty(7, 8)
+        numbers_kernel[(1,)](x, out, 8)
+        v = x.double()
+        want = [v + 3, 3 - v, v / 4, torch.where(v > 2, v, 1.0), v * 2.5, v * v[1], v]
+        if dtype == torch.uint8:  # wraps
+            want[1] %= 256
+        for got, expected in zip(out.double(), want, strict=True):
+            assert got.equal(expected)
+
+
 def test_an_interpreter_that_is_not_known_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime import interpreter
 

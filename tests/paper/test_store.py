@@ -138,27 +138,22 @@ def test_a_broken_machine_file_is_named(tmp_path: Path) -> None:
         SQUARES.read(tmp_path)
 
 
-WRITER = """
-import sys
-from pathlib import Path
-from test_store import SQUARES, TABLES, Number, collect, keep, record
-first, folder = int(sys.argv[1]), Path(sys.argv[2])
-for of in range(first, first + 2000):
-    keep(folder, record(of))
-    if of % 5 == 0:
-        collect(folder, TABLES)
-"""
+def write(first: int, folder: Path) -> None:
+    for of in range(first, first + 2000):
+        keep(folder, record(of))
+        if of % 5 == 0:
+            collect(folder, TABLES)
 
 
 def test_processes_that_write_and_fold_at_once_lose_nothing(tmp_path: Path) -> None:
     """Two that are killed in the middle, while this one folds too."""
-    processes = [start(WRITER, first, tmp_path, modules=Path(__file__).parent) for first in (0, 2000)]
+    processes = [start(write, first, tmp_path) for first in (0, 2000)]
     try:
         deadline = time.monotonic() + 120
         seen: set[int] = set()
         while min(sum(of < 2000 for of in seen), sum(of >= 2000 for of in seen)) < 50:
             assert time.monotonic() < deadline
-            assert all(process.poll() is None for process in processes)
+            assert all(process.is_alive() for process in processes)
             if tmp_path.is_dir():
                 collect(tmp_path, TABLES)
                 now = set(SQUARES.read(tmp_path))
@@ -167,7 +162,7 @@ def test_processes_that_write_and_fold_at_once_lose_nothing(tmp_path: Path) -> N
     finally:
         for process in processes:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.join()
     collect(tmp_path, TABLES)
     kept = set(SQUARES.read(tmp_path))
     assert seen <= kept

@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.paper_models import save_models, tiny_models
-from support.processes import start
+from support.processes import FORK, start
 
 from attnshape.demo.models import TrainingMetrics
 from attnshape.demo.ppo import Rollout, source_of
@@ -84,26 +85,19 @@ def test_a_cells_critic_is_the_one_it_names(testbed: Models) -> None:
     assert separate["value_loss"] != shared["value_loss"]
 
 
-KILLED = """
-import sys
-from support.paper_models import tiny_models
-from test_sweep import CELLS
-from benchmarks.paper.sweep import sweep
-from pathlib import Path
-sweep(CELLS, tiny_models(Path(sys.argv[1])), Path(sys.argv[2]), workers=2)
-"""
-
-
-def test_a_killed_sweep_goes_on_where_it_stopped(folder: Path, testbed: Models, tmp_path: Path) -> None:
+def test_a_killed_sweep_goes_on_where_it_stopped(
+    testbed: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed, it goes on to the results of a sweep that nobody killed."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: FORK)
     out = tmp_path / "out"
-    program = start(KILLED, folder, out, modules=Path(__file__).parent)
+    program = start(sweep, CELLS, testbed, out, workers=2)
     deadline = time.monotonic() + 400
     while not list(out.rglob("*seed=*.json")) and time.monotonic() < deadline:
-        assert program.poll() is None
+        assert program.is_alive()
         time.sleep(0.01)
     os.killpg(program.pid, signal.SIGKILL)
-    program.wait()
+    program.join()
     left = RUNS.missing(CELLS, out)
     kept = outcomes(out)
     assert 1 <= len(kept) == len(CELLS) - len(left)
@@ -111,7 +105,6 @@ def test_a_killed_sweep_goes_on_where_it_stopped(folder: Path, testbed: Models, 
     done: list[Cell] = []
     sweep(CELLS, testbed, out, workers=2, on_done=done.append)
     assert sorted(cell.name for cell in done) == sorted(cell.name for cell in left)
-    # In fresh processes too: one that other tests have used may draw other numbers.
     sweep(CELLS, testbed, tmp_path / "whole", workers=2)
     assert outcomes(out) == outcomes(tmp_path / "whole")
     assert set(before) <= set(RUNS.path(out).read_text().splitlines())

@@ -5,7 +5,7 @@ import pytest
 import torch
 from support.paper_models import save_models
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from attnshape.demo.corpus import VALUES, true_reward, vocabulary
 from attnshape.demo.models import ModelConfig, PreferencePairs
@@ -78,6 +78,19 @@ def test_own_models_are_trained_once_and_only_where_needed(
     steps.clear()
     again = own_models(["testbed"], tmp_path, lambda stage, *_: steps.append(stage))
     assert (again.setups, steps) == (models.setups, [])
+    steps.clear()
+    other = own_models(["training 2"], tmp_path, lambda stage, *_: steps.append(stage))
+    assert steps == ["reward model"] * 3
+    assert other.setups["training 2"].policy == models.setups["testbed"].policy
+    scores = [
+        AutoModelForSequenceClassification.from_pretrained(setup.reward_model).score.weight
+        for setup in other.setups.values()
+        if DEEP not in setup.reward_model
+    ]
+    assert len(scores) == 2
+    assert not torch.equal(*scores)
+    own_models(["training 2"], tmp_path, lambda stage, *_: steps.append(stage))
+    assert len(steps) == 3
     assert models.dpo is not None
     assert models.dpo_policy(Cell(method="ABC", length="8-16", seed=0)) is None
     folder = Path(models.dpo())

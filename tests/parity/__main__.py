@@ -27,6 +27,8 @@ from benchmarks.peers.install import REQUIREMENTS, pip_calls
 HERE = Path(__file__).parent
 CASES = 200
 WIDTHS = (3, 5, 31, 32, 33, 130, 300)
+ENVIRONMENTS = {"verl-groups": "verl", "openrlhf-groups": "openrlhf", "trl-groups": "trl-1.16.0"}
+"""Of frameworks that have none of their own name."""
 
 
 def drawn(framework: str) -> list[Case]:
@@ -39,6 +41,7 @@ def drawn(framework: str) -> list[Case]:
 
 def environment(framework: str, folder: Path) -> Path:
     """The interpreter of the framework's environment, which is made unless its requirements are in it."""
+    framework = ENVIRONMENTS.get(framework, framework)
     calls = pip_calls(framework)
     home, wanted = folder / framework, json.dumps(calls)
     python, ready = home / "bin" / "python", home / "ready"
@@ -83,15 +86,20 @@ def hold(framework: str, folder: Path, checkout: Path | None) -> list[str]:
 
 
 def main() -> None:
-    adapters_only = {*REQUIREMENTS} - {*CHOICES}
+    adapters_only = {*REQUIREMENTS} - {*CHOICES, "vllm"}
     options = parse(__doc__, {*CHOICES, *adapters_only})
     failed = []
-    for framework in options.frameworks or [*PACKAGES, *options.checkouts]:
+    checkouts = {
+        name: options.checkouts[name.removesuffix("-groups")]
+        for name in CHECKOUTS
+        if name.removesuffix("-groups") in options.checkouts
+    }
+    for framework in options.frameworks or [*PACKAGES, *checkouts]:
         if framework in adapters_only:
             continue
-        if framework in CHECKOUTS and framework not in options.checkouts:
+        if framework in CHECKOUTS and framework not in checkouts:
             sys.exit(f"{framework} is no package: give --checkout {framework}=FOLDER")
-        failed += hold(framework, options.environments, options.checkouts.get(framework))
+        failed += hold(framework, options.environments, checkouts.get(framework))
     golden.write_table()
     if failed:
         sys.exit(f"more than twice as far from the formula as the framework: {', '.join(failed)}")

@@ -6,6 +6,7 @@ Needs PyTorch alone, so that every framework's environment can import it.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,17 @@ CHOICES: dict[str, dict[str, list[Any]]] = {
     "nemo_rl": {"kl_estimator": ["k1", "k2", "k3"], "lam_value": [None, 0.7], "alpha": [0.0, 0.4]},
     "areal": {"kl_estimator": ["k1", "k2", "k3"]},
     "torchrl": {},
+    "verl-groups": {
+        "estimator": ["grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
+    },
+    "openrlhf-groups": {"estimator": ["group_norm", "dr_grpo", "rloo", "reinforce_baseline"]},
+    "slime-groups": {"estimator": ["grpo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]},
+    "trl-groups": {"scale_rewards": ["group", "batch", "none"]},
 }
 """What is varied, by framework; the names are the framework's."""
+
+WEIGHTS = (1.0, -0.5)
+"""Of TRL's two rewards."""
 
 WHOLE_SEQUENCE = ("trl-0.9.6", "openrlhf", "nemo_rl", "areal")
 """Frameworks whose token tensors cover the prompt too."""
@@ -39,6 +49,8 @@ class Case:
 
 def draw(framework: str, seed: int, batch: int = 5, width: int = 16) -> Case:
     """Rows of all lengths, the shortest and the longest among them; holes; every second case extreme KL."""
+    if framework.endswith("-groups"):
+        return draw_groups(framework, seed, batch, width)
     choices = CHOICES[framework]
     discounts = [each for each in DISCOUNTS if each[1] or framework != "torchrl"]  # which fails at 0
     combinations = list(itertools.product(discounts, *choices.values()))
@@ -88,3 +100,20 @@ def draw(framework: str, seed: int, batch: int = 5, width: int = 16) -> Case:
     if framework == "torchrl":
         inputs = {"values": inputs["values"], "rewards": normal(batch, width)}
     return Case(settings, inputs)
+
+
+def draw_groups(framework: str, seed: int, batch: int, width: int) -> Case:
+    """Completions of several prompts: of verl's of any number each, one too; else as many of each."""
+    base = "verl" if framework == "trl-groups" else framework.removesuffix("-groups")
+    whole = draw(base, 2 * seed, 2 * batch, width)  # without extreme KL
+    g = torch.Generator().manual_seed(seed)
+    group = torch.arange(2 * batch) // batch
+    if framework == "verl-groups":
+        group = torch.randint(0, batch, (2 * batch,), generator=g)
+    (name, values), inputs = next(iter(CHOICES[framework].items())), whole.inputs
+    inputs = {key: x for key, x in inputs.items() if key != "values"} | {"group": group}
+    if framework == "trl-groups":
+        score = torch.randn(2 * batch, 2, generator=g)
+        lost = torch.rand(score.shape, generator=g) < 0.2
+        inputs = {"score": score.masked_fill(lost, math.nan), "mask": inputs["mask"], "group": group}
+    return Case({name: values[seed % len(values)], "kl_coef": 0.1}, inputs)

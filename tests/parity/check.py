@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from parity import groups
 from parity.cases import Case
-from parity.formulas import Outputs, formula
+from parity.formulas import FORMULAS, Outputs, to_float64
 from torch import Tensor
 
 import attnshape
@@ -61,6 +62,8 @@ def preset(framework: str, case: Case) -> tuple[ShapingConfig, dict[str, Any], T
 def ours(framework: str, case: Case, **options: Any) -> Outputs:
     """What attnshape gives with ABC off. ``options``: of every call, such as ``backend``."""
     s, x = case.settings, case.inputs
+    if framework in groups.FORMULAS:
+        return groups.ours(framework, case, **options)
     if framework == "torchrl":
         whole = torch.ones_like(x["values"])
         config = ShapingConfig(gamma=s["gamma"], lam=s["lam"], mask_semantics="zero")
@@ -101,7 +104,8 @@ def errors(framework: str, case: Case, theirs: Outputs, **options: Any) -> Error
 
     Rewards count at unmasked tokens. Raises where the framework does not compute the formula at all.
     """
-    exact, mine = formula(framework, case.settings, case.inputs), ours(framework, case, **options)
+    exact = (groups.FORMULAS.get(framework) or FORMULAS[framework])(case.settings, to_float64(case.inputs))
+    mine = ours(framework, case, **options)
     out = {}
     for name, other in theirs.items():
         want, got, other = exact[name], mine[name].double().cpu(), other.double()

@@ -81,6 +81,16 @@ def cut(checkout: Path, files: Mapping[str, list[str]], namespace: dict[str, Any
     return SimpleNamespace(**namespace)
 
 
+def between(source: str, first: str, last: str) -> types.CodeType:
+    """The lines of a function from the one that has ``first`` in it to the one that has ``last``."""
+    lines = source.splitlines()
+    places = [[i for i, line in enumerate(lines) if part in line] for part in (first, last)]
+    if any(len(found) != 1 for found in places):
+        raise Changed(f"no such lines in {lines[0].strip()}: {first} … {last}")
+    begin, end = places[0][0], places[1][0]
+    return compile(textwrap.dedent("\n".join(lines[begin : end + 1])), lines[0].strip(), "exec")
+
+
 # Packages ---------------------------------------------------------------------------------------------
 
 
@@ -158,13 +168,8 @@ def trl_inline() -> Callable[[Case], Outputs]:
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     import trl.experimental.ppo.ppo_trainer as module
 
-    source = textwrap.dedent(inspect.getsource(module.PPOTrainer.train))
-    lines = source.splitlines()
-    begins = [i for i, line in enumerate(lines) if line.strip().startswith("response_idxs = torch.arange")]
-    ends = [i for i, line in enumerate(lines) if "masked_fill(advantages, padding_mask, 0)" in line]
-    if len(begins) != 1 or len(ends) != 1:
-        raise Changed("trl.PPOTrainer.train has no such block from response_idxs to whitened advantages")
-    block = compile(textwrap.dedent("\n".join(lines[begins[0] : ends[0] + 1])), "PPOTrainer.train", "exec")
+    source = inspect.getsource(module.PPOTrainer.train)
+    block = between(source, "response_idxs = torch.arange", "masked_fill(advantages, padding_mask, 0)")
 
     def run(case: Case) -> Outputs:
         x, s = case.inputs, case.settings
@@ -265,7 +270,8 @@ def torchrl() -> Callable[[Case], Outputs]:
 # Checkouts --------------------------------------------------------------------------------------------
 
 
-def slime(checkout: Path) -> Callable[[Case], Outputs]:
+def slime_functions(checkout: Path) -> SimpleNamespace:
+    """Those that make its advantages, without Megatron and Ray."""
     torch.compiler.set_stance("force_eager")  # its KL estimate is compiled
     reduced = SimpleNamespace(all_reduce=lambda *args, **kwargs: None, ProcessGroup=None)
     megatron = SimpleNamespace(
@@ -284,17 +290,23 @@ def slime(checkout: Path) -> Callable[[Case], Outputs]:
             "chunked_gae",
             "vanilla_gae",
             "get_advantages_and_returns_batch",
+            "get_grpo_returns",
+            "get_reinforce_plus_plus_returns",
+            "get_reinforce_plus_plus_baseline_advantages",
         ],
         "slime/utils/distributed_utils.py": ["distributed_masked_whiten"],
         "slime/backends/megatron_utils/loss.py": ["compute_advantages_and_returns"],
+        "slime/ray/rollout.py": ["RolloutManager"],
     }
-    found = cut(
-        checkout,
-        files,
-        {"torch": torch, "F": torch.nn.functional, "dist": reduced, "mpu": megatron},
-    )
+    namespace = {"torch": torch, "F": torch.nn.functional, "dist": reduced, "mpu": megatron}
+    found = cut(checkout, files, namespace | {"ray": SimpleNamespace(remote=lambda cls: cls)})
     expect(found.compute_advantages_and_returns, "args rollout_data")
     expect(found.compute_approx_kl, "log_probs log_probs_base kl_loss_type importance_ratio")
+    return found
+
+
+def slime(checkout: Path) -> Callable[[Case], Outputs]:
+    found = slime_functions(checkout)
 
     def run(case: Case) -> Outputs:
         x, s = case.inputs, case.settings
@@ -438,15 +450,26 @@ def areal(checkout: Path) -> Callable[[Case], Outputs]:
     return run
 
 
+def of_groups(name: str) -> Callable[..., Callable[[Case], Outputs]]:
+    def prepare(*checkout: Path) -> Callable[[Case], Outputs]:
+        from parity import group_drivers
+
+        run: Callable[[Case], Outputs] = getattr(group_drivers, name)(*checkout)
+        return run
+
+    return prepare
+
+
 PACKAGES = {
     "verl": (verl, "verl"),
+    **{f"{name}-groups": (of_groups(name), name) for name in ("verl", "openrlhf", "trl")},
     "trl-0.9.6": (trl_classic, "trl"),
     "trl-1.12.0": (trl_inline, "trl"),
     "openrlhf": (openrlhf, "openrlhf"),
     "torchrl": (torchrl, "torchrl"),
 }
 """What runs a framework, and the package its version is read from."""
-CHECKOUTS = {"slime": slime, "nemo_rl": nemo_rl, "areal": areal}
+CHECKOUTS = {"slime": slime, "slime-groups": of_groups("slime"), "nemo_rl": nemo_rl, "areal": areal}
 
 
 def main() -> None:
@@ -455,7 +478,7 @@ def main() -> None:
         prepare, package = PACKAGES[framework]
         run, ran = prepare(), f"{package} {version(package)}"
     else:
-        run, ran = CHECKOUTS[framework](Path(checkout[0])), framework
+        run, ran = CHECKOUTS[framework](Path(checkout[0])), framework.removesuffix("-groups")
     drawn = torch.load(cases, weights_only=True)
     torch.save({"ran": ran, "outputs": [run(Case(**case)) for case in drawn]}, outputs)
 

@@ -200,6 +200,5 @@ FORMULAS: dict[str, Callable[[dict[str, Any], Outputs], Outputs]] = {
 }
 
 
-def formula(framework: str, settings: dict[str, Any], inputs: dict[str, Tensor]) -> Outputs:
-    upcast = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
-    return FORMULAS[framework](settings, upcast)
+def to_float64(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}

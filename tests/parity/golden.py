@@ -84,7 +84,8 @@ def table() -> str:
             " / ".join(f"{x:.1e}" for x in about["errors"].get(output, []))
             for output in ("rewards", "advantages", "returns", "whitened")
         ]
-        lines.append(f"| {about['ran']} | {about['cases']} | {' | '.join(cells)} |")
+        ran = about["ran"] + (", without a critic" if name.endswith("-groups") else "")
+        lines.append(f"| {ran} | {about['cases']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

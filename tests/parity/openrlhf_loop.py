@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 ESTIMATORS = ("gae", "reinforce")
+COMPARED = ("group_norm", "rloo", "reinforce_baseline", "dr_grpo", "flash_reinforce")
+"""Estimators that compare completions: here all of them, as one group."""
 KL = 0.1
 
 
@@ -77,7 +79,7 @@ def numbers(kind: str, sequences: Tensor) -> Tensor:
 def arguments(folder: Path, packing: bool) -> SimpleNamespace:
     space = SimpleNamespace
     return space(
-        actor=space(num_nodes=1, num_gpus_per_node=1),
+        actor=space(num_nodes=1, num_gpus_per_node=1, policy_loss_type="ppo"),
         algo=space(
             kl=space(init_coef=KL, target=None, horizon=1, use_loss=False, estimator="k1"),
             advantage=space(estimator="gae", gamma=1.0, lambd=0.95, no_std_norm=False),
@@ -126,12 +128,26 @@ def arguments(folder: Path, packing: bool) -> SimpleNamespace:
     )
 
 
-def make(trainer: Any, rollouts: list[dict[str, Tensor]], estimator: str) -> dict[str, Any]:
-    """Runs in the trainer's worker: experience, and the token rewards on their way to advantages."""
+def make(
+    trainer: Any,
+    rollouts: list[dict[str, Tensor]],
+    estimator: str,
+    settings: tuple[float, str] | None = None,
+) -> dict[str, Any]:
+    """Runs in the trainer's worker: experience, and the token rewards on their way to advantages.
+
+    ``settings``: another dense_share, and where credit enters, than ``install`` was told.
+    """
+    from openrlhf.trainer.ppo_utils import experience_maker
     from openrlhf.trainer.ppo_utils.experience import Experience
 
     maker = trainer.experience_maker
+    if settings is not None:
+        from attnshape.integrations.openrlhf import shaped_maker
+
+        maker.__class__ = shaped_maker(experience_maker, *settings)
     maker.advantage_estimator = maker.args.algo.advantage.estimator = estimator
+    maker.args.rollout.n_samples_per_prompt = len(rollouts) if estimator in COMPARED else 1
     samples = []
     for rollout in rollouts:
         fields = {name: x[None] for name, x in rollout.items()}
@@ -204,6 +220,17 @@ def main(folder: Path, dense_share: str) -> None:
         ray.get(reward.async_init_model_from_pretrained(strategy, str(folder / "reward")))
         for estimator in ESTIMATORS:
             made[packing, estimator] = ray.get(trainer.__ray_call__.remote(make, rollouts, estimator))
+    strategy = Strategy(arguments(folder, packing=False))
+    ray.get(reward.async_init_model_from_pretrained(strategy, str(folder / "reward")))
+    shares = [None]
+    if dense_share != "off":
+        share = float(dense_share)
+        shares += [(0.0, "advantages"), (share, "rewards"), (share, "advantages")]
+    for estimator in COMPARED:
+        for settings in shares:
+            made[estimator, settings] = ray.get(
+                trainer.__ray_call__.remote(make, rollouts, estimator, settings)
+            )
     blob = ray.cloudpickle.dumps(ppo_trainer_async.PPOTrainerAsync.__ray_metadata__.modified_class)
     made["asynchronous"] = ray.get(trainer.__ray_call__.remote(lambda self, sent: asynchronous(sent), blob))
     made["driver"] = os.getpid()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from parity.openrlhf_loop import COMPARED
 from parity.openrlhf_on_gpu import arguments
 from parity.toys import CORPUS, save_policy, small_llama
 from torch import Tensor
@@ -160,6 +161,62 @@ def test_advantages_are_openrlhfs_recurrence(made: dict[str, Any], setting: tupl
         torch.testing.assert_close(
             found[mask != 0].double(), ((x - mean) / deviation)[mask != 0], rtol=1e-4, atol=1e-4
         )
+
+
+def compared(estimator: str, scores: Tensor) -> Tensor:
+    """Advantages of one group of completions, clipped."""
+    n = len(scores)
+    if estimator == "rloo":
+        found = scores - (scores.sum() - scores) / (n - 1)
+    elif estimator == "group_norm":
+        found = (scores - scores.mean()) / (scores.std() + 1e-9)
+    else:
+        found = scores - scores.mean()
+    return found.clamp(*CLIP)
+
+
+def check_advantages(made: dict[str, Any], want: list[Tensor], whitened: bool) -> None:
+    """``want``: before whitening, of each rollout's actions."""
+    masks = rows(made, "action_mask")
+    if whitened:
+        every = torch.cat([x[mask != 0] for x, mask in zip(want, masks, strict=True)])
+        deviation = every.var(correction=0).sqrt()
+        want = [(x - every.mean()) / deviation for x in want]
+    for mask, x, found in zip(masks, want, rows(made, "advantages"), strict=True):
+        torch.testing.assert_close(found[mask != 0].double(), x[mask != 0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("estimator", COMPARED)
+def test_compared_completions(
+    made: dict[str, Any], offline: list[tuple[float, Tensor]], estimator: str
+) -> None:
+    """Nothing spread is OpenRLHF's own to the bit; spread, the mean stays; as rewards, it is paid in turn."""
+    off, whitened = made[OFF][estimator, None], estimator == "reinforce_baseline"
+    none = made[ON][estimator, (0.0, "advantages")]
+    spread, default, rewards = (
+        made[ON][estimator, key] for key in ((DENSE_SHARE, "advantages"), None, (DENSE_SHARE, "rewards"))
+    )
+    for name in ("advantages", "returns", "rewards"):
+        for ours, theirs, given, said in zip(
+            *[rows(x, name) for x in (none, off, default, spread)], strict=True
+        ):
+            assert torch.equal(ours, theirs)
+            assert torch.equal(given, said)
+    own = compared(estimator, torch.tensor([score for score, _ in offline]).double())
+    theirs = [row.double() for row in rows(off, "returns")]  # with KL to go
+    masks = [mask.double() for mask in rows(off, "action_mask")]
+    want, paid = [], []
+    for a, row, mask, (_, credit) in zip(own, theirs, masks, offline, strict=True):
+        credit = torch.cat([credit, torch.zeros(len(mask) - len(credit)).double()])
+        want.append(row + a * DENSE_SHARE * (mask.sum() * credit - 1) * mask)
+        paid.append(row + a * DENSE_SHARE * (credit.flip(0).cumsum(0).flip(0) - 1))
+    check_advantages(spread, want, whitened)
+    check_advantages(rewards, paid, whitened)
+    means = [
+        [(x * mask).sum() / mask.sum() for x, mask in zip(each, masks, strict=True)]
+        for each in (theirs, want)
+    ]
+    torch.testing.assert_close(*map(torch.stack, means))
 
 
 def test_scores_are_openrlhfs(made: dict[str, Any], offline: list[tuple[float, Tensor]]) -> None:

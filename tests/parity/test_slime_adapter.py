@@ -20,7 +20,7 @@ import pytest
 import ray
 import torch
 import torch.distributed as dist
-from parity.toys import Offline, save_policy, save_reward_model
+from parity.toys import Offline, another_server, save_policy, save_reward_model
 from slime.backends.megatron_utils import cp_utils, loss
 from slime.observability import train_metric_utils
 from slime.ray.rollout import RolloutManager
@@ -29,6 +29,8 @@ from slime.utils.data import process_rollout_data
 from slime.utils.misc import load_function
 from slime.utils.ppo_utils import vanilla_gae
 from slime.utils.types import Sample
+
+from attnshape.integrations.slime import ESTIMATORS
 
 MODULE = "attnshape.integrations.slime"
 SCRIPT: list[tuple[str | list[dict[str, str]], list[tuple[str, int]]]] = [
@@ -55,6 +57,8 @@ class Setup:
         self.policy = save_policy(folder / "policy")
         save_reward_model(folder / "reward_model")
         self.offline = Offline(folder / "reward_model", self.policy)
+        self.url: str | None = None
+        """Of a server that is asked in the place of the model in this process."""
 
     def args(self, **changes: Any) -> Namespace:
         """Those of slime's arguments that its functions read here."""
@@ -67,10 +71,13 @@ class Setup:
                 "custom_convert_samples_to_train_data_path": None,
                 "megatron_config_path": None,
                 "hf_checkpoint": str(self.folder / "policy"),
-                "rm_url": None,
-                "attnshape": {"model": str(self.folder / "reward_model")},
+                "rm_url": self.url,
+                "attnshape": {} if self.url else {"model": str(self.folder / "reward_model")},
                 "reward_key": None,
                 "rewards_normalization": True,
+                "grpo_std_normalization": True,
+                "n_samples_per_prompt": len(SCRIPT),
+                "rollout_batch_size": 1,
                 "gamma": 1.0,
                 "lambd": 0.95,
                 "kl_coef": 0.05,
@@ -124,7 +131,9 @@ class Setup:
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield Setup(tmp_path_factory.mktemp("slime"))
+    made = Setup(tmp_path_factory.mktemp("slime"))
+    with another_server(made.folder / "reward_model") as made.url:
+        yield made
     dist.destroy_process_group()
     ray.shutdown()
 
@@ -234,6 +243,46 @@ def test_without_credit_slime_has_its_own_numbers(setup: Setup) -> None:
             close(found, row.double())
 
 
+@pytest.mark.parametrize("estimator", [x for x in ESTIMATORS if x != "ppo"])
+def test_without_a_critic(setup: Setup, estimator: str) -> None:
+    """slime's own advantage, and what its credit adds; all samples are one group."""
+    model = str(setup.folder / "reward_model")
+    spread, none, own = (
+        setup.args(advantage_estimator=estimator, normalize_advantages=False, **changes)
+        for changes in (
+            {},
+            {"attnshape": {"model": model, "dense_share": 0}},
+            {"custom_reward_post_process_path": None, "custom_advantage_function_path": None},
+        )
+    )
+    samples = setup.samples()
+    for sample in samples:
+        sample.reward = asyncio.run(async_rm(spread, sample))
+    ours, unspread, theirs = (
+        with_models(converted(args, copy.deepcopy(samples), 1)[0]) for args in (spread, none, own)
+    )
+    for args, data in ((spread, ours), (none, unspread), (own, theirs)):
+        del data["values"]
+        loss.compute_advantages_and_returns(args, data)
+    scores = torch.tensor([sample.reward for sample in samples]).double()
+    parts = scores
+    if estimator != "reinforce_plus_plus":
+        parts = scores - scores.mean()
+    if estimator in ("grpo", "cispo"):
+        parts = parts / (scores.std() + 1e-6)
+    for k, i in enumerate(ours["sample_indices"]):
+        ids, mask = setup.script(i)
+        live = torch.tensor(mask).double()
+        credit = live / live.sum()
+        if setup.policy.decode(ids, skip_special_tokens=True):
+            _, credit = setup.offline(SCRIPT[i][0], ids, mask)
+        for name in ("advantages", "returns"):
+            assert torch.equal(unspread[name][k], theirs[name][k])
+            change = 0.8 * parts[i] * (live.sum() * credit - 1) * live
+            close(ours[name][k], theirs[name][k].double() + change)
+    assert any(not torch.equal(*x) for x in zip(ours["advantages"], theirs["advantages"], strict=True))
+
+
 def test_a_sample_without_credit_keeps_its_score_on_the_last_token(setup: Setup) -> None:
     args = setup.args()
     samples = setup.samples()[:2]
@@ -247,26 +296,25 @@ def test_a_sample_without_credit_keeps_its_score_on_the_last_token(setup: Setup)
 def shards(rank: int, file: str, folder: Path, results: Any) -> None:
     """A rank of context parallelism: slime's shards of KL and values in, shards of advantages out."""
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    data = torch.load(folder / "data.pt")
-    lengths = list(zip(data["total_lengths"], data["response_lengths"], strict=True))
-    for name in ("log_probs", "ref_log_probs", "values"):
-        data[name] = [
-            cp_utils.slice_log_prob_with_cp(x, *at) for x, at in zip(data[name], lengths, strict=True)
-        ]
-    loss.compute_advantages_and_returns(torch.load(folder / "args.pt", weights_only=False), data)
-    results.put((rank, {name: [x.tolist() for x in data[name]] for name in ("advantages", "returns")}))
+    found = []
+    for args, data in torch.load(folder / "given.pt", weights_only=False):
+        lengths = list(zip(data["total_lengths"], data["response_lengths"], strict=True))
+        for name in ("log_probs", "ref_log_probs", "values"):
+            data[name] = [
+                cp_utils.slice_log_prob_with_cp(x, *at) for x, at in zip(data[name], lengths, strict=True)
+            ]
+        loss.compute_advantages_and_returns(args, data)
+        found.append({name: [x.tolist() for x in data[name]] for name in ("advantages", "returns")})
+    results.put((rank, found))
     dist.barrier()
     dist.destroy_process_group()
 
 
 def test_context_parallel_shards(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes; some responses lie on one rank alone."""
-    args = setup.args()
     samples = setup.samples()
     for sample in samples:
-        sample.reward = asyncio.run(async_rm(args, sample))
-    (data,) = converted(args, samples, 1)
-    with_models(data)
+        sample.reward = asyncio.run(async_rm(setup.args(), sample))
     keys = (
         "total_lengths",
         "response_lengths",
@@ -276,9 +324,16 @@ def test_context_parallel_shards(setup: Setup, tmp_path: Path, monkeypatch: pyte
         "ref_log_probs",
         "values",
     )
-    torch.save({key: data[key] for key in keys}, tmp_path / "data.pt")
-    torch.save(args, tmp_path / "args.pt")
-    loss.compute_advantages_and_returns(args, data)
+    given, whole = [], []
+    for estimator in ("ppo", "grpo", "reinforce_plus_plus"):
+        args = setup.args(advantage_estimator=estimator)
+        (data,) = converted(args, samples, 1)
+        with_models(data)
+        given.append((args, {key: data[key] for key in keys}))
+        whole.append(data)
+    torch.save(given, tmp_path / "given.pt")
+    for (args, _), data in zip(given, whole, strict=True):
+        loss.compute_advantages_and_returns(args, data)
     context = torch.multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     ranks = [
@@ -291,12 +346,12 @@ def test_context_parallel_shards(setup: Setup, tmp_path: Path, monkeypatch: pyte
     for process in ranks:
         process.join(60)
         assert process.exitcode == 0
-    assert any(not row for rank in found.values() for row in rank["advantages"])
+    assert any(not row for rank in found.values() for row in rank[0]["advantages"])
     monkeypatch.setattr(cp_utils.mpu, "get_context_parallel_world_size", lambda: 2)
-    for rank, rows in found.items():
+    for rank, each in found.items():
         monkeypatch.setattr(cp_utils.mpu, "get_context_parallel_rank", lambda rank=rank: rank)
-        for name in ("advantages", "returns"):
-            for i, at in enumerate(zip(data["total_lengths"], data["response_lengths"], strict=True)):
-                close(
-                    torch.tensor(rows[name][i]), cp_utils.slice_log_prob_with_cp(data[name][i], *at).double()
-                )
+        for rows, data in zip(each, whole, strict=True):
+            for name in ("advantages", "returns"):
+                for i, at in enumerate(zip(data["total_lengths"], data["response_lengths"], strict=True)):
+                    shard = cp_utils.slice_log_prob_with_cp(data[name][i], *at)
+                    close(torch.tensor(rows[name][i]), shard.double())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -294,6 +296,8 @@ def test_leave_one_out(world: World) -> None:
     table = pandas.read_parquet(world.folder / "out" / "completions" / "completions_00002.parquet")
     close(torch.tensor(table["advantage"]), own)
     assert (table["credit/entropy"] > 0).all()
+    page = (world.folder / "out" / "completions" / "completions_00002.html").read_text()
+    assert page.count("<section id=") == len(own)
 
 
 @pytest.mark.parametrize("loss", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"])
@@ -332,7 +336,9 @@ def test_truncated_completions_that_are_masked(world: World) -> None:
     assert empty
 
 
-@pytest.mark.parametrize("source", ["columns", "rollout", "signed_rollout", "gradient_value"])
+@pytest.mark.parametrize(
+    "source", ["columns", "rollout", "signed_rollout", "gradient_value", "leave_one_out"]
+)
 def test_other_sources(world: World, source: str) -> None:
     """The forward of TRL gives what a forward of one's own gives, and the same score."""
     trainer = world.trained(
@@ -350,7 +356,7 @@ def test_other_sources(world: World, source: str) -> None:
         n = scored.mask.sum(1, keepdim=True)
         w = scored.weights.double()
         if own_model.signed:
-            if source == "gradient_value":
+            if own_model.source.of_score:
                 w = w * own.sign()[:, None]
             w = w / w.abs().sum(1, keepdim=True)
             spread = 1 + 0.8 * n * (w - w.sum(1, keepdim=True) / n)
@@ -380,6 +386,13 @@ def test_an_environments_tokens_get_none(world: World) -> None:
         assert "tool_mask" in seen
         own = group_advantage(seen["rewards"][:, 0])
         close(seen["advantages"], expected(world, seen, own, own, 0.8))
+
+
+def test_the_example_runs() -> None:
+    found = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "grpo_with_trl.py"))
+    losses = [line["loss"] for line in found["trainer"].state.log_history if "loss" in line]
+    assert len(losses) == 3
+    assert all(map(math.isfinite, losses))
 
 
 def test_gspo_is_refused(world: World) -> None:

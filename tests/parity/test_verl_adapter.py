@@ -23,8 +23,8 @@ import torch
 import transfer_queue as tq
 import verl
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
-from parity.toys import SPECIAL, Offline, save_policy, save_reward_model
+from omegaconf import DictConfig, OmegaConf
+from parity.toys import SPECIAL, Offline, another_server, save_policy, save_reward_model
 from parity.verl_loop import SCRIPT
 from transfer_queue import KVBatchMeta
 from verl import DataProto
@@ -32,9 +32,11 @@ from verl.experimental.reward_loop import RewardLoopManager
 from verl.trainer.ppo import core_algos, ray_trainer
 from verl.trainer.ppo.reward import extract_reward, load_reward_manager
 from verl.trainer.ppo.v1 import AgentLoopManagerTQ, trainer_base
+from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 from verl.utils import tensordict_utils
 from verl.utils.import_utils import load_class_from_fqn
 
+from attnshape.integrations import verl_groups
 from attnshape.integrations.verl import TOKEN_REWARDS, AgentLoopManager, install_gae
 
 HERE = Path(__file__).parent
@@ -42,6 +44,7 @@ ROOT = HERE.parents[1]
 ENVIRONMENT = {"PYTHONPATH": f"{ROOT}:{HERE.parent}", "OMP_NUM_THREADS": "1", "TRANSFER_QUEUE_ENABLE": "1"}
 MODULE = "attnshape.integrations.verl"
 KL_COEF = 0.05
+SHARE = 0.8
 PROMPTS = [[{"role": "system", "content": "Judge films."}] * (i % 2) + [{"role": "user", "content": question}]
            for i, question in enumerate(SCRIPT)]  # fmt: skip
 RESULTS = ("rm_scores", "token_level_rewards", "advantages", "returns")
@@ -113,6 +116,10 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     )
     yield Setup(tmp_path_factory.mktemp("verl"))
     ray.shutdown()
+
+
+# By value: where pytest finds this file, Ray's workers may not.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def in_trainer(function: Any, *args: Any, **environment: str) -> Any:
@@ -252,8 +259,8 @@ def test_without_credit_the_v1_trainer_has_its_own_bits(setup: Setup) -> None:
         assert ours["rm_scores"][i][-1] == torch.tensor(len(text) / 7)
 
 
-def padded_v0(config: DictConfig, prompts: list[Any]) -> dict[str, torch.Tensor]:
-    """The V0 trainer's padded batch, from two calls of two and four prompts, up to its advantages."""
+def batch_v0(config: DictConfig, prompts: list[Any]) -> tuple[RewardLoopManager, DataProto]:
+    """The V0 trainer's padded batch, from two calls of two and four prompts, up to its rewards."""
     rewards, loops = started(config)
     parts = []
     for part in (prompts[:2], prompts[2:]):
@@ -271,6 +278,11 @@ def padded_v0(config: DictConfig, prompts: list[Any]) -> dict[str, torch.Tensor]
         data.batch[name] = drawn(shape.numel(), j).view(shape)
     data.batch["token_level_scores"], _ = extract_reward(data)
     data, _ = ray_trainer.apply_kl_penalty(data, core_algos.get_kl_controller(config.algorithm.kl_ctrl))
+    return rewards, data
+
+
+def padded_v0(config: DictConfig, prompts: list[Any]) -> dict[str, torch.Tensor]:
+    rewards, data = batch_v0(config, prompts)
     algorithm = config.algorithm
     data = ray_trainer.compute_advantage(
         data, algorithm.adv_estimator, gamma=algorithm.gamma, lam=algorithm.lam, config=algorithm
@@ -308,6 +320,146 @@ def test_the_v0_trainers_token_rewards_are_the_offline_credit(setup: Setup, serv
         close(out[f"our_{name}"], out[name].double())
 
 
+GROUPS = ["a", "b", "a", "b", "c", "a"]
+"""Of the prompts: of three, of two, of one."""
+
+
+def groups_v1(config: DictConfig, prompts: list[Any]) -> dict[Any, Any]:
+    """Of each estimator verl's own results, those without a share and those with one."""
+    tq.init(config.transfer_queue)
+    keys, trainer = v1_step(config, prompts)
+    tq.kv_batch_put(keys=keys, partition_id="train", fields=tensordict_utils.get_tensordict({"uid": GROUPS}))
+    out = {}
+    for name, each in verl_groups.ESTIMATORS.items():
+        for estimator, share in ((each.theirs, 0.0), (name, 0.0), (name, SHARE)):
+            if estimator == name:
+                verl_groups.install(True, name, share)
+            trainer.config.algorithm.adv_estimator = estimator
+            out[estimator, share] = v1_results(keys, trainer)
+    return out
+
+
+def spread_in_float64(
+    setup: Setup, name: str, rewards: list[torch.Tensor], own: list[torch.Tensor], share: float
+) -> list[torch.Tensor]:
+    """Advantages ``[R]`` of each response: ``own`` as verl had it before whitening, spread, and whitened."""
+    scores, totals = [], torch.stack([row.double().sum() for row in rewards])
+    credits, masks = [], []
+    for i in range(len(PROMPTS)):
+        ids, mask = setup.script(i)
+        score, credit = setup.offline(PROMPTS[i], ids, mask)
+        empty = not setup.policy.decode(ids, skip_special_tokens=True)
+        live = torch.tensor(mask).double()
+        credits.append(live / live.sum() if empty else credit)
+        masks.append(live)
+        scores.append(score)
+    out = []
+    for i, group in enumerate(GROUPS):
+        of_group = torch.tensor([j for j, other in enumerate(GROUPS) if other == group])
+        each, total = torch.tensor(scores).double()[of_group], totals[of_group]
+        n, part = len(of_group), torch.tensor(scores[i]).double()
+        if n > 1 and name != "reinforce_plus_plus":
+            part = part - each.mean()
+        if n > 1 and name == "rloo":
+            part = part * n / (n - 1)
+        if name == "grpo":
+            part = part / ((total.std() if n > 1 else torch.tensor(1.0)) + 1e-6)
+        live = masks[i]
+        out.append((own[i].double() + share * part * (live.sum() * credits[i] - 1)) * live)
+    if name.startswith("reinforce"):
+        every = torch.cat([row[live != 0] for row, live in zip(out, masks, strict=True)])
+        out = [(row - every.mean()) / every.std() * live for row, live in zip(out, masks, strict=True)]
+    return out
+
+
+def groups_v0(config: DictConfig, prompts: list[Any]) -> dict[Any, Any]:
+    _, data = batch_v0(config, prompts)
+    data.non_tensor_batch["uid"] = np.array(GROUPS, dtype=object)
+    lengths = data.batch["attention_mask"][:, -data.batch["responses"].shape[1] :].sum(1).tolist()
+    out = {}
+    for name, each in verl_groups.ESTIMATORS.items():
+        for estimator, share in ((each.theirs, 0.0), (name, 0.0), (name, SHARE)):
+            if estimator == name:
+                verl_groups.install(False, name, share)
+            data = ray_trainer.compute_advantage(data, estimator, config=config.algorithm)
+            rows = {field: zip(data.batch[field], lengths, strict=True) for field in RESULTS}
+            out[estimator, share] = {k: [row[:n].clone() for row, n in x] for k, x in rows.items()}
+    return out
+
+
+@pytest.mark.parametrize("v1", [True, False])
+def test_groups(setup: Setup, v1: bool) -> None:
+    """KL in the reward, which stays where verl has it; an empty response, whose advantage stays even."""
+    config = setup.config(**{"algorithm.adv_estimator": "attnshape_grpo", "trainer.use_v1": v1})
+    found = in_trainer(groups_v1 if v1 else groups_v0, config, PROMPTS)
+    for name, each in verl_groups.ESTIMATORS.items():
+        theirs, none, ours = found[each.theirs, 0.0], found[name, 0.0], found[name, SHARE]
+        own = theirs["returns" if each.theirs == "reinforce_plus_plus" else "advantages"]
+        if each.theirs == "reinforce_plus_plus_baseline":
+            totals = [row.double().sum() for row in theirs["token_level_rewards"]]
+            own = []
+            for i, group in enumerate(GROUPS):
+                others = [t for t, other in zip(totals, GROUPS, strict=True) if other == group]
+                mean = sum(others) / len(others) if len(others) > 1 else 0.0
+                own.append((totals[i] - mean) * torch.ones(len(theirs["advantages"][i])))
+        want = spread_in_float64(setup, each.theirs, theirs["token_level_rewards"], own, SHARE)
+        for i in range(len(PROMPTS)):
+            assert theirs["rm_scores"][i].count_nonzero() == 1  # verl's own
+            for field in RESULTS:
+                assert torch.equal(theirs[field][i], none[field][i])
+            torch.testing.assert_close(ours["advantages"][i].double(), want[i], rtol=2e-5, atol=2e-5)
+        changed = [not torch.equal(*x) for x in zip(ours["advantages"], none["advantages"], strict=True)]
+        assert sum(changed) >= 4
+
+
+def test_the_last_output_of_a_session_speaks_for_its_others() -> None:
+    """As verl's ``compute_advantage_for_multi_trajectories``, on its own data."""
+    rewards, mask = torch.zeros(5, 4), torch.ones(5, 4, dtype=torch.long)
+    mask[1, 2:], mask[3, 0] = 0, 0
+    rewards[:, 3] = torch.tensor([1.0, 0.0, 2.0, 4.0, 3.0])
+    keys = ["a_0_0", "a_0_1", "a_1_0", "b_0_0", "b_1_0"]
+    data = DataProto.from_dict({"token_level_rewards": rewards, "response_mask": mask})
+    data.non_tensor_batch["uid"] = np.array([key[0] for key in keys], dtype=object)
+    config = OmegaConf.create({"norm_adv_by_std_in_grpo": True})
+    sessions = [(key[:3], int(key[-1])) for key in keys]
+    weights = torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
+    credit = [None] + [{"score": rewards[i].sum().item(), "credit": weights[i].tolist()} for i in range(1, 5)]
+    theirs = compute_advantage_for_multi_trajectories(data, keys, "grpo", config=config)
+    own = theirs.batch["advantages"].clone()
+    found = {}
+    for share in (0.0, SHARE):
+        verl_groups.install(True, "attnshape_grpo", share)
+        with verl_groups.given(credit, sessions):
+            out = compute_advantage_for_multi_trajectories(data, keys, "attnshape_grpo", config=config)
+        found[share] = out.batch["advantages"].clone()
+    assert torch.equal(found[0.0], own)
+    live = mask * weights * torch.tensor([0, 1, 1, 1, 1])[:, None]
+    n = mask.sum(1, keepdim=True)
+    spread = SHARE * n * live / live.sum(1, keepdim=True).clamp(min=1e-9) + 1 - SHARE
+    spread[0] = 1
+    torch.testing.assert_close(found[SHARE], own * spread * mask)
+
+
+@pytest.mark.parametrize("name", sorted(core_algos.ADV_ESTIMATOR_REGISTRY))
+def test_estimators_that_lose_the_credit(setup: Setup, name: str) -> None:
+    """Those of verl that keep token rewards apart run with them, as under ``gae``."""
+    apart = {"gae", "reinforce_plus_plus", "remax", "optimal_token_baseline", "tir_optimal_token_baseline"}
+    config = setup.config(**{"algorithm.adv_estimator": name})
+    if name in apart | set(verl_groups.ESTIMATORS):
+        load_reward_manager(config, setup.policy)
+        return
+    want = {"grpo_vectorized": "grpo", "rloo_vectorized": "rloo"}.get(name, name)
+    want = f"attnshape_{want}" if f"attnshape_{want}" in verl_groups.ESTIMATORS else "one of attnshape_grpo"
+    with pytest.raises(ValueError, match=f"got {name}, which adds .* up, so that .* lost; want {want}"):
+        load_reward_manager(config, setup.policy)
+    load_reward_manager(
+        setup.config(
+            **{"algorithm.adv_estimator": name, "+reward.reward_kwargs.dense_share": 0},
+        ),
+        setup.policy,
+    )
+
+
 SERVE = """
 import sys
 from attnshape.text.score_fn import parse_score_fn
@@ -319,7 +471,11 @@ run(config, "127.0.0.1", 0, lambda url: print(url, flush=True))
 
 @pytest.fixture
 def served(setup: Setup) -> Iterator[str]:
-    """``attnshape serve``, without its command line."""
+    """``attnshape serve``, without its command line; or another server of its protocol."""
+    with another_server(setup.folder / "reward_model") as url:
+        if url is not None:
+            yield url
+            return
     env = {**os.environ, **ENVIRONMENT}
     command = [sys.executable, "-W", "ignore", "-c", SERVE, str(setup.folder / "reward_model")]
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
@@ -370,6 +526,8 @@ def test_what_a_reward_worker_cannot_load_stops_the_start(setup: Setup) -> None:
             {"+reward.custom_reward_function.reward_kwargs.url": "http://127.0.0.1:9"},
             "want either url or model",
         ),
+        ({"+reward.reward_kwargs.beta": 0.8}, "reward.reward_kwargs: got beta, want dense_share"),
+        ({"algorithm.adv_estimator": "attnshape_opo"}, "got attnshape_opo, which verl does not know"),
     ],
 )
 def test_a_reward_manager_is_not_made_where_its_rewards_would_be_lost(

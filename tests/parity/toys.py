@@ -6,7 +6,10 @@ counted one by one; it shares no code with ``attnshape``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +82,22 @@ def save_reward_model(folder: Path) -> None:
     tokenizer = _tokenizer(340, ["<pad>", "</s>"], REWARD_TEMPLATE)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = small_llama(tokenizer, initializer_range=0.3)
+    # Heads as narrow as engines take them.
+    config = small_llama(tokenizer, initializer_range=0.3, head_dim=32)
     LlamaForSequenceClassification(config).save_pretrained(folder)
+
+
+@contextmanager
+def another_server(model: Path) -> Iterator[str | None]:
+    """URL of what the variable ``ATTNSHAPE_SERVER`` starts with this model, if there is one."""
+    command = os.environ.get("ATTNSHAPE_SERVER", "").split()
+    if not command:
+        yield None
+        return
+    with subprocess.Popen([*command, str(model)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+        process.terminate()
 
 
 class Offline:

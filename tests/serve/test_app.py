@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import itertools
 import json
+import re
 import socket
 import threading
 import time
@@ -481,11 +483,21 @@ def test_a_key_that_no_header_holds(key: str) -> None:
         ServeConfig(model="m", api_key=key)
 
 
-def test_no_page_fetches_from_elsewhere(server: Server) -> None:
+def test_the_page_shows_the_description_and_fetches_nothing(server: Server) -> None:
     async def test() -> None:
-        for path in ("/docs", "/redoc"):
-            assert (await server.client.get(path)).status_code == 404
-        assert (await server.client.get("/openapi.json")).status_code == 200
+        described = (await server.client.get("/openapi.json")).json()
+        shown = await server.client.get("/docs")
+        assert (shown.status_code, shown.headers["content-type"]) == (200, "text/html; charset=utf-8")
+        page = html.unescape(shown.text)
+        for path, operations in described["paths"].items():
+            for method, operation in operations.items():
+                assert f"{method.upper()} {path}" in page
+                assert operation["description"].splitlines()[0] in page
+        for name in described["components"]["schemas"]:
+            assert f'id="{name}"' in page
+        assert not re.search(r"<script|<link|<img|\bsrc=|url\(|@import", shown.text)
+        assert all(to.startswith("#") for to in re.findall(r'href="([^"]*)"', shown.text))
+        assert (await server.client.get("/redoc")).status_code == 404
 
     run(test)
 

@@ -32,7 +32,7 @@ from attnshape.text.load import load_reward_model
 from attnshape.text.score_fn import parse_score_fn
 
 PATIENCE = 180.0
-REQUESTS, CLIENTS = 300, 32
+REQUESTS, CLIENTS = 120, 32
 WORDS = ["It was great", ", not bad", " at all!", " How was the film?", " awful plot", " 😀", "\nno", " é"]
 
 

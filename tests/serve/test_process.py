@@ -38,11 +38,9 @@ def ignored(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
 
 
 @contextmanager
-def working(
-    model: Path, score_fn: str = "logit", layer: int = -1, device: str = "cpu"
-) -> Iterator[Connection]:
+def working(model: Path, score_fn: str = "logit", device: str = "cpu", **source: Any) -> Iterator[Connection]:
     ours, pipe = multiprocessing.Pipe()
-    config = RewardModelConfig(model=str(model), score_fn=parse_score_fn(score_fn), layer=layer)
+    config = RewardModelConfig(model=str(model), score_fn=parse_score_fn(score_fn), **source)
     job = Job(config, device, 1)
     thread = threading.Thread(target=work, args=(job, pipe), daemon=True)
     thread.start()
@@ -66,6 +64,7 @@ def answer(pipe: Connection) -> Any:
         ("causal", {}, "cpu: .* is no reward model: it lacks score.weight"),
         ("two_labels", {}, "cpu: score_fn: the model has 2 labels"),
         ("llama", {"layer": 7}, "cpu: layer"),
+        ("llama", {"source": "rollout", "layer": 0}, "cpu: layer: got 0, want none for source='rollout'"),
         ("llama", {"device": "meta"}, "meta: device: got 'meta'"),
     ],
 )
@@ -100,6 +99,25 @@ def test_it_scores_until_its_pipe_is_closed(tmp_path: Path, ignored: dict[int, A
                 assert scored.score == pytest.approx(score, rel=1e-4)
                 assert scored.credit == pytest.approx(credit.tolist(), rel=1e-4, abs=1e-7)
     assert ignored == {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}
+
+
+def test_a_source_with_signs_gives_token_rewards(tmp_path: Path) -> None:
+    folder = save(tmp_path, "llama")
+    reader = Reader(tokenizer(), AutoConfig.from_pretrained(folder))
+    example = reader.read("How was it? ", "not bad at all!")
+    model, _ = load_reward_model(str(folder), "cpu")
+    index = torch.tensor([example.positions])
+    response = attnshape.Response(torch.ones_like(index), index=index)
+    with torch.enable_grad(), attnshape.AttentionTap(model, source="gradient_value") as tap:
+        score = model(input_ids=torch.tensor([example.input_ids])).logits[:, 0]
+    weights = attnshape.credit.gradient_weights(score, tap.take(), response)
+    expected = attnshape.credit.centered(weights, response)[0]
+    with working(folder, source="gradient_value") as pipe:
+        assert answer(pipe) is None
+        pipe.send([example])
+        (scored,) = answer(pipe)
+    assert scored.credit is None
+    assert scored.token_rewards == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-5)
 
 
 def test_a_batch_that_does_not_fit_the_memory_leaves_no_trace(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -19,7 +20,39 @@ COMPILED_EXAMPLES = 12
 KEEPS_BITS = tuple(name for name in BACKENDS if name != "torch")
 """Where a row's bits follow from the row alone. PyTorch chooses code by shape, stride and processor."""
 
+INTERPRETED = DEVICE.type == "cpu"
+"""Whether kernels run in Triton's interpreter, where a launch takes a tenth of a second."""
+
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def each_backend_with(
+    interpreted: dict[str, Sequence[Any]] | None = None, **options: Sequence[Any]
+) -> pytest.MarkDecorator:
+    """Each backend with every combination of options.
+
+    The interpreted kernels with those of ``pairs``; ``interpreted`` has fewer choices for them.
+    """
+    every = list(itertools.product(*options.values()))
+    few = pairs(*(options | (interpreted or {})).values()) if INTERPRETED else every
+    cases = [(name, *case) for name in BACKENDS for case in (few if name == "triton" else every)]
+    ids = ["-".join(map(str, case)) for case in cases]
+    return pytest.mark.parametrize(("backend", *options), cases, ids=ids)
+
+
+def pairs(*options: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Few combinations of options, among which every two choices of two options stand together."""
+
+    def met(case: tuple[int, ...]) -> set[tuple[int, int, int, int]]:
+        return {(i, case[i], j, case[j]) for j in range(len(case)) for i in range(j)}
+
+    every = list(itertools.product(*map(range, map(len, options))))
+    missing = set().union(*map(met, every))
+    chosen = []
+    while missing:
+        chosen.append(max(every, key=lambda case: len(met(case) & missing)))
+        missing -= met(chosen[-1])
+    return [tuple(choices[i] for choices, i in zip(options, case, strict=True)) for case in chosen]
 
 
 def there(x: Any) -> Any:

@@ -1,8 +1,9 @@
 """Triton's interpreter in a fraction of its time, for the tests.
 
 Left alone, it patches ``triton.language`` anew at every call of a device function, scans one element at a
-time, computes every sum of integers once more in 64 bits for an assertion that is switched off, makes a table
-of all dtypes to look one up, and works out anew for each tensor what follows from its type.
+time, computes every sum of integers once more in 64 bits for an assertion that is switched off, and makes a
+table of all dtypes to look one up. For each tensor it works out anew what follows from its type, and for each
+operation whether its operands are of one type and what tensor a number beside one becomes.
 
 ``install`` patches the language once, at the first launch, scans by doubling, remembers what belongs to a
 type, and leaves out the rest. What a kernel computes stays the same, but for the order in which a scan with a
@@ -41,8 +42,15 @@ def install() -> str:
     assert not builder.options.debug  # without which the assertion is never made
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     interpreter._get_np_dtype = looked_up_once(interpreter._get_np_dtype)
+    interpreter.TensorHandle.__init__ = handle_of_data
+    interpreter._patch_attr = bound_to(interpreter.interpreter_semantic)
+    core.dtype.__eq__ = equal_at_a_glance(core.dtype.__eq__)
+    core.block_type.__init__ = shared_by_type(core.block_type.__init__)
     core.block_type.with_element_ty = remembered(core.block_type.with_element_ty)
     core.tensor.__init__ = tensor_of_type
+    semantics = type(interpreter.interpreter_semantic)
+    semantics.binary_op_type_checking_impl = alike_already(semantics.binary_op_type_checking_impl, core)
+    semantics.broadcast_impl_value = of_one_shape(semantics.broadcast_impl_value)
     interpreter._patch_lang = PatchedOnce(interpreter)
     interpreter.ScanOps.one_by_one = interpreter.ScanOps.generic_scan
     interpreter.ScanOps.generic_scan = scan_by_doubling
@@ -85,6 +93,94 @@ def looked_up_once(np_dtype: Any) -> Any:
         return found
 
     return looked_up
+
+
+def handle_of_data(handle: Any, data: np.ndarray, dtype: Any, attr: dict[str, Any] | None = None) -> None:
+    """``TensorHandle``, whose size is not looked at."""
+    handle.data, handle.dtype, handle.attr = data, dtype, {} if attr is None else attr
+
+
+def bound_to(semantic: Any) -> Any:
+    """``_patch_attr``, whose functions call what the decorator ``builtin`` decorated."""
+
+    def patch_attr(obj: Any, name: str, member: Any, _builder: Any, scope: Any) -> None:
+        plain = getattr(member, "__wrapped__", member)
+
+        def bound(*args: Any, **kwargs: Any) -> Any:
+            kwargs["_semantic"] = semantic
+            return plain(*args, **kwargs)
+
+        scope.set_attr(obj, name, bound)
+
+    return patch_attr
+
+
+def equal_at_a_glance(equal: Any) -> Any:
+    """``dtype.__eq__``; there is one object of each dtype, nearly always."""
+    return lambda dtype, other: dtype is other or equal(dtype, other)
+
+
+def shared_by_type(make: Any) -> Any:
+    """``block_type.__init__``, once for all blocks of a type; not of pointers, whose names hide some."""
+    known: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def shared(block: Any, element: Any, shape: Any) -> None:
+        if element.is_ptr():
+            return make(block, element, shape)
+        key = element.name, *shape
+        if key not in known:
+            make(block, element, shape)
+            known[key] = vars(block)
+        block.__dict__ = known[key]
+        return None
+
+    return shared
+
+
+def alike_already(check: Any, core: Any) -> Any:
+    """``binary_op_type_checking_impl``: tensors of one type stay, numbers are made constants once.
+
+    Not of unsigned types: a shift makes their arrays signed in place.
+    """
+    signed = {x.name for x in (core.int1, core.int32, core.int64, core.float16, core.float32, core.float64)}
+    most = 64  # constants of a type
+
+    def checked(semantic: Any, lhs: Any, rhs: Any, *flags: bool) -> Any:
+        left, right = type(lhs) is core.tensor, type(rhs) is core.tensor
+        division = len(flags) == 4 and flags[3]
+        if division or not (left or right):
+            return check(semantic, lhs, rhs, *flags)
+        if left and right:
+            if lhs.dtype is rhs.dtype and not lhs.dtype.is_ptr():
+                return semantic.broadcast_impl_value(lhs, rhs)
+            return check(semantic, lhs, rhs, *flags)
+        given, number = (lhs, rhs) if left else (rhs, lhs)
+        if type(number) not in (int, float, bool) or given.type.scalar.name not in signed:
+            return check(semantic, lhs, rhs, *flags)
+        constants = vars(given.type).setdefault("_constants", {})
+        key = type(number), number, flags
+        if key not in constants:
+            both = check(semantic, lhs, rhs, *flags)
+            same, constant = both if left else both[::-1]
+            if same is not given or constant.dtype.name not in signed or len(constants) == most:
+                return both
+            constant.handle.data.flags.writeable = False
+            constants[key] = constant
+        return (lhs, constants[key]) if left else (constants[key], rhs)
+
+    return checked
+
+
+def of_one_shape(broadcast: Any) -> Any:
+    """``broadcast_impl_value``: tensors of one shape stay as they are."""
+
+    def values(semantic: Any, lhs: Any, rhs: Any) -> Any:
+        a, b = lhs.type, rhs.type
+        if vars(a) is vars(b) or (a.is_block() and b.is_block() and a.shape.values == b.shape.values):
+            return lhs, rhs
+        return broadcast(semantic, lhs, rhs)
+
+    return values
 
 
 def remembered(with_element_ty: Any) -> Any:

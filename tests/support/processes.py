@@ -1,21 +1,22 @@
-"""Python processes beside the tests', which can be killed."""
+"""Copies of the tests' process, which can be killed."""
 
+import multiprocessing
 import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from typing import Any
 
-TESTS = Path(__file__).parents[1]
+FORK = multiprocessing.get_context("fork")
+"""Copies have what this process has imported, and draw the numbers that it would draw."""
 
 
-def start(program: str, *arguments: object, modules: Path) -> "subprocess.Popen[bytes]":
-    """Runs a program that can import the project, what tests share, and the modules of a folder.
+def start(function: Callable[..., Any], *arguments: Any, **options: Any) -> BaseProcess:
+    """Runs a function in a process that leads a group of its own."""
+    process = FORK.Process(target=_lead, args=(function, arguments, options))
+    process.start()
+    return process
 
-    It leads a process group of its own.
-    """
-    paths = os.pathsep.join(map(str, (TESTS.parent, TESTS, modules)))
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": paths},
-        start_new_session=True,
-    )
+
+def _lead(function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    os.setsid()
+    function(*arguments, **options)

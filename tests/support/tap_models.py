@@ -28,7 +28,7 @@ class Family:
     """The attention implementation that is tapped."""
 
 
-_SIZE = {
+SIZE = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -47,7 +47,7 @@ def _family(
 ) -> Family:
     return Family(
         f"{name}Config",
-        {**_SIZE, **options},
+        {**SIZE, **options},
         f"{name}ForSequenceClassification" if classifier else None,
         causal or f"{name}ForCausalLM",
         fast,

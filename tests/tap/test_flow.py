@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support.tap_models import FAMILIES, LENGTH, Lora, batch, build
+from support.tap_models import FAMILIES, LENGTH, SIZE, Lora, batch, build
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -228,15 +228,7 @@ def test_projection_inside_an_adapter():
 
 @pytest.mark.parametrize("source", ["rollout", "signed_rollout"])
 def test_heads_that_are_changed_before_the_projection_are_refused(source):
-    config = transformers.BitNetConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = transformers.BitNetForCausalLM(config).eval()
+    model = transformers.BitNetForCausalLM(transformers.BitNetConfig(**SIZE)).eval()
     ids, mask = batch("none")
     with torch.no_grad(), AttentionTap(model, source=source) as tap:
         bare = model(ids, attention_mask=mask).logits

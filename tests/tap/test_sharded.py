@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
-import json
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from support import zoo
+from support.ranks import failures_of
 from support.tap_models import (
     ValueHead,
     assert_row,
@@ -30,38 +26,18 @@ from attnshape import Response, credit
 from attnshape.credit import gradient_weights
 from attnshape.tap import AttentionTap
 
-WORLD = 2
-WAIT = datetime.timedelta(seconds=120)
-CASES: dict[str, Callable[[], None]] = {}
+CASES: dict[str, Callable[[int, int], None]] = {}
 
 
 def case(function: Callable[[], None]) -> Callable[[], None]:
     """What every rank runs."""
-    CASES[function.__name__] = function
+    CASES[function.__name__] = lambda rank, world: function()
     return function
-
-
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=WAIT)
-    failures = {}
-    for name, function in CASES.items():
-        try:
-            function()
-        except Exception:
-            failures[name] = traceback.format_exc()
-    dist.barrier()
-    dist.destroy_process_group()
-    Path(folder, f"{rank}.json").write_text(json.dumps(failures))
 
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """Of each rank, by case; the ranks are started once for all cases."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run_rank, (str(folder),), nprocs=WORLD)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    return failures_of(CASES, 2, tmp_path_factory.mktemp("ranks"))
 
 
 def sharded(model: Any, *, by: str = "layer", root: nn.Module | None = None) -> Any:

@@ -11,6 +11,7 @@ import torch
 import transformers
 from support.tap_models import (
     LENGTH,
+    SIZE,
     assert_row,
     batch,
     build,
@@ -209,29 +210,30 @@ def test_every_query_of_a_mask_that_says_more_is_refused(kind, source):
         tap.take()
 
 
+def assert_says_more(model, ids, mask, **options):
+    with AttentionTap(model, **options) as tap:
+        model(ids, attention_mask=mask)
+    with pytest.raises(ValueError, match="says more"):
+        tap.take()
+
+
 # Windows and directions, as models have them
+
+
+def beside_eager(model, implementation="sdpa"):
+    """The model with other weights, and its copy that attends as transformers' eager code does."""
+    randomise(model.eval())
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    model.set_attn_implementation(implementation)
+    return model, eager
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_a_window_that_lives_in_the_mask_alone(implementation):
-    model = transformers.PhimoeForCausalLM(
-        transformers.PhimoeConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=2,
-            sliding_window=5,
-            max_position_embeddings=64,
-        )
-    ).eval()
-    randomise(model)
+    config = transformers.PhimoeConfig(**SIZE, num_local_experts=2, sliding_window=5)
+    model, eager = beside_eager(transformers.PhimoeForCausalLM(config), implementation)
     ids, mask = batch("left")
-    eager = copy.deepcopy(model)
-    eager.set_attn_implementation("eager")
-    model.set_attn_implementation(implementation)
     with AttentionTap(model, check="always") as tap:
         model(ids, attention_mask=mask)
     expected = eager_rows(eager, -1, [LENGTH - 1] * 3, input_ids=ids, attention_mask=mask)
@@ -273,66 +275,39 @@ def test_a_model_that_looks_both_ways(position, padding):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_chunked_attention(implementation):
-    model = transformers.Llama4ForCausalLM(
-        transformers.Llama4TextConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            intermediate_size_mlp=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            num_local_experts=2,
-            attention_chunk_size=4,
-            layer_types=["full_attention", "chunked_attention"],
-        )
-    ).eval()
-    randomise(model)
+    config = transformers.Llama4TextConfig(
+        **SIZE,
+        intermediate_size_mlp=48,
+        head_dim=8,
+        num_local_experts=2,
+        attention_chunk_size=4,
+        layer_types=["full_attention", "chunked_attention"],
+    )
+    model, eager = beside_eager(transformers.Llama4ForCausalLM(config), implementation)
     ids, mask = batch("left")
-    eager = copy.deepcopy(model)
-    eager.set_attn_implementation("eager")
-    model.set_attn_implementation(implementation)
     expected = eager_rows(eager, -1, [LENGTH - 1] * 3, input_ids=ids, attention_mask=mask)
     assert (expected[0, :12] == 0).all()
     with AttentionTap(model, check="always") as tap:
         model(ids, attention_mask=mask)
     assert_row(tap.take(), expected)
-    with AttentionTap(model, query_position="all") as tap:
-        model(ids, attention_mask=mask)
-    with pytest.raises(ValueError, match="says more"):
-        tap.take()
+    assert_says_more(model, ids, mask, query_position="all")
 
 
 def test_a_learned_bias():
-    model = transformers.DogeForCausalLM(
-        transformers.DogeConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            keep_window_size=64,
-        )
-    ).eval()
-    randomise(model)
-    for name, parameter in model.named_parameters():
-        if name.endswith(".A"):
-            parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    config = transformers.DogeConfig(**SIZE, keep_window_size=64)
+    model, eager = beside_eager(transformers.DogeForCausalLM(config))
+    for each in (model, eager):
+        for name, parameter in each.named_parameters():
+            if name.endswith(".A"):
+                parameter.data.normal_(generator=torch.Generator().manual_seed(0))
     ids, mask = batch("left")
-    eager = copy.deepcopy(model)
-    eager.set_attn_implementation("eager")
     with AttentionTap(model, check="always") as tap:
         model(ids, attention_mask=mask)
     inputs = tap.take()
     assert_row(inputs, eager_rows(eager, -1, [LENGTH - 1] * 3, input_ids=ids, attention_mask=mask))
     assert inputs.mask_row.isfinite().any()
     assert inputs.mask_row[inputs.mask_row.isfinite()].abs().max() > 0.01
-    with AttentionTap(model, source="rollout") as tap:
-        model(ids, attention_mask=mask)
-    with pytest.raises(ValueError, match="says more"):
-        tap.take()
+    assert_says_more(model, ids, mask, source="rollout")
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])
@@ -350,10 +325,7 @@ def test_a_bias_that_is_an_option(monkeypatch, padding):
     with AttentionTap(model, check="always") as tap:
         model(ids, attention_mask=given)
     inputs = tap.take()
-    with AttentionTap(model, query_position="all") as tap:
-        model(ids, attention_mask=given)
-    with pytest.raises(ValueError, match="says more"):
-        tap.take()
+    assert_says_more(model, ids, given, query_position="all")
     monkeypatch.undo()
     oracle = square(mask, torch.float32) + bias
     assert_row(inputs, eager_rows(eager, -1, [LENGTH - 1] * 3, input_ids=ids, attention_mask=oracle))

@@ -236,6 +236,28 @@ def test_a_completion_without_a_score_costs_no_other(world: World) -> None:
     advantages = attnshape.group_advantages(out.score, out.weights, out.mask, group=4).advantages
     assert not advantages[1:].any()
     assert advantages.isfinite().all()
+    shaped = attnshape.shape_rewards(
+        out.score, out.weights, out.mask, config=attnshape.ShapingConfig(on_nan="zero_row")
+    )
+    assert not shaped.rewards[1:].any()
+    torch.testing.assert_close(shaped.rewards.sum(1)[0], out.score[0])
+
+
+def test_a_model_that_can_be_read_for_nothing_is_an_error(world: World) -> None:
+    judge = CreditModel(world.reward, query_position=-400)
+    with pytest.raises(ValueError, match="query_position: got -400 for a text of"):
+        judge([""] * 3, world.ids, world.policy)
+
+
+@pytest.mark.parametrize("source", get_args(SourceName))
+def test_a_policy_without_text_is_scored(world: World, source: SourceName) -> None:
+    """One that ends at once: nothing of the response is read, and nothing gets credit."""
+    judge = CreditModel(world.reward, source=source)
+    reader = judge.reader()
+    for response, offsets in (("", []), ("bad", [(1, 1)])):
+        (scored,) = judge.score([reader.read("the plot", response, offsets)])
+        assert scored.finite
+        assert (scored.token_rewards if judge.signed else scored.credit) == [0.0] * len(offsets)
 
 
 def test_leave_one_out_refuses_what_it_cannot_ask_again(world: World) -> None:

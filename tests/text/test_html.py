@@ -73,7 +73,7 @@ def test_tokens_carry_value_and_colour() -> None:
         View("leave_one_out", [1.0, -8.0, 3.0, 0.0]),
     ]
     shown = CreditItem("Is it?", ["Not", " bad", "!", ""], -1.0, views, "a note")
-    page = Page(credit_page("A title", [shown], "of the whole"))
+    page = Page("".join([page_head("A title", "of the whole"), credit_section(1, shown), PAGE_FOOT]))
     assert [text for text, _ in page.tokens] == ["Not", " bad", "!", "∅"] * 2
     # Even would be a quarter, and three in the second: the score's sign is the colour's.
     titles = [attributes["title"] for _, attributes in page.tokens]
@@ -141,7 +141,7 @@ def test_lengths_must_agree() -> None:
 def test_no_text_gets_out_of_its_place(tokens: list[str], text: str) -> None:
     text = text.replace("\r", "")
     one = CreditItem(text, tokens, 0.0, [View(text, [0.1] * len(tokens), {"entropy": 1.0})], text)
-    page = Page(credit_page(text, [one, one], text))
+    page = Page("".join([page_head(text, text), credit_section(1, one), credit_section(2, one), PAGE_FOOT]))
     assert [shown for shown, _ in page.tokens] == [t.replace("\n", "⏎\n") or "∅" for t in tokens] * 2
     assert page.texts.get("title", "") == page.texts.get("h1", "") == text
     assert {tag for tag, _ in page.elements} <= set(

@@ -32,9 +32,8 @@ from attnshape.text.load import (
     load_tokenizer,
     parse_query_position,
 )
-from attnshape.text.model import CreditModel, score_examples
+from attnshape.text.model import CreditModel
 from attnshape.text.reader import Reader
-from attnshape.text.score_fn import LOGIT
 
 IDS = torch.tensor([[5, 60, 7, 80, 9]])
 SHAPE: dict[str, Any] = {
@@ -270,8 +269,7 @@ def test_a_padding_token_outside_the_vocabulary(llama: Path, pad: int) -> None:
     reader = Reader(tok, model.config)
     texts = ["great", "It was great, not bad at all!", "awful<pad>", "<s>", "plot<|im_end|>"]
     examples = [reader.read("", text) for text in texts]
-    with AttentionTap(model) as tap:
-        together = score_examples(model, tap, examples, LOGIT)
+    together = CreditModel(model, tok).score(examples)
     for example, found in zip(examples, together, strict=True):
         want = scored(alone, torch.tensor([example.input_ids])).item()
         assert found.score == pytest.approx(want, rel=1e-4, abs=1e-5)

@@ -10,13 +10,9 @@ import torch
 from support.reward_models import LIMIT, save, tokenizer
 from transformers import LlamaForSequenceClassification
 
-from attnshape.tap import AttentionTap
 from attnshape.text.load import load_reward_model
-from attnshape.text.model import Scored, score_examples
+from attnshape.text.model import CreditModel, Scored
 from attnshape.text.reader import Example, Reader
-from attnshape.text.score_fn import parse_score_fn
-
-SCORE = parse_score_fn("logit")
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +27,7 @@ def reader(folder: Path) -> Reader:
 
 
 def score(folder: Path, *examples: Example) -> list[Scored]:
-    model, _ = load_reward_model(str(folder), "cpu")
-    with AttentionTap(model) as tap:
-        return score_examples(model, tap, examples, SCORE)
+    return CreditModel(str(folder)).score(examples)
 
 
 def by_characters(

@@ -1,0 +1,180 @@
+"""Blocks of a row's tokens: read into the scratch memory as float64, and written from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from attnshape.cpu.jit import inner
+from attnshape.cpu.lanes import WIDTH, absolute, all_of, all_true, get, splat, write_f32s, write_f64s
+from attnshape.cpu.memory import (
+    ADDRESS,
+    BF16,
+    F32,
+    F64,
+    I8,
+    I16,
+    I32,
+    I64,
+    KIND,
+    OVERFLOW_F32,
+    ROW,
+    TOKEN,
+    as_f32,
+    half,
+    ones,
+    read_f32,
+    read_f64,
+    read_i8,
+    read_i16,
+    read_i32,
+    read_i64,
+    read_word,
+    write_f32,
+    write_f64,
+)
+
+
+@inner
+def start_of(places: Any, name: int, row: int, token: int) -> Any:
+    """Index of a token's element: of a row of ``[B, R]``, or of ``[M]``, whose rows have no stride."""
+    return row * places[name, ROW] + token * places[name, TOKEN]
+
+
+@inner
+def load(places: Any, name: int, start: int, n: int, s: Any, o: int) -> None:
+    """``s[o : o + n]``, float64, becomes the elements of a float tensor from ``start`` on; 0 without one."""
+    address, kind, stride = places[name, ADDRESS], places[name, KIND], places[name, TOKEN]
+    if address == 0:
+        for t in range(n):
+            s[o + t] = 0.0
+    elif kind == F32:
+        for t in range(n):
+            s[o + t] = read_f32(address, start + t * stride)
+    elif kind == F64:
+        for t in range(n):
+            s[o + t] = read_f64(address, start + t * stride)
+    elif kind == BF16:
+        for t in range(n):
+            s[o + t] = as_f32(np.int32(read_i16(address, start + t * stride)) << 16)
+    else:
+        for t in range(n):
+            s[o + t] = half(read_i16(address, start + t * stride))
+
+
+# Masks -----------------------------------------------------------------------------------------------
+
+
+def _mask_loader(read: Any, value_bits: int = -1) -> Any:
+    @inner
+    def load_as(address: int, start: int, stride: int, n: int, s: Any, o: int) -> int:
+        count = 0
+        for t in range(n):
+            x = read(address, start + t * stride)
+            live = (x & value_bits if value_bits > 0 else x) != 0
+            s[o + t] = live
+            count += live
+        return count
+
+    return load_as
+
+
+_load_i8, _load_i16, _load_i32, _load_i64 = (
+    _mask_loader(read) for read in (read_i8, read_i16, read_i32, read_i64)
+)
+_load_f32, _load_f64 = _mask_loader(read_i32, 0x7FFFFFFF), _mask_loader(read_i64, 0x7FFFFFFFFFFFFFFF)
+_load_half = _mask_loader(read_i16, 0x7FFF)  # a zero may have a sign
+
+
+@inner
+def load_mask(places: Any, name: int, start: int, n: int, s: Any, o: int) -> Any:
+    """``s[o : o + n]`` becomes 1 where the mask is not zero, else 0; how many are 1."""
+    address, kind, stride = places[name, ADDRESS], places[name, KIND], places[name, TOKEN]
+    if kind == I8:
+        return _load_i8(address, start, stride, n, s, o)
+    if kind == I64:
+        return _load_i64(address, start, stride, n, s, o)
+    if kind == F32:
+        return _load_f32(address, start, stride, n, s, o)
+    if kind == I32:
+        return _load_i32(address, start, stride, n, s, o)
+    if kind == F64:
+        return _load_f64(address, start, stride, n, s, o)
+    if kind == I16:
+        return _load_i16(address, start, stride, n, s, o)
+    return _load_half(address, start, stride, n, s, o)
+
+
+@inner
+def count_live(places: Any, name: int, start: int, n: int, s: Any, o: int) -> Any:
+    """How many of ``n`` tokens are unmasked; ``s[o : o + n]`` is of no use afterwards."""
+    if places[name, KIND] != I8 or places[name, TOKEN] != 1:
+        return load_mask(places, name, start, n, s, o)
+    address, count, whole = places[name, ADDRESS], 0, n - n % 8
+    for t in range(0, whole, 8):  # the highest bit of each byte that is not 0
+        x = read_word(address, start + t)
+        count += ones(((x & 0x7F7F7F7F7F7F7F7F) + 0x7F7F7F7F7F7F7F7F | x) & -0x7F7F7F7F7F7F7F80)
+    for t in range(whole, n):
+        count += read_i8(address, start + t) != 0
+    return count
+
+
+@inner
+def load_index(places: Any, name: int, row: int, token: int) -> Any:
+    """Element of a tensor of int32 or int64, ``[B]`` or ``[B, R]``."""
+    at = start_of(places, name, row, token)
+    if places[name, KIND] == I64:
+        return read_i64(places[name, ADDRESS], at)
+    return np.int64(read_i32(places[name, ADDRESS], at))
+
+
+@inner
+def highest(places: Any, name: int) -> float:
+    """What is smaller than this is finite once it is written."""
+    return OVERFLOW_F32 if places[name, KIND] == F32 else np.inf
+
+
+@inner
+def store(places: Any, name: int, start: int, n: int, s: Any, o: int) -> bool:
+    """Writes ``s[o : o + n]``, rounded once, from the element at ``start`` on; outputs are contiguous.
+
+    Whether what was written is finite.
+    """
+    address, whole = places[name, ADDRESS], n - n % WIDTH
+    limit, fine, lost = highest(places, name), all_true(), 0
+    if places[name, KIND] == F32:
+        for t in range(0, whole, WIDTH):
+            x = get(s, o + t)
+            write_f32s(address, start + t, x)
+            fine = fine & (absolute(x) < splat(limit))
+    else:
+        for t in range(0, whole, WIDTH):
+            x = get(s, o + t)
+            write_f64s(address, start + t, x)
+            fine = fine & (absolute(x) < splat(limit))
+    for t in range(whole, n):
+        store_one(places, name, start + t, s[o + t])
+        lost += not abs(s[o + t]) < limit
+    return lost == 0 and all_of(fine)
+
+
+@inner
+def store_one(places: Any, name: int, index: int, x: float) -> None:
+    if places[name, KIND] == F32:
+        write_f32(places[name, ADDRESS], index, np.float32(x))
+    else:
+        write_f64(places[name, ADDRESS], index, x)
+
+
+@inner
+def fill(places: Any, name: int, start: int, n: int, x: float) -> None:
+    address = places[name, ADDRESS]
+    if address == 0:
+        return
+    if places[name, KIND] == F32:
+        for t in range(n):
+            write_f32(address, start + t, np.float32(x))
+    else:
+        for t in range(n):
+            write_f64(address, start + t, x)

@@ -1,0 +1,134 @@
+"""The tables of the study's page, from the summary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from benchmarks.language.summary import AS_GOOD, RULES, Estimate, cheap
+
+MEASURES = {"roc": "ROC", "signed": "sign", "fell": "fall"}
+SHOWN = (
+    "leave-one-out",
+    "integrated gradients",
+    "last row",
+    "mean over layers",
+    "plain rollout",
+    "norm-weighted rollout",
+    "value-weighted last row",
+    "gradient x value",
+    "gradient x embedding",
+    "signed rollout",
+    "incremental",
+    "lexicon",
+    "random",
+)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(found: Estimate | None) -> str:
+    return "" if found is None else str(found)
+
+
+def accuracy(summary: dict[str, Any]) -> str:
+    """How well the reward models learned."""
+    names = {
+        "test_sentences_accuracy": "treebank, accuracy",
+        "test_sentences_pairs": "treebank, pairs",
+        "held_out_windows_pairs": "windows, pairs",
+        "held_out_reviews_pairs": "150 words of reviews, pairs",
+    }
+    rows = [
+        [setting, str(next(iter(found.values())).n), *(_cell(found.get(m)) for m in names)]
+        for setting, found in summary["accuracy"].items()
+    ]
+    return _table(["reward model", "trainings", *names.values()], rows)
+
+
+def credit(summary: dict[str, Any]) -> str:
+    """Sources against people's labels: ROC, correlation of signs, and the fall of the score."""
+    settings = list(summary["credit"])
+    rows = []
+    for source in SHOWN:
+        row = [source]
+        for setting in settings:
+            found = summary["credit"][setting].get(source)
+            row.append(" / ".join(_cell(found.get(m)) or "–" for m in MEASURES) if found else "")
+        rows.append(row)
+    counts = [summary["credit"][s]["last row"]["roc"].n for s in settings]
+    return _table(["source", *(f"{s} ({n})" for s, n in zip(settings, counts, strict=True))], rows)
+
+
+def rules(summary: dict[str, Any]) -> str:
+    """Share of the best source's lift that each rule's choice has."""
+    rows = []
+    for name in RULES:
+        row = [name]
+        for setting in summary["rules"]:
+            found = summary["rules"][setting][name]
+            holds = "**" if found["share"].mean >= AS_GOOD else ""
+            row.append(f"{holds}{found['share']}{holds} ({', '.join(found['picked'])})")
+        rows.append(row)
+    return _table(["rule", *summary["rules"]], rows)
+
+
+def leads(summary: dict[str, Any]) -> str:
+    """Every source against the plain estimator, by the gold judge and by the reward model itself."""
+    own = {_key(row): row for row in summary["score"]}
+    rows = []
+    for row in summary["gold"]:
+        score = own[_key(row)]
+        share = "" if row["dense_share"] is None else f"{row['dense_share']:g}"
+        lam = f"{row['lam']:g}" if row["loop"] == "ppo" else ""
+        rows.append(
+            [
+                f"{row['loop']}, {row['reward_model']}",
+                lam,
+                f"{row['source']}",
+                share,
+                f"{row['lead'].mean:+.3f}{_error(row['lead'])}",
+                f"{row['ahead']} of {row['pairs']}",
+                f"**{row['verdict']}**",
+                f"{score['lead'].mean:+.3f}{_error(score['lead'])} ({score['ahead']} of {score['pairs']})",
+            ]
+        )
+    head = [
+        "loop, reward model",
+        "lam",
+        "source",
+        "dense share",
+        "gold lead",
+        "ahead",
+        "",
+        "own score's lead",
+    ]
+    return _table(head, rows) if rows else "No pair of runs yet."
+
+
+def _error(found: Estimate) -> str:
+    return "" if found.two_se is None else f" ± {found.two_se:.3f}"
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[n] for n in ("loop", "lam", "reward_model", "source", "dense_share"))
+
+
+def tables(summary: dict[str, Any]) -> dict[str, str]:
+    return {
+        "accuracy": accuracy(summary),
+        "credit": credit(summary),
+        "rules": rules(summary),
+        "leads": leads(summary),
+    }
+
+
+def best_cheap(summary: dict[str, Any]) -> dict[str, str]:
+    """Of each setting, the source of one pass with the highest mean ROC."""
+    return {
+        setting: max(cheap(found), key=lambda name: found[name]["roc"].mean)
+        for setting, found in summary["credit"].items()
+    }

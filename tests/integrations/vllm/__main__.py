@@ -1,0 +1,158 @@
+"""``make vllm``: the plugin inside vLLM's own engine on a CPU, cell by cell; a table of what was found.
+
+Makes an environment of vLLM from its pins (``tests/parity/requirements.toml``), with attnshape in it. A cell
+is an engine in a process of its own: ``python -m integrations.vllm "gemma2" server`` runs two of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from parity.__main__ import environment
+from parity.adapters import ALONE, PYTEST
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+RESULTS = HERE / "results.md"
+UNWANTED = ("torchvision", "torchaudio", "torchcodec")
+"""vLLM's builds of these are for GPUs, and are not to be imported beside a torch for CPUs."""
+MODULES = {"server": "server", "cost": "cost"}
+"""Cells that are not of ``inside.py``."""
+FRAMEWORKS = {"verl": "v0_trainers_token_rewards", "slime": "token_rewards_reach_the_advantages"}
+"""Whose reward paths are pointed at vLLM's server, and the test of each that does it."""
+COST = ROOT / "benchmarks" / "results" / "vllm_cost.json"
+"""What ``cost`` measured; it runs where it is named only."""
+VARIABLES = {
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    "VLLM_PLUGINS": "attnshape",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # tests reach into the engine
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+PATIENCE = 1800
+
+
+def interpreter(folder: Path) -> Path:
+    """Of vLLM's environment, with this attnshape in it."""
+    python = environment("vllm", folder)
+    pip = [python, "-m", "pip"]
+    subprocess.run([*pip, "uninstall", "--quiet", "--yes", *UNWANTED], check=True, stderr=subprocess.DEVNULL)
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--editable", ROOT], check=True)
+    return python
+
+
+def cells(python: Path) -> dict[str, dict[str, str]]:
+    """Names, and the variables that their processes start with."""
+    code = "import json\nfrom integrations.vllm.inside import CELLS\n"
+    code += "print(json.dumps({name: cell.environment for name, cell in CELLS.items()}))"
+    command, settings = [python, "-c", code], os.environ | VARIABLES
+    found = subprocess.run(command, cwd=ROOT, env=settings, check=True, capture_output=True, text=True)
+    return {**json.loads(found.stdout.splitlines()[-1]), **{name: {} for name in (*MODULES, *FRAMEWORKS)}}
+
+
+def run(python: Path, name: str, variables: dict[str, str], models: Path) -> dict[str, Any] | None:
+    """What the cell found, or None where it failed."""
+    out = models / "found.json"
+    out.unlink(missing_ok=True)
+    settings = os.environ | VARIABLES | variables
+    command = [python, "-m", f"integrations.vllm.{MODULES.get(name, 'inside')}", name, models, out]
+    status = subprocess.run(command, cwd=ROOT, env=settings, timeout=PATIENCE).returncode
+    return json.loads(out.read_text()) if status == 0 and out.exists() else None
+
+
+def framework(name: str, python: Path, options: argparse.Namespace) -> dict[str, Any] | None:
+    """A framework's own reward path, in its own environment, with vLLM's server as its reward model."""
+    started = time.monotonic()
+    theirs = environment(name, options.environments.absolute())
+    pip = [theirs, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, PYTEST], check=True)
+    if name == "slime":
+        subprocess.run([*pip, "--no-deps", options.slime.absolute()], check=True)
+    settings = os.environ | VARIABLES | {"ATTNSHAPE_SERVER": f"{python} -m integrations.vllm.server serve"}
+    test = ROOT / "tests" / "parity" / f"test_{name}_adapter.py"
+    command = [theirs, "-m", "pytest", *ALONE, test, "-k", FRAMEWORKS[name]]
+    status = subprocess.run(command, cwd=ROOT, env=settings, timeout=PATIENCE).returncode
+    took = time.monotonic() - started
+    return {"loading": took, "token rewards": "those of eager transformers offline"} if status == 0 else None
+
+
+def shown(found: dict[str, Any]) -> str:
+    """One cell of the table."""
+    said = found.pop("said", None)
+    parts = [
+        f"{k} {v:.1e}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items() if k != "loading"
+    ]
+    named = said.items() if isinstance(said, dict) else ((f"rank {i}", x) for i, x in enumerate(said or ()))
+    for name, why in named:
+        share = re.search(r"is not what it gave: (\S+) of", why or "")
+        parts.append(f"{name}: {share[1] + ' elsewhere' if share else why or 'nothing said'}")
+    return "; ".join(parts)
+
+
+def write(found: dict[str, dict[str, Any]]) -> None:
+    """The table, with what earlier runs found of the cells that were not run now."""
+    known = {}
+    if RESULTS.exists():
+        rows = (line.split(" | ") for line in RESULTS.read_text().splitlines() if line.startswith("| "))
+        known = {row[0].removeprefix("| "): row[1].removesuffix(" |") for row in rows}
+        known.pop("cell", None)
+    known |= {name: shown(dict(x)) for name, x in found.items()}
+    lines = ["# The plugin inside vLLM", "", __doc__.partition("\n\n")[0].replace("``", "`"), ""]
+    lines += [
+        "vLLM 0.32.0 (CPU wheel), torch 2.13.0, float32. `score` and `row` are the largest errors against",
+        "eager transformers on the same weights, a fifth of the requests not asking for a row.",
+        "",
+        "| cell | found |",
+        "|---|---|",
+    ]
+    lines += [f"| {name} | {what} |" for name, what in known.items()]
+    RESULTS.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cells", nargs="*", metavar="CELL", help="all, if none is named")
+    parser.add_argument("--environments", type=Path, default=Path(".parity"), metavar="FOLDER")
+    parser.add_argument("--python", type=Path, help="of an environment that is there already")
+    parser.add_argument("--slime", type=Path, help="a checkout; without it slime is left out")
+    options = parser.parse_args()
+    python = options.python or interpreter(options.environments.absolute())
+    models = options.environments.absolute() / "vllm-models"
+    models.mkdir(parents=True, exist_ok=True)
+    known = cells(python)
+    if unknown := {*options.cells} - {*known}:
+        parser.error(f"no such cell: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    found, failed = {}, []
+    left_out = {"cost"} if options.slime else {"cost", "slime"}
+    for name in options.cells or [name for name in known if name not in left_out]:
+        print(f"{name} …", flush=True)
+        if name in FRAMEWORKS:
+            result = framework(name, python, options)
+        else:
+            result = run(python, name, known[name], models)
+        if result is None:
+            failed.append(name)
+            continue
+        if name == "cost":
+            COST.write_text(json.dumps(result, indent=1) + "\n")
+            print(f"{name}: {100 * result['rows_share']:.2f}% of a batch, {COST}", flush=True)
+            continue
+        found[name] = result
+        print(f"{name}: {shown(dict(result))} (loaded in {result['loading']:.0f} s)", flush=True)
+        write(found)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""What rows cost on a CPU: ``python -m integrations.vllm cost``, on a machine that does nothing else.
+
+Batches with and without rows take turns; what the plugin adds to a step in which nobody asks is timed alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from integrations.vllm import models
+from integrations.vllm.inside import Cell, Run, pooler_of
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+ROUNDS, REQUESTS, TOKENS, REPEATS = 4, 4, 256, 2000
+SHAPE = {
+    "vocab_size": models.VOCABULARY,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+    "num_labels": 1,
+}
+
+
+def make(path: Path) -> None:
+    if not (path / "config.json").exists():
+        torch.manual_seed(0)
+        models.tokenizer().save_pretrained(path)
+        LlamaForSequenceClassification(LlamaConfig(**SHAPE)).bfloat16().save_pretrained(path)
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def per_step(pooler: Any, run: Run) -> float:
+    """Microseconds that tap and pooler add to a step of this batch in which nobody asks."""
+    tap, kept = pooler.tap, []
+    engine = tap._forward
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        kept.append((arguments, options))
+        return engine(*arguments, **options)
+
+    tap._forward = watched
+    run.data(lambda i: False)
+    arguments, options = kept[-1]
+    tap._forward = lambda *_, **__: None
+    of_tap = seconds(lambda: [tap._tapped(*arguments, **options) for _ in range(REPEATS)]) / REPEATS
+    tap._forward = engine
+    base = type(pooler).__mro__[1]
+    forward, base.forward = base.forward, lambda self, hidden_states, metadata: []
+    metadata = SimpleNamespace(pooling_params=[SimpleNamespace(extra_kwargs=None)] * REQUESTS)
+    try:
+        of_pooler = seconds(lambda: [pooler.forward(None, metadata) for _ in range(REPEATS)]) / REPEATS
+    finally:
+        base.forward = forward
+    return 1e6 * (of_tap + of_pooler)
+
+
+def main() -> None:
+    folder, out = Path(sys.argv[2]), Path(sys.argv[3])
+    make(folder / "cost")
+    models.KINDS["cost"] = (None, None, {})
+    options = {
+        "dtype": "float32",
+        "enable_prefix_caching": False,
+        "max_num_batched_tokens": REQUESTS * TOKENS,
+    }
+    run = Run(Cell("cost", options), folder)
+    run.prompts = [ids * TOKENS for ids in ([3], [4], [5], [6])]
+    (pooler,) = run.llm.apply_model(pooler_of)
+    pooler.rows = 10**6 + 1  # past the first, which are all checked
+    in_rows = []
+    rows = pooler._rows
+
+    def timed(*arguments: Any) -> Any:
+        found: list[Any] = []
+        in_rows.append(seconds(lambda: found.append(rows(*arguments))))
+        return found[0]
+
+    pooler._rows = timed
+    run.data(lambda i: True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with_rows, without = [], []
+    for _ in range(ROUNDS):
+        with_rows.append(seconds(lambda: run.data(lambda i: True)))
+        without.append(seconds(lambda: run.data(lambda i: False)))
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    found = {
+        "machine": {"cpu": platform.processor() or platform.machine(), "cpus": os.cpu_count()},
+        "model": SHAPE,
+        "requests": REQUESTS,
+        "tokens": TOKENS,
+        "dtype": "float32",
+        "batch_with_rows_s": with_rows,
+        "batch_without_s": without,
+        "rows_s": in_rows[1:],
+        "rows_share": statistics.median(in_rows[1:]) / statistics.median(without),
+        "peak_memory_grown_kib": grown,
+        "step_without_asking_us": per_step(pooler, run),
+    }
+    out.write_text(json.dumps({"loading": run.loading, **found}))
+
+
+if __name__ == "__main__":
+    main()
