@@ -132,6 +132,8 @@ def attention_row(layers: Sequence[LayerInputs]) -> Tensor:
     batch = key.shape[0] if cu is None else cu.shape[0] - 1
     width = key.shape[2] if cu is None else key.shape[0]
     out = torch.empty((batch, width) if cu is None else (width,), dtype=torch.float32, device=key.device)
+    if batch == 0:
+        return out.zero_()  # keys of no row
     keys = Response(cu, batch, width)  # a token per key
     for i, layer in enumerate(layers):
         average(layer, len(layers), keys, Inputs(), Outputs(p_credit=out), add=i > 0)
@@ -197,8 +199,6 @@ def attend(
     """
     query, key, cu = layer.query, layer.key, layer.cu_seqlens
     group, chunk, batch = query.shape[1] // key.shape[1], chunk_size(key), response.n_rows
-    if batch == 0:
-        return {}
     axis = prepared_axis(layer, response)
     kv_heads, width, device = key.shape[1], key.shape[-1], key.device
     slots_per_row = 0 if cu is not None else ceil_div(axis.width, chunk)

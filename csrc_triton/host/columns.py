@@ -173,24 +173,20 @@ def row_normalizers(
     norms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Per head and query, ``[Hq, entries]``: log2 of the softmax's denominator; the sum of ``norms``."""
-    operands, tiles, options = _tiles(layer, 128 if layer.causal else 144)
     normalizer = torch.empty(layer.query.shape[1], axis.total, dtype=torch.float32, device=layer.key.device)
     moved = None if norms is None else torch.empty_like(normalizer)
     weights = key_weights(norms, layer)
-    programs = axis.slots(tiles.BLOCK) * layer.query.shape[1]
-    if programs:
-        NORMALIZER(
-            programs,
-            options,
-            p_normalizer=normalizer,
-            p_moved=moved,
-            axis=key_axis(layer),
-            layer=operands,
-            entries=_entries(rows, order, weight, axis, tiles.BLOCK),
-            weights=weights,
-            tiles=tiles,
-            STRIDE_WT=0 if weights is None else weights.stride_wt,
-        )
+    _launch(
+        NORMALIZER,
+        layer,
+        axis,
+        (rows, order, weight),
+        _tiles(layer, 128 if layer.causal else 144),
+        p_normalizer=normalizer,
+        p_moved=moved,
+        weights=weights,
+        STRIDE_WT=0 if weights is None else weights.stride_wt,
+    )
     return normalizer, moved
 
 
@@ -204,28 +200,43 @@ def head_columns(
     ordered: bool = True,
 ) -> Tensor:
     """Per head, what every entry gets from the queries from it on, ``[Hq, entries]``."""
-    operands, tiles, options = _tiles(layer, None if weight is None else 255, order)
     columns = torch.empty_like(normalizer)
-    programs = axis.slots(tiles.BLOCK) * layer.query.shape[1]
-    if programs:
-        COLUMN(
-            programs,
-            options,
-            p_columns=columns,
-            p_normalizer=normalizer,
-            axis=key_axis(layer),
-            layer=operands,
-            entries=_entries(rows, order, weight, axis, tiles.BLOCK),
-            tiles=tiles,
-            ORDERED=ordered,
-            LATER=weight is None or layer.causal,
-        )
+    _launch(
+        COLUMN,
+        layer,
+        axis,
+        (rows, order, weight),
+        _tiles(layer, None if weight is None else 255, order),
+        p_columns=columns,
+        p_normalizer=normalizer,
+        ORDERED=ordered,
+        LATER=weight is None or layer.causal,
+    )
     return columns
 
 
-def _entries(rows: Tensor, order: Tensor | None, weight: Tensor | None, axis: Tokens, block: int) -> Entries:
-    slots_per_row = ceil_div(axis.width, block)
-    return Entries(rows, order, weight, axis.cu_seqlens, axis.batch, slots_per_row, axis.total)
+def _launch(
+    launcher: Launcher,
+    layer: LayerInputs,
+    axis: Tokens,
+    entries: tuple[Tensor, Tensor | None, Tensor | None],
+    tiled: tuple[Layer, Tiles, dict[str, Any]],
+    **arguments: Any,
+) -> None:
+    """A program for each head and BLOCK entries that may be some row's."""
+    operands, tiles, options = tiled
+    programs = axis.slots(tiles.BLOCK) * layer.query.shape[1]
+    if programs:
+        slots_per_row = ceil_div(axis.width, tiles.BLOCK)
+        launcher(
+            programs,
+            options,
+            axis=key_axis(layer),
+            layer=operands,
+            entries=Entries(*entries, axis.cu_seqlens, axis.batch, slots_per_row, axis.total),
+            tiles=tiles,
+            **arguments,
+        )
 
 
 def _tiles(
