@@ -1,6 +1,8 @@
+import itertools
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 # Triton reads this when it is imported; on a machine with a GPU the kernels are compiled instead.
 import torch
@@ -22,6 +24,21 @@ COMPILED_EXAMPLES = 12
 """At most, on a GPU: nearly each example needs another specialisation, which takes seconds to compile."""
 
 
+TESTS = Path(__file__).parent
+SHARING = [
+    TESTS / file
+    for file in (
+        "demo/test_demo.py",
+        "serve/test_command.py",
+        "kernels/test_compile.py",
+        "bench/test_benchmarks.py",
+        "kernels/test_driver.py",
+        "test_distributed.py",
+    )
+]
+"""Files whose tests share what takes long to make."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shard", default="0/1", help="i/n: every n-th test, from the i-th on")
 
@@ -33,11 +50,25 @@ def pytest_report_header() -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     shard, shards = map(int, config.getoption("--shard").split("/"))
     items[:] = items[shard::shards]
+    lead_halves(items)
     for test in {item.obj for item in items if isinstance(item, pytest.Function)}:
         if torch.cuda.is_available() and is_hypothesis_test(test):
             asked = test._hypothesis_internal_use_settings
             examples = min(asked.max_examples, COMPILED_EXAMPLES)
             test._hypothesis_internal_use_settings = settings(asked, max_examples=examples)
+
+
+def lead_halves(items: list[pytest.Item]) -> None:
+    """Tests that share much first in each half of the run.
+
+    Each of two workers begins with a half, and then steals from the tail of what the other has left, where
+    what tests share would be made twice.
+    """
+    places = [SHARING.index(item.path) if item.path in SHARING else None for item in items]
+    left = len(items) // 2 - sum(place is not None and place % 2 == 0 for place in places)
+    others = itertools.count()
+    keys = [(next(others) >= left, 1, 0) if place is None else (place % 2 == 1, 0, place) for place in places]
+    items[:] = [items[i] for i in sorted(range(len(items)), key=keys.__getitem__)]
 
 
 @pytest.fixture(autouse=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.processes import run
 from support.reward_models import LIMIT, save, tokenizer
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 from typer.testing import CliRunner, Result
@@ -546,11 +548,9 @@ def test_the_demo_says_at_once_what_is_missing(tmp_path: Path, monkeypatch: pyte
         assert result.exit_code == 1
         (said,) = result.stderr.splitlines()
         assert message in said
-    code = (
-        "import sys; sys.modules['matplotlib'] = None; "
-        f"from attnshape.cli import app; app(['demo', '--out', {str(tmp_path / 'out')!r}])"
+    result = run(
+        call_without, "matplotlib", "demo", "--out", str(tmp_path / "out"), forget=(*CALLED, "matplotlib")
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr == "attnshape demo needs: pip install matplotlib\n"
 
@@ -568,16 +568,28 @@ def test_other_commands_name_a_bad_device_in_one_line() -> None:
         assert "device: got 'cuda:x'" in said
 
 
+CALLED = ("attnshape.cli", "attnshape.__main__", "attnshape.demo")
+
+
+def call_without(package: str, *arguments: str) -> None:
+    sys.modules[package] = None  # type: ignore[assignment]
+    importlib.import_module("attnshape.cli").app(arguments)
+
+
 def test_without_the_extra_it_says_what_to_install() -> None:
-    code = "import sys; sys.modules['typer'] = None; import attnshape.__main__, attnshape.cli"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = run(call_without, "typer", forget=CALLED)
     assert result.returncode == 1
     assert result.stderr == "the command line needs: pip install typer rich\n"
 
 
 def test_module_runs() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "attnshape", "--help"], capture_output=True, text=True, check=True
-    )
+    result = run(run_module, "attnshape", "--help", forget=CALLED)
+    assert result.returncode == 0, result.stderr
     for command in ("bench", "compare", "credit", "demo", "serve"):
         assert command in result.stdout
+
+
+def run_module(name: str, *arguments: str) -> None:
+    """As `python -m name` does."""
+    sys.argv = [name, *arguments]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from support.processes import start
+from support.processes import run
 from support.reward_models import save
 
 from attnshape.serve.protocol import Completion
@@ -33,24 +33,20 @@ def test_it_fits_a_page(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES.keys() - OF_ITS_OWN))
-def test_it_runs(name: str, tmp_path: Path) -> None:
+def test_it_runs(name: str) -> None:
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
-    output = tmp_path / "output"
-    process = start(run, EXAMPLES[name], output, "default" if name in NEEDS else "error")
-    process.join()
-    assert process.exitcode == 0, output.read_text()[-3000:]
-    assert output.read_text().strip()
+    ended = run(example, EXAMPLES[name], "default" if name in NEEDS else "error")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stdout.strip()
 
 
-def run(path: Path, output: Path, warned: Any) -> None:
+def example(path: Path, warned: Any) -> None:
     """As `python path` does."""
     os.chdir(ROOT)
     sys.argv = [str(path)]
     warnings.simplefilter(warned)
-    with output.open("w") as sys.stdout:
-        sys.stderr = sys.stdout
-        runpy.run_path(str(path), run_name="__main__")
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def test_a_server_is_asked(

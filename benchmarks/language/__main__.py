@@ -161,12 +161,13 @@ def summary(*, out: Out = RESULTS) -> None:
     """Fold new records into the tables; write summary.json, the figures and the tables of the page."""
     collect(out, (MODELS, CREDIT, RUNS))
     made, credited, run = (list(table.read(out).values()) for table in (MODELS, CREDIT, RUNS))
-    if not credited:
-        raise typer.BadParameter(f"{out} has no credit of any reward model")
+    if not (made or credited or run):
+        raise typer.BadParameter(f"{out} has no records")
     found = summarise(made, credited, run)
     with whole_file(out / "summary.json") as file:
         file.write(json_rows(found, 2))
-    figures.credit(credited, out / "credit.png")
+    if credited:
+        figures.credit(credited, out / "credit.png")
     judged = [r for r in run if "gold" in r["initial"]]
     if judged:
         figures.leads(judged, out / "leads.png")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from benchmarks.language.cells import CELLS
+from benchmarks.language.rewards import study_models
 from benchmarks.language.summary import AS_GOOD, RULES, Estimate, cheap
 
 MEASURES = {"roc": "ROC", "signed": "sign", "fell": "fall"}
@@ -26,6 +28,9 @@ SHOWN = (
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    rows = list(rows)
+    if not rows or len(head) == 1:
+        return "Not run yet."
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -61,6 +66,29 @@ def credit(summary: dict[str, Any]) -> str:
         rows.append(row)
     counts = [summary["credit"][s]["last row"]["roc"].n for s in settings]
     return _table(["source", *(f"{s} ({n})" for s, n in zip(settings, counts, strict=True))], rows)
+
+
+def signs(summary: dict[str, Any]) -> str:
+    """Share of short polar phrases whose summed weight has the label's sign: all, and those turned around."""
+    settings = list(summary["credit"])
+    rows = []
+    for source in SHOWN:
+        found = [summary["credit"][setting].get(source, {}) for setting in settings]
+        if any("phrase_sign" in x for x in found):
+            cells = [f"{_cell(x.get('phrase_sign'))} / {_cell(x.get('negated_sign'))}" for x in found]
+            rows.append([source, *cells])
+    return _table(["source", *settings], rows)
+
+
+def state(summary: dict[str, Any]) -> str:
+    """How much of the study has been run."""
+    reward_models = len(study_models())
+    rows = [
+        ["reward models trained", summary["trained"], reward_models],
+        ["reward models whose credit was measured", summary["measured"], reward_models],
+        ["PPO and group runs", summary["runs"], len(CELLS)],
+    ]
+    return _table(["", "done", "of"], [[str(x) for x in row] for row in rows])
 
 
 def rules(summary: dict[str, Any]) -> str:
@@ -106,7 +134,7 @@ def leads(summary: dict[str, Any]) -> str:
         "",
         "own score's lead",
     ]
-    return _table(head, rows) if rows else "No pair of runs yet."
+    return _table(head, rows)
 
 
 def _error(found: Estimate) -> str:
@@ -119,8 +147,10 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def tables(summary: dict[str, Any]) -> dict[str, str]:
     return {
+        "state": state(summary),
         "accuracy": accuracy(summary),
         "credit": credit(summary),
+        "signs": signs(summary),
         "rules": rules(summary),
         "leads": leads(summary),
     }

@@ -193,7 +193,7 @@ def ppo_source(cell: Cell, watch: Watch) -> Callable[[ActorCritic, Any, Rollout]
 def group_config(cell: Cell, signed: bool) -> GroupConfig:
     share = 0.0 if cell.source == "plain" else cell.dense_share
     make = GroupConfig.rloo if cell.loop == "rloo" else GroupConfig.grpo
-    return make(dense_share=share, signed=signed)
+    return make(dense_share=share, signed="score" if signed else None)
 
 
 def train_groups(
@@ -216,11 +216,7 @@ def train_groups(
         with torch.no_grad():
             ref_logprobs, _, _ = reference(rollout, MIN_NEW_TOKENS)
         score, weights = judge.weigh(rollout, reads)
-        if weights is not None and signed:
-            # A[i] multiplies them: where it is negative, the tokens that lowered the score are to blame.
-            middle = score.view(-1, GROUP).mean(1).repeat_interleave(GROUP)
-            weights = weights * torch.where(score >= middle, 1.0, -1.0)[:, None]
-        elif weights is not None:
+        if weights is not None and not signed:
             weights = weights.abs()
             if cell.source == "ABC shuffled":
                 weights = shuffle(weights, mask, generator)

@@ -40,14 +40,14 @@ def estimate(values: Iterable[float]) -> Estimate:
 
 
 def setting_of(name: str) -> str:
-    return name.rpartition("_seed-")[0]
+    """A reward model's name without its seed; all of one that has none."""
+    return name.rpartition("_seed-")[0] or name
 
 
 def _by_setting(records: Iterable[Record]) -> dict[str, list[Record]]:
     out: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        if "_seed-" in record["name"]:
-            out[setting_of(record["name"])].append(record)
+        out[setting_of(record["name"])].append(record)
     return dict(out)
 
 
@@ -204,8 +204,8 @@ def verdict(lead: Estimate, ahead: int, pairs: int) -> str:
 def summarise(models: Sequence[Record], credit: Sequence[Record], runs: Sequence[Record]) -> dict[str, Any]:
     """Everything that the page and the figures show."""
     accuracy: dict[str, dict[str, Estimate]] = {}
-    gold = {r["name"]: [r] for r in models if r["name"] == "gold"}
-    for setting, rows in (_by_setting(models) | gold).items():
+    judges = [r for r in models if "held_out_nats" not in r]
+    for setting, rows in _by_setting(judges).items():
         measures = [m for m in rows[0] if m.endswith(("_accuracy", "_pairs"))]
         accuracy[setting] = {m: estimate(r[m] for r in rows) for m in measures}
     judged = [r for r in runs if "gold" in r["initial"]]
@@ -216,5 +216,7 @@ def summarise(models: Sequence[Record], credit: Sequence[Record], runs: Sequence
         "gold": comparisons(judged, gold_lead),
         "score": comparisons(runs, score_lead),
         "over_optimised": sorted(r["name"] for r in judged if over_optimised(r)),
+        "trained": sum("steps" in r for r in judges),
+        "measured": len(credit),
         "runs": len(runs),
     }

@@ -1,5 +1,6 @@
 """The compiled loops in real processes: their cache, threads, forks, interrupts."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -9,26 +10,36 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from support.processes import run_together
 
 import attnshape
-from attnshape.cpu import threads
+from attnshape.cpu import jit, threads
+from attnshape.cpu.whiten import merge
 
 ROOT = Path(__file__).parents[2]
-MERGE = """
-import logging, sys
-import numpy as np
-logging.basicConfig(level=logging.INFO, format="%(message)s")
-import attnshape
-early = {"numba", "attnshape.cpu"} & {*sys.modules}
-from attnshape.cpu.whiten import merge
-out = np.empty(3)
-merge(np.array([[2.0, 1.0, 0.0], [1.0, 4.0, 0.0]]), out)
-print(early, out, sum(merge.stats.cache_hits.values()))
-"""
-"""Two tokens at 1 and one at 4, by the loop that compiles fastest; and what importing the package loads."""
-MERGED = "set() [3. 2. 6.]"
+PARTS = [[2.0, 1.0, 0.0], [1.0, 4.0, 0.0]]  # two tokens at 1 and one at 4
+MERGED = "[3. 2. 6.]"
+
+
+def merge_in_a_new_process(folder: str) -> None:
+    """By the loop that compiles fastest, as a process does that has not used it."""
+    os.environ["NUMBA_CACHE_DIR"] = folder
+    for known in (jit.kept_in, jit._announce):
+        known.cache_clear()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    compiled, out = jit.entry(merge.py_func), np.empty(3)
+    compiled(np.array(PARTS), out)
+    print(out, sum(compiled.stats.cache_hits.values()))
+
+
+def merged(folder: Path, processes: int = 1) -> list[tuple[str, str]]:
+    """What each prints of the result and of how often it was loaded, and what it logs."""
+    ended = run_together(processes, merge_in_a_new_process, str(folder))
+    assert [x.returncode for x in ended] == [0] * processes, ended
+    return [(x.stdout.strip(), x.stderr) for x in ended]
 
 
 def run(program: str, cache: Path | str | None = None, paths: str = f"{ROOT}") -> "subprocess.Popen[str]":
@@ -53,35 +64,43 @@ def finished(process: "subprocess.Popen[str]") -> tuple[str, str]:
 
 
 def test_two_processes_compile_at_once_and_later_ones_load(tmp_path: Path) -> None:
-    """And nothing is imported or compiled until it is used."""
-    both = [run(MERGE, tmp_path) for _ in range(2)]
-    for process in both:
-        out, err = finished(process)
+    for out, err in merged(tmp_path, processes=2):
         assert out == f"{MERGED} 0"
         assert "compiling the loops for this CPU" in err
-    out, err = finished(run(MERGE, tmp_path))
+    [(out, err)] = merged(tmp_path)
     assert out == f"{MERGED} 1"
     assert "compiling" not in err
     for kept in tmp_path.rglob("*.nbc"):
         kept.write_bytes(kept.read_bytes()[:100])
-    out, err = finished(run(MERGE, tmp_path))
+    [(out, err)] = merged(tmp_path)
     assert out == f"{MERGED} 0"
     assert "compiling" in err
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    out, err = finished(run(MERGE, tmp_path / "file" / "below"))
+    [(out, err)] = merged(tmp_path / "file" / "below")
     assert out == f"{MERGED} 0"
     assert "set NUMBA_CACHE_DIR" in err
 
 
 def test_an_installed_package_is_not_written_to(tmp_path: Path) -> None:
+    """And importing it neither imports nor compiles what is not used yet."""
     subprocess.run(["cp", "-r", ROOT / "attnshape", ROOT / "csrc_triton", tmp_path], check=True)
     before = sorted(tmp_path.rglob("*"))
     cache = tmp_path.parent / f"{tmp_path.name}-cache"
-    out, _ = finished(run(MERGE, cache, f"{tmp_path}"))
-    assert out == f"{MERGED} 0"
+    program = f"""
+import sys
+import numpy as np
+import attnshape
+early = {{"numba", "attnshape.cpu"}} & {{*sys.modules}}
+from attnshape.cpu.whiten import merge
+out = np.empty(3)
+merge(np.array({PARTS}), out)
+print(early, out)
+"""
+    out, _ = finished(run(program, cache, f"{tmp_path}"))
+    assert out == f"set() {MERGED}"
     assert sorted(tmp_path.rglob("*")) == before
     assert list(cache.rglob("*.nbi"))
 
@@ -122,13 +141,14 @@ if __name__ == "__main__":
 def test_an_interrupt_ends_a_call_and_spoils_nothing() -> None:
     """Nor does the end of the process."""
     program = f"""{PARALLEL}
-import atexit, signal
+import atexit, os, signal
+parent = os.getppid()  # whose end ends this one
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born without it
 atexit.register(lambda: print(total() == want))
 want = total()
 print("ready", flush=True)
 try:
-    while True:
+    while os.getppid() == parent:
         total()
 except KeyboardInterrupt:
     pass

@@ -45,15 +45,16 @@ from attnshape.demo.run import (
 )
 
 MODELS = ModelConfig(
-    hidden_size=48,
-    reviews=2000,
-    review_words=(10, 20),
-    lm_steps=400,
-    pair_words=(4, 20),
+    hidden_size=32,
+    reviews=1500,
+    review_words=(10, 16),
+    lm_steps=200,
+    pair_words=(4, 16),
     rm_steps=300,
+    rm_lr=3e-3,
     held_out_pairs=1000,
 )
-PPO = PPOConfig(steps=50, new_tokens=16, min_new_tokens=10, lr=1e-3)
+PPO = PPOConfig(steps=40, new_tokens=12, min_new_tokens=8, lr=2e-3)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,9 +92,9 @@ def quiet() -> Console:
 
 def test_reward_model_learns_but_not_everything(trained: tuple[Path, TrainingMetrics]) -> None:
     folder, metrics = trained
-    assert 0.7 < metrics.accuracy < 0.95
+    assert 0.68 < metrics.accuracy < 0.95
     untrained = GPT2ForSequenceClassification(GPT2Config.from_pretrained(folder / REWARD_MODEL)).eval()
-    assert held_out_accuracy(untrained, MODELS)[0] < 0.65
+    assert held_out_accuracy(untrained, MODELS)[0] < 0.6
 
 
 def test_cache_is_reused_and_keyed_by_the_configuration(
@@ -127,7 +128,7 @@ def test_true_reward_rises(setup: Setup, method: str) -> None:
     assert sum(r["score"] for r in records[-10:]) / 10 > 0.5
     assert abs(records[0]["kl"]) < 1e-3  # the policy is its own reference at first
     assert records[-1]["kl"] > 0
-    assert all(10 <= r["length"] <= PPO.new_tokens and 0 <= r["end_mass"] < 1 for r in records)
+    assert all(PPO.shortest <= r["length"] <= PPO.new_tokens and 0 <= r["end_mass"] < 1 for r in records)
     entropy = [r["credit_entropy"] for r in records]
     assert max(entropy) == 0 if method == "sparse" else min(entropy) > 0.5
     for completion in completions:
@@ -414,7 +415,7 @@ def test_interrupted_run(
         models=MODELS,
         cache_dir=cache_dir,
         out=out,
-        ppo=PPOConfig(steps=100000, new_tokens=16, min_new_tokens=10),
+        ppo=replace(PPO, steps=100000),
     )
     cached = sorted(cache_dir.rglob("*"))
     process = start(run_on_terminal, config, output, errors)

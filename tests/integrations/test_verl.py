@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
-import subprocess
 import sys
 from importlib import metadata
 from types import SimpleNamespace
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.processes import run
 from torch import Tensor
 
 from attnshape import ShapingConfig, reference
@@ -53,17 +54,17 @@ def test_other_names_are_not_there() -> None:
 @pytest.mark.parametrize(("value", "status"), [("0", 0), ("1", 1)])
 def test_the_plugin_where_there_is_no_verl(value: str, status: int) -> None:
     """On, it ends the process; off, it does not even import the adapter."""
-    code = (
-        "import sys\nfrom attnshape.integrations import framework\n"
-        "framework.version = lambda name: '0.8.0'\n"
-        "import attnshape.integrations.verl_plugin\n"
-        "assert 'attnshape.integrations.verl' not in sys.modules"
-    )
-    env = {**os.environ, "ATTNSHAPE_VERL_GAE": value}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)
+    done = run(import_plugin, value, forget=("attnshape.integrations",))
     assert done.returncode == status, done.stderr
     assert done.stdout == ""
     assert ("ATTNSHAPE_VERL_GAE: verl 0.8.0 is not supported, want verl 0.9.1" in done.stderr) == bool(status)
+
+
+def import_plugin(value: str) -> None:
+    os.environ["ATTNSHAPE_VERL_GAE"] = value
+    importlib.import_module("attnshape.integrations.framework").version = lambda name: "0.8.0"
+    importlib.import_module("attnshape.integrations.verl_plugin")
+    assert "attnshape.integrations.verl" not in sys.modules
 
 
 def test_a_score_with_credit_is_one_reward_per_token() -> None:

@@ -83,7 +83,8 @@ def test_another_tokenizers_weights_come_back_to_the_policys_tokens(setup: rl.Se
 
 
 @pytest.mark.parametrize(
-    ("loop", "source"), [("ppo", "leave-one-out, signed"), ("grpo", "ABC"), ("rloo", "plain")]
+    ("loop", "source"),
+    [("ppo", "leave-one-out, signed"), ("grpo", "gradient x value, signed"), ("rloo", "ABC")],
 )
 def test_a_run_on_saved_folders(setup: rl.Setup, loop: str, source: str) -> None:
     cell = Cell(loop=loop, source=source, reward_model="judge", seed=0, steps=2)  # type: ignore[arg-type]

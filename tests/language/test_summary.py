@@ -114,3 +114,9 @@ def test_the_page_has_every_table_and_the_figures_are_drawn(tmp_path: Path) -> N
     figures.leads(runs, tmp_path / "leads.png")
     figures.frontier(runs, tmp_path / "frontier.png")
     assert all((tmp_path / f"{n}.png").stat().st_size > 5000 for n in ("credit", "leads", "frontier"))
+
+
+def test_an_empty_study_says_so() -> None:
+    made = tables(summarise([], [], []))
+    assert all(made[name] == "Not run yet." for name in ("accuracy", "credit", "signs", "rules", "leads"))
+    assert "| reward models trained | 0 |" in made["state"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import re
@@ -21,6 +22,7 @@ import httpx2
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
+from support.processes import run
 from support.reward_models import LIMIT, save, tokenizer
 from typer.testing import CliRunner
 
@@ -40,7 +42,7 @@ def wait_for(condition: Callable[[], object]) -> None:
     end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end
-        time.sleep(0.02)
+        time.sleep(0.1)  # each look is a request to the server, which has better things to do
 
 
 @dataclass
@@ -336,7 +338,11 @@ def test_what_cannot_work_is_one_line(folder: Path, tmp_path: Path) -> None:
 
 
 def test_without_the_extra_it_says_what_to_install() -> None:
-    code = "import sys; sys.modules['fastapi'] = None; from attnshape.cli import app; app(['serve', 'm'])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = run(call_without_fastapi, forget=("attnshape.cli", "attnshape.serve"))
     assert result.returncode == 1
     assert result.stderr == "attnshape serve needs: pip install fastapi uvicorn prometheus-client\n"
+
+
+def call_without_fastapi() -> None:
+    sys.modules["fastapi"] = None  # type: ignore[assignment]
+    importlib.import_module("attnshape.cli").app(["serve", "m"])

@@ -1,9 +1,13 @@
-"""Copies of the tests' process, which can be killed."""
+"""Copies of the tests' process, which can be killed, or made to forget what they have imported."""
 
 import multiprocessing
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 FORK = multiprocessing.get_context("fork")
@@ -20,3 +24,39 @@ def start(function: Callable[..., Any], *arguments: Any, **options: Any) -> Base
 def _lead(function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     os.setsid()
     function(*arguments, **options)
+
+
+Ended = subprocess.CompletedProcess[str]
+
+
+def run(function: Callable[..., Any], *arguments: Any, forget: Iterable[str] = ()) -> Ended:
+    """What a function prints and ends with in a process that has not imported these packages."""
+    [ended] = run_together(1, function, *arguments, forget=forget)
+    return ended
+
+
+def run_together(
+    count: int, function: Callable[..., Any], *arguments: Any, forget: Iterable[str] = ()
+) -> list[Ended]:
+    """The same in several processes at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [(Path(folder, f"{i}.out"), Path(folder, f"{i}.err")) for i in range(count)]
+        begun = [start(_print_to, *pair, tuple(forget), function, arguments) for pair in files]
+        for process in begun:
+            process.join()
+        return [
+            Ended([], process.exitcode or 0, *(path.read_text(encoding="utf-8") for path in pair))
+            for process, pair in zip(begun, files, strict=True)
+        ]
+
+
+def _print_to(
+    out: Path, err: Path, forget: tuple[str, ...], function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    # Open to the end: what is not caught here is printed afterwards.
+    sys.stdout = out.open("w", encoding="utf-8", buffering=1)
+    sys.stderr = err.open("w", encoding="utf-8", buffering=1)
+    for name in [*sys.modules]:
+        if any(f"{name}.".startswith(f"{package}.") for package in forget):
+            del sys.modules[name]
+    function(*arguments)

@@ -305,6 +305,8 @@ def off_of(model: Any) -> Any:
 
 NO_CACHE = {"enable_prefix_caching": False}
 CACHE = {"enable_prefix_caching": True}
+SMALL_BLOCKS = {"block_size": 32}
+"""Of 128 tokens by default on a CPU."""
 V2 = {
     "VLLM_USE_V2_MODEL_RUNNER": "1",
     "TRITON_INTERPRET": "1",
@@ -324,17 +326,18 @@ CELLS = {
         cached=True,
     ),
     "llama, a cache too small": Cell(
-        options={"num_gpu_blocks_override": 20, "enable_chunked_prefill": True, **CACHE},
+        options={"num_gpu_blocks_override": 36, "enable_chunked_prefill": True, **SMALL_BLOCKS, **CACHE},
         rounds=2,
         shared=64,
         cached=True,
     ),
-    "llama, heads of 16": Cell("narrow", NO_CACHE),
+    "llama, heads of 80": Cell("wide", NO_CACHE),
     "two labels": Cell(
         "two_labels",
         {
             "io_processor_plugin": "attnshape",
             "additional_config": {"attnshape": {"score_fn": SCORE_FN}},
+            **SMALL_BLOCKS,
             **CACHE,
         },
         rounds=2,
@@ -342,16 +345,18 @@ CELLS = {
         checks=(text_in_and_credit_out,),
     ),
     "qwen2, torch.compile": Cell("qwen2", {"enforce_eager": False, **NO_CACHE}),
-    "qwen3": Cell("qwen3", NO_CACHE),
-    "mistral": Cell("mistral", CACHE, rounds=2, cached=True),
+    "qwen3": Cell("qwen3", {**SMALL_BLOCKS, **NO_CACHE}),
+    "mistral": Cell("mistral", {**SMALL_BLOCKS, **CACHE}, rounds=2, cached=True),
     "gemma2": Cell("gemma2", NO_CACHE, checks=(mutations,)),
-    "gemma2, last layer full": Cell("gemma2_full", CACHE, rounds=2, cached=True),
+    "gemma2, last layer full": Cell("gemma2_full", {**SMALL_BLOCKS, **CACHE}, rounds=2, cached=True),
     "no plugin": Cell(environment={"VLLM_PLUGINS": "none"}, checks=(kept_plain,), compares=False),
     "others' bits": Cell(checks=(same_bits,), compares=False),
     "tensor parallel 2": Cell(
         options={"tensor_parallel_size": 2, **NO_CACHE}, environment=TWO, checks=(one_rank_refuses,)
     ),
-    "V2 runner, FLASH_ATTN": Cell("gemma2", NO_CACHE, backend="FLASH_ATTN", environment=V2, prompts=10),
+    "V2 runner, FLASH_ATTN": Cell(
+        "gemma2", {**SMALL_BLOCKS, **NO_CACHE}, backend="FLASH_ATTN", environment=V2, prompts=10
+    ),
     **{
         f"V2 runner, TRITON_ATTN, {layout}": Cell(
             "mistral" if layout == "LBNHC" else "llama",

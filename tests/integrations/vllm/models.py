@@ -44,9 +44,9 @@ SIZE = {
 GEMMA = {"sliding_window": 48, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 32}
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForSequenceClassification, {}),
-    "narrow": (LlamaConfig, LlamaForSequenceClassification, {"head_dim": 16}),
+    "wide": (LlamaConfig, LlamaForSequenceClassification, {"head_dim": 80}),
     "two_labels": (LlamaConfig, LlamaForSequenceClassification, {"num_labels": 2}),
-    "qwen2": (Qwen2Config, Qwen2ForSequenceClassification, {"head_dim": 16}),
+    "qwen2": (Qwen2Config, Qwen2ForSequenceClassification, {"hidden_size": 128}),
     "qwen3": (Qwen3Config, Qwen3ForSequenceClassification, {}),
     "gemma2": (Gemma2Config, Gemma2ForSequenceClassification, GEMMA),  # the last layer has a window
     "gemma2_full": (Gemma2Config, Gemma2ForSequenceClassification, {**GEMMA, "num_hidden_layers": 4}),
