@@ -362,7 +362,7 @@ def measured(known: Facts, targets: Iterable[str] = TARGETS, wanted: str = "") -
     targets = list(targets)
     by_backend = {
         backend: list(captured_launches((x for x in calls() if re.search(wanted, x[0])), backend))
-        for backend in {TARGETS[target][0] for target in targets}
+        for backend in dict.fromkeys(TARGETS[target][0] for target in targets)
     }
     launches = {target: by_backend[TARGETS[target][0]] for target in targets}
     launched = {target: [x.variant(gpu_of(target)) for x in launches[target]] for target in targets}
