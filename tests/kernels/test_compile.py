@@ -250,7 +250,8 @@ def kinds() -> dict:
 
 
 def test_shapes_do_not_recompile(kinds: dict) -> None:
-    assert 4 <= len(kinds["needed"]) <= 12, kinds["needed"]
+    # Those that sweep twice: with rows that begin at multiples of 4 tokens, and without.
+    assert 4 <= len(kinds["needed"]) <= 20, kinds["needed"]
 
 
 def test_what_a_launcher_takes_for_alike_compiles_alike(kinds: dict) -> None:
