@@ -153,7 +153,7 @@ def _access(element: ir.Type, size: int) -> tuple[Any, Any]:
 
 
 read_f32s, write_f32s = _access(ir.FloatType(), 4)
-read_f64s, write_f64s = _access(ir.DoubleType(), 8)
+_, write_f64s = _access(ir.DoubleType(), 8)
 
 
 # Dot products -------------------------------------------------------------------------------------------
