@@ -65,9 +65,7 @@ def _function(
     """The function that computes."""
     chosen, _ = chosen_backend(backend, device, layers, *tensors)
     if chosen == "cpu":
-        from attnshape import cpu  # numba takes a while to import
-
-        return getattr(cpu, name)  # type: ignore[no-any-return]
+        return _compiled_loop(name)
     if chosen == "torch":
         return getattr(vectorized, name)  # type: ignore[no-any-return]
     from attnshape import triton_backend
@@ -76,6 +74,13 @@ def _function(
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return functools.partial(_on_device, device, function)
     return function
+
+
+@functools.cache
+def _compiled_loop(name: str) -> Callable[..., Any]:
+    from attnshape import cpu  # numba takes a while to import
+
+    return getattr(cpu, name)  # type: ignore[no-any-return]
 
 
 def _on_device(device: torch.device, function: Callable[..., Any], *arguments: object) -> Any:

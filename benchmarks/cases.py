@@ -14,6 +14,7 @@ SWEEPS = (Shape(4096, 512), Shape(2048, 4096), Shape(512, 32768))
 LONG = (Shape(1, 131072), Shape(8, 32768))
 UNEQUAL = tuple(Shape(64, 32768, lengths=(200,) * 63 + (32768,), packed=packed) for packed in (False, True))
 SMALL = Shape(8, 256, 512)
+CPU_ROWS = Shape(4, 1024, 2048)
 COLUMN = Shape(4, 2048, 4096)
 HOLES = Shape(256, 1024, holes=True)
 
@@ -26,6 +27,7 @@ MODELS = {
 }
 """Query heads, key heads and head width, as the models' configurations say."""
 
+FRESH = "copy into fresh memory"
 PLAIN_TOKENS, PLAIN_WIDTH = 1 << 22, 2048
 """A loop over tokens is not timed on more: it only takes longer."""
 
@@ -34,18 +36,26 @@ class Budget(NamedTuple):
     """A limit in seconds, from the time that a copy of the same bytes takes."""
 
     of_copy: float = 0.0  # this share of the copy's bandwidth
+    of_fresh: float = 0.0  # this share of the bandwidth of a copy into fresh memory
     times_copy: float = 0.0  # this many times its time
     seconds: float = 0.0
+    of_plain: float = 0.0  # plain PyTorch takes this many times as long, at least
 
-    def limit(self, copy_seconds: float) -> float | None:
-        """None where there is no budget."""
+    def limit(self, copy_seconds: float, fresh_seconds: float = 0.0) -> float | None:
+        """None where there is no budget, or one over plain PyTorch."""
         if self.of_copy:
             return copy_seconds / self.of_copy
+        if self.of_fresh:
+            return fresh_seconds / self.of_fresh
         return self.times_copy * copy_seconds or self.seconds or None
 
     def __str__(self) -> str:
         if self.of_copy:
             return f"{self.of_copy:.0%} of a copy"
+        if self.of_fresh:
+            return f"{self.of_fresh:.0%} of a copy into fresh memory"
+        if self.of_plain:
+            return f"{self.of_plain:g} x plain PyTorch"
         if self.times_copy:
             return f"{self.times_copy} x a copy"
         return f"{self.seconds * 1e6:.0f} us" if self.seconds else "none"
@@ -78,7 +88,21 @@ def suite_cases(device_type: str) -> Iterator[tuple[Case, Budget]]:
         yield from budget_cases()
     budgeted = {case for case, _ in budget_cases()} if device_type == "cuda" else set()
     cases = _gpu_cases() if device_type == "cuda" else _cpu_cases()
-    yield from ((case, NONE) for case in dict.fromkeys(cases) if case not in budgeted)
+    for case in dict.fromkeys(cases):
+        if case not in budgeted:
+            yield case, NONE if device_type == "cuda" else cpu_budget(case)
+
+
+def cpu_budget(case: Case) -> Budget:
+    if case.what in ("whiten", "column"):
+        return Budget(of_plain=1)
+    if case.what == "gae" and case.shape.tokens == 64 * 128:
+        return Budget(seconds=60e-6)
+    if case.what in ("gae", "sweep") and case.shape.tokens >= 1 << 20 and not case.shape.lengths:
+        return Budget(of_fresh=0.35)
+    if case.what in ("fused", "row") and case.shape == CPU_ROWS:
+        return Budget(of_fresh=0.6)
+    return NONE
 
 
 def _gpu_cases() -> Iterator[Case]:
@@ -104,14 +128,16 @@ def _cpu_cases() -> Iterator[Case]:
         for keys in (512, 2048):
             yield Case("fused", Shape(batch, keys // 2, keys), torch.float32)
     yield Case("fused", Shape(4, 256, 2048), torch.float32)
+    yield Case("fused", CPU_ROWS, torch.float32)
+    yield Case("fused", CPU_ROWS)
     yield from _of_models(Shape(2, 512, 1024), torch.float32)
     for dtype in (torch.bfloat16, torch.float16):
         yield Case("fused", Shape(4, 256, 512), dtype)
     parts: tuple[What, ...] = ("apart", "credit", "row")
-    yield from (Case(what, Shape(4, 1024, 2048), torch.float32) for what in parts)
+    yield from (Case(what, CPU_ROWS, torch.float32) for what in parts)
     sweeps = (Shape(64, 128), Shape(256, 1024), Shape(1024, 2048), LONG[0])
     yield from _recurrences(sweeps, (*sweeps, Shape(64, 32768)))
-    yield Case("gae", Shape(8192, 4096))
+    yield from (Case("gae", Shape(8192, 4096), lam=lam) for lam in (0.95, 1.0))
     yield from (Case("whiten", shape) for shape in sweeps[:3])
     yield Case("column", Shape(1, 256, 512), torch.float32)
 

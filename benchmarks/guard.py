@@ -31,8 +31,7 @@ class Change(NamedTuple):
         return self.now.low > self.before.high
 
     def __str__(self) -> str:
-        before, now = (f"{x} ({x.low:.3g} to {x.high:.3g})" for x in (self.before, self.now))
-        return f"{self.benchmark}, over {self.over}: {before} before, {now} now"
+        return f"{self.benchmark}, over {self.over}: {self.before} before, {self.now} now"
 
 
 def changes(base: Run, new: Run) -> Iterator[Change]:

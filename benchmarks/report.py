@@ -19,6 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from attnshape.bench.machine import in_words
 from attnshape.bench.measure import PLAIN, TORCH
+from benchmarks.cases import FRESH
 from benchmarks.results import ROOT, Info, Run, committed, load, ratio
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -90,6 +91,7 @@ def report(run: Run) -> str:
     sections["Peers"] = [*peer_table(run), "", *(f"- missing: {x}, {why}" for x, why in run.missing.items())]
     sections["A reward model's forward"] = [*forward_table(run), "", *memory_table(run)]
     sections["What a call costs the host"] = host_table(run)
+    sections["On a CPU: memory, and a machine that is busy"] = loops_table(run)
     for title, content in sections.items():
         if any(content):
             lines += ["", f"## {title}", "", *content]
@@ -101,7 +103,8 @@ def commit_text(run: Run) -> str:
 
 
 def case_table(infos: Sequence[Info]) -> list[str]:
-    others = [name for name in (PLAIN, TORCH, "attention forward") if any(ratio(x, name) for x in infos)]
+    names = (FRESH, PLAIN, TORCH, "attention forward")
+    others = [name for name in names if any(ratio(x, name) for x in infos)]
     of_gpu = (
         ("wall_seconds", "read_seconds", "estimate_seconds") if "read_seconds" in (infos or [{}])[0] else ()
     )
@@ -155,6 +158,11 @@ def memory_table(run: Run) -> list[str]:
     headings = ["bytes at most", "bare", "more: tap and shaping", "more: eager"]
     headings += ["held until shaping: tap", "held: eager", "eager over tap", "budget"]
     return table(headings, rows)
+
+
+def loops_table(run: Run) -> list[str]:
+    rows = [[x["case"], x["measured"], budget_text(x)] for x in run.suite("loops")]
+    return table(["", "measured", "budget"], rows)
 
 
 def host_table(run: Run) -> list[str]:
@@ -290,7 +298,7 @@ def machine_section(run: Run) -> Iterator[str]:
     yield ""
     yield from table(["peer", "times as long as ours", "at"], peer_rows(run))
     yield ""
-    headings = ["call", "shapes", f"{PLAIN}, times as long", "share of a copy's bandwidth"]
+    headings = ["call", "shapes", f"{PLAIN}, times as long", "share of a copy's bandwidth", f"of a {FRESH}'s"]
     yield from table(headings, call_rows(run))
     yield ""
     if run.missing:
@@ -320,7 +328,9 @@ def call_rows(run: Run) -> Iterator[list[str]]:
         gains = sorted(x["ratios"][PLAIN]["value"] for x in found if PLAIN in x["ratios"])
         shares = sorted(x["ratios"]["copy"]["value"] for x in found)
         gain = f"{gains[0]:.3g} to {gains[-1]:.3g}" if gains else ""
-        yield [f"`{what}`", str(len(found)), gain, f"{shares[0]:.1%} to {shares[-1]:.1%}"]
+        fresh = sorted(x["ratios"][FRESH]["value"] for x in found if FRESH in x["ratios"])
+        of_fresh = f"{fresh[0]:.1%} to {fresh[-1]:.1%}" if fresh else ""
+        yield [f"`{what}`", str(len(found)), gain, f"{shares[0]:.1%} to {shares[-1]:.1%}", of_fresh]
 
 
 def peer_rows(run: Run) -> Iterator[list[str]]:

@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from attnshape.bench.cases import Case, random_arguments
-from attnshape.bench.measure import check, measure
-from attnshape.bench.timing import Call, sets_for, time_calls
-from benchmarks.cases import Budget, made_small, suite_cases, with_plain
+from attnshape.bench.measure import PLAIN, check, measure
+from attnshape.bench.timing import Call, fresh_copy_calls, sets_for, time_calls
+from benchmarks.cases import FRESH, Budget, made_small, suite_cases, with_plain
 from benchmarks.cost_model import Gpu, estimate
 from benchmarks.read_pass import read_calls
 from benchmarks.record import Promise, Recorder
 
+OUTPUTS = {"fused": 5, "apart": 5, "sweep": 5, "gae": 2}
+"""How many tensors a call makes."""
 SUITES = {
     "fused": "fused",
     "apart": "stages",
@@ -46,10 +48,15 @@ def test_case(
         check(case, random_arguments(case, device, 0))
         return
     more = {"attention forward": [forward_call(case, device)]} if case.what == "column" else {}
+    if device.type == "cpu":
+        more[FRESH] = fresh_copy_calls(case.bytes, OUTPUTS.get(case.what, 1))
     m = measure(case, device, seconds, plain=with_plain(case), more=more)
     facts = m.facts()
-    limit = budget.limit(m.copy.seconds)
+    fresh = m.baselines[FRESH].seconds if FRESH in more else 0.0
+    limit = budget.limit(m.copy.seconds, fresh)
     promise = None if limit is None else Promise(str(budget), m.ours.seconds, limit)
+    if budget.of_plain:
+        promise = Promise(str(budget), m.gain(PLAIN).value, budget.of_plain, at_most=False, unit="x")
     if case.what == "column" and device.type == "cuda":
         limit = 1.3 * m.baselines["attention forward"].seconds
         promise = Promise("1.3 x one attention forward", m.ours.seconds, limit)

@@ -183,6 +183,13 @@ def copy_calls(size: int, sets: int, device: torch.device) -> list[Call]:
     return [lambda x=x: x[0].copy_(x[1]) for x in halves]  # type: ignore[misc]
 
 
+def fresh_copy_calls(size: int, parts: int) -> list[Call]:
+    """Copies that move ``size`` bytes each into memory that nobody has touched yet, as outputs are written:
+    into ``parts`` new tensors on the CPU."""
+    halves = [torch.ones(max(size // 8 // parts, 1)) for _ in range(parts)]
+    return [lambda: [torch.empty_like(x).copy_(x) for x in halves]]
+
+
 def sets_for(size: int, device: torch.device) -> int:
     """How many sets of tensors of ``size`` bytes are four times the second-level cache; two at least."""
     if device.type != "cuda":

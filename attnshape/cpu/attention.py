@@ -45,6 +45,8 @@ HEADS, KEY_HEADS, HEAD_WIDTH, LENGTH, WINDOW, CAUSAL, AT = range(7)
 SCALING, SOFTCAP = range(2)
 LAST_VISIBLE, GIVEN, LAST_RESPONSE = range(3)  # AT
 
+TILE = 64
+"""Keys that all queries of their head are multiplied with before the next: as many as a near cache holds."""
 NONE_VISIBLE, LOST = -1, -2
 WORK = 1 << 6
 """Products of a query's and a key's element that take about as long as a token of the loop over rows."""
@@ -100,48 +102,36 @@ def visible_keys(
 @inner
 def dots_of(
     places: Any, count: int, width: int, key: int, scaling: float, first: int, end: int, queries: int,
-    row: int, s: Any, o: int, apart: int,
+    tile: int, s: Any, o: int, apart: int,
 ) -> None:  # fmt: skip
-    """``s[o + h * apart + t]``: scaled products of ``count`` queries with the keys that are visible.
+    """``s[o + h * apart + t]``: scaled products of ``count`` queries with the keys ``first:end``.
 
     Args:
         width: of a head, made up to whole lanes where the queries stand.
         key: index of the element where the head's keys begin.
-        row: memory for one key.
+        tile: memory for ``TILE`` keys.
     """
     keys, kind, step = places[KEY, ADDRESS], places[KEY, KIND], places[KEY, OTHER]
     padded = width + -width % lanes.LANES
     copied = width != padded or places[KEY, TOKEN] != 1
-    fours = count - count % 4
-    for t in range(first, end):
-        if s[t] == 0.0:
-            continue
-        k, at, kind_now = key + t * step, keys, kind
+    size = padded * (8 if kind == F64 else 4)
+    if copied and kind != F64:
+        kind = F32
+    for t in range(first, end, TILE):
+        n, k = min(TILE, end - t), key + t * step
         if copied:
-            widened(places, KEY, k, width, padded, row)
-            k, at, kind_now = 0, row, (F64 if kind == F64 else F32)
-        for h in range(0, fours, 4):
-            if kind_now == BF16:
-                x = lanes.four_bf16(queries, padded, h * padded, at, k, padded)
-            elif kind_now == F32:
-                x = lanes.four_f32(queries, padded, h * padded, at, k, padded)
-            elif kind_now == F16:
-                x = lanes.four_f16(queries, padded, h * padded, at, k, padded)
-            else:
-                x = lanes.four_f64(queries, padded, h * padded, at, k, padded)
-            to = o + h * apart + t
-            s[to], s[to + apart] = scaling * x[0], scaling * x[1]
-            s[to + 2 * apart], s[to + 3 * apart] = scaling * x[2], scaling * x[3]
-        for h in range(fours, count):
-            if kind_now == BF16:
-                y = lanes.one_bf16(queries, h * padded, at, k, padded)
-            elif kind_now == F32:
-                y = lanes.one_f32(queries, h * padded, at, k, padded)
-            elif kind_now == F16:
-                y = lanes.one_f16(queries, h * padded, at, k, padded)
-            else:
-                y = lanes.one_f64(queries, h * padded, at, k, padded)
-            s[o + h * apart + t] = scaling * y
+            for j in range(n):
+                widened(places, KEY, k + j * step, width, padded, tile + j * size)
+        at, i, between = (tile, 0, padded) if copied else (keys, k, step)
+        to = o + t
+        if kind == BF16:
+            lanes.products_bf16(queries, padded, count, at, i, between, n, padded, scaling, s, to, apart)
+        elif kind == F32:
+            lanes.products_f32(queries, padded, count, at, i, between, n, padded, scaling, s, to, apart)
+        elif kind == F16:
+            lanes.products_f16(queries, padded, count, at, i, between, n, padded, scaling, s, to, apart)
+        else:
+            lanes.products_f64(queries, padded, count, at, i, between, n, padded, scaling, s, to, apart)
 
 
 @inner
@@ -201,7 +191,7 @@ def log_add_exp(x: float, y: float) -> float:
 @inner
 def attend_row(
     places: Any, layer: Any, numbers: Any, heads: Any, sinks: Any, b: int, base: int, p: int, first: int,
-    end: int, queries: int, row: int, s: Any, out: Any, o: int, share: float,
+    end: int, queries: int, tile: int, s: Any, out: Any, o: int, share: float,
 ) -> None:  # fmt: skip
     """Adds ``share`` times the mean over heads of the attention row to ``out[o + t]``."""
     apart, width = layer[LENGTH] + WIDTH, layer[HEAD_WIDTH]  # eight numbers at once may go past the end
@@ -220,7 +210,7 @@ def attend_row(
             count += 1
         key = b * places[KEY, ROW] + g * places[KEY, HEAD] + base * places[KEY, OTHER]
         dots_of(
-            places, count, width, key, numbers[SCALING], first, end, queries, row, s, scores, apart
+            places, count, width, key, numbers[SCALING], first, end, queries, tile, s, scores, apart
         )  # fmt: skip
         for i in range(count):
             h, x, seen = heads[done + i], scores + i * apart, 0
@@ -267,12 +257,12 @@ def attend(
         places: int64 ``[7, 6]``, by the names above.
         bounds, lost: see ``rows.sweep``; ``lost`` of all rows.
         heads: those that count, int64. sinks: float64 ``[Hq]``, or ``[0]``. last: int64 ``[B]``, or ``[0]``.
-        scratch: room for ``[2 + group, S + WIDTH] + BLOCK`` numbers. typed: bytes for ``group + 1`` heads.
+        scratch: room for ``[2 + group, S + WIDTH] + BLOCK`` numbers. typed: bytes for ``group + TILE`` heads.
         means: float64 ``[high - low, S]``, flat, and ``WIDTH`` more.
     """
     s, out = scratch_of(scratch), scratch_of(means)
-    row = typed.ctypes.data
-    queries = row + 8 * (layer[HEAD_WIDTH] + lanes.LANES)
+    tile = typed.ctypes.data
+    queries = tile + 8 * TILE * (layer[HEAD_WIDTH] + lanes.LANES)
     for b in range(low, high):
         base, length = 0, layer[LENGTH]
         if len(bounds) > 0:
@@ -284,7 +274,7 @@ def attend(
             for t in range(end, end + WIDTH):
                 s[t] = 0.0
             attend_row(
-                places, layer, numbers, heads, sinks, b, base, p, first, end, queries, row, s, out,
+                places, layer, numbers, heads, sinks, b, base, p, first, end, queries, tile, s, out,
                 (b - low) * layer[LENGTH], share,
             )  # fmt: skip
 
@@ -429,7 +419,7 @@ class Layer:
 
     def attend(self, lost: Array, last: Array, share: float, means: Array, low: int, high: int) -> None:
         scratch = np.empty((2 + self.group) * (self.keys + lanes.WIDTH) + BLOCK)
-        typed = np.empty(8 * (self.group + 1) * (self.width + lanes.LANES), np.uint8)
+        typed = np.empty(8 * (self.group + TILE) * (self.width + lanes.LANES), np.uint8)
         attend(
             self.places, self.bounds, lost, self.choices, self.numbers, self.heads, self.sinks, last, share,
             scratch, typed, means, low, high,

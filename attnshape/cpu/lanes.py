@@ -153,7 +153,7 @@ def _access(element: ir.Type, size: int) -> tuple[Any, Any]:
 
 
 read_f32s, write_f32s = _access(ir.FloatType(), 4)
-read_f64s, write_f64s = _access(ir.DoubleType(), 8)
+_, write_f64s = _access(ir.DoubleType(), 8)
 
 
 # Dot products -------------------------------------------------------------------------------------------
@@ -219,27 +219,6 @@ def multiply_add(typingctx: Any, total: Any, x: Any, y: Any) -> Any:
     return total(total, total, total), codegen
 
 
-@intrinsic
-def fold_lanes(typingctx: Any, x: Any) -> Any:
-    """Sum of the lanes, halves onto each other, as float64."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        [total] = arguments
-        width = LANES // 2
-        while width:
-            i32 = ir.IntType(32)
-            low = ir.Constant(ir.VectorType(i32, width), list(range(width)))
-            high = ir.Constant(ir.VectorType(i32, width), list(range(width, 2 * width)))
-            total = builder.fadd(
-                builder.shuffle_vector(total, total, low), builder.shuffle_vector(total, total, high)
-            )
-            width //= 2
-        one = builder.extract_element(total, ir.Constant(ir.IntType(32), 0))
-        return one if x.element == types.float64 else builder.fpext(one, ir.DoubleType())
-
-    return types.float64(x), codegen
-
-
 def _halves(builder: Any, x: Any, y: Any, width: int) -> Any:
     """``x`` and ``y``, each of parts of ``2 * width`` lanes, with each part's halves added: x's, then y's."""
     count, i32 = x.type.count, ir.IntType(32)
@@ -253,7 +232,7 @@ def _halves(builder: Any, x: Any, y: Any, width: int) -> Any:
 
 @intrinsic
 def fold_four(typingctx: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-    """``fold_lanes`` of each, all at once and to the same bits."""
+    """The sum of the lanes of each, halves onto each other, as float64."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         a, b, c, d = arguments
@@ -279,35 +258,51 @@ def _zero(lanes: _Lanes) -> Any:
     return zero
 
 
-def _dots(read_query: Any, read_key: Any, zero: Any) -> tuple[Any, Any]:
-    """Products of a key with four queries, or with one.
+def _products(read_query: Any, read_key: Any, zero: Any) -> Any:
+    """Scaled products of queries with the keys of a tile: four queries with a key, or a query with four keys.
 
-    Args of both: address of the queries, elements from one query to the next, index of the first; address of
-    the keys and index of the key; a width that is a multiple of 16. What they return is float64.
+    Args: address of the queries, elements from one to the next, their number; address of the keys, index of
+    the first, elements from one to the next, their number; a width that is a multiple of 16; where the first
+    product goes, and how far apart those of two queries are.
     """
 
     @inner
-    def four(
-        queries: int, apart: int, q: int, keys: int, k: int, width: int
-    ) -> tuple[float, float, float, float]:
-        a, b, c, d = zero(), zero(), zero(), zero()
-        for i in range(0, width, LANES):
-            key = read_key(keys, k + i)
-            a = multiply_add(a, read_query(queries, q + i), key)
-            b = multiply_add(b, read_query(queries, q + apart + i), key)
-            c = multiply_add(c, read_query(queries, q + 2 * apart + i), key)
-            d = multiply_add(d, read_query(queries, q + 3 * apart + i), key)
-        found: tuple[float, float, float, float] = fold_four(a, b, c, d)
-        return found
+    def products(
+        queries: int, between: int, count: int, keys: int, key: int, step: int, n: int, width: int,
+        scaling: float, s: Any, o: int, apart: int,
+    ) -> None:  # fmt: skip
+        for h in range(0, count - count % 4, 4):
+            q, to = h * between, o + h * apart
+            for t in range(n):
+                k = key + t * step
+                a, b, c, d = zero(), zero(), zero(), zero()
+                for i in range(0, width, LANES):
+                    x = read_key(keys, k + i)
+                    a = multiply_add(a, read_query(queries, q + i), x)
+                    b = multiply_add(b, read_query(queries, q + between + i), x)
+                    c = multiply_add(c, read_query(queries, q + 2 * between + i), x)
+                    d = multiply_add(d, read_query(queries, q + 3 * between + i), x)
+                sums = fold_four(a, b, c, d)
+                s[to + t], s[to + apart + t] = scaling * sums[0], scaling * sums[1]
+                s[to + 2 * apart + t], s[to + 3 * apart + t] = scaling * sums[2], scaling * sums[3]
+        for h in range(count - count % 4, count):
+            q, to = h * between, o + h * apart
+            for t in range(0, n, 4):
+                k0 = key + t * step
+                k1, k2 = key + min(t + 1, n - 1) * step, key + min(t + 2, n - 1) * step
+                k3 = key + min(t + 3, n - 1) * step
+                a, b, c, d = zero(), zero(), zero(), zero()
+                for i in range(0, width, LANES):
+                    x = read_query(queries, q + i)
+                    a = multiply_add(a, x, read_key(keys, k0 + i))
+                    b = multiply_add(b, x, read_key(keys, k1 + i))
+                    c = multiply_add(c, x, read_key(keys, k2 + i))
+                    d = multiply_add(d, x, read_key(keys, k3 + i))
+                sums = fold_four(a, b, c, d)
+                for j in range(min(4, n - t)):
+                    s[to + t + j] = scaling * sums[j]
 
-    @inner
-    def one(queries: int, q: int, keys: int, k: int, width: int) -> Any:
-        a = zero()
-        for i in range(0, width, LANES):
-            a = multiply_add(a, read_query(queries, q + i), read_key(keys, k + i))
-        return fold_lanes(a)
-
-    return four, one
+    return products
 
 
 _zero_f32, _zero_f64 = _zero(LANES_F32), _zero(LANES_F64)
@@ -316,7 +311,7 @@ _read_f64 = _reader(LANES_F64, ir.DoubleType(), _as_it_is, 8)
 _read_bf16 = _reader(LANES_F32, ir.IntType(16), _from_bfloat16, 2)
 _read_f16 = _reader(LANES_F32, ir.IntType(16), _from_float16, 2)
 
-four_f32, one_f32 = _dots(_read_f32, _read_f32, _zero_f32)
-four_f64, one_f64 = _dots(_read_f64, _read_f64, _zero_f64)
-four_bf16, one_bf16 = _dots(_read_f32, _read_bf16, _zero_f32)
-four_f16, one_f16 = _dots(_read_f32, _read_f16, _zero_f32)
+products_f32 = _products(_read_f32, _read_f32, _zero_f32)
+products_f64 = _products(_read_f64, _read_f64, _zero_f64)
+products_bf16 = _products(_read_f32, _read_bf16, _zero_f32)
+products_f16 = _products(_read_f32, _read_f16, _zero_f32)

@@ -46,24 +46,21 @@ def survey(
     places: Any, mask: int, row: int, base: int, length: int, at: int, s: Any, o: int
 ) -> tuple[int, int, int, int]:
     """The row's first unmasked token, the one after the last unmasked, how many are, whether ``at`` is."""
-    first, last, count, at_live = -1, -1, 0, 0
+    first, end, count, at_live = -1, 0, 0, 0
     for t in range(0, length, BLOCK):
         n = min(BLOCK, length - t)
-        found = count_live(places, mask, start_of(places, mask, row, base + t), n, s, o)
+        start = start_of(places, mask, row, base + t)
+        found = count_live(places, mask, start, n, s, o)
         count += found
         if found > 0:
-            first, last = t if first < 0 else first, t
-    if count == 0:
-        return 0, 0, 0, 0
-    load_mask(places, mask, start_of(places, mask, row, base + first), min(BLOCK, length - first), s, o)
-    j = 0
-    while s[o + j] == 0.0:
-        j += 1
-    first += j
-    n = min(BLOCK, length - last)
-    load_mask(places, mask, start_of(places, mask, row, base + last), n, s, o)
-    while s[o + n - 1] == 0.0:
-        n -= 1
-    if 0 <= at < length:
+            before, after = 0, n
+            if found < n:
+                load_mask(places, mask, start, n, s, o)
+                while s[o + before] == 0.0:
+                    before += 1
+                while s[o + after - 1] == 0.0:
+                    after -= 1
+            first, end = t + before if first < 0 else first, t + after
+    if 0 <= at < length and count > 0:
         at_live = load_mask(places, mask, start_of(places, mask, row, base + at), 1, s, o)
-    return first, last + n, count, at_live
+    return max(first, 0), end, count, at_live

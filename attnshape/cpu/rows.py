@@ -65,6 +65,8 @@ ROW_INTEGERS, ROW_NUMBERS = 15, 6
 
 @inner
 def fill_row(places: Any, b: int, token: int, n: int, x: float) -> None:
+    if n <= 0:
+        return
     for name in range(REWARDS, RETURNS + 1):
         fill(places, name, start_of(places, name, b, token), n, x)
 

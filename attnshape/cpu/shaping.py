@@ -14,7 +14,7 @@ from attnshape.cpu import rewards, rows
 from attnshape.cpu.advantages import WAYS
 from attnshape.cpu.attention import raw_credit
 from attnshape.cpu.layout import HELD, bounds_of
-from attnshape.cpu.memory import KINDS, NOWHERE, place_of
+from attnshape.cpu.memory import KINDS, place_of
 from attnshape.cpu.threads import over_rows
 from attnshape.types import (
     KL,
@@ -116,9 +116,9 @@ class Call:
 
     def run(self) -> None:
         tensors = self.tensors
-        flat: list[int] = []
-        for name in range(rows.PLACES):
-            flat += place_of(tensors[name]) if name in tensors else NOWHERE
+        flat = [0] * (4 * rows.PLACES)
+        for name, x in tensors.items():
+            flat[4 * name : 4 * name + 4] = place_of(x)
         places = np.frombuffer(array("q", flat), np.int64).reshape(-1, 4)
         choices, numbers = np.array(self.choices), np.array(self.numbers)
         bounds, lost = self.bounds, self.lost

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 TOKENS = 1 << 16
-"""Work that a thread takes at once, and below which one thread is enough: some 50 us."""
+"""Work that a thread takes at once, at least, and below which one thread is enough: some 100 us."""
 
 _pool: ThreadPoolExecutor | None = None
 _lock = threading.Lock()
@@ -45,9 +45,11 @@ def over_rows(compute: Callable[[int, int], None], rows: int, work: int, multipl
         work: tokens of a row.
         multiple: of rows, that are taken at once.
     """
-    step = max(TOKENS // max(work, 1) // multiple, 1) * multiple
+    threads = torch.get_num_threads()
+    size = min(max(rows * work // (16 * threads), TOKENS), 8 * TOKENS)  # few takings
+    step = max(size // max(work, 1) // multiple, 1) * multiple
     pieces = -(-rows // step)
-    threads = min(torch.get_num_threads(), pieces)
+    threads = min(threads, pieces)
     if threads <= 1:
         compute(0, rows)
         return

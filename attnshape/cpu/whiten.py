@@ -13,6 +13,7 @@ from attnshape.config import Whitening
 from attnshape.cpu.advantages import add_moments, moments_of
 from attnshape.cpu.blocks import load, load_mask, start_of, store
 from attnshape.cpu.jit import entry, inner
+from attnshape.cpu.lanes import WIDTH, get, put, splat, where
 from attnshape.cpu.layout import BLOCK, HELD, LIVE, REWARDS
 from attnshape.cpu.memory import KINDS, scratch_of, table_of
 from attnshape.cpu.threads import over_rows
@@ -76,7 +77,7 @@ def merge(moments: Any, out: Any) -> None:
 @entry
 def apply(
     places: Any, width: int, moments: Any, bessel: bool, eps: float, eps_mode: int, shift_mean: bool,
-    zero_masked: bool, scratch: Any, low: int, high: int,
+    whiten_masked: bool, scratch: Any, low: int, high: int,
 ) -> None:  # fmt: skip
     """``(x - mean) * scale`` of chunks ``low:high``."""
     s = scratch_of(scratch)
@@ -88,18 +89,19 @@ def apply(
         scale = 1.0 / np.sqrt(variance + eps)
     else:
         scale = 1.0 / np.sqrt(eps if variance < eps else variance)
-    kept = 0.0 if shift_mean else mean
+    none, centre, factor, kept = splat(0.0), splat(mean), splat(scale), splat(0.0 if shift_mean else mean)
     for unit in range(low, high):
         row, first, length = chunk_of(unit, width)
         for t in range(first, first + length, BLOCK):
             n = min(BLOCK, first + length - t)
             load(places, X, start_of(places, X, row, t), n, s, REWARDS)
-            for j in range(n):
-                s[REWARDS + j] = (s[REWARDS + j] - mean) * scale + kept
-            if zero_masked:
+            if not whiten_masked:
                 load_mask(places, MASK, start_of(places, MASK, row, t), n, s, LIVE)
-                for j in range(n):
-                    s[REWARDS + j] = s[REWARDS + j] if s[LIVE + j] != 0.0 else 0.0
+            for j in range(0, BLOCK, WIDTH):
+                x = (get(s, REWARDS + j) - centre) * factor + kept
+                if not whiten_masked:
+                    x = where(get(s, LIVE + j) != none, x, none)
+                put(s, REWARDS + j, x)
             store(places, OUT, start_of(places, OUT, row, t), n, s, REWARDS)
 
 
@@ -137,7 +139,7 @@ def whiten(
     def applied(low: int, high: int, held: object = tensors) -> None:
         apply(
             places, width, folded, config.bessel, config.eps, mode, config.shift_mean,
-            not config.whiten_masked, np.zeros(HELD), low, high,
+            config.whiten_masked, np.zeros(HELD), low, high,
         )  # fmt: skip
 
     over_rows(applied, units, work)

@@ -232,7 +232,7 @@ PEERS = {
     "openrlhf": Peer("openrlhf", openrlhf, ours_gae, ragged=True, most=(512, 8192)),
     "torchrl": Peer("torchrl", torchrl, ours_gae, most=(512, 1024)),
     "slime": Peer("slime", slime, ours_gae, least_gain=1),
-    "doubling": Peer("", doubling, ours_gae, most=(512, 8192)),
+    "doubling": Peer("", doubling, ours_gae, least_gain=1),
     "rl-triton": Peer("rl_triton", rl_triton, ours_gae, only_cuda=True),
     "flashinfer": Peer("flashinfer", flashinfer, ours_row, only_cuda=True, what="row"),
 }

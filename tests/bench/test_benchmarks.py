@@ -166,7 +166,7 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_suite_leaves_its_figures(dry_run: Path) -> None:
     run = load(dry_run)
-    suites = {*report.SUITES, "forward", "memory", "host"}
+    suites = {*report.SUITES, "forward", "memory", "host", "loops"}
     assert {info["suite"] for info in run.benchmarks.values()} == suites
     for info in run.benchmarks.values():
         assert info["seconds"] > 0
@@ -177,7 +177,7 @@ def test_every_suite_leaves_its_figures(dry_run: Path) -> None:
         assert {"ours", "copy"} <= set(info["seconds_of"])
         assert info["ratios"]["copy"]["value"] > 0
     column = run.benchmarks["test_case[column, B 3 S 64 R 40, float32]"]
-    assert set(column["ratios"]) == {"copy", "plain PyTorch", "attention forward"}
+    assert set(column["ratios"]) == {"copy", "copy into fresh memory", "plain PyTorch", "attention forward"}
     held = run.suite("memory")[0]["held_bytes"]
     assert held["tapped"] < held["eager_forward"]
     assert set(run.missing) == set(PEERS) - {"doubling"}

@@ -227,7 +227,9 @@ def test_worse_is_what_the_spread_does_not_explain(
     text = guard.report(load(file), load(changed(tmp_path, "plain PyTorch", value, spread)))
     worse, better = verdict
     assert text.startswith(f"3 ratios compared with {file}: {worse} worse, {better} better")
-    assert ("worse: test_case[gae], over plain PyTorch: 40.0 (36 to 44) before, 30.0" in text) == bool(worse)
+    assert ("worse: test_case[gae], over plain PyTorch: 40.0 (36.0 to 44.0) before, 30.0" in text) == bool(
+        worse
+    )
 
 
 def test_the_guard_names_what_is_gone(file: Path, tmp_path: Path) -> None:

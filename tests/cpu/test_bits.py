@@ -13,6 +13,7 @@ import attnshape
 from attnshape import AttentionInputs, Response, ShapingConfig
 from attnshape.cpu import arithmetic, lanes
 from attnshape.cpu.jit import OPTIONS, entry
+from attnshape.cpu.memory import scratch_of
 from attnshape.types import decay, float32_rounded
 
 
@@ -121,14 +122,16 @@ def test_nothing_is_contracted() -> None:
     assert OPTIONS["fastmath"] is False
 
     @entry
-    def products(x: Any, y: Any, total: Any) -> float:
-        return lanes.one_f64(x.ctypes.data, 0, y.ctypes.data, 0, 32)
+    def products(x: Any, y: Any, out: Any) -> None:
+        lanes.products_f64(x.ctypes.data, 32, 1, y.ctypes.data, 0, 32, 1, 32, 1.0, scratch_of(out), 0, 1)
 
     x = np.zeros(32)
     x[0], x[16] = 1 + 2.0**-30, 1.0
     y = x.copy()
     y[16] = -(1 + 2.0**-29)
-    assert products(x, y, 0.0) == 0.0  # fused: 2 ** -60
+    out = np.ones(1)
+    products(x, y, out)
+    assert out[0] == 0.0  # fused: 2 ** -60
 
 
 def test_a_lost_row_leaves_nothing_behind() -> None:

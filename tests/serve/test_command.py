@@ -42,7 +42,7 @@ def wait_for(condition: Callable[[], object]) -> None:
     end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end
-        time.sleep(0.02)
+        time.sleep(0.1)  # each look is a request to the server, which has better things to do
 
 
 @dataclass
