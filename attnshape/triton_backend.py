@@ -203,7 +203,7 @@ def spread(
         even=True,
         min_mass=MIN_MASS,
     )
-    return GroupAdvantages(swept.rewards, parts[:, 0], swept.credit, swept.status, swept.moments)
+    return GroupAdvantages(swept.rewards, parts.sum(1), swept.credit, swept.status, swept.moments)
 
 
 def whiten(
@@ -222,5 +222,5 @@ def whiten(
         config.eps,
         config.eps_mode,
         config.shift_mean,
-        not config.whiten_masked,
+        config.whiten_masked,
     )

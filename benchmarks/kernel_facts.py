@@ -18,6 +18,7 @@ import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,18 +52,33 @@ class Variant(NamedTuple):
 
     @property
     def constants(self) -> dict[str, Any]:
-        """Its compile-time constants by name; of its pointers, those that are not there."""
-        parameters, values = self.kernel.params, {path[0]: x for path, x in self.source.constants.items()}
-        return {p.name: values[i] for i, p in enumerate(parameters) if p.is_constexpr}
+        """Its compile-time constants by name."""
+        names, found = self.kernel.arg_names, {}
+        for path, x in sorted(self.source.constants.items()):
+            if isinstance(x, tuple):
+                found |= x._asdict()
+            elif len(path) == 1 and x is not None:
+                found[names[path[0]]] = x
+        return found
 
     @property
     def passed(self) -> list[str]:
-        """Names of the arguments that a launch passes to it."""
-        return [name for name, kind in self.source.signature.items() if kind != "constexpr"]
+        """Names of what a launch passes to it, those in groups too."""
+        kinds = (x for name, kind in self.source.signature.items() for x in leaves(name, kind))
+        return [name for name, kind in kinds if kind != "constexpr"]
 
     @property
     def key(self) -> str:
         return f"{self.kernel.__name__} {self.source.hash()} {sorted(self.options.items(), key=str)}"
+
+
+def leaves(name: str, x: Any) -> Iterator[tuple[str, Any]]:
+    """What a group of arguments holds, or the argument itself, by name."""
+    if isinstance(x, tuple):
+        for field, held in zip(x._fields, x, strict=True):  # type: ignore[attr-defined]
+            yield f"{name}.{field}", held
+    else:
+        yield name, x
 
 
 # What facts follow from
@@ -111,7 +127,9 @@ def representation(variant: Variant, target: str) -> str:
     code = variant.source.make_ir(gpu, options, functions, modules, context).str_nodebug()
     # Only functions still have names, which say in which file they are.
     names: dict[str, str] = {}
-    return re.sub(r"@[\w.$-]+", lambda name: names.setdefault(name[0], f"@{len(names)}"), code)
+    # In quotes where a constant is part of it.
+    name = r'@(?:"[^"]*"|[\w.$-]+)'
+    return re.sub(name, lambda found: names.setdefault(found[0], f"@{len(names)}"), code)
 
 
 @functools.cache
@@ -213,6 +231,7 @@ def nvidia_facts(asm: dict[str, Any]) -> dict[str, Any]:
         "atomics": dict(sorted(sass.atomic_orders(code).items())),
         "requested": dict(sorted(sass.requested_orders(asm["ptx"]).items())),
         **sass.product_loop(code),
+        **sass.longest_loop(code),
     }
 
 

@@ -6,8 +6,8 @@ know, some two seconds each, and prints how many there are. With ``all`` it comp
 
 The rest is what the tests ask, in a process of its own, since Triton's interpreter leaves nothing to compile:
 ``found`` prints what is found, ``anew`` the lines for ``kernels.jsonl`` without a look at what it knows, both
-for every target and case or as in ``found sm_90,gfx942 "^sweep"``. ``kinds sm_90 gfx942`` prints which
-specialisations 200 random shapes need, and how many stand behind each key of the launcher.
+for every target and case or as in ``found sm_90,gfx942 "^sweep"``. ``kinds sm_90`` prints which
+specialisations 200 random shapes need, and how many stand behind each key of a launcher.
 """
 
 from __future__ import annotations
@@ -28,7 +28,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.kernel_facts import STORE, TARGETS, Facts, Variant, digest, facts, gpu_of, read, written
+from benchmarks.kernel_facts import (
+    STORE,
+    TARGETS,
+    Facts,
+    Variant,
+    digest,
+    facts,
+    gpu_of,
+    leaves,
+    read,
+    written,
+)
 
 ROOT = Path(__file__).parents[1]
 TABLE = STORE.with_suffix(".md")
@@ -76,59 +87,50 @@ KINDS = ("read", "written", "workspace")
 
 class Launch(NamedTuple):
     case: str
-    kernel: Any
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]  # and arguments given by name
+    launcher: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
     programs: int
     tensors: dict[str, tuple[str, int]]  # by argument: what it is, of KINDS, and its bytes
 
     def variant(self, target: Any) -> Variant:
-        from triton.compiler import ASTSource, make_backend
-        from triton.runtime.jit import create_function_from_signature
+        from triton.compiler import make_backend
 
-        backend, options = make_backend(target), dict(self.options)
-        if target.backend == "hip":
-            options.pop("maxnreg", None)
-        binder = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
-        bound, specialization, options = binder(
-            *self.arguments, **options, debug=False, instrumentation_mode=""
-        )
-        options, signature, constants, attributes = self.kernel._pack_args(
-            backend, options, bound, specialization, None
-        )
-        return Variant(self.kernel, ASTSource(self.kernel, signature, constants, attributes), vars(options))
+        source = self.launcher.source(self.arguments)
+        options = make_backend(target).parse_options(dict(self.options))
+        return Variant(self.launcher.kernel, source, vars(options))
 
 
 Calls = Iterable[tuple[str, Callable[..., Any], dict[str, Any]]]
 
 
-def captured_launches(calls: Calls) -> Iterator[Launch]:
+def captured_launches(calls: Calls, backend: str = "cuda") -> Iterator[Launch]:
     """What the calls, each with a name and its arguments, would launch on a GPU; nothing is computed."""
     import torch
-    from triton.runtime.jit import JITFunction
 
     from attnshape import triton_backend
+    from csrc_triton.launch import Launcher
 
-    started: list[tuple[Any, tuple[Any, ...], Any, dict[str, Any]]] = []
+    started: list[tuple[Any, int, dict[str, Any], dict[str, Any]]] = []
 
-    def capture(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        started.append((kernel, arguments, grid, options))
+    def capture(self: Any, programs: int, options: dict[str, Any], **arguments: Any) -> None:
+        started.append((self, programs, options, {name: arguments[name] for name in self.constant}))
 
-    JITFunction.run = capture
+    Launcher.__call__ = capture  # type: ignore[method-assign]
+    torch.version.hip = "compiled offline" if backend == "hip" else None
     triton_backend.unsupported = lambda *_: None  # the tensors are on the CPU
     for name, call, given in calls:
         started.clear()
         result = call(**given)
         inputs, outputs = ({x.untyped_storage()._cdata for x in tensors_in(held)} for held in (given, result))
-        for kernel, arguments, grid, options in started:
-            named = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+        for launcher, programs, options, arguments in started:
             tensors = {}
-            for argument, x in named.items():
+            for argument, x in (x for group, held in arguments.items() for x in leaves(group, held)):
                 if isinstance(x, torch.Tensor):
                     storage = x.untyped_storage()._cdata
                     kind = "written" if storage in outputs else "read" if storage in inputs else "workspace"
                     tensors[argument] = kind, x.numel() * x.element_size()
-            yield Launch(name, kernel, arguments, options, math.prod(grid), tensors)
+            yield Launch(name, launcher, arguments, options, programs, tensors)
 
 
 def tensors_in(x: Any) -> Iterator[Any]:
@@ -149,11 +151,15 @@ def calls() -> Calls:
     """Every budget's call, and those that need another specialisation of a kernel."""
     import torch
 
+    from attnshape.bench.cases import Case, Shape
     from benchmarks.cases import budget_cases
 
     for case, _ in budget_cases():
         arguments = case.arguments(torch.device("cpu"))
         yield case.name, functools.partial(call_case, case), arguments
+    for what in ("sweep", "gae"):
+        case = Case(what, Shape(4096, 511))  # whose rows begin where they may
+        yield case.name, functools.partial(call_case, case), case.arguments(torch.device("cpu"))
     yield from attention_calls()
     yield from option_calls()
     yield from column_calls()
@@ -353,8 +359,13 @@ def measured(known: Facts, targets: Iterable[str] = TARGETS, wanted: str = "") -
 
     What is not ``known`` is compiled.
     """
-    launches = list(captured_launches(call for call in calls() if re.search(wanted, call[0])))
-    launched = {target: [launch.variant(gpu_of(target)) for launch in launches] for target in targets}
+    targets = list(targets)
+    by_backend = {
+        backend: list(captured_launches((x for x in calls() if re.search(wanted, x[0])), backend))
+        for backend in dict.fromkeys(TARGETS[target][0] for target in targets)
+    }
+    launches = {target: by_backend[TARGETS[target][0]] for target in targets}
+    launched = {target: [x.variant(gpu_of(target)) for x in launches[target]] for target in targets}
     needed = {
         (target, digest(variant, target)): variant
         for target, variants in launched.items()
@@ -363,7 +374,7 @@ def measured(known: Facts, targets: Iterable[str] = TARGETS, wanted: str = "") -
     facts_of = {place: known[place] for place in needed if place in known}
     facts_of |= compiled({place: variant for place, variant in needed.items() if place not in known})
     by_key = {(place[0], variant.key): facts_of[place] for place, variant in needed.items()}
-    return {target: found_of(target, launches, launched[target], by_key) for target in targets}, facts_of
+    return {x: found_of(x, launches[x], launched[x], by_key) for x in targets}, facts_of
 
 
 def compiled(missing: dict[tuple[str, str], Variant]) -> Facts:
@@ -408,25 +419,18 @@ def found_of(
     return {"variants": list(variants.values()), "launches": in_order}
 
 
-def specialisations(*targets: str) -> dict[str, Any]:
-    """What random shapes need on the first target; how many stand behind each key of the launcher on each."""
-    from csrc_triton.host.attention import LAUNCHER
-
+def specialisations(target: str) -> dict[str, Any]:
+    """What random shapes need; and how many stand behind each key of a launcher."""
     needed: dict[str, dict[str, Any]] = {}
-    behind: dict[str, dict[Any, set[str]]] = {target: {} for target in targets}
+    behind: dict[Any, set[str]] = {}
     for some in (calls(), random_calls()):
         needed.clear()  # of the last
         for launch in captured_launches(some):
-            variants = {target: launch.variant(gpu_of(target)) for target in targets}
-            first = variants[targets[0]]
-            needed[first.key] = {"kernel": first.kernel.__name__, **first.constants}
-            if launch.kernel is LAUNCHER.kernel:
-                named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=True))
-                key = LAUNCHER.key(named, launch.options)
-                for target, variant in variants.items():
-                    behind[target].setdefault(key, set()).add(variant.key)
-    counts = {target: [len(keys) for keys in found.values()] for target, found in behind.items()}
-    return {"needed": list(needed.values()), "behind": counts}
+            variant = launch.variant(gpu_of(target))
+            needed[variant.key] = {"kernel": variant.kernel.__name__, **variant.constants}
+            key = launch.launcher.key(launch.arguments, launch.options)
+            behind.setdefault((variant.kernel.__name__, key), set()).add(variant.key)
+    return {"needed": list(needed.values()), "behind": [len(keys) for keys in behind.values()]}
 
 
 def printed_apart(*arguments: str, root: Path = ROOT) -> Any:
@@ -443,25 +447,37 @@ def printed_apart(*arguments: str, root: Path = ROOT) -> Any:
 
 # The table
 
-COLUMNS = ("registers", "shared", "spills", "programs", "wide_loads", "matrix", "atomics")
+WORST: dict[str, Callable[[Iterable[Any]], Any]] = {
+    "registers": max,
+    "shared": max,
+    "spills": max,
+    "programs": min,
+    "loop_instructions": max,
+    "loop_barriers": max,
+}
+"""Columns, each with which of the variants' values is the worst."""
 
 
 def table_of(found: Found) -> dict[str, Any]:
-    """What ``measured`` found: a row for each variant, with what it compiles to for each target."""
+    """What ``measured`` found: a row for each kernel and target, and every launch."""
+    rows = []
+    names = sorted({variant["kernel"] for of_target in found.values() for variant in of_target["variants"]})
+    for name in names:
+        for target, of_target in found.items():
+            variants = [variant for variant in of_target["variants"] if variant["kernel"] == name]
+            row: dict[str, Any] = {"kernel": name, "target": target, "variants": len(variants)}
+            for column, worst in WORST.items():
+                row[column] = (
+                    worst(x[column] for x in variants if column in x)
+                    if any(column in x for x in variants)
+                    else None
+                )
+            rows.append(row)
     first = next(iter(found.values()))
-    # Targets specialise on different things, so that the same launch's variant has another place in each.
-    launches = zip(*(of_target["launches"] for of_target in found.values()), strict=True)
-    places: dict[int, list[int]] = {}
-    for launch in launches:
-        places.setdefault(launch[0]["variant"], [x["variant"] for x in launch])
-    variants = []
-    for i, variant in enumerate(first["variants"]):
-        row = {name: variant[name] for name in ("kernel", "case", "constants")}
-        for (target, of_target), place in zip(found.items(), places[i], strict=True):
-            facts = of_target["variants"][place]
-            row[target] = {name: facts[name] for name in COLUMNS if name in facts}
-        variants.append(row)
-    return {"variants": variants, "launches": first["launches"]}
+    launches = [
+        launch | {"kernel": first["variants"][launch["variant"]]["kernel"]} for launch in first["launches"]
+    ]
+    return {"kernels": rows, "launches": launches}
 
 
 def markdown(table: dict[str, Any]) -> str:
@@ -473,27 +489,19 @@ def markdown(table: dict[str, Any]) -> str:
         "",
         f"By `python -m benchmarks.kernel_table` with triton {triton.__version__}; nothing here was timed.",
         "",
-        "A row per specialisation and target. *Programs*: how many a multiprocessor holds, by registers,",
-        "shared memory and warps (CUDA C++ Programming Guide, technical specifications per compute",
-        "capability; CDNA 3 ISA guide). *Atomics*: by the order around them in the machine code.",
+        "A row per kernel and target, in each column the worst of its specialisations. *Programs*: how",
+        "many a multiprocessor holds, by registers, shared memory and warps (CUDA C++ Programming Guide,",
+        "technical specifications per compute capability; CDNA 3 ISA guide). *Instructions*, *barriers*: of",
+        "the innermost loop around the first tensor-core product. A line for each specialisation is in",
+        "`kernels.jsonl`.",
         "",
-        "| # | kernel | first case | target | registers | shared memory | spills | programs | 128-bit loads "
-        "| tensor-core instructions | atomics |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| kernel | target | specialisations | registers | shared memory | spills | programs | instructions "
+        "| barriers |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for i, variant in enumerate(table["variants"]):
-        for target in TARGETS:
-            facts = variant[target]
-            atomics = ", ".join(f"{n} {name}" for name, n in facts.get("atomics", {}).items())
-            cells = [
-                i,
-                variant["kernel"],
-                variant["case"],
-                target,
-                *(facts[name] for name in COLUMNS[:-1]),
-                atomics,
-            ]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
+    for row in table["kernels"]:
+        cells = ["" if x is None else x for x in row.values()]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += [
         "",
         "Bytes by launch: tensors that the caller gave, read once; that it gets, written once; and others,",
@@ -503,9 +511,8 @@ def markdown(table: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for launch in table["launches"]:
-        kernel = f"{table['variants'][launch['variant']]['kernel']} #{launch['variant']}"
         sizes = [f"{launch[name]:,}" for name in ("programs", "read", "written", "workspace")]
-        lines.append(f"| {' | '.join([launch['case'], kernel, *sizes])} |")
+        lines.append(f"| {' | '.join([launch['case'], launch['kernel'], *sizes])} |")
     return "\n".join(lines) + "\n"
 
 

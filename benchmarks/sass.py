@@ -104,24 +104,43 @@ def atomic_orders(code: str) -> Counter[str]:
     return orders
 
 
+def loops(instructions: list[Instruction], following: list[list[int]]) -> list[tuple[int, int]]:
+    """The first and last instruction of each loop."""
+    return [
+        (start, i)
+        for i, after in enumerate(following)
+        for start in after
+        if start <= i and instructions[i].opcode.startswith("BRA")
+    ]
+
+
+def matching(pattern: str, instructions: list[Instruction]) -> int:
+    """How many instructions' opcodes begin as a pattern says."""
+    return sum(re.match(pattern, x.opcode) is not None for x in instructions)
+
+
 def product_loop(code: str) -> dict[str, int]:
     """Instructions and barriers of the innermost loop around the kernel's first tensor-core product."""
     instructions, following = parsed(code)
     products = [i for i, x in enumerate(instructions) if re.match(r"HG?MMA\b", x.opcode)]
-    if not products:
+    around = [x for x in loops(instructions, following) if products and x[0] <= products[0] <= x[1]]
+    if not around:
         return {}
-    first = products[0]
-    loops = [
-        (i - start, start, i)
-        for i, after in enumerate(following)
-        for start in after
-        if start <= first <= i and instructions[i].opcode.startswith("BRA")
-    ]
-    if not loops:
-        return {}
-    _, start, end = min(loops)
-    barriers = sum(BARRIER.match(x.opcode) is not None for x in instructions[start : end + 1])
-    return {"loop_instructions": end + 1 - start, "loop_barriers": barriers}
+    start, end = min(around, key=lambda x: x[1] - x[0])
+    inside = instructions[start : end + 1]
+    return {"loop_instructions": len(inside), "loop_barriers": matching(BARRIER.pattern, inside)}
+
+
+def longest_loop(code: str) -> dict[str, int]:
+    """The longest loop without tensor-core products: a chunk of tokens where a row is swept."""
+    instructions, following = parsed(code)
+    bodies = [instructions[start : end + 1] for start, end in loops(instructions, following)]
+    body = max((x for x in bodies if not matching(r"HG?MMA\b", x)), key=len, default=[])
+    return {
+        "longest_loop": len(body),
+        "longest_barriers": matching(BARRIER.pattern, body),
+        "longest_wide": matching(r"(LDG|STG)\.E\S*\.128", body),
+    }
 
 
 def requested_orders(ptx: str) -> Counter[str]:

@@ -15,23 +15,21 @@ import triton.language as tl
 from csrc_triton.device.attention import finite_reference, head_weights, scaled_scores
 from csrc_triton.device.layout import (
     OUT_OF_RANGE,
-    ResponseTokens,
     attended_range,
-    bounds_of_row,
+    is_live,
     is_visible,
     keys_of_row,
     place_of_row,
+    position_of,
     row_of_slot,
-    token_positions,
 )
 from csrc_triton.device.math import INF, LOG2E
-from csrc_triton.launch import kernel
 
 NOWHERE = tl.constexpr(2**31 - 1)  # position of a key that no query sees
 
 
-class Entries(NamedTuple):
-    """What a program knows of its row."""
+class RowEntries(NamedTuple):
+    """Of one row."""
 
     bos: Any  # first key of the row among the keys of all rows
     first: Any  # first visible key; where the entries are keys, the first entry
@@ -45,7 +43,7 @@ class Entries(NamedTuple):
 @triton.jit
 def entries_of_row(p_rows, row):
     p_row = p_rows + row * 7
-    return Entries(
+    return RowEntries(
         tl.load(p_row),
         tl.load(p_row + 1).to(tl.int32),
         tl.load(p_row + 2).to(tl.int32),
@@ -57,24 +55,24 @@ def entries_of_row(p_rows, row):
 
 
 @triton.jit
-def positions_of(entries, p_order, i, inside):
-    """Position of entries ``i`` ([N]) among the row's keys; 0 where not ``inside``."""
-    if p_order is None:
-        t = tl.where(inside, entries.first + i, 0)
+def positions_of(entries, own, i, inside):
+    """Position of a row's ``own`` entries ``i`` ([N]) among its keys; 0 where not ``inside``."""
+    if entries.p_order is None:
+        t = tl.where(inside, own.first + i, 0)
     else:
-        t = tl.load(p_order + entries.base + i, mask=inside, other=0)
+        t = tl.load(entries.p_order + own.base + i, mask=inside, other=0)
     return t
 
 
 @triton.jit
-def queries_of(entries, p_order, p_weight, i):
+def queries_of(entries, own, i):
     """Of entries ``i`` ([N]): the query's position, weight, and whether it has any."""
-    asked = (i >= entries.asked_from) & (i < entries.asked_to)
+    asked = (i >= own.asked_from) & (i < own.asked_to)
     weight = tl.where(asked, 1.0, 0.0)
-    if p_weight is not None:
-        weight = tl.load(p_weight + entries.base + i, mask=asked, other=0.0)
+    if entries.p_weight is not None:
+        weight = tl.load(entries.p_weight + own.base + i, mask=asked, other=0.0)
         asked = asked & (weight != 0.0)
-    return positions_of(entries, p_order, i, asked), weight, asked
+    return positions_of(entries, own, i, asked), weight, asked
 
 
 class Operand(NamedTuple):
@@ -85,21 +83,34 @@ class Operand(NamedTuple):
 
 
 @triton.jit
-def load_part(operand, start, D: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE_D: tl.constexpr):
-    """Elements ``start`` to ``start + BLOCK_D`` of some rows: [N, BLOCK_D]."""
-    o_d = start + tl.arange(0, BLOCK_D)
-    return tl.load(
-        operand.pointers + o_d[None, :] * STRIDE_D,
-        mask=operand.inside[:, None] & (o_d < D)[None, :],
-        other=0.0,
-    )
+def query_rows(layer, own, row, head, t, asked, tiles: tl.constexpr):
+    """One head's queries at positions ``t``."""
+    p_query = layer.p_query + row * layer.stride_qb * tiles.QUERY_UNIT
+    p_query += head * layer.stride_qh * tiles.QUERY_UNIT
+    return Operand(p_query + (own.bos + t)[:, None] * layer.stride_qt * tiles.QUERY_UNIT, asked)
 
 
 @triton.jit
-def held_part(operand, D: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE_D: tl.constexpr):
+def key_rows(layer, own, row, head, t, inside, tiles: tl.constexpr):
+    """The keys at positions ``t`` that query head ``head`` sees."""
+    p_key = layer.p_key + row * layer.stride_kb * tiles.KEY_UNIT
+    p_key += head // tiles.G * layer.stride_kh * tiles.KEY_UNIT
+    return Operand(p_key + (own.bos + t)[:, None] * layer.stride_kt * tiles.KEY_UNIT, inside)
+
+
+@triton.jit
+def load_part(operand, start, STRIDE: tl.constexpr, tiles: tl.constexpr):
+    """Elements ``start`` to ``start + BLOCK_D`` of some rows: [N, BLOCK_D]."""
+    o_d = start + tl.arange(0, tiles.BLOCK_D)
+    inside = operand.inside[:, None] & (o_d < tiles.D)[None, :]
+    return tl.load(operand.pointers + o_d[None, :] * STRIDE, mask=inside, other=0.0)
+
+
+@triton.jit
+def held_part(operand, STRIDE: tl.constexpr, tiles: tl.constexpr):
     """The rows themselves if one part is all of them, else nothing."""
-    if BLOCK_D >= D:
-        held = load_part(operand, 0, D, BLOCK_D, STRIDE_D)
+    if tiles.BLOCK_D >= tiles.D:
+        held = load_part(operand, 0, STRIDE, tiles)
     else:
         held = None
     return held
@@ -110,27 +121,24 @@ def tile_scores(
     held,  # what held_part made of the first
     first,
     second,
-    scale,
-    softcap,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    layer,
     STRIDE_FIRST: tl.constexpr,
     STRIDE_SECOND: tl.constexpr,
-    UPCAST: tl.constexpr,
+    tiles: tl.constexpr,
 ):
     """Scores of all pairs, in units of ``log(2)``: [first, second]."""
     products = tl.zeros([first.inside.shape[0], second.inside.shape[0]], dtype=tl.float32)
-    for start in tl.range(0, D, BLOCK_D):
+    for start in tl.range(0, tiles.D, tiles.BLOCK_D):
         if held is None:
-            a = load_part(first, start, D, BLOCK_D, STRIDE_FIRST)
+            a = load_part(first, start, STRIDE_FIRST, tiles)
         else:
             a = held
-        b = load_part(second, start, D, BLOCK_D, STRIDE_SECOND)
-        if UPCAST:
+        b = load_part(second, start, STRIDE_SECOND, tiles)
+        if tiles.UPCAST:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
         products = tl.dot(a, tl.trans(b), products, input_precision="ieee")
-    return scaled_scores(products, scale, softcap)
+    return scaled_scores(products, layer.scaling, layer.softcap)
 
 
 @triton.jit
@@ -163,149 +171,113 @@ def is_chosen(p_head_mask, i_h):
 
 
 @triton.jit
-def first_key(entries, row, p_cu, keys_width):
+def first_key(own, row, axis):
     """The row's first position among those of all rows."""
-    if p_cu is None:
-        at = row * keys_width
+    if axis.p_cu is None:
+        at = row * axis.width
     else:
-        at = entries.bos
+        at = own.bos
     return at
 
 
 @triton.jit
 def sum_heads(
-    p_x,  # [Hq, total]
-    total,
+    per_head,
     at,  # [N]
     seen,  # [N]
-    p_key_weight,  # of this row, or None
-    stride_wh,
-    stride_wt,
-    t,  # [N]
-    p_head_mask,
-    heads,
+    weights,  # of keys and heads, or None
+    row,
+    t,  # [N], where the weights are
     MEAN: tl.constexpr,
     H: tl.constexpr,
 ):
     """Mean, or sum, over the chosen heads, weighted per key and head if asked: [N]; 0 where not ``seen``."""
     out = tl.zeros(at.shape, dtype=tl.float32)
-    for start in range(0, heads, H):
+    for start in range(0, per_head.heads, H):
         o_h = start + tl.arange(0, H)
-        share = head_weights(p_head_mask, o_h, o_h < heads, heads, 1)[:, None]
+        share = head_weights(per_head.p_head_mask, o_h, o_h < per_head.heads, per_head.heads, 1)[:, None]
         read = (share > 0.0) & seen[None, :]
-        x = tl.load(p_x + o_h.to(tl.int64)[:, None] * total + at[None, :], mask=read, other=0.0)
-        if p_key_weight is not None:
-            offset = o_h.to(tl.int64)[:, None] * stride_wh + t[None, :] * stride_wt
-            x = x * tl.load(p_key_weight + offset, mask=read, other=0.0).to(tl.float32)
+        head = o_h.to(tl.int64)[:, None]
+        x = tl.load(per_head.p_x + head * per_head.total + at[None, :], mask=read, other=0.0)
+        if weights is not None:
+            offset = row * weights.stride_wb + head * weights.stride_wh + t[None, :] * weights.stride_wt
+            x = x * tl.load(weights.p_w + offset, mask=read, other=0.0).to(tl.float32)
         if MEAN:
             x = x * share
         out += tl.sum(x, axis=0)
     return out
 
 
-@kernel()
-def response_kernel(
-    p_facts,  # [B, 5] out: unmasked tokens; position: lowest, highest, of the last, of the last that asks
-    p_status,  # [B] out
-    p_rank,  # [tokens] out: place among the unmasked tokens of the row, or -1
-    p_order,  # [tokens] out: position of the unmasked tokens of the row, one after the other
-    p_out,  # filled where the row's bounds are not sound
-    p_mask,
-    stride_mask,
-    p_start,
-    p_index,
-    stride_index,
-    p_cu,
-    n_rows,
-    width,  # R, or M
-    SHIFT: tl.constexpr,
-    SCAN: tl.constexpr,
-):
-    """Which tokens of a row count, and where they lie."""
+@triton.jit
+def response_kernel(response, found, SHIFT: tl.constexpr, SCAN: tl.constexpr):
+    """Which tokens of a row count, and where they lie; NaN in a row whose bounds are not sound."""
     i_b = tl.program_id(0)
-    row = i_b.to(tl.int64)
-    place = place_of_row(stride_mask, p_start, stride_index, p_cu, n_rows, width, i_b)
-    response = ResponseTokens(p_mask, p_index, place)
+    place = place_of_row(response, i_b)
     n_live = i_b * 0
-    lowest = row * 0
-    highest = row * 0 - 1
+    lowest = place.row * 0
+    highest = place.row * 0 - 1
+    p_order = found.p_order + place.lo
     for j0 in range(0, place.length, SCAN):
         j = j0 + tl.arange(0, SCAN)
-        live, t = token_positions(response, j)
+        inside = j < place.length
+        live = is_live(response, place, j)
+        t = position_of(response, place, j, live)
         rank = n_live + tl.cumsum(live.to(tl.int32), axis=0) - 1
         lowest = tl.minimum(lowest, tl.min(tl.where(live, t, 0)))
         highest = tl.maximum(highest, tl.max(tl.where(live, t, -1)))
         n_live += tl.sum(live.to(tl.int32))
         if place.whole:
-            inside = j < place.length
-            tl.store(p_rank + place.lo + j, tl.where(live, rank, -1), mask=inside)
-            tl.store(p_order + place.lo + rank, t.to(tl.int32), mask=live)
+            tl.store(found.p_rank + place.lo + j, tl.where(live, rank, -1), mask=inside)
+            tl.store(p_order + rank, t.to(tl.int32), mask=live)
         else:
-            tl.store(p_out + place.lo + j, tl.where(live, float("nan"), 0.0), mask=j < place.length)
+            tl.store(found.p_out + place.lo + j, tl.where(live, float("nan"), 0.0), mask=inside)
     tl.debug_barrier()
-    p_last = p_order + place.lo + n_live - 1
-    last = tl.load(p_last, mask=place.whole & (n_live > 0), other=0)
-    asked = tl.load(p_last - SHIFT, mask=place.whole & (n_live > SHIFT), other=0)
-    p_fact = p_facts + row * 5
+    last = tl.load(p_order + n_live - 1, mask=place.whole & (n_live > 0), other=0)
+    asked = tl.load(p_order + n_live - 1 - SHIFT, mask=place.whole & (n_live > SHIFT), other=0)
+    p_fact = found.p_facts + place.row * 5
     tl.store(p_fact, tl.where(place.whole, n_live, 0))
     tl.store(p_fact + 1, lowest)
     tl.store(p_fact + 2, highest)
     tl.store(p_fact + 3, last)
     tl.store(p_fact + 4, asked)
-    tl.store(p_status + row, tl.where(place.whole, 0, OUT_OF_RANGE))
+    tl.store(found.p_status + place.row, tl.where(place.whole, 0, OUT_OF_RANGE))
 
 
-@kernel()
-def rows_kernel(
+@triton.jit
+def entries_kernel(
+    axis, response, found,
     p_rows,  # [B, 7] out
-    p_status,  # [B] in and out
     p_asked,  # [B] out: position of the last query asked, or None
     p_top,  # [B]: position at which a rollout starts, or None; out if p_carried is given
     p_carried,  # [keys] out: 1 there
-    p_facts,  # [B, 5]
-    p_response_cu,
-    responses,  # R, or M
-    p_cu,
-    n_rows,
-    keys_width,  # S, or N
-    p_key_start,
-    p_position,
-    p_mask,
-    stride_mb,
-    stride_mt,
-    CAUSAL: tl.constexpr,
-    LAST_RESPONSE: tl.constexpr,
-    LOWEST: tl.constexpr,  # position a response token may have
-    SHIFT: tl.constexpr,
-    SCAN: tl.constexpr,
-):
-    """The entries of a row, and whether an index of the row is out of range."""
+    CAUSAL: tl.constexpr, LAST_RESPONSE: tl.constexpr,
+    LOWEST: tl.constexpr, SHIFT: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    """The entries of a row, and whether an index of the row is out of range: below LOWEST, or no key."""
     i_b = tl.program_id(0)
     row = i_b.to(tl.int64)
-    keys = keys_of_row(p_cu, n_rows, keys_width, p_key_start, p_position, None, i_b, CAUSAL, 1)
+    keys = keys_of_row(axis, i_b, CAUSAL, 1)
     first = keys.first
     position = keys.position
-    if p_mask is not None:
-        mask_offset = row * stride_mb + keys.bos * stride_mt
-        first, last = attended_range(p_mask, mask_offset, stride_mt, keys.first, keys.length, SCAN)
-        if p_position is None:
+    if axis.p_mask is not None:
+        mask_offset = row * axis.stride_mb + keys.bos * axis.stride_mt
+        first, last = attended_range(axis.p_mask, mask_offset, axis.stride_mt, keys.first, keys.length, SCAN)
+        if axis.p_position is None:
             position = tl.maximum(last, 0)
-    p_fact = p_facts + row * 5
+    p_fact = found.p_facts + row * 5
     n_live = tl.load(p_fact)
     if LAST_RESPONSE:
         position = tl.load(p_fact + 3)
     valid = keys.sound & (tl.load(p_fact + 1) >= LOWEST) & (tl.load(p_fact + 2) < keys.length)
-    status = tl.load(p_status + row) | tl.where((n_live > 0) & (valid == 0), OUT_OF_RANGE, 0)
-    tl.store(p_status + row, status)
+    status = tl.load(found.p_status + row) | tl.where((n_live > 0) & (valid == 0), OUT_OF_RANGE, 0)
+    tl.store(found.p_status + row, status)
 
     busy = valid & (n_live > 0) & (status == 0)
-    at_key = row * keys_width
-    if p_cu is not None:
-        at_key = keys.bos
+    at_key = first_key(keys, row, axis)
     if p_top is None:
-        base = row * responses
-        if p_response_cu is not None:
-            base = tl.load(p_response_cu + row).to(tl.int64)
+        base = row * response.width
+        if response.p_cu is not None:
+            base = tl.load(response.p_cu + row).to(tl.int64)
         count = tl.where(busy, n_live, 0)
         asked_from = count * 0
         asked_to = count - SHIFT
@@ -334,103 +306,57 @@ def rows_kernel(
     tl.store(p_row + 6, asked_to)
 
 
-@kernel("p_query", "p_key")
+@triton.jit
 def normalizer_kernel(
     p_normalizer,  # [Hq, total] out: log2 of the softmax's denominator
-    p_moved,  # [Hq, total] out: sum over keys of attention and p_key_weight, or None
-    p_query,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    p_key,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    p_rows,
-    p_order,
-    p_weight,
-    p_mask,
-    stride_mb,
-    stride_mt,
-    p_key_weight,
-    stride_wb,
-    stride_wh,
-    p_lse,
-    stride_lb,
-    stride_lh,
-    stride_lt,
-    p_sinks,
-    p_head_mask,
-    p_cu,  # of the entries
-    n_rows,
-    slots_per_row,
-    total,
-    heads,
-    scaling,
-    softcap,
-    window,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STRIDE_QD: tl.constexpr,
-    STRIDE_KD: tl.constexpr,
+    p_moved,  # [Hq, total] out: sum over keys of attention and their weights, or None
+    axis,
+    layer,
+    entries,
+    weights,
+    tiles: tl.constexpr,
     STRIDE_WT: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    QUERY_UNIT: tl.constexpr,
-    KEY_UNIT: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
 ):
     """BLOCK queries of one head against every key that one of them sees."""
     # Late queries see most keys and go first; the heads that share keys run side by side.
+    heads = layer.kv_heads * tiles.G
     i_h = tl.program_id(0) % heads
     i_slot = (tl.num_programs(0) - 1 - tl.program_id(0)) // heads
-    i_b, i_c = row_of_slot(i_slot, p_cu, n_rows, slots_per_row, BLOCK)
+    i_b, i_c = row_of_slot(i_slot, entries.p_cu, entries.n_rows, entries.slots_per_row, tiles.BLOCK)
     row = i_b.to(tl.int64)
     head = i_h.to(tl.int64)
-    entries = entries_of_row(p_rows, row)
-    if (i_c < 0) | (i_c * BLOCK >= entries.asked_to):
+    own = entries_of_row(entries.p_rows, row)
+    if (i_c < 0) | (i_c * tiles.BLOCK >= own.asked_to):
         return
-    i = (i_c * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)
-    position, _, asked = queries_of(entries, p_order, p_weight, i)
-    if (tl.max(asked.to(tl.int32)) == 0) | (is_chosen(p_head_mask, i_h) == 0):
+    i = (i_c * tiles.BLOCK).to(tl.int32) + tl.arange(0, tiles.BLOCK)
+    position, _, asked = queries_of(entries, own, i)
+    if (tl.max(asked.to(tl.int32)) == 0) | (is_chosen(layer.p_head_mask, i_h) == 0):
         return
 
-    largest = tl.full([BLOCK], -INF, tl.float32)
-    total_sum = tl.zeros([BLOCK], tl.float32)
-    moved = tl.zeros([BLOCK], tl.float32)
-    if (p_lse is None) or (p_moved is not None):
-        queries = Operand(
-            p_query
-            + row * stride_qb * QUERY_UNIT
-            + head * stride_qh * QUERY_UNIT
-            + (entries.bos + position)[:, None] * stride_qt * QUERY_UNIT,
-            asked,
-        )
-        held = held_part(queries, D, BLOCK_D, STRIDE_QD)
-        p_row_key = p_key + row * stride_kb * KEY_UNIT + head // G * stride_kh * KEY_UNIT
+    largest = tl.full([tiles.BLOCK], -INF, tl.float32)
+    total_sum = tl.full([tiles.BLOCK], 0.0, tl.float32)
+    moved = tl.full([tiles.BLOCK], 0.0, tl.float32)
+    if (layer.p_lse is None) or (p_moved is not None):
+        queries = query_rows(layer, own, row, head, position, asked, tiles)
+        held = held_part(queries, tiles.STRIDE_QD, tiles)
         at_query = tl.where(asked, position, -1)
         latest = tl.max(at_query)
         end = latest + 1
-        if not CAUSAL:
-            end = entries.end
-            if window is not None:
-                end = tl.minimum(end, latest + window)
-        start = entries.first
-        if window is not None:
-            earliest = tl.min(tl.where(asked, position, NOWHERE)) - window + 1
-            start += tl.maximum(earliest - start, 0).to(tl.int32) // STEP * STEP
-        for t0 in range(start, end, STEP):
-            t = t0 + tl.arange(0, STEP)
-            mask_offset = row * stride_mb + entries.bos * stride_mt
-            visible = is_visible(p_mask, mask_offset, stride_mt, t, entries.first, end)
-            keys = Operand(p_row_key + (entries.bos + t)[:, None] * stride_kt * KEY_UNIT, t < end)
-            scores = tile_scores(
-                held, queries, keys, scaling, softcap, D, BLOCK_D, STRIDE_QD, STRIDE_KD, UPCAST
-            )
+        if not tiles.CAUSAL:
+            end = own.end
+            if axis.window is not None:
+                end = tl.minimum(end, latest + axis.window)
+        start = own.first
+        if axis.window is not None:
+            earliest = tl.min(tl.where(asked, position, NOWHERE)) - axis.window + 1
+            start += tl.maximum(earliest - start, 0).to(tl.int32) // tiles.STEP * tiles.STEP
+        for t0 in range(start, end, tiles.STEP):
+            t = t0 + tl.arange(0, tiles.STEP)
+            visible = is_visible_key(axis, own, row, t, end)
+            keys = key_rows(layer, own, row, head, t, t < end, tiles)
+            scores = tile_scores(held, queries, keys, layer, tiles.STRIDE_QD, tiles.STRIDE_KD, tiles)
             at_key = tl.where(visible, t, NOWHERE)
-            seen = is_seen(at_query[:, None], at_key[None, :], window, CAUSAL)
+            seen = is_seen(at_query[:, None], at_key[None, :], axis.window, tiles.CAUSAL)
             scores = tl.where(seen, scores, -INF)
             larger = tl.maximum(largest, tl.max(scores, axis=1))
             reference = finite_reference(larger)
@@ -438,171 +364,124 @@ def normalizer_kernel(
             shrunk = tl.exp2(largest - reference)
             total_sum = total_sum * shrunk + tl.sum(terms, axis=1)
             if p_moved is not None:
-                offset = row * stride_wb + head * stride_wh + (entries.bos + t) * STRIDE_WT
-                norm = tl.load(p_key_weight + offset, mask=visible, other=0.0).to(tl.float32)
+                offset = row * weights.stride_wb + head * weights.stride_wh + (own.bos + t) * STRIDE_WT
+                norm = tl.load(weights.p_w + offset, mask=visible, other=0.0).to(tl.float32)
                 moved = moved * shrunk + tl.sum(tl.where(seen, terms * norm[None, :], 0.0), axis=1)
             largest = larger
 
-    at = head * total + entries.base + i
-    if p_lse is None:
+    at = head * entries.total + own.base + i
+    if layer.p_lse is None:
         normalizer = finite_reference(largest) + tl.log2(total_sum)
     else:
-        p_row_lse = p_lse + row * stride_lb + head * stride_lh
-        lse = tl.load(p_row_lse + (entries.bos + position) * stride_lt, mask=asked, other=0.0)
+        p_row_lse = layer.p_lse + row * layer.stride_lb + head * layer.stride_lh
+        lse = tl.load(p_row_lse + (own.bos + position) * layer.stride_lt, mask=asked, other=0.0)
         normalizer = lse.to(tl.float32) * LOG2E
-    if p_sinks is not None:
-        normalizer = added_log2(normalizer, tl.load(p_sinks + i_h).to(tl.float32) * LOG2E)
+    if layer.p_sinks is not None:
+        normalizer = added_log2(normalizer, tl.load(layer.p_sinks + i_h).to(tl.float32) * LOG2E)
     tl.store(p_normalizer + at, normalizer, mask=asked)
     if p_moved is not None:
         moved = moved * tl.exp2(finite_reference(largest) - normalizer)
         tl.store(p_moved + at, tl.where(total_sum == 0.0, 0.0, moved), mask=asked)
 
 
-@kernel("p_query", "p_key")
+@triton.jit
+def is_visible_key(axis, own, row, t, end):
+    """Whether keys ``t`` ([N]) before ``end`` are no padding."""
+    offset = row * axis.stride_mb + own.bos * axis.stride_mt
+    return is_visible(axis.p_mask, offset, axis.stride_mt, t, own.first, end)
+
+
+@triton.jit
 def column_kernel(
     p_columns,  # [Hq, total] out
     p_normalizer,  # [Hq, total]
-    p_query,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    p_key,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    p_rows,
-    p_order,
-    p_weight,
-    p_mask,
-    stride_mb,
-    stride_mt,
-    p_head_mask,
-    p_cu,
-    n_rows,
-    slots_per_row,
-    total,
-    heads,
-    scaling,
-    softcap,
-    window,
+    axis,
+    layer,
+    entries,
+    tiles: tl.constexpr,
     ORDERED: tl.constexpr,  # whether positions rise with the entries
     LATER: tl.constexpr,  # whether a key counts only for queries from its own entry on
-    CAUSAL: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STRIDE_QD: tl.constexpr,
-    STRIDE_KD: tl.constexpr,
-    QUERY_UNIT: tl.constexpr,
-    KEY_UNIT: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
 ):
     """What BLOCK keys get of one head's queries."""
+    heads = layer.kv_heads * tiles.G
     i_h = tl.program_id(0) % heads
-    i_b, i_c = row_of_slot(tl.program_id(0) // heads, p_cu, n_rows, slots_per_row, BLOCK)
+    i_slot = tl.program_id(0) // heads
+    i_b, i_c = row_of_slot(i_slot, entries.p_cu, entries.n_rows, entries.slots_per_row, tiles.BLOCK)
     row = i_b.to(tl.int64)
     head = i_h.to(tl.int64)
-    entries = entries_of_row(p_rows, row)
-    if (i_c < 0) | (i_c * BLOCK >= entries.count):
+    own = entries_of_row(entries.p_rows, row)
+    if (i_c < 0) | (i_c * tiles.BLOCK >= own.count):
         return
-    if is_chosen(p_head_mask, i_h) == 0:
+    if is_chosen(layer.p_head_mask, i_h) == 0:
         return
-    j0 = (i_c * BLOCK).to(tl.int32)
-    j = j0 + tl.arange(0, BLOCK)
-    inside = j < entries.count
-    t = positions_of(entries, p_order, j, inside)
-    mask_offset = row * stride_mb + entries.bos * stride_mt
-    visible = inside & is_visible(p_mask, mask_offset, stride_mt, t, entries.first, entries.end)
-    at_key = tl.where(visible, t, NOWHERE)
-    keys = Operand(
-        p_key
-        + row * stride_kb * KEY_UNIT
-        + head // G * stride_kh * KEY_UNIT
-        + (entries.bos + t)[:, None] * stride_kt * KEY_UNIT,
-        inside,
-    )
-    held = held_part(keys, D, BLOCK_D, STRIDE_KD)
-    p_row_query = p_query + row * stride_qb * QUERY_UNIT + head * stride_qh * QUERY_UNIT
-    p_row_normalizer = p_normalizer + head * total + entries.base
-    start = entries.asked_from // STEP * STEP
-    stop = entries.asked_to
+    j0 = (i_c * tiles.BLOCK).to(tl.int32)
+    j = j0 + tl.arange(0, tiles.BLOCK)
+    inside = j < own.count
+    t = positions_of(entries, own, j, inside)
+    at_key = tl.where(inside & is_visible_key(axis, own, row, t, own.end), t, NOWHERE)
+    keys = key_rows(layer, own, row, head, t, inside, tiles)
+    held = held_part(keys, tiles.STRIDE_KD, tiles)
+    p_row_normalizer = p_normalizer + head * entries.total + own.base
+    start = own.asked_from // tiles.STEP * tiles.STEP
+    stop = own.asked_to
     if LATER:
         start = tl.maximum(start, j0)
-    elif window is not None:
-        start = tl.maximum(start, tl.maximum(j0 - window + 1, 0).to(tl.int32) // STEP * STEP)
+    elif axis.window is not None:
+        earliest = tl.maximum(j0 - axis.window + 1, 0).to(tl.int32)
+        start = tl.maximum(start, earliest // tiles.STEP * tiles.STEP)
     if ORDERED:  # noqa: SIM102
-        if window is not None:
-            stop = tl.minimum(stop, j0 + (BLOCK - 1) + window).to(tl.int32)
-    column = tl.zeros([BLOCK], tl.float32)
-    for i0 in range(start, stop, STEP):
-        i = i0 + tl.arange(0, STEP)
-        position, weight, asked = queries_of(entries, p_order, p_weight, i)
-        queries = Operand(p_row_query + (entries.bos + position)[:, None] * stride_qt * QUERY_UNIT, asked)
+        if axis.window is not None:
+            stop = tl.minimum(stop, j0 + (tiles.BLOCK - 1) + axis.window).to(tl.int32)
+    column = tl.full([tiles.BLOCK], 0.0, tl.float32)
+    for i0 in range(start, stop, tiles.STEP):
+        i = i0 + tl.arange(0, tiles.STEP)
+        position, weight, asked = queries_of(entries, own, i)
+        queries = query_rows(layer, own, row, head, position, asked, tiles)
         # Loaded before the product, whose time hides it.
         normalizer = tl.load(p_row_normalizer + i, mask=asked, other=0.0)
-        scores = tile_scores(held, keys, queries, scaling, softcap, D, BLOCK_D, STRIDE_KD, STRIDE_QD, UPCAST)
-        seen = is_seen(tl.where(asked, position, -1)[None, :], at_key[:, None], window, CAUSAL)
-        if LATER and not (ORDERED and CAUSAL):
+        scores = tile_scores(held, keys, queries, layer, tiles.STRIDE_KD, tiles.STRIDE_QD, tiles)
+        at_query = tl.where(asked, position, -1)
+        seen = is_seen(at_query[None, :], at_key[:, None], axis.window, tiles.CAUSAL)
+        if LATER and not (ORDERED and tiles.CAUSAL):
             seen = seen & (j[:, None] <= i[None, :])
         terms = tl.exp2(scores - normalizer[None, :])
-        if p_weight is not None:
+        if entries.p_weight is not None:
             terms = terms * weight[None, :]
         column += tl.sum(tl.where(seen, terms, 0.0), axis=1)
-    tl.store(p_columns + head * total + entries.base + j, column, mask=inside)
+    tl.store(p_columns + head * entries.total + own.base + j, column, mask=inside)
 
 
-@kernel()
+@triton.jit
 def at_response_kernel(
-    p_out,  # [tokens] out
-    p_x,  # [keys], or [Hq, total] with MEAN
-    p_poison,
-    p_rank,
-    p_order,
-    p_facts,
-    p_status,
-    p_rows,
-    p_response_cu,
-    n_rows,
-    responses,  # R, or M
-    p_cu,
-    keys_width,
-    total,
-    p_head_mask,
-    heads,
-    MEAN: tl.constexpr,
-    SHIFT: tl.constexpr,
-    H: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    axis, response, found,
+    per_head,  # columns, with MEAN
+    p_x,  # [keys]: what lies at the tokens' keys
+    p_poison, p_rows,
+    MEAN: tl.constexpr, SHIFT: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """What CHUNK response tokens get: the mean of those who asked about it, or what lies at its position."""
-    slots_per_row = (responses + CHUNK - 1) // CHUNK
-    i_b, i_c = row_of_slot(tl.program_id(0), p_response_cu, n_rows, slots_per_row, CHUNK)
+    slots_per_row = (response.width + CHUNK - 1) // CHUNK
+    i_b, i_c = row_of_slot(tl.program_id(0), response.p_cu, response.n_rows, slots_per_row, CHUNK)
     row = i_b.to(tl.int64)
-    n_live = tl.load(p_facts + row * 5).to(tl.int32)
-    status = tl.load(p_status + row)
+    n_live = tl.load(found.p_facts + row * 5).to(tl.int32)
+    status = tl.load(found.p_status + row)
     if (status != 0) & (n_live == 0):
         return
-    bounds = bounds_of_row(p_response_cu, n_rows, responses, i_b)
-    lo = bounds.lo
-    length = bounds.length
-    if p_response_cu is None:
-        lo = row * responses
+    place = place_of_row(response, i_b)
     j = i_c.to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
-    inside = (j >= 0) & (j < length)
-    rank = tl.load(p_rank + lo + j, mask=inside, other=-1)
+    inside = (j >= 0) & (j < place.length)
+    rank = tl.load(found.p_rank + place.lo + j, mask=inside, other=-1)
     source = rank - SHIFT
     wanted = (rank >= 0) & (source >= 0) & (status == 0)
     if MEAN:
-        at = lo + source
-        x = sum_heads(p_x, total, at, wanted, None, 0, 0, at, p_head_mask, heads, True, H)
+        at = place.lo + source
+        x = sum_heads(per_head, at, wanted, None, row, at, True, H)
         x = x / tl.maximum(n_live - SHIFT - source, 1).to(tl.float32)
     else:
-        entries = entries_of_row(p_rows, row)
-        t = tl.load(p_order + lo + source, mask=wanted, other=-1)
-        x = tl.load(p_x + first_key(entries, row, p_cu, keys_width) + t, mask=t >= 0, other=0.0)
+        own = entries_of_row(p_rows, row)
+        t = tl.load(found.p_order + place.lo + source, mask=wanted, other=-1)
+        x = tl.load(p_x + first_key(own, row, axis) + t, mask=t >= 0, other=0.0)
         if p_poison is not None:
             x = tl.where((t >= 0) & (tl.load(p_poison + row) != 0), float("nan"), x)
     x = tl.where((rank >= 0) & (status != 0), float("nan"), x)
-    tl.store(p_out + lo + j, x, mask=inside)
+    tl.store(found.p_out + place.lo + j, x, mask=inside)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import operator
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,82 +21,119 @@ def registers(most: int) -> dict[str, int]:
     return {} if torch.version.hip else {"maxnreg": most}
 
 
-def kernel(*aligned: str) -> Callable[[Callable[..., Any]], Any]:
-    """``triton.jit`` that specialises only ``constexpr`` parameters and the alignment of the pointers named.
-
-    Alignment and divisibility choose layouts, and layouts choose the order of additions.
-    """
-
-    def decorate(function: Callable[..., Any]) -> Any:
-        plain = [name for name, constant in _parameters(function).items() if not constant]
-        return triton.jit(function, do_not_specialize=[name for name in plain if name not in aligned])
-
-    return decorate
-
-
-def _parameters(function: Callable[..., Any]) -> dict[str, bool]:
-    """Whether each parameter of a kernel is ``constexpr``."""
-    return {p.name: "constexpr" in str(p.annotation) for p in inspect.signature(function).parameters.values()}
-
-
 class Launcher:
     """Starts a kernel with what was compiled for arguments of the same kinds.
 
-    Triton finds that out anew at every launch, parameter by parameter. Kinds are those of ``kernel``:
-    constants, dtypes, the types of numbers, what is None, and of ``aligned`` pointers whether they are, and
-    whether 32 bits reach all of their memory. Pointers are named ``p_``.
+    Arguments are tensors, numbers, None, or NamedTuples of them; kinds are constants, dtypes, the types of
+    numbers, what is None, and of the tensors named as ``aligned``, such as ``layer.p_key``, whether they are.
+    Triton would compile for more, such as numbers that 16 divides: they choose layouts, and layouts choose
+    the order of additions.
     """
 
-    def __init__(self, kernel: Any, defaults: dict[str, Any], aligned: Sequence[str]) -> None:
-        self.kernel, self.defaults = kernel, {name: defaults[name] for name in _parameters(kernel.fn)}
+    def __init__(self, kernel: Any, *aligned: str) -> None:
+        self.kernel = kernel
+        parameters = inspect.signature(kernel.fn).parameters.values()
+        self.constant = {p.name: "constexpr" in str(p.annotation) for p in parameters}
+        self.aligned: list[list[str]] = [path.split(".") for path in aligned]
+        self.interpreted = interpreted()
         self.compiled: dict[tuple[Any, ...], Any] = {}
-        constant = _parameters(kernel.fn)
-        numbers = [name for name in constant if not constant[name] and not name.startswith("p_")]
 
-        def chosen(names: Iterable[str]) -> Callable[[Any], Any]:
-            names = tuple(names)
-            return operator.itemgetter(*names) if len(names) != 1 else lambda found: (found[names[0]],)
-
-        self.in_order = chosen(constant)
-        self.constants = chosen(name for name in constant if constant[name])
-        self.pointers = chosen(name for name in constant if name.startswith("p_"))
-        self.numbers = chosen(numbers)
-        self.integers = chosen(name for name in numbers if type(defaults[name]) is int)
-        self.aligned = chosen(aligned)
-
-    def __call__(self, programs: int, arguments: dict[str, Any], options: dict[str, Any]) -> None:
-        """``arguments`` by name; what is left out has its default.
+    def __call__(self, programs: int, options: dict[str, Any], **arguments: Any) -> None:
+        """Starts this many programs.
 
         Raises:
-            TypeError: a name is no parameter's.
+            TypeError: the names of the arguments are not those of the kernel's parameters.
         """
-        arguments = self.defaults | arguments
-        if len(arguments) > len(self.defaults):
-            unknown = ", ".join(sorted(arguments.keys() - self.defaults.keys()))
-            raise TypeError(f"{self.kernel.fn.__name__}: got {unknown}, want names of its parameters")
+        if arguments.keys() != self.constant.keys():
+            wrong = ", ".join(sorted(arguments.keys() ^ self.constant.keys()))
+            raise TypeError(f"{self.kernel.fn.__name__}: {wrong}: want a value for each of its parameters")
+        values = [arguments[name] for name in self.constant]
+        if self.interpreted:
+            self.kernel[(programs, 1, 1)](*values)
+            return
         key = self.key(arguments, options)
         compiled = self.compiled.get(key)
         if compiled is None:
-            compiled = self.kernel[(programs, 1, 1)](*self.in_order(arguments), **options)
-            # The interpreter compiles nothing, and which integers are wide is left to Triton.
-            if compiled is not None and max(self.integers(arguments)) < 2**31:
-                self.compiled[key] = compiled
-        else:
-            compiled[(programs, 1, 1)](*self.in_order(arguments))
+            target = triton.runtime.driver.active.get_current_target()
+            compiled = triton.compile(self.source(arguments), target=target, options=options)
+            self.compiled[key] = compiled
+        compiled[(programs, 1, 1)](*values)
 
     def key(self, arguments: dict[str, Any], options: dict[str, Any]) -> tuple[Any, ...]:
         """What arguments have in common that are served by one compilation."""
-        pointers, aligned = self.pointers(arguments), self.aligned(arguments)
-        return (
-            next(x.device for x in pointers if x is not None),
-            tuple([None if x is None else x.dtype for x in pointers]),
-            tuple([x is None or x.data_ptr() % 16 == 0 for x in aligned]),
-            tuple([x is None or x.untyped_storage().nbytes() < 2**31 for x in aligned]),  # AMD
-            tuple([type(x) for x in self.numbers(arguments)]),
-            max(self.integers(arguments)) < 2**31,  # others are passed in 64 bits
-            self.constants(arguments),
-            *options.values(),
-        )
+        kinds: list[Any] = []
+        some: Any = None
+        for name, constant in self.constant.items():
+            value = arguments[name]
+            if constant:
+                kinds.append(value)
+                continue
+            for x in value if isinstance(value, tuple) else (value,):
+                kind = type(x)
+                if x is None or kind is float:
+                    kinds.append(kind)
+                elif kind is int:
+                    kinds.append(kind if -(2**31) <= x < 2**31 else "i64")
+                else:
+                    some = x
+                    kinds.append(x.dtype)
+        kinds += [_is_aligned(arguments, path) for path in self.aligned]
+        return (some.device, *kinds, *options.values())
+
+    def source(self, arguments: dict[str, Any]) -> Any:
+        """What Triton compiles."""
+        from triton.compiler import ASTSource
+
+        signature: dict[str, Any] = {}
+        constants: dict[tuple[int, ...], Any] = {}
+        attributes: dict[tuple[int, ...], Any] = {}
+        names = list(self.constant)
+        for i, (name, constant) in enumerate(self.constant.items()):
+            value = arguments[name]
+            if constant or value is None:
+                signature[name], constants[i,] = "constexpr", value
+            elif isinstance(value, tuple):
+                signature[name] = type(value)(*map(kind_of, value))
+                constants |= {(i, j): None for j, x in enumerate(value) if x is None}
+            else:
+                signature[name] = kind_of(value)
+        for name, *field in self.aligned:
+            if _is_aligned(arguments, (name, *field)):
+                path = (names.index(name), *(arguments[name]._fields.index(x) for x in field))
+                attributes[path] = [["tt.divisibility", 16]]
+        return ASTSource(self.kernel, signature, constants, attributes)
+
+
+def _is_aligned(arguments: dict[str, Any], path: Sequence[str]) -> bool:
+    x = arguments[path[0]]
+    for field in path[1:]:
+        x = getattr(x, field)
+    return x is not None and x.data_ptr() % 16 == 0
+
+
+KINDS = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.bool: "*i1",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+def kind_of(x: Any) -> str:
+    """How Triton names what an argument is passed as."""
+    if isinstance(x, Tensor):
+        return KINDS[x.dtype]
+    if isinstance(x, float):
+        return "fp32"
+    if x is None:
+        return "constexpr"
+    return "i32" if -(2**31) <= x < 2**31 else "i64"
 
 
 def interpreted() -> bool:

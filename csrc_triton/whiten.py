@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from csrc_triton.launch import kernel
-
 
 class Moments(NamedTuple):
     """Float64."""
@@ -59,45 +57,32 @@ def fold_moments(p_moments, begin, end, PARTS: tl.constexpr):
 
 
 @triton.jit
-def places(start, stride_x, stride_mask, width, FLAT: tl.constexpr, BLOCK: tl.constexpr):
-    """Of tokens from ``start`` on: where they lie in ``x`` and in the mask."""
+def tokens_from(batch, start, n, FLAT: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK tokens from ``start`` on, float64: which are there, which are unmasked, and they themselves."""
+    inside = start + tl.arange(0, BLOCK) < n
     if FLAT:
         at_x = start + tl.arange(0, BLOCK)
         at_mask = at_x
     else:
-        row = start // width
-        column = (start - row * width).to(tl.int32) + tl.arange(0, BLOCK)
-        below = column // width
-        column -= below * width
-        at_x = (row + below) * stride_x + column
-        at_mask = (row + below) * stride_mask + column
-    return at_x, at_mask
+        row = start // batch.width
+        column = (start - row * batch.width).to(tl.int32) + tl.arange(0, BLOCK)
+        below = column // batch.width
+        column -= below * batch.width
+        at_x = (row + below) * batch.stride_x + column
+        at_mask = (row + below) * batch.stride_mask + column
+    live = inside & (tl.load(batch.p_mask + at_mask, mask=inside, other=0) != 0)
+    return inside, live, tl.load(batch.p_x + at_x, mask=inside, other=0.0).to(tl.float64)
 
 
-@kernel("p_x", "p_mask")
-def moments_kernel(
-    p_out,  # [programs, 3] float64
-    p_x,  # [n / width, width]
-    stride_x,
-    p_mask,
-    stride_mask,
-    width,
-    n,  # in UNIT
-    blocks,  # of a program
-    UNIT: tl.constexpr,
-    FLAT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+@triton.jit
+def moments_kernel(p_out, batch, UNIT: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr):
+    """Moments of a part of the tokens, to ``p_out`` ([programs, 3] float64)."""
     i_p = tl.program_id(0)
-    n = n.to(tl.int64) * UNIT
+    n = batch.n.to(tl.int64) * UNIT
     moments = no_moments()
-    first = i_p.to(tl.int64) * blocks
-    for i_c in range(first, tl.minimum(first + blocks, (n + BLOCK - 1) // BLOCK)):
-        start = i_c * BLOCK
-        inside = start + tl.arange(0, BLOCK) < n
-        at_x, at_mask = places(start, stride_x, stride_mask, width, FLAT, BLOCK)
-        live = inside & (tl.load(p_mask + at_mask, mask=inside, other=0) != 0)
-        x = tl.load(p_x + at_x, mask=inside, other=0.0).to(tl.float64)
+    first = i_p.to(tl.int64) * batch.blocks
+    for i_c in range(first, tl.minimum(first + batch.blocks, (n + BLOCK - 1) // BLOCK)):
+        _, live, x = tokens_from(batch, i_c * BLOCK, n, FLAT, BLOCK)
         count = tl.sum(live.to(tl.int32)).to(tl.float64)
         mean = tl.sum(tl.where(live, x, 0.0)) / tl.maximum(count, 1.0)
         away = tl.where(live, x - mean, 0.0)
@@ -105,7 +90,7 @@ def moments_kernel(
     store_moments(p_out, i_p, moments)
 
 
-@kernel()
+@triton.jit
 def fold_kernel(p_out, p_moments, n, parts, PARTS: tl.constexpr):
     """``parts`` of ``n`` moments to one."""
     i_p = tl.program_id(0)
@@ -113,40 +98,19 @@ def fold_kernel(p_out, p_moments, n, parts, PARTS: tl.constexpr):
     store_moments(p_out, i_p, fold_moments(p_moments, begin, tl.minimum(begin + parts, n), PARTS))
 
 
-@kernel("p_out", "p_x", "p_mask")
+@triton.jit
 def whiten_kernel(
-    p_out,  # [n] float32
-    p_x,  # [n / width, width]
-    stride_x,
-    p_mask,
-    stride_mask,
-    width,
-    n,  # in UNIT
-    blocks,  # of a program
-    p_moments,  # [parts, 3]
-    parts,
-    bessel,
-    eps,
-    least,
-    eps_of_std,
-    shift_mean,
-    zero_masked,
-    UNIT: tl.constexpr,
-    FLAT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
+    p_out, batch, of, UNIT: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
 ):
-    n = n.to(tl.int64) * UNIT
-    folded = fold_moments(p_moments, 0, parts, PARTS)
-    variance = folded.m2 / tl.maximum(folded.count - bessel, 1.0) + eps
-    scale = 1.0 / (tl.sqrt(tl.where(variance < least, least, variance)) + eps_of_std)
-    kept = tl.where(shift_mean != 0, 0.0, folded.mean)
-    first = tl.program_id(0).to(tl.int64) * blocks
-    for i_c in range(first, tl.minimum(first + blocks, (n + BLOCK - 1) // BLOCK)):
+    """A part of the tokens by the moments ``of`` all, to ``p_out`` ([n] float32)."""
+    n = batch.n.to(tl.int64) * UNIT
+    folded = fold_moments(of.p_moments, 0, of.parts, PARTS)
+    variance = folded.m2 / tl.maximum(folded.count - of.bessel, 1.0) + of.eps
+    scale = 1.0 / (tl.sqrt(tl.where(variance < of.least, of.least, variance)) + of.eps_of_std)
+    kept = tl.where(of.shift_mean != 0, 0.0, folded.mean)
+    first = tl.program_id(0).to(tl.int64) * batch.blocks
+    for i_c in range(first, tl.minimum(first + batch.blocks, (n + BLOCK - 1) // BLOCK)):
         start = i_c * BLOCK
-        i = start + tl.arange(0, BLOCK)
-        at_x, at_mask = places(start, stride_x, stride_mask, width, FLAT, BLOCK)
-        live = tl.load(p_mask + at_mask, mask=i < n, other=0) != 0
-        x = tl.load(p_x + at_x, mask=i < n, other=0.0).to(tl.float64)
-        out = tl.where(live | (zero_masked == 0), (x - folded.mean) * scale + kept, 0.0)
-        tl.store(p_out + i, out.to(tl.float32), mask=i < n)
+        inside, live, x = tokens_from(batch, start, n, FLAT, BLOCK)
+        out = tl.where(live | (of.whiten_masked != 0), (x - folded.mean) * scale + kept, 0.0)
+        tl.store(p_out + start + tl.arange(0, BLOCK), out.to(tl.float32), mask=inside)

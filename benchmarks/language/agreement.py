@@ -1,6 +1,7 @@
 """Credit against people's word labels, and against the model's own score when words are deleted.
 
-All is by word: a word's weight is the sum over its tokens, so that tokenizers can be compared.
+All is by token, which counts as its word was labelled: a word's sum would favour what has many tokens, as
+rare words do, whatever a source says.
 """
 
 from __future__ import annotations
@@ -93,18 +94,11 @@ class Read:
                     units[b, i] = shared.index(max(shared))
         return cls(encoded["input_ids"], encoded["attention_mask"], units)
 
-    def by_word(self, weights: Tensor) -> Tensor:
-        """Weights ``[B, S]`` of tokens to ``[B, words]``."""
-        out = torch.zeros(len(weights), int(self.units.max()) + 1)
-        return out.scatter_add(1, self.units.clamp(min=0), weights.float() * (self.units >= 0))
-
     def by_token(self, words: Sequence[Sequence[float]]) -> Tensor:
-        """Each word's weight in equal parts on its tokens, ``[B, S]``."""
+        """Each word's weight on all of its tokens, ``[B, S]``."""
         out = torch.zeros(self.ids.shape)
         for b, row in enumerate(words):
-            count = self.units[b][self.units[b] >= 0].bincount(minlength=len(row))
-            of_unit = torch.tensor(row) / count.clamp(min=1)
-            out[b] = torch.where(self.units[b] >= 0, of_unit[self.units[b].clamp(min=0)], 0.0)
+            out[b] = torch.where(self.units[b] >= 0, torch.tensor(row)[self.units[b].clamp(min=0)], 0.0)
         return out
 
 
@@ -145,7 +139,7 @@ def weigh_all(
         rows = sentences[first : first + BATCH]
         read = Read.by(scorer, rows)
         sources = sources_of(model) | {
-            "leave-one-out": partial(leave_one_out, pad_id=pad, units=read.units),
+            "leave-one-out": partial(leave_one_out, pad_id=pad),
             "integrated gradients": integrated_gradients,
         }
         weights = {}
@@ -170,17 +164,24 @@ def _correlation(x: Tensor, y: Tensor) -> float:
     return (x @ y).item() / size if size > 0 else math.nan
 
 
-def with_people(sentences: Sequence[Sentence], weights: Sequence[Tensor], signed: bool) -> dict[str, Any]:
+def with_people(
+    sentences: Sequence[Sentence], weights: Sequence[Tensor], units: Sequence[Tensor], signed: bool
+) -> dict[str, Any]:
     """How well weights find the words that people called positive or negative, and with which sign.
 
-    ``roc``: of |weight| over such words against the others, mean over sentences, chance .5 (also of the
-    shorter and the longer sentences); ``precision`` at as many words as people named; ``signed``:
-    correlation with the word's label; ``phrase_sign``: share of short polar phrases whose summed weight has
-    the sign of the phrase's label; ``negated_sign``: of those whose words people labelled the other way.
+    ``roc``: of |weight| over tokens of such words against the others, mean over sentences, chance .5 (also of
+    the shorter and the longer sentences); ``precision`` at as many tokens as those words have; ``signed``:
+    correlation with the label; ``phrase_sign``: share of short polar phrases whose summed weight has the sign
+    of the phrase's label; ``negated_sign``: of those whose words people labelled the other way.
+
+    Args:
+        weights: of each sentence's tokens.
+        units: the words that they belong to.
     """
     roc, precision, signs, phrases, negated = [], [], [], [], []
-    for s, w in zip(sentences, weights, strict=True):
-        labels = torch.tensor(s.word_labels) - NEUTRAL
+    for s, w, unit in zip(sentences, weights, units, strict=True):
+        of_words = torch.tensor(s.word_labels) - NEUTRAL
+        labels = of_words[unit]
         polar = labels != 0
         roc.append(pair_accuracy(w.abs(), polar))
         k = polar.sum()[None, None]
@@ -192,9 +193,10 @@ def with_people(sentences: Sequence[Sentence], weights: Sequence[Tensor], signed
         for start, end, label in s.phrases:
             if not PHRASE_WORDS[0] <= end - start <= PHRASE_WORDS[1] or label == NEUTRAL:
                 continue
-            right = float((w[start:end].sum().item() > 0) == (label > NEUTRAL))
+            inside = (unit >= start) & (unit < end)
+            right = float((w[inside].sum().item() > 0) == (label > NEUTRAL))
             phrases.append(right)
-            inner = int(labels[start:end].sum())
+            inner = int(of_words[start:end].sum())
             if inner * (label - NEUTRAL) < 0:
                 negated.append(right)
     long = [len(s.spans) >= LONG for s in sentences]
@@ -249,23 +251,20 @@ def agreement(scorer: Scorer, sentences: Sequence[Sentence], lexicon: Lexicon) -
     begun = time.process_time()
     batches, seconds = weigh_all(scorer, sentences, lexicon)
     deleted = deletions(scorer, batches)
-    lengths = [len(s.spans) for s in sentences]
-    by_word = {
-        name: [w[:n] for w, n in zip(_by_word(batches, name), lengths, strict=True)]
-        for name in batches[0].weights
-    }
-    exact = by_word["leave-one-out"]
+    units = [row[row >= 0] for batch in batches for row in batch.read.units]
+    by_token = {name: list(_by_token(batches, name)) for name in batches[0].weights}
+    exact = by_token["leave-one-out"]
     sources = {}
-    for name, weights in by_word.items():
-        sources[name] = with_people(sentences, weights, name in SIGNED) | deleted[name]
+    for name, weights in by_token.items():
+        sources[name] = with_people(sentences, weights, units, name in SIGNED) | deleted[name]
         sources[name]["with_leave_one_out"] = _mean(
             [_correlation(w.abs(), e.abs()) for w, e in zip(weights, exact, strict=True)]
         )
         sources[name]["entropy"] = _mean([_entropy(w) for w in weights])
         if name in seconds:
             sources[name]["cpu_seconds"] = round(seconds[name], 2)
-    chance = _mean([sum(x != NEUTRAL for x in s.word_labels) / len(s.word_labels) for s in sentences])
-    sources["random"] = {"roc": 0.5, "precision": chance} | deleted["random"]
+    even = with_people(sentences, [torch.ones(len(unit)) for unit in units], units, signed=False)
+    sources["random"] = {"roc": even["roc"], "precision": even["precision"]} | deleted["random"]
     scores = torch.cat([b.scores for b in batches])
     return {
         "sentences": len(sentences),
@@ -275,6 +274,7 @@ def agreement(scorer: Scorer, sentences: Sequence[Sentence], lexicon: Lexicon) -
     }
 
 
-def _by_word(batches: Sequence[Weighed], name: str) -> Iterator[Tensor]:
+def _by_token(batches: Sequence[Weighed], name: str) -> Iterator[Tensor]:
     for batch in batches:
-        yield from batch.read.by_word(batch.weights[name])
+        for weights, units in zip(batch.weights[name], batch.read.units, strict=True):
+            yield weights[units >= 0].float()

@@ -11,10 +11,11 @@ import triton.language as tl
 from csrc_triton.device.layout import (
     OUT_OF_RANGE,
     bounds_of_row,
+    is_live,
     is_outside,
     is_visible,
+    position_of,
     slot_base,
-    token_positions,
 )
 from csrc_triton.device.math import INF, LOG2E, tanh
 
@@ -25,125 +26,125 @@ FEW = tl.constexpr(16)
 class Slots(NamedTuple):
     """Where what the programs of a row leave to each other lies."""
 
-    at_mask: Any  # offset of the row's first visible key in the attention mask
     first: Any  # of the row's first chunk
     term: Any  # of its first kept chunk
     kept: Any  # the first chunk whose terms are kept
     n_kept: Any  # how many may be
 
 
-class MaskRow(NamedTuple):
-    """What a layer's own mask adds to the scores, at the row's first visible key."""
+class Heads(NamedTuple):
+    """The query heads of one key head, [M]."""
 
-    p_added: Any  # or None
-    stride_h: Any
-    stride_t: Any
-
-
-class Tile(NamedTuple):
-    """Constants of the product of queries and keys; passed on as it is, like ``Rules``."""
-
-    D: Any
-    BLOCK_D: Any  # a part of the width
-    STRIDE_QD: Any
-    STRIDE_KD: Any
-    QUERY_UNIT: Any  # what strides are counted in
-    KEY_UNIT: Any
-    FAR: Any  # whether keys of a chunk lie so far apart that 32 bits do not count it
-    UPCAST: Any
-    STAGES: Any  # parts, or chunks, on their way at once, and one
+    i_h: Any  # the key head
+    o_h: Any
+    m_h: Any  # which there are
+    n: Any  # of all key heads
+    weight: Any  # in the mean over heads
 
 
-class Terms(NamedTuple):
-    p_terms: Any  # [term slots, Hq, CHUNK]
-    p_factor: Any  # [slots, Hq]
-    p_mask: Any  # the attention mask, or None
-    stride_mask: Any
-    mask_row: Any
+class Attended(NamedTuple):
+    """The keys of a row, and what was left of them."""
+
+    axis: Any
+    layer: Any
+    left: Any
+    keys: Any
     slots: Any
 
 
 @triton.jit
-def slots_of_row(
-    stride_mb,
-    stride_mt,
-    p_cu,
-    slots_per_row,
-    p_term_cu,
-    term_slots_per_row,
-    keys,
-    p_response_start,
-    p_response_cu,
-    n_rows,
-    width,
-    i_b,
-    TERM_SPARE: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    at_mask = (keys.bos + keys.first) * stride_mt
-    if p_cu is None:
-        at_mask += i_b.to(tl.int64) * stride_mb
-    first = slot_base(p_cu, i_b, slots_per_row, 1, CHUNK)
-    term = slot_base(p_term_cu, i_b, term_slots_per_row, TERM_SPARE, CHUNK)
-    n_kept = slot_base(p_term_cu, i_b + 1, term_slots_per_row, TERM_SPARE, CHUNK) - term
+def slots_of_row(axis, left, response, keys, i_b, mean: tl.constexpr):
+    first = slot_base(axis.p_cu, i_b, left.slots_per_row, 1, mean.KEYS)
+    spare = mean.TERM_SPARE
+    term = slot_base(left.p_term_cu, i_b, left.term_slots_per_row, spare, mean.KEYS)
+    n_kept = slot_base(left.p_term_cu, i_b + 1, left.term_slots_per_row, spare, mean.KEYS) - term
     kept = keys.first * 0
-    if p_response_cu is not None:
+    if response.p_cu is not None:
         # A row that does not own its tokens does not own slots either.
-        n_kept = tl.where(bounds_of_row(p_response_cu, n_rows, width, i_b).whole, n_kept, 0)
-    if p_response_start is not None:
-        start = tl.load(p_response_start + i_b).to(tl.int64)
-        kept = tl.maximum(start - keys.first, 0) // CHUNK
-    return Slots(at_mask, first, term, kept, n_kept)
+        whole = bounds_of_row(response.p_cu, response.n_rows, response.width, i_b).whole
+        n_kept = tl.where(whole, n_kept, 0)
+    if response.p_start is not None:
+        start = tl.load(response.p_start + i_b).to(tl.int64)
+        kept = tl.maximum(start - keys.first, 0) // mean.KEYS
+    return Slots(first, term, kept, n_kept)
 
 
 @triton.jit
-def held_query(p_query, stride_qh, m_q, tile):
+def heads_of(layer, i_h, product: tl.constexpr):
+    """The query heads of key head ``i_h``."""
+    heads = layer.kv_heads * product.G
+    o_g = tl.arange(0, product.M)
+    o_h = i_h * product.G + o_g
+    m_h = o_g < product.G
+    return Heads(i_h, o_h, m_h, heads, head_weights(layer.p_head_mask, o_h, m_h, heads, layer.n_layers))
+
+
+@triton.jit
+def is_attended(attended, i, inside):
+    """Whether the query sees keys ``i`` ([N]), counted from the first visible one."""
+    axis = attended.axis
+    keys = attended.keys
+    at_mask = keys.row * axis.stride_mb + (keys.bos + keys.first) * axis.stride_mt
+    return inside & is_visible(axis.p_mask, at_mask, axis.stride_mt, i, 0, keys.end - keys.first)
+
+
+@triton.jit
+def mask_values(attended, head, i, read):
+    """What the layer's mask adds for some heads and keys ``i``, counted from the first visible one."""
+    layer = attended.layer
+    keys = attended.keys
+    first = keys.row * layer.stride_ab + (keys.bos + keys.first) * layer.stride_at
+    offset = head.to(tl.int64) * layer.stride_ah + i.to(tl.int64) * layer.stride_at
+    return tl.load(layer.p_mask_row + first + offset, mask=read, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def held_query(p_query, stride_qh, m_q, product: tl.constexpr):
     """The heads ``m_q`` ([M]) of a query, [M, BLOCK_D], if one part is their whole width; else nothing."""
-    if tile.BLOCK_D >= tile.D:
-        held = query_part(p_query, stride_qh, m_q, 0, tile)
+    if product.BLOCK_D >= product.D:
+        held = query_part(p_query, stride_qh, m_q, 0, product)
     else:
         held = None
     return held
 
 
 @triton.jit
-def query_part(p_query, stride_qh, m_q, start, tile):
+def query_part(p_query, stride_qh, m_q, start, product: tl.constexpr):
     """One part of their width, [M, BLOCK_D]."""
     o_g = tl.arange(0, m_q.shape[0])
-    o_d = start + tl.arange(0, tile.BLOCK_D)
-    p_q = p_query + o_g.to(tl.int64)[:, None] * stride_qh * tile.QUERY_UNIT + o_d[None, :] * tile.STRIDE_QD
-    return tl.load(p_q, mask=m_q[:, None] & (o_d < tile.D)[None, :], other=0.0)
+    o_d = start + tl.arange(0, product.BLOCK_D)
+    p_q = p_query + o_g.to(tl.int64)[:, None] * stride_qh * product.QUERY_UNIT
+    return tl.load(
+        p_q + o_d[None, :] * product.STRIDE_QD, mask=m_q[:, None] & (o_d < product.D)[None, :], other=0.0
+    )
 
 
 @triton.jit
 def chunk_scores(
     held,  # what held_query made of the query
     p_query,  # of this row and key head
-    stride_qh,  # in QUERY_UNIT
     p_key,  # of this row and key head, at the chunk's first key
-    stride_kt,  # in KEY_UNIT
     m_q,  # [M] which heads there are
     inside,  # [N] which keys may be read
-    scale,
-    softcap,
-    tile,
+    layer,
+    product: tl.constexpr,
 ):
     """Scores of a chunk of keys for the heads that share them, in units of ``log(2)``: [N, M].
 
     The keys are the many rows of the product, which tensor cores want in its first operand.
     """
     o_n = tl.arange(0, inside.shape[0])
-    if tile.FAR:
+    if product.FAR:
         o_n = o_n.to(tl.int64)
-    p_k = p_key + o_n[:, None] * stride_kt * tile.KEY_UNIT
+    p_k = p_key + o_n[:, None] * layer.stride_kt * product.KEY_UNIT
     scores = tl.zeros([inside.shape[0], m_q.shape[0]], dtype=tl.float32)
     if held is None:
-        for start in tl.range(0, tile.D, tile.BLOCK_D, num_stages=tile.STAGES):
-            q = query_part(p_query, stride_qh, m_q, start, tile)
-            scores = add_product(scores, q, p_k, inside[:, None], start, tile)
+        for start in tl.range(0, product.D, product.BLOCK_D, num_stages=product.STAGES):
+            q = query_part(p_query, layer.stride_qh, m_q, start, product)
+            scores = add_product(scores, q, p_k, inside[:, None], start, product)
     else:
-        scores = add_product(scores, held, p_k, inside[:, None], 0, tile)
-    return scaled_scores(scores, scale, softcap)
+        scores = add_product(scores, held, p_k, inside[:, None], 0, product)
+    return scaled_scores(scores, layer.scaling, layer.softcap)
 
 
 @triton.jit
@@ -163,34 +164,20 @@ def add_product(
     p_k,  # [N, 1]
     m_k,  # [N, 1]
     start,
-    tile,
+    product: tl.constexpr,
 ):
     """Adds the product over one part of the width."""
-    o_d = start + tl.arange(0, tile.BLOCK_D)
+    o_d = start + tl.arange(0, product.BLOCK_D)
     k = tl.load(
-        p_k + o_d[None, :] * tile.STRIDE_KD,
-        mask=m_k & (o_d < tile.D)[None, :],
+        p_k + o_d[None, :] * product.STRIDE_KD,
+        mask=m_k & (o_d < product.D)[None, :],
         other=0.0,
         eviction_policy="evict_first",
     )  # [N, BLOCK_D]
-    if tile.UPCAST or q.dtype != k.dtype:
+    if product.UPCAST or q.dtype != k.dtype:
         q = q.to(tl.float32)
         k = k.to(tl.float32)
     return tl.dot(k, tl.trans(q), scores, input_precision="ieee")
-
-
-@triton.jit
-def mask_values(mask_row, head, i, read):
-    """What the layer's mask adds for some heads and keys."""
-    offset = head.to(tl.int64) * mask_row.stride_h + i.to(tl.int64) * mask_row.stride_t
-    return tl.load(mask_row.p_added + offset, mask=read, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def masked_scores(scores, mask_row, head, i, read):
-    """Scores with what the layer's mask adds; -inf where it hides a key, whatever its score."""
-    added = mask_values(mask_row, head, i, read)
-    return tl.where(added == -INF, -INF, scores + added * LOG2E)
 
 
 @triton.jit
@@ -215,93 +202,90 @@ def finite_reference(largest):
 
 
 @triton.jit
-def attend(
-    p_query,  # of this row and key head
-    stride_qh,
-    p_key,  # of this row and key head, at its first visible key
-    stride_kt,
-    p_partials,  # [slots, CHUNK // FEW, Hq, 2]: the largest score, the sum of the terms
-    keys,
-    terms,
-    begin,  # first chunk
-    stop,
-    o_h,  # [M]
-    m_h,  # [M]
-    heads,
-    scaling,
-    softcap,
-    CHUNK: tl.constexpr,
-    tile,
-):
-    """Softmax partials of some chunks of one key head, and the terms of those that are kept."""
-    slots = terms.slots
+def attend(attended, heads, begin, stop, product: tl.constexpr, CHUNK: tl.constexpr):
+    """Softmax partials of the chunks from ``begin`` to ``stop``, and the terms of those that are kept."""
+    layer = attended.layer
+    left = attended.left
+    keys = attended.keys
+    slots = attended.slots
+    # Products with 64 bits from the left, the unit last: a stride itself may need them.
+    head = heads.i_h.to(tl.int64)
+    at_query = keys.row * layer.stride_qb * product.QUERY_UNIT
+    at_query += (keys.bos + keys.position) * layer.stride_qt * product.QUERY_UNIT
+    p_query = layer.p_query + at_query + head * product.G * layer.stride_qh * product.QUERY_UNIT
+    at_key = keys.row * layer.stride_kb * product.KEY_UNIT + head * layer.stride_kh * product.KEY_UNIT
+    p_key = layer.p_key + at_key + (keys.bos + keys.first) * layer.stride_kt * product.KEY_UNIT
+    o_h = heads.o_h
+    m_h = heads.m_h
     o_n = tl.arange(0, CHUNK)
     # A row that sees nothing has no position that its query could be read at.
-    held = held_query(p_query, stride_qh, m_h & (begin < stop), tile)
-    for i_c in tl.range(begin, stop, num_stages=tile.STAGES):
+    held = held_query(p_query, layer.stride_qh, m_h & (begin < stop), product)
+    for i_c in tl.range(begin, stop, num_stages=product.STAGES):
         i = i_c * CHUNK + o_n  # counted from the first visible key
-        visible = is_visible(terms.p_mask, slots.at_mask, terms.stride_mask, i, 0, keys.end - keys.first)
-        slot = slots.first + i_c  # int64
-        p_chunk = p_key + (slot - slots.first) * CHUNK * stride_kt * tile.KEY_UNIT
         inside = i < keys.end - keys.first
-        scores = chunk_scores(
-            held, p_query, stride_qh, p_chunk, stride_kt, m_h, inside, scaling, softcap, tile
-        )
-        if terms.mask_row.p_added is not None:
-            read = visible[:, None] & m_h[None, :]
-            scores = masked_scores(scores, terms.mask_row, o_h[None, :], i[:, None], read)
+        visible = is_attended(attended, i, inside)
+        slot = slots.first + i_c  # int64
+        p_chunk = p_key + (slot - slots.first) * CHUNK * layer.stride_kt * product.KEY_UNIT
+        scores = chunk_scores(held, p_query, p_chunk, m_h, inside, layer, product)
+        if layer.p_mask_row is not None:
+            added = mask_values(attended, o_h[None, :], i[:, None], visible[:, None] & m_h[None, :])
+            # -inf hides a key, whatever its score.
+            scores = tl.where(added == -INF, -INF, scores + added * LOG2E)
         largest, sums, found = softmax_partial(scores, visible)
-        at = (slot * (CHUNK // FEW) + tl.arange(0, CHUNK // FEW))[:, None] * heads + o_h[None, :]
-        p_partial = p_partials + (at[:, :, None] * 2 + tl.arange(0, 2)[None, None, :])
+        at = (slot * (CHUNK // FEW) + tl.arange(0, CHUNK // FEW))[:, None] * heads.n + o_h[None, :]
+        p_partial = left.p_partials + (at[:, :, None] * 2 + tl.arange(0, 2)[None, None, :])
         tl.store(p_partial, tl.join(largest, sums), mask=m_h[None, :, None])
         kept = (i_c >= slots.kept) & (i_c - slots.kept < slots.n_kept)
-        p_kept = terms.p_terms + (slots.term + i_c - slots.kept) * heads * CHUNK
+        p_kept = left.p_terms + (slots.term + i_c - slots.kept) * heads.n * CHUNK
         tl.store(p_kept + (o_h[None, :] * CHUNK + o_n[:, None]), found, mask=m_h[None, :] & kept)
 
 
 @triton.jit
-def fold_chunks(
-    p_partials,  # [slots, heads, 2]: as ``attend`` leaves them, a slot for every FEW keys
-    p_factor,  # [slots, heads] out
-    slot,  # of the first chunk
-    n_chunks,
-    heads,
-    o_h,  # [M]
-    m_h,  # [M]
-    sink,  # [M], in units of log(2); -inf for none
-    lse,  # [M], in units of log(2), or None
-    weight,  # [M], of each head in the mean
-    FOLD: tl.constexpr,
-):
-    """Stores, per chunk and head, what makes of a term its share in the mean over heads."""
-    largest = sink
-    if lse is None:
-        highest = tl.full([o_h.shape[0], FOLD], -INF, tl.float32)
-        for start in range(0, n_chunks, FOLD):
-            at, inside = partials_of(slot, start, n_chunks, heads, o_h, m_h, FOLD)
+def fold_partials(attended, heads, CHUNK: tl.constexpr, FOLD: tl.constexpr):
+    """Stores, per FEW keys and head, what makes of a term its share in the mean over heads."""
+    layer = attended.layer
+    p_partials = attended.left.p_partials
+    slot = attended.slots.first * (CHUNK // FEW)
+    n = attended.keys.n_chunks * (CHUNK // FEW)
+    sink = tl.full([heads.o_h.shape[0]], -INF, tl.float32)
+    if layer.p_sinks is not None:
+        sink = tl.load(layer.p_sinks + heads.o_h, mask=heads.m_h, other=0.0).to(tl.float32) * LOG2E
+    if layer.p_lse is None:
+        highest = tl.full([heads.o_h.shape[0], FOLD], -INF, tl.float32)
+        for start in range(0, n, FOLD):
+            at, inside = partials_of(slot, start, n, heads, FOLD)
             chunk = tl.load(p_partials + at * 2, mask=inside, other=-INF, cache_modifier=".cg")
             highest = tl.maximum(highest, chunk)
         largest = tl.maximum(sink, tl.max(highest, axis=1))
-    else:
-        largest = tl.maximum(largest, lse)
-    reference = finite_reference(largest)
-    total = tl.exp2(sink - reference)
-    if lse is None:
-        terms = tl.zeros([o_h.shape[0], FOLD], tl.float32)
-        for start in range(0, n_chunks, FOLD):
-            at, inside = partials_of(slot, start, n_chunks, heads, o_h, m_h, FOLD)
+        reference = finite_reference(largest)
+        terms = tl.zeros([heads.o_h.shape[0], FOLD], tl.float32)
+        for start in range(0, n, FOLD):
+            at, inside = partials_of(slot, start, n, heads, FOLD)
             chunk = tl.load(p_partials + at * 2, mask=inside, other=-INF, cache_modifier=".cg")
             sums = tl.load(p_partials + at * 2 + 1, mask=inside, other=0.0, cache_modifier=".cg")
             terms += sums * chunk_factor(chunk, reference)
-        total += tl.sum(terms, axis=1)
+        total = tl.exp2(sink - reference) + tl.sum(terms, axis=1)
     else:
-        total += tl.exp2(lse - reference)
-    share = tl.where(weight > 0.0, weight / total, 0.0)
-    for start in range(0, n_chunks, FOLD):
-        at, inside = partials_of(slot, start, n_chunks, heads, o_h, m_h, FOLD)
+        lse = known_lse(attended, heads)
+        reference = finite_reference(tl.maximum(sink, lse))
+        total = tl.exp2(sink - reference) + tl.exp2(lse - reference)
+    share = tl.where(heads.weight > 0.0, heads.weight / total, 0.0)
+    for start in range(0, n, FOLD):
+        at, inside = partials_of(slot, start, n, heads, FOLD)
         chunk = tl.load(p_partials + at * 2, mask=inside, other=-INF, cache_modifier=".cg")
         factor = chunk_factor(chunk, reference) * share[:, None]
-        tl.store(p_factor + at, tl.where((weight > 0.0)[:, None], factor, 0.0), mask=inside)
+        chosen = (heads.weight > 0.0)[:, None]
+        tl.store(attended.left.p_factor + at, tl.where(chosen, factor, 0.0), mask=inside)
+
+
+@triton.jit
+def known_lse(attended, heads):
+    """The layer's own log-sum-exp of the row's query, [M], in units of log(2)."""
+    layer = attended.layer
+    keys = attended.keys
+    p_lse = layer.p_lse + keys.row * layer.stride_lb + (keys.bos + keys.position) * layer.stride_lt
+    lse = tl.load(p_lse + heads.o_h * layer.stride_lh, mask=heads.m_h & (keys.end > 0), other=0.0)
+    return lse.to(tl.float32) * LOG2E
 
 
 @triton.jit
@@ -311,82 +295,73 @@ def chunk_factor(largest, reference):
 
 
 @triton.jit
-def partials_of(slot, start, n_chunks, heads, o_h, m_h, FOLD: tl.constexpr):
-    """Where the partials of FOLD chunks from ``start`` on lie, [M, FOLD], and which of them are there."""
+def partials_of(slot, start, n, heads, FOLD: tl.constexpr):
+    """Where FOLD partials from ``start`` on lie, [M, FOLD], and which of them are there."""
     o_c = start + tl.arange(0, FOLD)
-    return (slot + o_c)[None, :] * heads + o_h[:, None], (o_c < n_chunks)[None, :] & m_h[:, None]
+    return (slot + o_c)[None, :] * heads.n + heads.o_h[:, None], (o_c < n)[None, :] & heads.m_h[:, None]
 
 
 @triton.jit
-def group_mean(
-    p_terms,  # of this row and group: [term slots, heads, CHUNK]
-    p_factor,  # of this row and group: [slots, heads]
-    kept,  # the first chunk that has a term slot
-    i,  # [N] int32, keys
-    seen,  # [N]
-    mask_row,
-    head,  # the first of them
-    heads,
-    G: tl.constexpr,
-    H: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """What the G heads of one key head add to the mean over heads at some keys, [N]; 0 where not ``seen``."""
-    mean = tl.zeros(i.shape, dtype=tl.float32)
-    at_term = (i // CHUNK - kept) * heads * CHUNK + i % CHUNK
-    for start in range(0, G, H):
-        o_g = start + tl.arange(0, H)
-        read = (o_g < G)[:, None] & seen[None, :]
-        terms = tl.load(
-            p_terms + (at_term[None, :] + o_g[:, None] * CHUNK), mask=read, other=0.0, cache_modifier=".cg"
-        )  # [H, N]
-        factor = tl.load(
-            p_factor + ((i // FEW)[None, :] * heads + o_g[:, None]),
-            mask=read,
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        if mask_row.p_added is not None:
-            hidden = mask_values(mask_row, (head + o_g)[:, None], i[None, :], read) == -INF
-            factor = tl.where(hidden, 0.0, factor)
-        # A head that is not chosen must not spread a NaN.
-        mean += tl.sum(tl.where(factor == 0.0, 0.0, terms * factor), axis=0)
-    return mean
-
-
-@triton.jit
-def mean_of_group(terms, keys, live, t, i_h, heads, G: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr):
-    """What key head ``i_h`` adds to the mean over heads at positions ``t``, [N]."""
-    slots = terms.slots
+def mean_of_group(attended, live, t, i_h, mean: tl.constexpr):
+    """What the heads of key head ``i_h`` add to the mean over heads at positions ``t``, [N]."""
+    left = attended.left
+    keys = attended.keys
+    slots = attended.slots
     seen = live & (t >= keys.first) & (t < keys.end)
     i = tl.where(seen, t - keys.first, 0).to(tl.int32)
     kept = slots.kept.to(tl.int32)
-    seen = seen & is_visible(terms.p_mask, slots.at_mask, terms.stride_mask, i, 0, keys.end - keys.first)
-    seen = seen & (i // CHUNK - kept < slots.n_kept)
-    head = i_h * G
-    p_terms = terms.p_terms + (slots.term * heads + head) * CHUNK
-    p_factor = terms.p_factor + slots.first * (CHUNK // FEW) * heads + head
-    return group_mean(p_terms, p_factor, kept, i, seen, terms.mask_row, head, heads, G, H, CHUNK)
+    seen = is_attended(attended, i, seen) & (i // mean.KEYS - kept < slots.n_kept)
+    heads = attended.layer.kv_heads * mean.G
+    first = i_h * mean.G
+    p_terms = left.p_terms + (slots.term * heads + first) * mean.KEYS
+    p_factor = left.p_factor + slots.first * (mean.KEYS // FEW) * heads + first
+    at_term = (i // mean.KEYS - kept) * heads * mean.KEYS + i % mean.KEYS
+    out = tl.zeros(i.shape, dtype=tl.float32)
+    for start in range(0, mean.G, mean.H):
+        o_g = start + tl.arange(0, mean.H)
+        read = (o_g < mean.G)[:, None] & seen[None, :]
+        p_term = p_terms + (at_term[None, :] + o_g[:, None] * mean.KEYS)
+        terms = tl.load(p_term, mask=read, other=0.0, cache_modifier=".cg")  # [H, N]
+        p_few = p_factor + ((i // FEW)[None, :] * heads + o_g[:, None])
+        factor = tl.load(p_few, mask=read, other=0.0, cache_modifier=".cg")
+        if attended.layer.p_mask_row is not None:
+            hidden = mask_values(attended, (first + o_g)[:, None], i[None, :], read) == -INF
+            factor = tl.where(hidden, 0.0, factor)
+        # A head that is not chosen must not spread a NaN.
+        out += tl.sum(tl.where(factor == 0.0, 0.0, terms * factor), axis=0)
+    return out
 
 
 @triton.jit
-def mean_of_terms(terms, keys, live, t, kv_heads, G: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr):
+def mean_of_terms(attended, live, t, mean: tl.constexpr):
     """Mean over heads at positions ``t``, [N]."""
-    mean = tl.zeros(t.shape, dtype=tl.float32)
-    for i_h in range(kv_heads):
-        mean += mean_of_group(terms, keys, live, t, i_h, kv_heads * G, G, H, CHUNK)
-    return mean
+    out = tl.zeros(t.shape, dtype=tl.float32)
+    for i_h in range(attended.layer.kv_heads):
+        out += mean_of_group(attended, live, t, i_h, mean)
+    return out
 
 
 @triton.jit
-def mean_of_groups(p_groups, total, kv_heads, j, live):
-    """The same from what the programs of each key head left, ``total`` apart, at the row's tokens ``j``."""
-    mean = tl.zeros(j.shape, dtype=tl.float32)
+def mean_of_groups(attended, response, place, j, live):
+    """The same from what the programs of each key head left, at the row's tokens ``j``."""
+    kv_heads = attended.layer.kv_heads
+    p_groups = attended.left.p_groups + place.lo
+    out = tl.zeros(j.shape, dtype=tl.float32)
     for start in range(0, kv_heads, 4):
         for i in tl.static_range(4):
             there = live & (start + i < kv_heads)
-            mean += tl.load(p_groups + (start + i) * total + j, mask=there, other=0.0, cache_modifier=".cg")
-    return mean
+            p_group = p_groups + (start + i) * all_tokens(response, place)
+            out += tl.load(p_group + j, mask=there, other=0.0, cache_modifier=".cg")
+    return out
+
+
+@triton.jit
+def all_tokens(response, place):
+    """Response tokens of all rows, int64."""
+    total = place.row * 0 + response.width
+    if response.p_cu is None:
+        total = total * response.n_rows
+    return total
 
 
 @triton.jit
@@ -406,86 +381,53 @@ def head_weights(p_head_mask, o_h, m_h, heads, n_layers):
 
 
 @triton.jit
-def group_means(
-    p_groups,  # [Hkv, total]
-    total,
-    keys,
-    terms,
-    response,
-    i_h,
-    heads,
-    G: tl.constexpr,
-    H: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
+def leave_group(attended, response, place, i_h, mean: tl.constexpr, TOKENS: tl.constexpr):
     """Leaves what key head ``i_h`` adds to the mean over heads at the row's response tokens."""
-    p_out = p_groups + i_h.to(tl.int64) * total + response.place.lo
-    for start in range(0, response.place.length, TOKENS):
+    p_out = attended.left.p_groups + i_h.to(tl.int64) * all_tokens(response, place) + place.lo
+    for start in range(0, place.length, TOKENS):
         j = start + tl.arange(0, TOKENS)
-        live, t = token_positions(response, j)
-        mean = mean_of_group(terms, keys, live, t, i_h, heads, G, H, CHUNK)
-        tl.store(p_out + j, mean, mask=j < response.place.length)
-
-
-class Attended(NamedTuple):
-    """The attention that credit is made of, of a row whose keys were read."""
-
-    keys: Any
-    terms: Any
-    response: Any
-    p_groups: Any
-    total: Any
-    kv_heads: Any
+        live = is_live(response, place, j)
+        t = position_of(response, place, j, live)
+        tl.store(p_out + j, mean_of_group(attended, live, t, i_h, mean), mask=j < place.length)
 
 
 @triton.jit
-def attention_at(
-    attended,
-    p_before,
-    j,
-    SOURCE: tl.constexpr,
-    ADD: tl.constexpr,
-    G: tl.constexpr,
-    H: tl.constexpr,
-    KEYS: tl.constexpr,
-):
+def attention_at(attended, response, place, p_before, j, mean: tl.constexpr, SOURCE: tl.constexpr):
     """Mean over heads of the attention at tokens ``j``, on top of other layers' where ``ADD``.
 
     Also which tokens count, and whether one of them lies outside its row's keys.
     """
     keys = attended.keys
-    live, t = token_positions(attended.response, j)
-    outside = is_outside(attended.response, keys, live, t) | (keys.sound == 0)
+    live = is_live(response, place, j)
+    t = position_of(response, place, j, live)
+    outside = is_outside(response, keys, live, t) | (keys.sound == 0)
     if SOURCE == "groups":
-        p_groups = attended.p_groups + attended.response.place.lo
-        mean = mean_of_groups(p_groups, attended.total, attended.kv_heads, j, live)
+        found = mean_of_groups(attended, response, place, j, live)
     else:
-        mean = mean_of_terms(attended.terms, keys, live, t, attended.kv_heads, G, H, KEYS)
-    if ADD:
-        mean = tl.load(p_before + j, mask=live, other=0.0) + mean
-    mean = tl.where(live, tl.where(keys.sound, mean, float("nan")), 0.0)
-    return live, mean, tl.max(outside.to(tl.int32))
+        found = mean_of_terms(attended, live, t, mean)
+    if mean.ADD:
+        found = tl.load(p_before + j, mask=live, other=0.0) + found
+    found = tl.where(live, tl.where(keys.sound, found, float("nan")), 0.0)
+    return live, found, tl.max(outside.to(tl.int32))
 
 
 @triton.jit
 def store_means(
+    attended,
+    response,
+    place,
     p_out,
     p_status,
-    attended,
     begin,
     stop,
+    mean: tl.constexpr,
     SOURCE: tl.constexpr,
-    ADD: tl.constexpr,
-    G: tl.constexpr,
-    H: tl.constexpr,
-    KEYS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """``attention_at`` some chunks of a row's tokens, and whether the row is out of range."""
     for i_c in range(begin, stop):
         j = i_c * CHUNK + tl.arange(0, CHUNK)
-        _, mean, outside = attention_at(attended, p_out, j, SOURCE, ADD, G, H, KEYS)
-        tl.store(p_out + j, mean, mask=j < attended.response.place.length)
+        _, found, outside = attention_at(attended, response, place, p_out + place.lo, j, mean, SOURCE)
+        tl.store(p_out + place.lo + j, found, mask=j < place.length)
         if p_status is not None:
-            tl.store(p_status, OUT_OF_RANGE, mask=outside != 0)
+            tl.store(p_status + place.row, OUT_OF_RANGE, mask=outside != 0)

@@ -28,6 +28,7 @@ class Bounds(NamedTuple):
 class Keys(NamedTuple):
     """The keys that the query of a row may see: ``[first, end)`` of ``length``, counted from ``bos``."""
 
+    row: Any  # int64
     bos: Any
     length: Any
     first: Any
@@ -41,20 +42,18 @@ class Keys(NamedTuple):
 class Place(NamedTuple):
     """Where the response tokens of a row are."""
 
+    row: Any  # int64
+    bos: Any  # packed: its first token among those of all rows; padded: 0
     start: Any  # position of the first among the row's keys
-    at_mask: Any  # offset of the row's first token in a tensor of [B, R] or [M]
-    at_index: Any
-    lo: Any  # and in contiguous ones
+    lo: Any  # offset of the first in a contiguous tensor of [B, R] or [M]
     length: Any
     whole: Any
 
 
-class ResponseTokens(NamedTuple):
-    """A row's response tokens. Made where it is used: Triton 3.6 returns no tuple that holds None."""
-
-    p_mask: Any  # None: every token counts
-    p_index: Any  # position of each token among the row's keys, or None
-    place: Any
+@triton.jit
+def first_token(place, stride):
+    """Offset of a row's first token in a tensor of [B, R] with this stride, or of [M], whose stride is 0."""
+    return place.row * stride + place.bos
 
 
 @triton.jit
@@ -110,18 +109,16 @@ def row_of_slot(i_slot, p_cu, n_rows, slots_per_row, chunk):
 
 
 @triton.jit
-def keys_of_row(
-    p_cu, n_rows, width, p_start, p_position, window, i_b, CAUSAL: tl.constexpr, CHUNK: tl.constexpr
-):
+def keys_of_row(axis, i_b, CAUSAL: tl.constexpr, CHUNK: tl.constexpr):
     row = i_b.to(tl.int64)
-    bounds = bounds_of_row(p_cu, n_rows, width, i_b)
+    bounds = bounds_of_row(axis.p_cu, axis.n_rows, axis.width, i_b)
     length = tl.where(bounds.whole, bounds.length, 0)
     start = row * 0
-    if p_start is not None:
-        start = tl.load(p_start + row).to(tl.int64)
+    if axis.p_start is not None:
+        start = tl.load(axis.p_start + row).to(tl.int64)
     position = length - 1
-    if p_position is not None:
-        position = tl.load(p_position + row).to(tl.int64)
+    if axis.p_position is not None:
+        position = tl.load(axis.p_position + row).to(tl.int64)
     sound = bounds.whole & (start >= 0) & (start <= length)
     sound = sound & ((length == 0) | ((position >= 0) & (position < length)))
     position = tl.where(sound, position, -1)
@@ -130,11 +127,11 @@ def keys_of_row(
         end = tl.where(sound, length, 0)
     end = tl.minimum(end, length)
     first = tl.where(sound, start, 0)
-    if window is not None:
-        first = tl.maximum(first, position + 1 - window)
-        end = tl.minimum(end, tl.maximum(position + window, 0))
+    if axis.window is not None:
+        first = tl.maximum(first, position + 1 - axis.window)
+        end = tl.minimum(end, tl.maximum(position + axis.window, 0))
     n_chunks = (tl.maximum(end - first, 0) + CHUNK - 1) // CHUNK
-    return Keys(bounds.lo, length, first, end, position, n_chunks.to(tl.int32), bounds.whole, sound)
+    return Keys(row, bounds.lo, length, first, end, position, n_chunks.to(tl.int32), bounds.whole, sound)
 
 
 @triton.jit
@@ -161,33 +158,37 @@ def attended_range(p_mask, mask_offset, stride_mask, start, length, SCAN: tl.con
 
 
 @triton.jit
-def place_of_row(stride_mask, p_start, stride_index, p_cu, n_rows, width, i_b):
+def place_of_row(response, i_b):
     row = i_b.to(tl.int64)
-    bounds = bounds_of_row(p_cu, n_rows, width, i_b)
+    bounds = bounds_of_row(response.p_cu, response.n_rows, response.width, i_b)
     lo = bounds.lo
-    at_mask = lo
-    at_index = lo
-    if p_cu is None:
-        lo = row * width
-        at_mask = row * stride_mask
-        at_index = row * stride_index
+    if response.p_cu is None:
+        lo = row * response.width
     start = row * 0
-    if p_start is not None:
-        start = tl.load(p_start + row).to(tl.int64)
-    return Place(start, at_mask, at_index, lo, bounds.length.to(tl.int32), bounds.whole)
+    if response.p_start is not None:
+        start = tl.load(response.p_start + row).to(tl.int64)
+    return Place(row, bounds.lo, start, lo, bounds.length.to(tl.int32), bounds.whole)
 
 
 @triton.jit
-def token_positions(response, j):
-    """Of response tokens ``j``: whether each counts, and its position among the row's keys; -1 for none."""
-    live = j < response.place.length
+def is_live(response, place, j):
+    """Whether response tokens ``j`` ([N]) are unmasked tokens of the row."""
+    live = j < place.length
     if response.p_mask is not None:
-        live = live & (tl.load(response.p_mask + response.place.at_mask + j, mask=live, other=0) != 0)
+        p_mask = response.p_mask + first_token(place, response.stride_mask)
+        live = live & (tl.load(p_mask + j, mask=live, other=0) != 0)
+    return live
+
+
+@triton.jit
+def position_of(response, place, j, live):
+    """Position of response tokens ``j`` among the row's keys; -1 where an index says nowhere."""
     if response.p_index is None:
-        t = response.place.start + j
+        t = place.start + j
     else:
-        t = tl.load(response.p_index + response.place.at_index + j, mask=live, other=-1).to(tl.int64)
-    return live, t
+        p_index = response.p_index + first_token(place, response.stride_index)
+        t = tl.load(p_index + j, mask=live, other=-1).to(tl.int64)
+    return t
 
 
 @triton.jit
@@ -199,13 +200,50 @@ def is_outside(response, keys, live, t):
     return live & outside
 
 
-@triton.jit
-def token_input(p_x, j, live):
-    """One input at tokens ``j``, float32, 0 where not ``live``."""
-    return tl.load(p_x + j, mask=live, other=0.0).to(tl.float32)
+# Chunks of tokens in tensors of [B, R] or [M]. Their layout, and with it the order of additions, is that of
+# tensors whose rows begin at multiples of 16 bytes, whether they do or not. How wide they are read and
+# written follows from their bound, of which only ``WIDE`` says that 4 divides it.
 
 
 @triton.jit
-def store_tokens(p_x, j, x, inside):
+def is_inside(place, j, WIDE: tl.constexpr):
+    length = place.length
+    if WIDE:
+        length = length // 4 * 4
+    return j < length
+
+
+@triton.jit
+def token_input(p_x, stride, place, j, inside):
+    """One input at tokens ``j`` of a row, float32. Masked ones are read too: a mask is no bound."""
+    p_row = tl.multiple_of(p_x + first_token(place, stride), 16)
+    return tl.load(p_row + j, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def live_tokens(response, place, j, inside):
+    """Whether tokens ``j`` of a row are unmasked."""
+    p_row = tl.multiple_of(response.p_mask + first_token(place, response.stride_mask), 16)
+    return inside & (tl.load(p_row + j, mask=inside, other=0) != 0)
+
+
+@triton.jit
+def store_tokens(p_x, lo, j, x, inside):
+    """Stores ``x`` at tokens ``j`` from ``lo`` on among those of all rows, if it is asked for."""
     if p_x is not None:
-        tl.store(p_x + j, x, mask=inside)
+        tl.store(tl.multiple_of(p_x + lo, 16) + j, x, mask=inside)
+
+
+@triton.jit
+def zero_tokens(out, lo, count, N: tl.constexpr, WIDE: tl.constexpr):
+    """Zeros at ``count`` tokens from ``lo`` on among those of all rows."""
+    if WIDE:
+        count = count // 4 * 4
+    zero = tl.full([N], 0.0, tl.float32)
+    for start in range(0, count, N):
+        j = start + tl.arange(0, N)
+        store_tokens(out.p_rewards, lo, j, zero, j < count)
+        store_tokens(out.p_advantages, lo, j, zero, j < count)
+        store_tokens(out.p_returns, lo, j, zero, j < count)
+        store_tokens(out.p_credit, lo, j, zero, j < count)
+        store_tokens(out.p_kl, lo, j, zero, j < count)

@@ -25,38 +25,62 @@ def compose_affine(a1, b1, a2, b2):
 
 
 @triton.jit
-def last_of(x):
-    """The last element of ``x`` ([N]); a sum over one element and zeros, so exact."""
-    N: tl.constexpr = x.shape[0]
-    return tl.sum(tl.where(tl.arange(0, N) == N - 1, x, 0.0))
-
-
-@triton.jit
 def affine_scan(a, b, UNIT: tl.constexpr):
-    """``w_i = a_i * w_{i-1} + b_i`` as ``w_i = A_i * carry + B_i``: A and B ([N]), and their last elements.
+    """``w_i = a_i * w_{i+1} + b_i`` as ``w_i = A_i * carry + B_i``: A and B ([N]), from the right.
 
     ``UNIT``: every ``a`` is 1.
     """
     if UNIT:
-        b = tl.cumsum(b, axis=0)
-        last_a = tl.full([], 1.0, tl.float64)
+        b = tl.cumsum(b, axis=0, reverse=True)
     else:
-        a, b = tl.associative_scan((a, b), axis=0, combine_fn=compose_affine)
-        last_a = last_of(a).to(tl.float64)
-    return a, b, last_a, last_of(b).to(tl.float64)
+        a, b = tl.associative_scan((a, b), axis=0, combine_fn=compose_affine, reverse=True)
+    return a, b
 
 
 @triton.jit
 def affine_before(a, b, carry, UNIT: tl.constexpr):
-    """``w_{i-1}`` in float32, of what ``affine_scan`` returns and a float64 carry."""
+    """``w_{i+1}`` in float32, of what ``affine_scan`` returns and a float64 carry from the right."""
     N: tl.constexpr = b.shape[0]
     if UNIT:
         w = b.to(tl.float64) + carry
     else:
         w = a.to(tl.float64) * carry + b
     o_i = tl.arange(0, N)
-    before = tl.gather(w.to(tl.float32), tl.maximum(o_i - 1, 0), axis=0)
-    return tl.where(o_i == 0, carry.to(tl.float32), before)
+    before = tl.gather(w.to(tl.float32), tl.minimum(o_i + 1, N - 1), axis=0)
+    return tl.where(o_i == N - 1, carry.to(tl.float32), before)
+
+
+@triton.jit
+def first_two(a, b):
+    """The first elements of two times [N], float64: sums of one element and zeros, so exact."""
+    first = tl.arange(0, a.shape[0]) == 0
+    return two_sums(tl.where(first, a, 0.0), tl.where(first, b, 0.0))
+
+
+# Several sums by one reduction, whose threads then wait for each other once.
+
+
+@triton.jit
+def two_sums(a, b):
+    """Sums of two times [N], float32, as float64."""
+    a, b = tl.split(tl.sum(tl.join(neighbours(a), neighbours(b)), axis=0).to(tl.float64))
+    return a, b
+
+
+@triton.jit
+def four_sums(a, b, c, d):
+    """Sums of four times [N], float64."""
+    pairs = tl.join(tl.join(neighbours(a), neighbours(b)), tl.join(neighbours(c), neighbours(d)))
+    first, second = tl.split(tl.sum(pairs, axis=0))
+    a, b = tl.split(first)
+    c, d = tl.split(second)
+    return a, b, c, d
+
+
+@triton.jit
+def neighbours(x):
+    """Sums of four neighbours, [N / 4], which one thread holds."""
+    return tl.sum(tl.reshape(x, [x.shape[0] // 4, 4]), axis=1)
 
 
 # The carry of the recurrence from chunk to chunk, right to left: GROUP chunks are composed, then meet the
@@ -149,10 +173,10 @@ def add_to_lane(acc, i, x):
 
 
 @triton.jit
-def sum_lanes(p_x, n, dtype: tl.constexpr, LANES: tl.constexpr):
-    """Sum of ``n`` numbers that other programs left, in the order of ``add_to_lane``."""
-    acc = tl.zeros([LANES], dtype)
+def lane_sums(p_x, n, LANES: tl.constexpr):
+    """Sums of ``n`` numbers that other programs left, by lane, in the order of ``add_to_lane``."""
+    acc = tl.zeros([LANES], tl.float64)
     for start in range(0, n, LANES):
         i = start + tl.arange(0, LANES)
-        acc += tl.load(p_x + i, mask=i < n, other=0.0, cache_modifier=".cg").to(dtype)
-    return tl.sum(acc)
+        acc += tl.load(p_x + i, mask=i < n, other=0.0, cache_modifier=".cg")
+    return acc

@@ -1,14 +1,28 @@
-"""Launches that read queries and keys, and of whatever else ``shape_kernel`` does."""
+"""Launches that read queries and keys."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from csrc_triton.attention import prepare_kernel, shape_kernel
+from csrc_triton.arguments import (
+    Axis,
+    Grid,
+    Inputs,
+    Layer,
+    Left,
+    Mean,
+    Outputs,
+    Product,
+    Response,
+    Rules,
+    Settings,
+)
+from csrc_triton.attention import attend_kernel, means_kernel, prepare_kernel
 from csrc_triton.device.attention import FEW
 from csrc_triton.launch import (
     COMPILER,
@@ -35,6 +49,10 @@ ONE_LAUNCH = 2048
 A packed batch counts as one response: how its rows divide it is known on the device only. Each further CHUNK
 is some 4 microseconds (a guess) in which one program works alone; a second launch takes as long as two.
 """
+
+ATTEND = Launcher(attend_kernel, "layer.p_query", "layer.p_key")
+MEANS = Launcher(means_kernel)
+PREPARE = Launcher(prepare_kernel)
 
 
 class LayerInputs(Protocol):
@@ -114,167 +132,271 @@ def attention_row(layers: Sequence[LayerInputs]) -> Tensor:
     batch = key.shape[0] if cu is None else cu.shape[0] - 1
     width = key.shape[2] if cu is None else key.shape[0]
     out = torch.empty((batch, width) if cu is None else (width,), dtype=torch.float32, device=key.device)
-    shape = {"p_credit": out, "p_response_cu": cu, "n_rows": batch, "width": width} | positions_of(None)
+    if batch == 0:
+        return out.zero_()  # keys of no row
+    keys = Response(cu, batch, width)  # a token per key
     for i, layer in enumerate(layers):
-        average(layer, len(layers), i, shape)
+        average(layer, len(layers), keys, Inputs(), Outputs(p_credit=out), add=i > 0)
     return out
 
 
-def positions_of(response: ResponseInputs | None) -> dict[str, Any]:
-    """Arguments that say where the response tokens lie among the keys; None: a token per key."""
-    index = None if response is None else tokens(response.index)
-    return {
-        "p_response_start": None if response is None else response.start,
-        "p_response_index": index,
-        "stride_index": row_stride(index),
-    }
+def response_of(response: ResponseInputs) -> Response:
+    """The response tokens and their place among the keys."""
+    mask, index, cu = tokens(response.mask), tokens(response.index), response.cu_seqlens
+    assert mask is not None
+    batch, width = mask.shape if cu is None else (cu.shape[0] - 1, mask.shape[0])
+    start = contiguous(response.start)
+    return Response(cu, batch, width, mask, row_stride(mask), start, index, row_stride(index))
 
 
-def average(layer: LayerInputs, n_layers: int, i: int, shape: dict[str, Any]) -> None:
-    """Adds the ``i``-th layer's mean over heads to ``p_credit``."""
-    fused = shape["width"] <= ONE_LAUNCH
-    arguments = layer_arguments(layer, n_layers, shape, "mean" if fused else "terms") | {"ADD": i > 0}
-    if fused:
-        launch(arguments | {"MODE": "attend", "SOURCE": "groups"})
+def average(
+    layer: LayerInputs, n_layers: int, response: Response, inputs: Inputs, out: Outputs, add: bool
+) -> None:
+    """A layer's mean over heads to ``p_credit``, or on top of what is there."""
+    if response.width <= ONE_LAUNCH:
+        attend(layer, n_layers, response, "mean", inputs=inputs, out=out, add=add)
         return
-    launch(arguments | {"MODE": "attend"})
-    n_tasks, chunks_per_row = chunks_of(shape)
-    leaders = 0 if shape["p_response_cu"] is None else shape["n_rows"]
-    arguments |= {"n_tasks": n_tasks, "chunks_per_row": chunks_per_row, "n_leaders": leaders}
-    launch(arguments | {"MODE": "mean", "FINISH": "mean", "SOURCE": "terms"})
+    read = attend(layer, n_layers, response, "terms", add=add)
+    n_tasks, chunks_per_row = chunks_of(response)
+    leaders = 0 if response.p_cu is None else response.n_rows
+    launch(
+        MEANS,
+        n_tasks + leaders,
+        registers(255),
+        **read,
+        response=response,
+        inputs=inputs,
+        out=out,
+        grid=Grid(None, n_tasks, leaders, chunks_per_row=chunks_per_row),
+        rules=Rules(CHUNK),
+    )
 
 
-def chunks_of(shape: dict[str, Any]) -> tuple[int, int]:
+def chunks_of(response: Response) -> tuple[int, int]:
     """Chunks of response tokens in all, and per row of a padded batch."""
-    if shape["p_response_cu"] is not None:
-        return shape["width"] // CHUNK + shape["n_rows"], 0
-    per_row = ceil_div(shape["width"], CHUNK)
-    return shape["n_rows"] * per_row, per_row
+    if response.p_cu is not None:
+        return response.width // CHUNK + response.n_rows, 0
+    per_row = ceil_div(response.width, CHUNK)
+    return response.n_rows * per_row, per_row
 
 
-def layer_arguments(layer: LayerInputs, n_layers: int, shape: dict[str, Any], finish: str) -> dict[str, Any]:
-    """Arguments of the launch that reads a layer's keys; launches the preparation that it may need."""
-    query, key, cu, mask, lse = layer.query, layer.key, layer.cu_seqlens, layer.attention_mask, layer.lse
-    heads, kv_heads, width = query.shape[1], key.shape[1], key.shape[-1]
-    group, chunk, batch = heads // kv_heads, chunk_size(key), shape["n_rows"]
-    device = key.device
-    if cu is None:
-        keys = key.shape[2]
-        slots_per_row = ceil_div(keys, chunk)
-        slots = batch * slots_per_row
-        stride_kb, stride_kh, stride_kt, stride_kd = key.stride()
-    else:
-        keys, slots_per_row, stride_kb = key.shape[0], 0, 0
-        slots = keys // chunk + batch
-        stride_kt, stride_kh, stride_kd = key.stride()
-    query_strides = _position_strides(query, cu is not None, keys)
-    query_unit = stride_unit(*query_strides)
-    key_unit = stride_unit(stride_kb, stride_kh, stride_kt)
-    if mask is not None and mask.dtype == torch.bool:
-        mask = mask.view(torch.uint8)
-    head_mask = contiguous(layer.head_mask)
-    if head_mask is not None and head_mask.dtype == torch.bool:
-        head_mask = head_mask.view(torch.uint8)
+def attend(
+    layer: LayerInputs,
+    n_layers: int,
+    response: Response,
+    finish: Literal["terms", "mean", "shape"],
+    *,
+    inputs: Inputs | None = None,
+    settings: Settings | None = None,
+    out: Outputs | None = None,
+    rules: Rules | None = None,
+    add: bool = False,
+) -> dict[str, Any]:
+    """The launch that reads a layer's keys; after the preparation that it may need.
 
-    # Slots for the terms: one per chunk of keys, or only where a row's response can lie.
-    response_cu = shape["p_response_cu"]
-    term_cu, terms_per_row, term_slots, term_spare = cu, slots_per_row, slots, 1
-    if shape["p_response_start"] is not None:
-        term_cu = response_cu
-        if response_cu is None:
-            terms_per_row = ceil_div(shape["width"], chunk) + 1
-            term_slots = batch * terms_per_row
-        else:
-            term_spare = 2
-            term_slots = shape["width"] // chunk + 2 * batch
+    Returns:
+        Arguments of the launch that may follow: what was left, and of which keys.
+    """
+    query, key, cu = layer.query, layer.key, layer.cu_seqlens
+    group, chunk, batch = query.shape[1] // key.shape[1], chunk_size(key), response.n_rows
+    axis = prepared_axis(layer, response)
+    kv_heads, width, device = key.shape[1], key.shape[-1], key.device
+    slots_per_row = 0 if cu is not None else ceil_div(axis.width, chunk)
+    slots = batch * slots_per_row if cu is None else axis.width // chunk + batch
     split = chunks_per_program(slots * kv_heads, processors(device))
     splits_per_row = max(1, ceil_div(slots_per_row, split))
-    if cu is None:
-        n_tasks = batch * splits_per_row * kv_heads
-    else:
-        n_tasks = (keys // (chunk * split) + batch) * kv_heads
-    position: Tensor | str | None = layer.query_position
-    start = layer.key_start
-    if mask is not None or isinstance(position, str):
-        start, position = _prepare(layer, shape, mask)
-    tokens_in_all = shape["width"] * (batch if response_cu is None else 1)
+    n_tasks = batch * splits_per_row if cu is None else axis.width // (chunk * split) + batch
+    leaders = 0 if cu is None else batch
+    counters = COUNTERS.take(device, batch * (kv_heads + 1))
+    grid = Grid(counters, n_tasks * kv_heads, leaders, split, splits_per_row)
+    left, spare = workspace(key, query.shape[1], cu, slots_per_row, slots, response, finish != "terms")
+    kept = layer.lse is not None and response.p_start is not None
+    operands, product = operands_of(layer, n_layers, kept)
+    mean = Mean(layer.causal, group, min(4, padded(group)), chunk, spare, add)
+    launch(
+        ATTEND,
+        grid.n_tasks + leaders,
+        registers(255 if width > product.BLOCK_D or (rules and rules.TWO_RECURRENCES) else 168),
+        axis=axis,
+        layer=operands,
+        left=left,
+        response=response,
+        inputs=inputs,
+        settings=settings,
+        out=out,
+        grid=grid,
+        product=product,
+        mean=mean,
+        rules=rules or Rules(CHUNK),
+        FINISH=finish,
+    )
+    return {"axis": axis, "layer": operands, "left": left, "mean": mean}
+
+
+def key_axis(layer: LayerInputs) -> Axis:
+    """Where a layer's keys lie, and which of them it says are seen."""
+    key, cu, mask, window = layer.key, layer.cu_seqlens, layer.attention_mask, layer.sliding_window
+    if mask is not None and mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    batch, width = (key.shape[0], key.shape[2]) if cu is None else (cu.shape[0] - 1, key.shape[0])
+    return Axis(
+        cu,
+        batch,
+        width,
+        contiguous(layer.key_start),
+        contiguous(layer.query_position),
+        mask,
+        row_stride(mask),
+        0 if mask is None else mask.stride(-1),
+        None if window is None else min(window, width),
+    )
+
+
+def prepared_axis(layer: LayerInputs, response: Response) -> Axis:
+    """The same, with first visible keys and positions where a mask or the response says them."""
+    axis, position = key_axis(layer), layer.query_position
+    if axis.p_mask is None and not isinstance(position, str):
+        return axis
+    start, found = torch.empty(2, axis.n_rows, dtype=torch.int64, device=layer.key.device)
+    launch(
+        PREPARE,
+        axis.n_rows,
+        axis=axis,
+        response=response,
+        p_start=start,
+        p_position=found,
+        LAST_RESPONSE=position == "last_response",
+        SCAN=SCAN,
+    )
+    return axis._replace(p_start=start, p_position=found)
+
+
+def workspace(
+    key: Tensor,
+    heads: int,
+    cu: Tensor | None,
+    slots_per_row: int,
+    slots: int,
+    response: Response,
+    groups: bool,
+) -> tuple[Left, int]:
+    """What programs leave to each other; and slots of terms that each packed row has to spare.
+
+    Slots for the terms: one per chunk of keys, or only where a row's response can lie.
+    """
+    chunk, kv_heads, batch = chunk_size(key), key.shape[1], response.n_rows
+    term_cu, terms_per_row, term_slots, spare = cu, slots_per_row, slots, 1
+    if response.p_start is not None:
+        term_cu = response.p_cu
+        if term_cu is None:
+            terms_per_row = ceil_div(response.width, chunk) + 1
+            term_slots = batch * terms_per_row
+        else:
+            spare = 2
+            term_slots = response.width // chunk + 2 * batch
     few = slots * (chunk // FEW.value)
-    groups = None
-    if finish != "terms":
-        groups = torch.empty(kv_heads, tokens_in_all, dtype=torch.float32, device=device)
-    lse_strides = (0, 0, 0)
-    if lse is not None:
-        lse_strides = _position_strides(lse.unsqueeze(-1), cu is not None, keys)
-    mask_row, mask_row_strides = layer.mask_row, (0, 0, 0)
-    if mask_row is not None:
-        mask_row_strides = _mask_row_strides(mask_row, cu is not None)
-    half = key.element_size() < 4
-    wide = key_unit > 1 and key.data_ptr() % 16 == 0
+    n_tokens = response.width * (batch if response.p_cu is None else 1)
+
+    def new(*size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.float32, device=key.device)
+
+    left = Left(
+        new(few, heads, 2),
+        new(few, heads),
+        new(term_slots, heads, chunk),
+        new(kv_heads, n_tokens) if groups else None,
+        slots_per_row,
+        term_cu,
+        terms_per_row,
+    )
+    return left, spare
+
+
+def operands_of(layer: LayerInputs, n_layers: int = 1, only_kept: bool = False) -> tuple[Layer, Product]:
+    """Queries, keys and what changes their scores; and how one row's are multiplied."""
+    query, key, packed = layer.query, layer.key, layer.cu_seqlens is not None
+    keys = key.shape[0] if packed else key.shape[2]
+    group, width, chunk = query.shape[1] // key.shape[1], key.shape[-1], chunk_size(key)
+    query_strides = _position_strides(query, packed, keys)
+    key_strides = (0, key.stride(1), key.stride(0)) if packed else key.stride()[:3]
+    query_unit, key_unit = stride_unit(*query_strides), stride_unit(*key_strides)
+    head_mask, lse, mask_row = contiguous(layer.head_mask), layer.lse, layer.mask_row
+    if head_mask is not None and head_mask.dtype == torch.bool:
+        head_mask = head_mask.view(torch.uint8)
+    lse_strides = (0, 0, 0) if lse is None else _position_strides(lse.unsqueeze(-1), packed, keys)
+    query_b, query_h, query_t = (x // query_unit for x in query_strides)
+    key_b, key_h, key_t = (x // key_unit for x in key_strides)
+    lse_b, lse_h, lse_t = lse_strides
+    added_b, added_h, added_t = (0, 0, 0) if mask_row is None else _mask_row_strides(mask_row, packed)
+    operands = Layer(
+        p_query=query,
+        stride_qb=query_b,
+        stride_qh=query_h,
+        stride_qt=query_t,
+        p_key=key,
+        stride_kb=key_b,
+        stride_kh=key_h,
+        stride_kt=key_t,
+        kv_heads=key.shape[1],
+        scaling=float(layer.scaling),
+        softcap=None if layer.softcap is None else float(layer.softcap),
+        n_layers=n_layers,
+        p_sinks=contiguous(layer.sinks),
+        p_head_mask=head_mask,
+        p_lse=lse,
+        stride_lb=lse_b,
+        stride_lh=lse_h,
+        stride_lt=lse_t,
+        p_mask_row=mask_row,
+        stride_ab=added_b,
+        stride_ah=added_h,
+        stride_at=added_t,
+    )
+    product = _product(
+        group,
+        width,
+        key.element_size(),
+        key_unit > 1 and key.data_ptr() % 16 == 0,
+        (query.stride(-1), key.stride(-1), query_unit, key_unit),
+        key_strides[2] * chunk >= 2**31,
+        only_kept,
+        interpreted(),
+        torch.version.hip is not None,
+    )
+    return operands, product
+
+
+@functools.cache
+def _product(
+    group: int,
+    width: int,
+    itemsize: int,
+    wide: bool,
+    strides: tuple[int, int, int, int],
+    far: bool,
+    only_kept: bool,
+    interpreted: bool,
+    amd: bool,
+) -> Product:
     # Parts of 16 fit registers where operands are wide, or loaded element by element. Tensor cores add 16 by
     # 16 all the same, so bits do not depend on alignment; the interpreter's products would.
-    heavy = not half or max(16, padded(group)) * padded(width) > 4096
-    return shape | {
-        "p_query": query,
-        "stride_qb": query_strides[0] // query_unit,
-        "stride_qh": query_strides[1] // query_unit,
-        "stride_qt": query_strides[2] // query_unit,
-        "p_key": key,
-        "stride_kb": stride_kb // key_unit,
-        "stride_kh": stride_kh // key_unit,
-        "stride_kt": stride_kt // key_unit,
-        "p_cu": cu,
-        "keys_width": keys,
-        "p_key_start": start,
-        "p_position": position,
-        "p_attention_mask": mask,
-        "stride_mb": 0 if mask is None else row_stride(mask),
-        "stride_mt": 0 if mask is None else mask.stride(-1),
-        "p_mask_row": mask_row,
-        "stride_ab": mask_row_strides[0],
-        "stride_ah": mask_row_strides[1],
-        "stride_at": mask_row_strides[2],
-        "window": None if layer.sliding_window is None else min(layer.sliding_window, keys),
-        "scaling": float(layer.scaling),
-        "softcap": None if layer.softcap is None else float(layer.softcap),
-        "p_sinks": contiguous(layer.sinks),
-        "p_lse": lse,
-        "stride_lb": lse_strides[0],
-        "stride_lh": lse_strides[1],
-        "stride_lt": lse_strides[2],
-        "p_head_mask": head_mask,
-        "kv_heads": kv_heads,
-        "n_layers": n_layers,
-        "p_partials": torch.empty(few, heads, 2, dtype=torch.float32, device=device),
-        "p_factor": torch.empty(few, heads, dtype=torch.float32, device=device),
-        "p_terms": torch.empty(term_slots, heads, chunk, dtype=torch.float32, device=device),
-        "p_groups": groups,
-        "slots_per_row": slots_per_row,
-        "p_term_cu": term_cu,
-        "term_slots_per_row": terms_per_row,
-        "split": split,
-        "splits_per_row": splits_per_row,
-        "p_counters": COUNTERS.take(device, batch * (kv_heads + 1)),
-        "n_tasks": n_tasks,
-        "n_leaders": 0 if cu is None else batch,
-        "FINISH": finish,
-        "TERM_SPARE": term_spare,
-        "ONLY_KEPT": lse is not None and shape["p_response_start"] is not None,
-        "G": group,
-        "M": max(8, padded(group)),
-        "D": width,
-        "BLOCK_D": 16 if heavy or (not wide and not interpreted()) else max(16, padded(width)),
-        "STRIDE_QD": query.stride(-1),
-        "STRIDE_KD": stride_kd,
-        "CAUSAL": layer.causal,
-        "FAR": stride_kt * chunk >= 2**31,
-        "QUERY_UNIT": query_unit,
-        "KEY_UNIT": key_unit,
-        "UPCAST": interpreted(),
-        "KEYS": chunk,
-        "FOLD": fold_size(group, width),
-        "H": min(4, padded(group)),
-        "STAGES": 4 if wide else 1,
-    }
+    heavy = itemsize >= 4 or max(16, padded(group)) * padded(width) > 4096
+    stride_qd, stride_kd, query_unit, key_unit = strides
+    return Product(
+        G=group,
+        M=max(16 if amd else 8, padded(group)),
+        D=width,
+        BLOCK_D=16 if heavy or (not wide and not interpreted) else max(16, padded(width)),
+        STRIDE_QD=stride_qd,
+        STRIDE_KD=stride_kd,
+        QUERY_UNIT=query_unit,
+        KEY_UNIT=key_unit,
+        FAR=far,
+        UPCAST=interpreted,
+        STAGES=4 if wide else 1,
+        FOLD=fold_size(group, width),
+        ONLY_KEPT=only_kept,
+    )
 
 
 def fold_size(group: int, width: int) -> int:
@@ -308,35 +430,6 @@ def chunks_per_program(n_chunks: int, processors: int) -> int:
     return split
 
 
-def _prepare(layer: LayerInputs, shape: dict[str, Any], mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """First visible key and position of each row's query, from a mask or the response."""
-    cu, position, batch = layer.cu_seqlens, layer.query_position, shape["n_rows"]
-    start_out, position_out = torch.empty(2, batch, dtype=torch.int64, device=layer.key.device)
-    prepare_kernel[(batch,)](
-        start_out,
-        position_out,
-        cu,
-        batch,
-        layer.key.shape[2] if cu is None else layer.key.shape[0],
-        layer.key_start,
-        position if isinstance(position, Tensor) else None,
-        mask,
-        0 if mask is None else row_stride(mask),
-        0 if mask is None else mask.stride(-1),
-        shape.get("p_mask"),
-        shape.get("stride_mask", 0),
-        shape["p_response_start"],
-        shape["p_response_index"],
-        shape["stride_index"],
-        shape["p_response_cu"],
-        shape["width"],
-        LAST_RESPONSE=position == "last_response",
-        SCAN=SCAN,
-        **COMPILER,
-    )
-    return start_out, position_out
-
-
 def _position_strides(x: Tensor, packed: bool, keys: int) -> tuple[int, int, int]:
     """Strides per row, head and position; 0 per position if ``x`` holds one row per sequence."""
     if not packed:
@@ -351,42 +444,17 @@ def _mask_row_strides(x: Tensor, packed: bool) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1) if x.ndim == 3 else 0, x.stride(-1)
 
 
-def launch(arguments: dict[str, Any]) -> None:
-    programs = arguments["n_tasks"] * (1 + (arguments["MODE"] == "chunks" and arguments["FACTS"]))
-    programs += arguments["n_leaders"]
-    if arguments["p_response_cu"] is not None and arguments["FINISH"] != "terms":
+def launch(launcher: Launcher, programs: int, *options: dict[str, int], **arguments: Any) -> None:
+    """Programs of a kernel, and one more where packed tokens may belong to no row."""
+    response, out = arguments["response"], arguments.get("out")
+    if response.p_cu is not None and out is not None:
         programs += 1
     if not programs:
         return
     try:
-        LAUNCHER(programs, {"CHUNK": CHUNK} | arguments, COMPILER | _registers(arguments))
+        launcher(programs, COMPILER | dict(*options), **arguments)
     except BaseException:
-        COUNTERS.discard(next(x.device for x in arguments.values() if isinstance(x, Tensor)))
+        grid = arguments.get("grid")
+        if grid is not None and grid.p_counters is not None:
+            COUNTERS.discard(grid.p_counters.device)
         raise
-
-
-def _registers(arguments: dict[str, Any]) -> dict[str, int]:
-    """Three programs on a multiprocessor; two where that would spill."""
-    from_terms = arguments["MODE"] != "attend" and arguments.get("SOURCE") == "terms"
-    in_parts = arguments.get("BLOCK_D", 0) < arguments.get("D", 0)
-    return registers(255 if in_parts or from_terms or arguments.get("TWO_RECURRENCES") else 168)
-
-
-def _default(name: str) -> Any:
-    if name.startswith("p_") or name in ("window", "softcap", "SOURCE", "CREDIT", "KL_ESTIMATOR"):
-        return None
-    return 0.0 if name in FLOATS else 0
-
-
-FLOATS = (
-    *("scaling", "kl_coef", "dense_share", "min_mass", "gamma", "gl", "gl_value"),
-    *("score_low", "score_high", "kl_input_clip", "kl_output_clip"),
-)
-
-
-DEFAULTS = {name: _default(name) for name in shape_kernel.arg_names} | {
-    "NORMALIZATION": "none",
-    "SCORE_INDEX": "last_unmasked",
-}
-"""Arguments of the kernel that a launch leaves out."""
-LAUNCHER = Launcher(shape_kernel, DEFAULTS, ("p_query", "p_key"))

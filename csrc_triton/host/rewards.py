@@ -9,17 +9,32 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from csrc_triton.advantages import DOUBLES, FLAGS, INTS
+from csrc_triton.arguments import Grid, Inputs, Outputs, Response, Rules, Settings
+from csrc_triton.device.advantages import DOUBLES, FLAGS, INTS
 from csrc_triton.host import attention
 from csrc_triton.host.attention import (
     LayerInputs,
     ResponseInputs,
+    attend,
     average,
     chunks_of,
-    layer_arguments,
-    positions_of,
+    launch,
+    response_of,
 )
-from csrc_triton.launch import COUNTERS, ceil_div, contiguous, processors, row_stride, tokens
+from csrc_triton.launch import (
+    COUNTERS,
+    Launcher,
+    ceil_div,
+    contiguous,
+    processors,
+    registers,
+    row_stride,
+    tokens,
+)
+from csrc_triton.sweep import chunks_kernel, rows_kernel
+
+ROWS = Launcher(rows_kernel)
+CHUNKS = Launcher(chunks_kernel)
 
 Output = Literal["rewards", "advantages", "returns", "credit", "kl", "status", "stats", "moments"]
 
@@ -91,26 +106,15 @@ def sweep(
         zero_nonfinite: a row with a non-finite output becomes 0.
         min_mass: credit that sums to less falls back to one-hot at the score's token.
     """
-    mask, cu = response.mask, response.cu_seqlens
-    batch, width = mask.shape if cu is None else (cu.shape[0] - 1, mask.shape[0])
-    device = mask.device
+    where = response_of(response)
     weights = credit if isinstance(credit, Tensor) else None
     layers = None if credit is None or isinstance(credit, Tensor | str) else credit
     estimator: str | None = None if logprobs is None else kl_estimator
     if kl is not None:
         estimator = "given"
-    out: dict[str, Tensor] = {}
-    for name in outputs if layers is None else ("credit", *outputs):
-        if name == "kl" and estimator is None:
-            continue
-        if name == "status":
-            out[name] = torch.empty(batch, dtype=torch.int32, device=device)
-        elif name in PER_ROW:
-            out[name] = torch.empty(batch, PER_ROW[name], dtype=torch.float32, device=device)
-        else:
-            out[name] = torch.empty(mask.shape, dtype=torch.float32, device=device)
-    shaped = Shaped(**out)
-    if batch == 0:
+    names = [x for x in outputs if x != "kl" or estimator is not None]
+    shaped = _new(names if layers is None else ["credit", *names], response.mask, where.n_rows)
+    if where.n_rows == 0:
         # Tokens of no row.
         return Shaped(*(None if x is None else x.zero_() for x in shaped))
     if values is None:
@@ -118,52 +122,49 @@ def sweep(
     second = gl_value is not None
     if gl_value is None:
         gl_value = gl
-    shape = {
-        **{f"p_{name}": x for name, x in out.items()},
-        **_tokens(
-            mask=mask,
-            weights=weights if layers is None else shaped.credit,
-            values=values,
-            logprobs=logprobs,
-            ref_logprobs=ref_logprobs,
-            kl_in=kl,
-            token_rewards=token_rewards,
-        ),
-        "p_score": contiguous(score),
-        "p_score_index": contiguous(score_index),
-        "p_terminal": contiguous(terminal_reward),
-        "p_bootstrap": contiguous(bootstrap),
-        "p_row_status": row_status,
-        "p_response_cu": cu,
-        "n_rows": batch,
-        "width": width,
-        **_number("kl_coef", kl_coef),
-        "dense_share": float(dense_share),
-        "score_low": float(score_bounds[0]),
-        "score_high": float(score_bounds[1]),
-        "kl_input_clip": math.inf if kl_input_clip is None else float(kl_input_clip),
-        "kl_output_clip": math.inf if kl_output_clip is None else float(kl_output_clip),
-        "min_mass": float(min_mass),
-        "gamma": float(gamma),
-        **_number("gl", gl),
-        **_number("gl_value", gl_value),
-        "CREDIT": credit if isinstance(credit, str | None) else "given",
-        "EVEN": even,
-        "NORMALIZATION": normalization,
-        "SCORE_INDEX": score_index if isinstance(score_index, str) else "explicit",
-        "KL_ESTIMATOR": estimator,
-        "SKIP": skip_masked,
-        "UNIT": all(isinstance(x, float | int) and x == 1 for x in (gl, gl_value)),
-        "TWO_RECURRENCES": second and "returns" in outputs,
-        "ZERO_NONFINITE": zero_nonfinite,
-        "FACTS": credit is not None or bootstrap is not None or not PER_ROW.keys().isdisjoint(out),
-        "FINISH": "shape",
-    }
-    if layers is not None:
-        _attend(layers, shape | positions_of(response))
+    inputs = Inputs(
+        *_tokens(weights if layers is None else shaped.credit),
+        *_tokens(values),
+        *_tokens(logprobs),
+        *_tokens(ref_logprobs),
+        *_tokens(kl),
+        *_tokens(token_rewards),
+        contiguous(score),
+        contiguous(score_index),
+        contiguous(terminal_reward),
+        contiguous(bootstrap),
+        row_status,
+    )
+    settings = Settings(
+        *_number(kl_coef),
+        float(dense_share),
+        float(score_bounds[0]),
+        float(score_bounds[1]),
+        math.inf if kl_input_clip is None else float(kl_input_clip),
+        math.inf if kl_output_clip is None else float(kl_output_clip),
+        float(min_mass),
+        float(gamma),
+        *_number(gl),
+        *_number(gl_value),
+    )
+    rules = Rules(
+        attention.CHUNK,
+        WIDE=_is_wide(where, inputs),
+        CREDIT=credit if isinstance(credit, str | None) else "given",
+        EVEN=even,
+        NORMALIZATION=normalization,
+        SCORE_INDEX=score_index if isinstance(score_index, str) else "explicit",
+        KL_ESTIMATOR=estimator,
+        SKIP=skip_masked,
+        UNIT=all(isinstance(x, float | int) and x == 1 for x in (gl, gl_value)),
+        TWO_RECURRENCES=second and "returns" in outputs,
+        ZERO_NONFINITE=zero_nonfinite,
+    )
+    job = {"response": where, "inputs": inputs, "settings": settings, "out": Outputs(*shaped), "rules": rules}
+    if layers is None:
+        _sweep(job, None if weights is None else "weights", None)
     else:
-        shape["SOURCE"] = None if weights is None else "weights"
-        _sweep(shape, device)
+        _attend(layers, job)
     return shaped
 
 
@@ -171,39 +172,56 @@ PER_ROW = {"status": 1, "stats": 4, "moments": 3}
 """Numbers per row of the outputs that are per row."""
 
 
-def _attend(layers: Sequence[LayerInputs], shape: dict[str, Any]) -> None:
+def _new(names: Sequence[str], mask: Tensor, batch: int) -> Shaped:
+    """Outputs, to be filled."""
+    out = {}
+    for name in names:
+        size = mask.shape if name not in PER_ROW else (batch, PER_ROW[name]) if name != "status" else (batch,)
+        dtype = torch.int32 if name == "status" else torch.float32
+        out[name] = torch.empty(size, dtype=dtype, device=mask.device)
+    return Shaped(**out)
+
+
+def _attend(layers: Sequence[LayerInputs], job: dict[str, Any]) -> None:
     """Everything from queries and keys to advantages."""
     *others, last = layers
+    response, inputs = job["response"], job["inputs"]
     if others:
-        shape["p_row_status"] = torch.zeros(shape["n_rows"], dtype=torch.int32, device=last.key.device)
+        status = torch.zeros(response.n_rows, dtype=torch.int32, device=last.key.device)
+        inputs = job["inputs"] = inputs._replace(p_row_status=status)
     for i, layer in enumerate(others):
-        average(layer, len(layers), i, shape)
-    fused = shape["width"] <= attention.ONE_LAUNCH
-    arguments = layer_arguments(last, len(layers), shape, "shape" if fused else "terms")
-    arguments["ADD"] = bool(others)
-    if fused:
-        attention.launch(arguments | {"MODE": "attend", "SOURCE": "groups"})
+        found = Inputs(p_row_status=inputs.p_row_status)
+        average(layer, len(layers), response, found, Outputs(p_credit=job["out"].p_credit), add=i > 0)
+    if response.width <= attention.ONE_LAUNCH:
+        attend(last, len(layers), **job, finish="shape", add=bool(others))
         return
-    attention.launch(arguments | {"MODE": "attend"})
-    _sweep(arguments | {"SOURCE": "terms", "FINISH": "shape"}, last.key.device)
+    read = attend(last, len(layers), response, "terms", add=bool(others))
+    _sweep(job, "terms", read)
 
 
-def _sweep(shape: dict[str, Any], device: torch.device) -> None:
-    batch, packed = shape["n_rows"], shape["p_response_cu"] is not None
-    n_tasks, chunks_per_row = chunks_of(shape)
-    longest, averaging = ceil_div(shape["width"], attention.CHUNK), shape["SOURCE"] == "terms"
+def _sweep(
+    job: dict[str, Any], source: Literal["weights", "terms"] | None, read: dict[str, Any] | None
+) -> None:
+    """Given credit, or what was left of the keys that were ``read``."""
+    response = job["response"]
+    batch, packed, device = response.n_rows, response.p_cu is not None, response.p_mask.device
+    n_tasks, chunks_per_row = chunks_of(response)
+    longest, averaging = ceil_div(response.width, attention.CHUNK), source == "terms"
+    many = registers(255 if averaging or job["rules"].TWO_RECURRENCES else 168)
+    job = (read or dict.fromkeys(("axis", "layer", "left", "mean"))) | job
     if not in_chunks(batch, longest, n_tasks, processors(device), averaging):
-        attention.launch(shape | {"MODE": "rows", "n_tasks": batch, "n_leaders": 0})
+        launch(ROWS, batch, many, **job, SOURCE=source)
         return
-    workspace = {
-        "p_doubles": torch.empty(DOUBLES, n_tasks, dtype=torch.float64, device=device),
-        "p_ints": torch.empty(INTS, n_tasks, dtype=torch.int32, device=device),
-        "p_counters": COUNTERS.take(device, 1 + 2 * batch + FLAGS.value * n_tasks),
-        "chunks_per_row": chunks_per_row,
-        "n_tasks": n_tasks,
-        "n_leaders": batch if packed else 0,
-    }
-    attention.launch(shape | workspace | {"MODE": "chunks"})
+    leaders = batch if packed else 0
+    grid = Grid(
+        COUNTERS.take(device, 1 + 2 * batch + FLAGS.value * n_tasks),
+        n_tasks,
+        leaders,
+        chunks_per_row=chunks_per_row,
+        p_doubles=torch.empty(DOUBLES, n_tasks, dtype=torch.float64, device=device),
+        p_ints=torch.empty(INTS, n_tasks, dtype=torch.int32, device=device),
+    )
+    launch(CHUNKS, 2 * n_tasks + leaders, many, **job, grid=grid, SOURCE=source)
 
 
 def in_chunks(batch: int, longest: int, n_chunks: int, processors: int, averaging: bool = False) -> bool:
@@ -219,15 +237,24 @@ def in_chunks(batch: int, longest: int, n_chunks: int, processors: int, averagin
     return longest > 1 and shared < alone
 
 
-def _tokens(**given: Tensor | None) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, x in given.items():
-        x = tokens(x)
-        if x is not None:
-            out[f"p_{name}"], out[f"stride_{name}"] = x, row_stride(x)
-    return out
+def _tokens(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """An input per token, and its stride between rows."""
+    x = tokens(x)
+    return x, row_stride(x)
 
 
-def _number(name: str, x: float | Tensor) -> dict[str, Any]:
+def _number(x: float | Tensor) -> tuple[Tensor | None, float]:
     """A tensor to be read on the device, or a number."""
-    return {f"p_{name}": x.contiguous()} if isinstance(x, Tensor) else {name: float(x)}
+    return (x.contiguous(), 0.0) if isinstance(x, Tensor) else (None, float(x))
+
+
+def _is_wide(response: Response, inputs: Inputs) -> bool:
+    """Whether four neighbours in every row of tokens lie where one load finds them."""
+    if response.p_cu is not None or response.width % 4:
+        return False
+    # Tensors of tokens and their strides follow each other.
+    of_tokens = (response.p_mask, response.stride_mask, *inputs[: Inputs._fields.index("p_score")])
+    for x, stride in zip(of_tokens[::2], of_tokens[1::2], strict=True):
+        if x is not None and (stride % 4 or x.data_ptr() % 16):
+            return False
+    return True

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from csrc_triton.launch import COMPILER, ceil_div, processors, row_stride
+from csrc_triton.arguments import Batch, Whitening
+from csrc_triton.launch import COMPILER, Launcher, ceil_div, processors, row_stride
 from csrc_triton.whiten import fold_kernel, moments_kernel, whiten_kernel
 
 BLOCK = 2048
@@ -22,6 +23,10 @@ MAX_PARTS = 4096
 PROGRAMS = 8
 """Of the last launch, per multiprocessor: each folds the moments once."""
 
+MOMENTS = Launcher(moments_kernel, "batch.p_x", "batch.p_mask")
+FOLD = Launcher(fold_kernel)
+WHITEN = Launcher(whiten_kernel, "p_out", "batch.p_x", "batch.p_mask")
+
 
 def whiten(
     x: Tensor,
@@ -32,7 +37,7 @@ def whiten(
     eps: float = 1e-8,
     eps_mode: Literal["add", "clamp", "add_to_std"] = "add",
     shift_mean: bool = True,
-    zero_masked: bool = True,
+    whiten_masked: bool = False,
 ) -> Tensor:
     """``(x - mean) * rsqrt(variance + eps)`` over the unmasked tokens of all of ``x``.
 
@@ -52,14 +57,14 @@ def whiten(
     flat = x.is_contiguous() and mask.is_contiguous()
     x, mask = _rows(x, flat), _rows(mask, flat)
     unit = 1 if x.numel() % 16 else 16  # what a bound must be a multiple of for wide loads up to it
-    block = (x, row_stride(x), mask, row_stride(mask), max(x.shape[1], 1), x.numel() // unit)
+    batch = Batch(x, row_stride(x), mask, row_stride(mask), max(x.shape[1], 1), x.numel() // unit, 1)
     n_blocks = ceil_div(x.numel(), BLOCK)
-    options: dict[str, Any] = {"UNIT": unit, "FLAT": flat, "BLOCK": BLOCK, **COMPILER}
+    constants: dict[str, Any] = {"UNIT": unit, "FLAT": flat, "BLOCK": BLOCK}
     if moments is None:
         blocks = max(ceil_div(n_blocks, PARTS), 1)
         moments = torch.empty(ceil_div(n_blocks, blocks), 3, dtype=torch.float64, device=x.device)
         if n_blocks:
-            moments_kernel[(len(moments),)](moments, *block, blocks, **options)
+            MOMENTS(len(moments), COMPILER, p_out=moments, batch=batch._replace(blocks=blocks), **constants)
     moments = moments.reshape(-1, 3).contiguous()
     if len(moments) > MAX_PARTS:
         moments = _folded(moments, PARTS)
@@ -67,10 +72,7 @@ def whiten(
         moments = gather(_folded(moments, max(len(moments), 1))[0]).contiguous()
     if n_blocks:
         blocks = ceil_div(n_blocks, PROGRAMS * processors(x.device))
-        whiten_kernel[(ceil_div(n_blocks, blocks),)](
-            out,
-            *block,
-            blocks,
+        of = Whitening(
             moments,
             moments.numel() // 3,
             int(bessel),
@@ -78,17 +80,18 @@ def whiten(
             eps if eps_mode == "clamp" else -math.inf,
             eps if eps_mode == "add_to_std" else 0.0,
             int(shift_mean),
-            int(zero_masked),
-            PARTS=PARTS,
-            **options,
+            int(whiten_masked),
         )
+        batch = batch._replace(blocks=blocks)
+        programs = ceil_div(n_blocks, blocks)
+        WHITEN(programs, COMPILER, p_out=out, batch=batch, of=of, PARTS=PARTS, **constants)
     return out
 
 
 def _folded(moments: Tensor, parts: int) -> Tensor:
     """Moments of every ``parts`` parts, float64 ``[n, 3]``; of nothing, one."""
     out = torch.empty(max(ceil_div(len(moments), parts), 1), 3, dtype=torch.float64, device=moments.device)
-    fold_kernel[(len(out),)](out, moments, len(moments), parts, PARTS=PARTS, **COMPILER)
+    FOLD(len(out), COMPILER, p_out=out, p_moments=moments, n=len(moments), parts=parts, PARTS=PARTS)
     return out
 
 

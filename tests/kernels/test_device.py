@@ -6,11 +6,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from support.kernels import kernels
 from torch import Tensor
 
 import csrc_triton
 from csrc_triton.device import math as device_math
-from csrc_triton.rewards import kl_estimate
+from csrc_triton.device.rewards import kl_estimate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -83,3 +84,13 @@ def test_no_device_function_returns_a_tuple_with_none() -> None:
     for part in parts:
         chosen = [part.body, part.orelse] if isinstance(part, ast.IfExp) else [part]
         assert not any(ast.unparse(x) == "None" for x in chosen), ast.unparse(part)
+
+
+def test_a_kernels_signature_is_read_at_a_glance() -> None:
+    long = {}
+    for path in Path(csrc_triton.__file__).parent.rglob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef) and function.name in kernels():
+                long[function.name] = function.body[0].lineno - function.lineno
+    assert long.keys() == kernels()
+    assert {name: lines for name, lines in long.items() if lines > 10} == {}

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -10,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from support import driver
-
-import csrc_triton
+from support.kernels import kernels
 
 triton_nvidia = pytest.importorskip("triton.backends.nvidia.driver")
 INCLUDE = Path(triton_nvidia.__file__).parent / "include"
@@ -57,27 +55,22 @@ def test_every_parameter_is_what_was_passed(launches: list[dict]) -> None:
 
 
 def test_every_kernel_was_launched(launches: list[dict]) -> None:
-    """But ``share_kernel``, of rollouts with norms, and ``fold_kernel``, of many parts."""
-    written = set()
-    for path in Path(csrc_triton.__file__).parent.rglob("*.py"):
-        written |= set(re.findall(r"^@kernel\(.*\)\ndef (\w+)\(", path.read_text(), re.MULTILINE))
-    found = {launch["kernel"] for launch in launches}
-    assert found == written - {"share_kernel", "fold_kernel"} | {"mixed_kernel"}
+    assert {launch["kernel"] for launch in launches} == kernels() | {"mixed_kernel"}
 
 
 def test_the_like_is_not_compiled_again(launches: list[dict]) -> None:
     how: dict[str, list[str]] = {}
     for launch in launches:
-        if launch["kernel"] == "shape_kernel":
+        if launch["kernel"] != "prepare_kernel":
             how.setdefault(launch["call"], []).append(launch["how"])
     assert how["attend"] == how["rows"] == how["chunks"] == ["compiled", "again"]
     mixed = [launch["how"] for launch in launches if launch["kernel"] == "mixed_kernel"]
-    assert [i for i, x in enumerate(mixed) if x == "again"] == [1, 5, 10]
+    assert [i for i, x in enumerate(mixed) if x == "again"] == [1, 5, 8, 10]
 
 
 def test_a_groups_advantages_are_one_launch(launches: list[dict]) -> None:
     """From queries and keys to the advantage of each token."""
-    assert [launch["kernel"] for launch in launches if launch["call"] == "groups"] == ["shape_kernel"]
+    assert [launch["kernel"] for launch in launches if launch["call"] == "groups"] == ["attend_kernel"]
 
 
 def test_numbers_keep_their_kinds(launches: list[dict]) -> None:

@@ -2,77 +2,111 @@
 
 import threading
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import triton
 import triton.language as tl
 
+from csrc_triton import launch
 from csrc_triton.launch import COUNTERS, Counters, Launcher
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DEFAULTS = {"p_out": None, "p_in": None, "window": None, "n": 0, "scale": 0.0, "BLOCK": 128}
 
 
-def parameters(p_out, p_in, window, n, scale, BLOCK: tl.constexpr) -> None:
-    """Those of the kernel."""
+class Inputs(NamedTuple):
+    p_in: Any
+    window: Any = None
+    n: Any = 3
+    scale: Any = 0.0
+
+
+class Rules(NamedTuple):
+    BLOCK: int = 128
+    NAME: str | None = None
+
+
+def named_kernel(p_out, inputs, rules: tl.constexpr) -> None:
+    """Its parameters."""
 
 
 class Compiled:
     """Keeps with what it was launched."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: Any, options: Any) -> None:
+        self.source, self.options = source, options
         self.launches: list[tuple[Any, tuple[Any, ...]]] = []
 
     def __getitem__(self, grid: Any) -> Any:
         return lambda *arguments: self.launches.append((grid, arguments))
 
 
-class Kernel:
-    """Compiles at every launch, as Triton would where it had seen nothing alike."""
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Compiled]:
+    """What is compiled, for a GPU that is not there."""
+    made: list[Compiled] = []
 
-    fn = staticmethod(parameters)
+    def compile(source: Any, target: Any, options: Any) -> Compiled:
+        made.append(Compiled(source, options))
+        return made[-1]
 
-    def __init__(self) -> None:
-        self.compiled: list[Compiled] = []
-
-    def __getitem__(self, grid: Any) -> Any:
-        def launch(*arguments: Any, **options: Any) -> Compiled:
-            self.compiled.append(Compiled())
-            self.compiled[-1][grid](*arguments)
-            return self.compiled[-1]
-
-        return launch
+    active = SimpleNamespace(get_current_target=lambda: None)
+    monkeypatch.setattr(triton, "compile", compile)
+    monkeypatch.setattr(triton.runtime.driver, "_active", active)
+    return made
 
 
 @pytest.fixture
-def launcher() -> Launcher:
-    return Launcher(Kernel(), DEFAULTS, ("p_in", "p_out"))
+def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
+    kernel = SimpleNamespace(fn=named_kernel, __name__="named_kernel", arg_names=["p_out", "inputs", "rules"])
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    return Launcher(kernel, "p_out", "inputs.p_in")
 
 
 def base() -> dict[str, Any]:
     x = torch.empty(64)
-    return {"p_out": x[:16], "p_in": x[16:], "n": 3}
+    return {"p_out": x[:16], "inputs": Inputs(x[16:]), "rules": Rules()}
 
 
-def test_the_like_is_compiled_once_and_gets_its_own_arguments(launcher: Launcher) -> None:
+WARPS = {"num_warps": 4}
+
+
+def test_the_like_is_compiled_once_and_gets_its_own_arguments(
+    launcher: Launcher, compiled: list[Compiled]
+) -> None:
     first = base()
-    other = {"p_out": torch.empty(9), "p_in": torch.empty(9), "n": 2**31 - 1, "scale": 0.5}
-    launcher(4, first, {"num_warps": 4})
-    launcher(5, other, {"num_warps": 4})
-    (compiled,) = launcher.kernel.compiled
-    for (grid, passed), programs, given in zip(compiled.launches, (4, 5), (first, other), strict=True):
+    other = {
+        "p_out": torch.empty(16),
+        "inputs": Inputs(torch.empty(9), None, 2**31 - 1, 0.5),
+        "rules": Rules(),
+    }
+    launcher(4, WARPS, **first)
+    launcher(5, WARPS, **dict(reversed(other.items())))
+    (only,) = compiled
+    for (grid, passed), programs, given in zip(only.launches, (4, 5), (first, other), strict=True):
         assert grid == (programs, 1, 1)
-        assert all(x is y for x, y in zip(passed, (DEFAULTS | given).values(), strict=True))
+        assert all(x is y for x, y in zip(passed, given.values(), strict=True))
+
+
+def test_what_is_compiled_is_what_is_passed(launcher: Launcher, compiled: list[Compiled]) -> None:
+    inputs = Inputs(torch.empty(64, dtype=torch.bfloat16)[1:], None, 2**40, 0.5)
+    launcher(4, WARPS, p_out=torch.empty(16), inputs=inputs, rules=Rules(NAME="k3"))
+    source = compiled[0].source
+    assert source.signature == {
+        "p_out": "*fp32",
+        "inputs": Inputs("*bf16", "constexpr", "i64", "fp32"),
+        "rules": "constexpr",
+    }
+    assert source.constants == {(1, 1): None, (2,): Rules(NAME="k3")}
+    assert source.attrs == {(0,): [["tt.divisibility", 16]]}
 
 
 @pytest.mark.parametrize(
     "other",
     [
         {"p_in": torch.empty(64, dtype=torch.float64)},
-        {"p_in": None},
         {"p_in": torch.empty(64)[1:]},
-        {"p_in": torch.empty(2**29, device="meta")},
         {"window": 7},
         {"window": 30.5},
         {"scale": 1},
@@ -80,25 +114,37 @@ def test_the_like_is_compiled_once_and_gets_its_own_arguments(launcher: Launcher
         {"BLOCK": 256},
         {"num_warps": 8},
     ],
-    ids=["dtype", "absent", "misaligned", "far", "present", "float", "int", "wide", "constant", "option"],
+    ids=["dtype", "misaligned", "present", "float", "int", "wide", "constant", "option"],
 )
-def test_what_differs_in_kind_is_compiled_anew(launcher: Launcher, other: dict[str, Any]) -> None:
-    launcher(4, base(), {"num_warps": 4})
-    options = {"num_warps": other.get("num_warps", 4)}
-    launcher(4, base() | {name: x for name, x in other.items() if name in DEFAULTS}, options)
-    assert [len(compiled.launches) for compiled in launcher.kernel.compiled] == [1, 1]
+def test_what_differs_in_kind_is_compiled_anew(
+    launcher: Launcher, compiled: list[Compiled], other: dict[str, Any]
+) -> None:
+    given = base()
+    launcher(4, WARPS, **given)
+    for name in ("inputs", "rules"):
+        of_group = {field: x for field, x in other.items() if field in given[name]._fields}
+        given[name] = given[name]._replace(**of_group)
+    launcher(4, {"num_warps": other.get("num_warps", 4)}, **given)
+    assert [len(x.launches) for x in compiled] == [1, 1]
 
 
-def test_wide_integers_are_left_to_triton(launcher: Launcher) -> None:
-    for n in (2**31, 2**63):
-        launcher(4, base() | {"n": n}, {"num_warps": 4})
-    assert len(launcher.kernel.compiled) == 2
+def test_a_group_that_is_not_there_is_another_kind(launcher: Launcher, compiled: list[Compiled]) -> None:
+    launcher = Launcher(launcher.kernel, "p_out")
+    launcher(4, WARPS, **base())
+    launcher(4, WARPS, **base() | {"inputs": None})
+    assert compiled[1].source.signature["inputs"] == "constexpr"
 
 
-def test_a_name_that_is_no_parameters_is_refused(launcher: Launcher) -> None:
-    with pytest.raises(TypeError, match="parameters: got p_inn, widnow, want names of its parameters"):
-        launcher(4, base() | {"p_inn": torch.empty(9), "widnow": 3}, {"num_warps": 4})
-    assert not launcher.kernel.compiled
+def test_names_that_are_no_parameters_or_fields_are_refused(
+    launcher: Launcher, compiled: list[Compiled]
+) -> None:
+    with pytest.raises(TypeError, match="named_kernel: p_outt: want a value for each of its parameters"):
+        launcher(4, WARPS, **base(), p_outt=torch.empty(9))
+    with pytest.raises(TypeError, match="named_kernel: rules: want"):
+        launcher(4, WARPS, p_out=torch.empty(9), inputs=Inputs(torch.empty(9)))
+    with pytest.raises(TypeError, match="widnow"):
+        Inputs(torch.empty(9), widnow=3)
+    assert not compiled
 
 
 class Gpu:

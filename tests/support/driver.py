@@ -13,7 +13,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 FORMATS = {"i1": "?", "i8": "b", "i32": "i", "i64": "q", "u64": "Q", "fp32": "f"}
 SCRATCH = ["00" * 8] * 2
@@ -48,53 +48,54 @@ def bytes_of(kind: str, value: Any) -> str:
     return struct.pack(f"<{FORMATS[kind]}", value).hex()
 
 
+def leaves(x: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """What a group holds, or the value itself, by name."""
+    if isinstance(x, tuple):
+        for field, held in zip(x._fields, x, strict=True):
+            yield f"{name}.{field}", held
+    else:
+        yield name, x
+
+
 def recorded(log: Path, call: Callable[[], Any]) -> Iterator[dict[str, Any]]:
     """What a call launched, against what reached the driver."""
-    from triton.compiler import CompiledKernel
-    from triton.runtime.jit import JITFunction
+    from csrc_triton.launch import Launcher
 
-    started: list[tuple[str, Any, dict[str, Any], Any]] = []
-    run, item = JITFunction.run, CompiledKernel.__getitem__
+    started: list[tuple[str, Any, dict[str, Any], int]] = []
+    launch = Launcher.__call__
 
-    def compile_and_launch(self: Any, *arguments: Any, grid: Any, **options: Any) -> Any:
-        compiled = run(self, *arguments, grid=grid, **options)
-        named = dict(zip(self.arg_names, arguments, strict=False))
-        started.append(("compiled", compiled, named | options, grid))
-        return compiled
-
-    def launch_again(self: Any, grid: Any) -> Callable[..., None]:
-        runner = item(self, grid)
-
-        def launch(*arguments: Any) -> None:
-            runner(*arguments)
-            named = dict(zip(self.src.fn.arg_names, arguments, strict=True))
-            started.append(("again", self, named, grid))
-
-        return launch
+    def launch_and_note(self: Any, programs: int, options: dict[str, int], **arguments: Any) -> None:
+        before = len(self.compiled)
+        launch(self, programs, options, **arguments)
+        compiled = self.compiled[self.key(arguments, options)]
+        how = "again" if len(self.compiled) == before else "compiled"
+        started.append((how, compiled, arguments, programs))
 
     seen = len(log.read_text().splitlines()) if log.exists() else 0
-    JITFunction.run, CompiledKernel.__getitem__ = compile_and_launch, launch_again
+    Launcher.__call__ = launch_and_note  # type: ignore[method-assign]
     try:
         call()
     finally:
-        JITFunction.run, CompiledKernel.__getitem__ = run, item
+        Launcher.__call__ = launch  # type: ignore[method-assign]
     launches = [json.loads(line) for line in log.read_text().splitlines()[seen:]]
     assert len(launches) == len(started), (len(launches), len(started))
-    for launch, (how, compiled, named, grid) in zip(launches, started, strict=True):
-        signature = {name: kind for name, kind in compiled.src.signature.items() if kind != "constexpr"}
-        want = [bytes_of(kind, named[name]) for name, kind in signature.items()] + SCRATCH
-        names = [*signature, *("scratch" for _ in SCRATCH)]
+    for reached, (how, compiled, arguments, programs) in zip(launches, started, strict=True):
+        kinds = dict(x for name, kind in compiled.src.signature.items() for x in leaves(kind, name))
+        passed = dict(x for name, value in arguments.items() for x in leaves(value, name))
+        kinds = {name: kind for name, kind in kinds.items() if kind != "constexpr"}
+        want = [bytes_of(kind, passed[name]) for name, kind in kinds.items()] + SCRATCH
+        names = [*kinds, *("scratch" for _ in SCRATCH)]
         wrong = [
             f"{name}: got {got}, want {expected}"
-            for name, got, expected in zip(names, launch["parameters"], want, strict=True)
+            for name, got, expected in zip(names, reached["parameters"], want, strict=True)
             if got != expected
         ]
-        if launch["grid"] != [*grid, 1, 1][:3]:
-            wrong.append(f"grid: got {launch['grid']}, want {grid}")
-        if launch["threads"] != 32 * compiled.metadata.num_warps:
-            wrong.append(f"threads: got {launch['threads']}, want {compiled.metadata.num_warps} warps")
-        kinds = [kind for kind in signature.values() if not kind.startswith("*")]
-        yield {"kernel": launch["name"], "how": how, "wrong": wrong, "numbers": kinds}
+        if reached["grid"] != [programs, 1, 1]:
+            wrong.append(f"grid: got {reached['grid']}, want {programs}")
+        if reached["threads"] != 32 * compiled.metadata.num_warps:
+            wrong.append(f"threads: got {reached['threads']}, want {compiled.metadata.num_warps} warps")
+        numbers = [kind for kind in kinds.values() if not kind.startswith("*")]
+        yield {"kernel": reached["name"], "how": how, "wrong": wrong, "numbers": numbers}
 
 
 def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -136,39 +137,41 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
         "columns",
         lambda: csrc_triton.column_credit_raw(layer(40), response(20), variant="mean", shift=0),
     )
-    yield "rollout", lambda: csrc_triton.rollout_raw([layer(40)], response(20))
+    norms = {"value_norms": [torch.empty(2, 4, 40)], "residual_norms": [torch.empty(2, 40)]}
+    yield "rollout", lambda: csrc_triton.rollout_raw([layer(40)], response(20), **norms)
     yield "whiten", lambda: csrc_triton.whiten(torch.empty(3, 50), torch.ones(3, 50))
+    many = torch.ones(5000, 3)
+    yield "whiten, many parts", lambda: csrc_triton.whiten(torch.empty(3, 50), torch.ones(3, 50), many)
     yield from mixed_calls()
+
+
+class Mixed(NamedTuple):
+    p_in: Any
+    p_none: Any = None
+    window: Any = None
+    n: Any = 3
+    scale: Any = 0.5
 
 
 def mixed_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Numbers of every kind, and None, through one launcher."""
     import torch
+    import triton
     import triton.language as tl
 
-    from csrc_triton.launch import Launcher, kernel
+    from csrc_triton.launch import Launcher
 
-    @kernel("p_in")
-    def mixed_kernel(p_out, p_in, p_none, window, n, scale, BLOCK: tl.constexpr):
-        x = tl.arange(0, BLOCK).to(tl.float32) * scale + n.to(tl.float32)
-        if window is not None:
-            x += window
-        if p_none is not None:
-            x += tl.load(p_none)
-        tl.store(p_out + tl.arange(0, BLOCK), x + tl.load(p_in + tl.arange(0, BLOCK)))
+    @triton.jit
+    def mixed_kernel(p_out, mixed, BLOCK: tl.constexpr):
+        x = tl.arange(0, BLOCK).to(tl.float32) * mixed.scale + mixed.n.to(tl.float32)
+        if mixed.window is not None:
+            x += mixed.window
+        if mixed.p_none is not None:
+            x += tl.load(mixed.p_none)
+        tl.store(p_out + tl.arange(0, BLOCK), x + tl.load(mixed.p_in + tl.arange(0, BLOCK)))
 
-    defaults = {
-        "p_out": None,
-        "p_in": None,
-        "p_none": None,
-        "window": None,
-        "n": 0,
-        "scale": 0.0,
-        "BLOCK": 32,
-    }
-    launcher = Launcher(mixed_kernel, defaults, ("p_in",))
+    launcher = Launcher(mixed_kernel, "mixed.p_in")
     out, x = torch.empty(32), torch.empty(64)
-    base = {"p_out": out, "p_in": x, "n": 3, "scale": 0.5}
     for change in (
         {},
         {"n": 2**31 - 1, "scale": -2.5},
@@ -182,7 +185,12 @@ def mixed_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
         {"p_in": x[1:]},
         {"n": 5},
     ):
-        yield f"mixed {change.keys()}", lambda given=base | change: launcher(4, given, {"num_warps": 1})
+        mixed = Mixed(**{"p_in": x} | change)
+
+        def call(mixed: Mixed = mixed) -> None:
+            launcher(4, {"num_warps": 1}, p_out=out, mixed=mixed, BLOCK=32)
+
+        yield f"mixed {change.keys()}", call
 
 
 def main(log: Path) -> None:

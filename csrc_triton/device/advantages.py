@@ -9,11 +9,9 @@ import triton
 import triton.language as tl
 
 from csrc_triton.device.handoff import publish
-from csrc_triton.device.layout import token_input
 from csrc_triton.device.scan import (
     GROUP,
     advance,
-    affine_before,
     affine_scan,
     compose_affine,
     composed_group,
@@ -28,13 +26,13 @@ SHARE = tl.constexpr(10)
 SPREAD = tl.constexpr(11)
 FIRST_MOMENT = tl.constexpr(12)
 SECOND_MOMENT = tl.constexpr(13)
-DOUBLES = 14
+NONFINITE_TOKENS = tl.constexpr(14)
+DOUBLES = 15
 # int32
 COUNT = tl.constexpr(0)
 LAST = tl.constexpr(1)
 OUTSIDE = tl.constexpr(2)
-NONFINITE_TOKENS = tl.constexpr(3)
-INTS = 4
+INTS = 3
 FLAGS = tl.constexpr(4)
 """Per recurrence: chunks, and groups, whose aggregates are there."""
 
@@ -51,50 +49,32 @@ class Board(NamedTuple):
 
 
 @triton.jit
-def ahead(tokens, numbers, facts, reward, live, j):
-    """What the recurrence needs besides rewards: values, and the bootstrap on the last unmasked token."""
-    if numbers.bootstrap is not None:
-        reward = tl.where(j == facts.last, reward + numbers.gamma * numbers.bootstrap, reward)
-    value = tl.zeros(j.shape, tl.float32)
-    if tokens.p_values is not None:
-        value = token_input(tokens.p_values, j, live)
-    return value, reward
-
-
-@triton.jit
-def chunk_advantages(
-    reward, value, live, inside, gl, gamma, state, board, k, n_chunks, SECOND: tl.constexpr, rules
-):
-    """Advantages of the ``k``-th chunk from the right, and the carry into the next.
-
-    The carry into this one is in ``state``, or on the ``board`` where other programs shape the other chunks.
-    """
+def recurrence(reward, value, live, inside, gl, gamma, WITH_VALUES: tl.constexpr, rules: tl.constexpr):
+    """The recurrence of a chunk as far as it needs no carry: what ``affine_scan`` gives."""
     if rules.SKIP:
         decays = live
     else:
         decays = inside
     added = gl * reward
-    if rules.VALUES:
+    if WITH_VALUES:
         added += (gamma - gl) * value
-    decay = tl.where(decays, gl, 1.0)
-    a, b, last_a, last_b = affine_scan(decay, tl.where(live, added, 0.0), rules.UNIT)
-    if board is None:
-        carry = state.carry
-        state = advance(state, last_a, last_b, k)
-    else:
-        carry = carry_into(board, last_a, last_b, k, n_chunks, SECOND)
-    return tl.where(live, reward - value + affine_before(a, b, carry, rules.UNIT), 0.0), state
+    return affine_scan(tl.where(decays, gl, 1.0), tl.where(live, added, 0.0), rules.UNIT)
 
 
 @triton.jit
-def chunk_moments(advantage, live):
-    """Sum of the unmasked advantages and of their squares (by way of their mean), float64."""
-    count = tl.maximum(tl.sum(live.to(tl.int32)), 1).to(tl.float32)
-    mean = tl.sum(advantage) / count
-    away = tl.where(live, advantage - mean, 0.0)
-    mean = mean.to(tl.float64)
-    count = count.to(tl.float64)
-    return mean * count, tl.sum(away * away).to(tl.float64) + mean * mean * count
+def carried(board, state, a, b, k, n_chunks, UNIT: tl.constexpr, SECOND: tl.constexpr):
+    """The carry into the ``k``-th chunk from the right, which composes to ``a`` and ``b``, and into the next.
+
+    It is in ``state``, or on the ``board`` where other programs shape the other chunks.
+    """
+    if UNIT:
+        a = tl.full([], 1.0, tl.float64)
+    if board is None:
+        carry = state.carry
+        state = advance(state, a, b, k)
+    else:
+        carry = carry_into(board, a, b, k, n_chunks, SECOND)
+    return carry, state
 
 
 @triton.jit

@@ -1,0 +1,327 @@
+"""From credit to rewards: what a row's weights say together, and the rewards of a chunk of its tokens."""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from csrc_triton.device.attention import attention_at
+from csrc_triton.device.layout import first_token, is_inside, live_tokens, store_tokens, token_input
+from csrc_triton.device.math import clamp, expm1_residual, is_finite, number
+from csrc_triton.device.scan import two_sums
+
+
+class Numbers(NamedTuple):
+    """Of a row; 0 where there is none."""
+
+    score: Any
+    score_index: Any
+    terminal: Any
+    bootstrap: Any
+    kl_coef: Any
+    dense_share: Any
+    kl_input_clip: Any
+    kl_output_clip: Any
+    min_mass: Any
+    gamma: Any
+    gl: Any
+    gl_value: Any
+
+
+class Row(NamedTuple):
+    place: Any
+    numbers: Any
+    lost: Any  # whether its bounds are not sound
+    outside: Any  # whether another launch found a token outside its row
+
+
+class Job(NamedTuple):
+    """What all rows have; made where it is used: Triton 3.6 returns no tuple that holds None."""
+
+    response: Any
+    inputs: Any
+    out: Any
+
+
+class Facts(NamedTuple):
+    """What the tokens of a row say together."""
+
+    count: Any  # of unmasked tokens
+    last: Any  # of them; -1 if there is none
+    mass: Any  # of the weights, float64
+    invalid: Any
+
+
+class CreditRule(NamedTuple):
+    """How weights become credit."""
+
+    at: Any  # the score's token
+    at_live: Any
+    total: Any  # what the credit adds up to
+    divisor: Any  # what makes shares of it
+    mass: Any
+    mass_divisor: Any
+    each: Any
+    fallback: Any
+
+
+class Read(NamedTuple):
+    """Inputs of a chunk of tokens, [N], 0 where masked or where there are none."""
+
+    inside: Any
+    live: Any
+    weight: Any
+    kl: Any  # given, or the log-ratio
+    token_reward: Any
+    value: Any
+
+
+class ChunkRewards(NamedTuple):
+    """Of a chunk of tokens, [N]."""
+
+    reward: Any
+    credit: Any
+    spread: Any  # what a token got of the score
+    nonfinite: Any  # whether an output is not finite
+
+
+@triton.jit
+def row_at(place, inputs, settings):
+    """What a program knows of its row before it looks at a token."""
+    row = place.row
+    zero = tl.full([], 0.0, tl.float32)
+    score = zero
+    if inputs.p_score is not None:
+        score = clamp(number(inputs.p_score + row), settings.score_low, settings.score_high)
+    score_index = row * 0
+    if inputs.p_score_index is not None:
+        score_index = tl.load(inputs.p_score_index + row).to(tl.int64)
+    terminal = zero
+    if inputs.p_terminal is not None:
+        terminal = number(inputs.p_terminal + row)
+    bootstrap = zero
+    if inputs.p_bootstrap is not None:
+        bootstrap = number(inputs.p_bootstrap + row)
+    outside = tl.full([], 0, tl.int32)
+    if inputs.p_row_status is not None:
+        outside = tl.load(inputs.p_row_status + row)
+    numbers = Numbers(
+        score,
+        score_index,
+        terminal,
+        bootstrap,
+        settings.kl_coef if settings.p_kl_coef is None else number(settings.p_kl_coef),
+        settings.dense_share,
+        settings.kl_input_clip,
+        settings.kl_output_clip,
+        settings.min_mass,
+        settings.gamma,
+        settings.gl if settings.p_gl is None else number(settings.p_gl + row),
+        settings.gl_value if settings.p_gl_value is None else number(settings.p_gl_value + row),
+    )
+    return Row(place, numbers, place.whole == 0, outside)
+
+
+@triton.jit
+def chunk_facts(row, attended, job, i_c, mean: tl.constexpr, rules: tl.constexpr, SOURCE: tl.constexpr):
+    """Unmasked tokens of a chunk, the last of them, the sum of their weights, whether one is out of range.
+
+    Weights that are made here are left where the credit will be.
+    """
+    place = row.place
+    j = i_c * rules.CHUNK + tl.arange(0, rules.CHUNK)
+    outside = 0
+    if SOURCE == "groups" or SOURCE == "terms":
+        p_credit = job.out.p_credit + place.lo
+        _, made, outside = attention_at(attended, job.response, place, p_credit, j, mean, SOURCE)
+        tl.store(p_credit + j, made, mask=j < place.length)
+        # Read again, as given weights are: so they are added in the same order, by whichever threads.
+        tl.debug_barrier()
+    inside = is_inside(place, j, rules.WIDE)
+    live = live_tokens(job.response, place, j, inside)
+    weights = tl.full(j.shape, 0.0, tl.float32)
+    if SOURCE is not None:
+        weights = token_input(job.inputs.p_weights, job.inputs.stride_weights, place, j, inside)
+        weights = tl.where(live, tl.where(weights < 0.0, -float("inf"), weights), 0.0)  # whose row falls back
+    mass, count = two_sums(weights, live.to(tl.float32))
+    return count.to(tl.int32), tl.max(tl.where(live, j, -1)), mass, outside
+
+
+@triton.jit
+def facts_of_row(row, count, last, mass, outside):
+    return Facts(count, last, mass, row.lost | ((count != 0) & (outside != 0)))
+
+
+@triton.jit
+def credit_rule(row, response, facts, rules: tl.constexpr):
+    """How this row's weights become credit, and the row's facts, the score's token considered."""
+    length = row.place.length
+    empty = facts.count == 0
+    invalid = facts.invalid
+    at = facts.last
+    if rules.SCORE_INDEX == "last_token":
+        at = length - 1
+    elif rules.SCORE_INDEX == "explicit":
+        at = row.numbers.score_index
+        outside = (at < 0) | (at >= length)
+        invalid = invalid | ((empty == 0) & outside)
+        at = tl.where(outside, -1, at).to(tl.int32)
+    p_mask = response.p_mask + first_token(row.place, response.stride_mask)
+    at_live = tl.load(p_mask + at, mask=at >= 0, other=0) != 0
+
+    mass = facts.mass.to(tl.float32)
+    total = tl.full([], 1.0, tl.float32)
+    if rules.NORMALIZATION == "sum_to_length":
+        total = facts.count.to(tl.float32)
+    fallback = length < 0
+    weight_sum = total
+    if rules.CREDIT == "sparse":
+        weight_sum = tl.where(at_live, total, 0.0)
+    elif rules.CREDIT == "given":
+        if rules.NORMALIZATION == "none":
+            fallback = (facts.mass == -float("inf")) & (empty == 0)
+            weight_sum = tl.where(fallback, tl.where(at_live, total, 0.0), mass)
+        else:
+            fallback = (facts.mass < row.numbers.min_mass) & (empty == 0)
+            weight_sum = tl.where(fallback & (at_live == 0), 0.0, total)
+    rule = CreditRule(
+        at,
+        at_live,
+        total,
+        # Divisors whose quotients are selected away.
+        tl.where(weight_sum == 0.0, 1.0, weight_sum),
+        mass,
+        tl.where(fallback | empty, 1.0, mass),
+        total / tl.maximum(facts.count, 1).to(tl.float32),
+        fallback,
+    )
+    return rule, Facts(facts.count, facts.last, facts.mass, invalid)
+
+
+@triton.jit
+def kl_estimate(log_ratio, input_clip, output_clip, ESTIMATOR: tl.constexpr):
+    k1 = clamp(log_ratio, -input_clip, input_clip)
+    if ESTIMATOR == "k1":
+        kl = k1
+    elif ESTIMATOR == "abs":
+        kl = tl.abs(k1)
+    elif ESTIMATOR == "k2":
+        kl = k1 * k1 * 0.5
+    else:
+        kl = expm1_residual(-k1)
+    return clamp(kl, -output_clip, output_clip)
+
+
+@triton.jit
+def redistributed_score(score, credit, on_score, dense_share):
+    return dense_share * score * credit + tl.where(on_score, (1.0 - dense_share) * score, 0.0)
+
+
+@triton.jit
+def even_score(numbers, facts, rule, credit):
+    """A completion's score at each of its tokens: what the credit does not spread, all have alike."""
+    dense = numbers.dense_share * facts.count.to(tl.float32) * credit
+    return tl.where(rule.fallback, numbers.score, numbers.score * (dense + (1.0 - numbers.dense_share)))
+
+
+@triton.jit
+def read_tokens(job, place, j, rules: tl.constexpr):
+    """All inputs of tokens ``j``, on their way at once."""
+    inputs = job.inputs
+    inside = is_inside(place, j, rules.WIDE)
+    zero = tl.full(j.shape, 0.0, tl.float32)
+    weight = zero
+    kl = zero
+    token_reward = zero
+    value = zero
+    if rules.CREDIT == "given":
+        weight = token_input(inputs.p_weights, inputs.stride_weights, place, j, inside)
+    if rules.KL_ESTIMATOR == "given":
+        kl = token_input(inputs.p_kl, inputs.stride_kl, place, j, inside)
+    elif rules.KL_ESTIMATOR is not None:
+        kl = token_input(inputs.p_logprobs, inputs.stride_logprobs, place, j, inside)
+        kl -= token_input(inputs.p_ref_logprobs, inputs.stride_ref_logprobs, place, j, inside)
+    if inputs.p_token_rewards is not None:
+        token_reward = token_input(inputs.p_token_rewards, inputs.stride_token_rewards, place, j, inside)
+    if inputs.p_values is not None:
+        value = token_input(inputs.p_values, inputs.stride_values, place, j, inside)
+    live = live_tokens(job.response, place, j, inside)
+    return Read(
+        inside,
+        live,
+        tl.where(live, weight, 0.0),
+        tl.where(live, kl, 0.0),
+        tl.where(live, token_reward, 0.0),
+        tl.where(live, value, 0.0),
+    )
+
+
+@triton.jit
+def credit_at(facts, rule, weight, live, on_score, rules: tl.constexpr):
+    """Credit of tokens; 0 where masked."""
+    one_hot = tl.where(on_score, rule.total, 0.0)
+    if rules.CREDIT == "given":
+        credit = weight
+        if rules.NORMALIZATION != "none":
+            credit = credit / rule.mass_divisor * rule.total
+        if rules.EVEN:
+            credit = tl.where(rule.fallback, rule.each, credit)
+        else:
+            credit = tl.where(rule.fallback, one_hot, credit)
+    elif rules.CREDIT == "uniform":
+        credit = tl.full(live.shape, 0.0, tl.float32) + rule.each
+    else:
+        credit = one_hot
+    return lost_or_masked(credit, live, facts)
+
+
+@triton.jit
+def lost_or_masked(x, live, facts):
+    """``x`` where unmasked, NaN in a row out of range."""
+    return tl.where(live, tl.where(facts.invalid, float("nan"), x), 0.0)
+
+
+@triton.jit
+def chunk_rewards(row, facts, rule, job, read, j, rules: tl.constexpr):
+    """Credit, KL and rewards of tokens ``j``: stored, and what the rest needs of them."""
+    inputs = job.inputs
+    out = job.out
+    place = row.place
+    numbers = row.numbers
+    live = read.live
+    credit = tl.full(j.shape, 0.0, tl.float32)
+    reward = credit
+    spread = credit
+    nonfinite = live & (place.length < 0)
+    if rules.CREDIT is not None:
+        on_score = live & (j == rule.at)
+        credit = credit_at(facts, rule, read.weight, live, on_score, rules)
+        nonfinite |= is_finite(credit) == 0
+        store_tokens(out.p_credit, place.lo, j, credit, read.inside)
+        if inputs.p_score is not None:
+            if rules.EVEN:
+                spread = even_score(numbers, facts, rule, credit)
+            else:
+                spread = redistributed_score(numbers.score, credit, on_score, numbers.dense_share)
+            spread = tl.where(live, spread, 0.0)
+            reward = spread
+        if inputs.p_terminal is not None:
+            reward = tl.where(on_score, reward + numbers.terminal, reward)
+    if inputs.p_token_rewards is not None:
+        reward += read.token_reward
+    if rules.KL_ESTIMATOR is not None:
+        kl = read.kl
+        if rules.KL_ESTIMATOR != "given":
+            estimator: tl.constexpr = rules.KL_ESTIMATOR  # Triton 3.6 passes no plain string
+            kl = kl_estimate(kl, numbers.kl_input_clip, numbers.kl_output_clip, estimator)
+        kl = lost_or_masked(kl, live, facts)
+        nonfinite |= is_finite(kl) == 0
+        store_tokens(out.p_kl, place.lo, j, kl, read.inside)
+        reward -= numbers.kl_coef * kl
+    reward = lost_or_masked(reward, live, facts)
+    nonfinite |= is_finite(reward) == 0
+    store_tokens(out.p_rewards, place.lo, j, reward, read.inside)
+    return ChunkRewards(reward, credit, spread, nonfinite)
