@@ -20,6 +20,7 @@ LIMITS: dict[What, float] = {"fused": 40e-6, "sweep": 40e-6, "gae": 25e-6}
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # torch's own compiler
+@pytest.mark.filterwarnings("ignore:(?s).*functools.lru_cache.*")  # the case's own settings
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("what", LIMITS)
 def test_host_cost(what: What, compiled: bool, device: torch.device, small: bool, record: Recorder) -> None:
