@@ -1,9 +1,9 @@
 """Every source of credit in one place: where the reward of each token comes from.
 
 Non-negative credit goes to ``shape_rewards(score, credit, ...)``, which normalises it; signed token rewards
-go to ``shape_rewards(..., token_rewards=...)``, which adds them as they are. ``docs/sources.md``
-says which is which, what each costs, and which leave the return of a completion, and so the optimal policy,
-alone.
+go to ``shape_rewards(..., token_rewards=...)``, which adds them as they are. The documentation's page "Where
+credit comes from" says which is which, what each costs, and which leave the return of a completion, and so
+the optimal policy, alone.
 
 ``response`` is a ``Response``, or a plain mask ``[B, R]``; token tensors have the mask's shape. Outputs have
 it too, are float32 (float64 where every floating input is), detached, and 0 where masked; what
@@ -300,7 +300,7 @@ def top_overlap(
     weights, signs aside; returned is the share that both picked, in expectation over ties broken at random.
     Sources that know nothing of each other reach about ``share``. Held against ``gradient_weights`` it tells
     an attention row that points at the words that moved the score from one that does not, which the entropy
-    in ``metrics`` cannot (``benchmarks/paper/TABLES.md``).
+    in ``metrics`` cannot: so it was over the reward models of the paper's study.
 
     Args:
         first, second: weights of either sign, padded or packed.

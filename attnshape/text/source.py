@@ -35,7 +35,7 @@ class CreditSource:
         name: ``"attention"``: the row of the token that is scored; ``"columns"``: the attention among the
             response's own tokens; ``"rollout"``: attention carried down through all layers; and with signs
             ``"signed_rollout"``, ``"gradient_value"``, ``"gradient_embedding"``, and ``"leave_one_out"``,
-            which scores the text again without each token. See ``docs/sources.md``.
+            which scores the text again without each token. The documentation's page on sources compares them.
         layer: which attention layer, negative from the last, as for ``AttentionTap``; several, or ``"all"``,
             are averaged (``"attention"`` and ``"columns"``).
         span: of ``"leave_one_out"``: how many tokens are deleted together; each gets an equal share.
