@@ -28,11 +28,14 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
     for page, source in ELSEWHERE.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
-    for file in list(files.documentation_pages()):
-        for image, _, target in LINK.findall(file.content_string):
-            path = _in_repository(file.src_uri, target)
-            if image and path and not path.startswith("docs/"):
-                files.append(File.generated(config, f"images/{path}", abs_src_path=str(ROOT / path)))
+    images = {
+        path
+        for file in files.documentation_pages()
+        for image, _, target in LINK.findall(file.content_string)
+        if image and (path := _in_repository(file.src_uri, target)) and not path.startswith("docs/")
+    }
+    for path in sorted(images):
+        files.append(File.generated(config, f"images/{path}", abs_src_path=str(ROOT / path)))
     return files
 
 
