@@ -79,6 +79,34 @@ class Door:
         self.max_pending, self.max_body_bytes = max_pending, max_body_bytes
         self.pending = 0
         self._bytes = 0
+        # One thread: a tokenizer is not to be shared, and this one needs little time beside the model.
+        self._reading = ThreadPoolExecutor(1, "reading")
+
+    @contextlib.asynccontextmanager
+    async def completions(
+        self, request: Request, reader: Reader
+    ) -> AsyncIterator[tuple[list[Example | str], bool]]:
+        """What the model reads of a request's completions, and whether they came as a list.
+
+        Of one that cannot be scored it is the reason. There is room for them while the block is open.
+        """
+        with contextlib.ExitStack() as room:
+            async with self.body(request) as body:
+                try:
+                    parsed = parse(body)
+                    many = isinstance(parsed, list)
+                    completions = parsed if isinstance(parsed, list) else [parsed]
+                    room.enter_context(self.room_for(len(completions)))
+                    examples = await asyncio.get_running_loop().run_in_executor(
+                        self._reading, read_all, completions, reader
+                    )
+                    if isinstance(examples[0], str) and not many:
+                        raise ValueError(examples[0])
+                except SyntaxError as error:
+                    raise HTTPException(400, str(error)) from error
+                except ValueError as error:
+                    raise HTTPException(422, str(error)) from error
+            yield examples, many
 
     @contextlib.asynccontextmanager
     async def body(self, request: Request) -> AsyncIterator[bytes]:
@@ -156,31 +184,15 @@ def create_app(config: ServeConfig, reader: Reader, pool: Pool) -> FastAPI:
     )
     door = Door(config.max_pending, config.max_body_bytes)
     pool.metrics.gauge("pending_completions", "Completions accepted, not yet answered.", lambda: door.pending)
-    # One thread: a tokenizer is not to be shared, and this one needs little time beside the model.
-    reading = ThreadPoolExecutor(1, "reading")
 
     async def scored(request: Request) -> Response:
-        if config.api_key is not None and not _is_let_in(request, config.api_key):
+        if config.api_key is not None and not is_let_in(request, [config.api_key]):
             raise HTTPException(401, "want the header 'Authorization: Bearer' with the API key", CHALLENGE)
         if not pool.count(State.READY):
             raise HTTPException(503, "no worker is ready", RETRY_AFTER)
-        with contextlib.ExitStack() as room:
-            async with door.body(request) as body:
-                try:
-                    parsed = parse(body)
-                    completions = parsed if isinstance(parsed, list) else [parsed]
-                    room.enter_context(door.room_for(len(completions)))
-                    examples = await asyncio.get_running_loop().run_in_executor(
-                        reading, read_all, completions, reader
-                    )
-                    if isinstance(examples[0], str) and not isinstance(parsed, list):
-                        raise ValueError(examples[0])
-                except SyntaxError as error:
-                    raise HTTPException(400, str(error)) from error
-                except ValueError as error:
-                    raise HTTPException(422, str(error)) from error
+        async with door.completions(request, reader) as (examples, many):
             answers = await _answers(request, examples, pool.queue)
-        return JSONResponse(answers if isinstance(parsed, list) else answers[0])
+        return JSONResponse(answers if many else answers[0])
 
     @app.post(
         "/score",
@@ -243,9 +255,11 @@ def create_app(config: ServeConfig, reader: Reader, pool: Pool) -> FastAPI:
     return app
 
 
-def _is_let_in(request: Request, api_key: str) -> bool:
+def is_let_in(request: Request, api_keys: Sequence[str]) -> bool:
+    """Whether it brings one of the keys."""
     kind, _, key = request.headers.get("authorization", "").partition(" ")
-    return kind.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), api_key.encode())
+    matches = [hmac.compare_digest(key.strip().encode(), known.encode()) for known in api_keys]
+    return kind.lower() == "bearer" and any(matches)
 
 
 def read_all(completions: Sequence[Completion], reader: Reader) -> list[Example | str]:
@@ -270,7 +284,7 @@ async def _answers(
     }
     futures = list(waiting.values())
     answered = asyncio.create_task(_all_of(futures))
-    gone = asyncio.create_task(_hung_up(request))
+    gone = asyncio.create_task(hung_up(request))
     try:
         await asyncio.wait((answered, gone), return_when=asyncio.FIRST_COMPLETED)
         if not answered.done():
@@ -293,7 +307,8 @@ async def _all_of(futures: Sequence[asyncio.Future[Any]]) -> None:
         await asyncio.wait(futures)
 
 
-async def _hung_up(request: Request) -> None:
+async def hung_up(request: Request) -> None:
+    """Returns when nobody waits for the answer any more."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

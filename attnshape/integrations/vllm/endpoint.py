@@ -7,13 +7,10 @@ vLLM adds the routes of a plugin that ``VLLM_PLUGINS`` names; the adapters take
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hmac
 import os
 import uuid
 from argparse import Namespace
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
@@ -23,8 +20,16 @@ from starlette.requests import ClientDisconnect
 
 from attnshape.integrations.vllm.answers import NO_ROW, asking, reader_of, scored, warm_up
 from attnshape.integrations.vllm.support import ASKED, Settings
-from attnshape.serve.app import CHALLENGE, CLIENT_GONE, RETRY_AFTER, Door, ServeConfig, read_all
-from attnshape.serve.protocol import BODY, Answer, Failure, answer, parse
+from attnshape.serve.app import (
+    CHALLENGE,
+    CLIENT_GONE,
+    RETRY_AFTER,
+    Door,
+    ServeConfig,
+    hung_up,
+    is_let_in,
+)
+from attnshape.serve.protocol import BODY, Answer, Failure, answer
 from attnshape.text.reader import Example
 
 _rows = Counter(
@@ -40,8 +45,6 @@ class Endpoint:
 
     def __init__(self) -> None:
         self._door = Door(ServeConfig.max_pending, ServeConfig.max_body_bytes)
-        # One thread: a tokenizer is not to be shared.
-        self._reading = ThreadPoolExecutor(1, "reading")
         self._keys: list[str] = []
         self._engine: Any = None
         self._off = False
@@ -101,36 +104,17 @@ class Endpoint:
         return JSONResponse(body, 503 if failure else 200)
 
     async def _score(self, request: Request) -> Response:
-        if self._keys and not self._is_let_in(request):
+        if self._keys and not is_let_in(request, self._keys):
             raise HTTPException(401, "want the header 'Authorization: Bearer' with the API key", CHALLENGE)
-        with contextlib.ExitStack() as room:
-            async with self._door.body(request) as body:
-                try:
-                    parsed = parse(body)
-                    completions = parsed if isinstance(parsed, list) else [parsed]
-                    room.enter_context(self._door.room_for(len(completions)))
-                    examples = await asyncio.get_running_loop().run_in_executor(
-                        self._reading, read_all, completions, self._reader
-                    )
-                    if isinstance(examples[0], str) and not isinstance(parsed, list):
-                        raise ValueError(examples[0])
-                except SyntaxError as error:
-                    raise HTTPException(400, str(error)) from error
-                except ValueError as error:
-                    raise HTTPException(422, str(error)) from error
+        async with self._door.completions(request, self._reader) as (examples, many):
             answers = await self._answers(request, examples)
-        return JSONResponse(answers if isinstance(parsed, list) else answers[0])
-
-    def _is_let_in(self, request: Request) -> bool:
-        kind, _, key = request.headers.get("authorization", "").partition(" ")
-        matches = [hmac.compare_digest(key.strip().encode(), known.encode()) for known in self._keys]
-        return kind.lower() == "bearer" and any(matches)
+        return JSONResponse(answers if many else answers[0])
 
     async def _answers(self, request: Request, examples: Sequence[Example | str]) -> list[dict[str, Any]]:
         """Raises ClientDisconnect when nobody waits any more; the engine then drops what it was asked."""
         asked = [asyncio.create_task(self._ask(example)) for example in examples]
         answered = asyncio.create_task(asyncio.wait(asked))
-        gone = asyncio.create_task(_hung_up(request))
+        gone = asyncio.create_task(hung_up(request))
         try:
             await asyncio.wait((answered, gone), return_when=asyncio.FIRST_COMPLETED)
             if not answered.done():
@@ -157,8 +141,3 @@ class Endpoint:
         self._off = found == NO_ROW
         _rows.labels("refused" if self._off else "given").inc()
         return answer(example, found)
-
-
-async def _hung_up(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
