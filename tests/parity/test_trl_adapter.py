@@ -12,9 +12,9 @@ import pytest
 import torch
 import transformers
 import trl
-from parity.toys import CORPUS, Offline, save_policy, save_reward_model
+from parity.toys import CORPUS, Offline, save_policy, save_reward_model, small_gpt2
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2LMHeadModel
 
 import attnshape
 from attnshape.integrations import trl as adapter
@@ -55,19 +55,7 @@ class World:
         self.reward_model = AutoModelForSequenceClassification.from_pretrained(folder / "reward").eval()
         self.offline = Offline(folder / "reward", self.tokenizer)
         torch.manual_seed(0)
-        config = GPT2Config(
-            vocab_size=len(self.tokenizer),
-            n_embd=32,
-            n_layer=2,
-            n_head=2,
-            n_positions=256,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
-            bos_token_id=self.tokenizer.eos_token_id,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
+        config = small_gpt2(self.tokenizer)
         self.policy = GPT2LMHeadModel(config)
         # Sampled text is to be text: whole characters, no special tokens, something other than spaces.
         pieces = [self.tokenizer.decode([i]) for i in range(len(self.tokenizer))]

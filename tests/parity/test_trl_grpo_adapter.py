@@ -17,9 +17,9 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from parity.toys import Offline, save_policy, save_reward_model
+from parity.toys import Offline, save_policy, save_reward_model, small_gpt2
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2LMHeadModel
 
 from attnshape import CreditModel
 from attnshape.integrations import trl as adapter
@@ -86,19 +86,7 @@ class World:
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
         self.offline = Offline(folder / "reward", self.tokenizer)
         torch.manual_seed(0)
-        config = GPT2Config(
-            vocab_size=len(self.tokenizer),
-            n_embd=32,
-            n_layer=2,
-            n_head=2,
-            n_positions=256,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
-            bos_token_id=self.tokenizer.eos_token_id,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
+        config = small_gpt2(self.tokenizer)
         policy = GPT2LMHeadModel(config)
         # Sampled text is to be text: whole characters, no special tokens but the last, not only spaces.
         pieces = [self.tokenizer.decode([i]) for i in range(len(self.tokenizer))]

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GPT2Config,
     LlamaConfig,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
@@ -76,6 +77,23 @@ def small_llama(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> LlamaConf
         "pad_token_id": tokenizer.pad_token_id,
     }
     return LlamaConfig(**{**settings, **changes})
+
+
+def small_gpt2(tokenizer: PreTrainedTokenizerFast) -> GPT2Config:
+    """A policy of two layers for this tokenizer, without dropout."""
+    return GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=256,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.eos_token_id,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
 
 
 def save_reward_model(folder: Path) -> None:
