@@ -100,13 +100,19 @@ def _cells() -> list[Cell]:
     for loop in ("grpo", "ppo"):
         add(loop, controls, SCRATCH, first)
     add("ppo", ceiling, TUNED, first)
+    for models in (TUNED, SCRATCH):
+        for loop in ("grpo", "ppo"):
+            add(loop, ("plain", "ABC"), models, second)
     for loop in ("grpo", "ppo"):
-        add(loop, (*ceiling, *controls), SCRATCH, second)
-        add(loop, (*ceiling, *controls), TUNED, second)
+        add(loop, ("gradient x value, signed",), SCRATCH + TUNED, first)
+    add("ppo", ("plain", "ABC"), TUNED, first, lam=0.95)
+    for loop in ("grpo", "ppo"):
+        add(loop, controls, TUNED, first)
         add(loop, others, SCRATCH + TUNED, first)
     add("ppo", ("leave-one-out, signed", *controls), SCRATCH, first, lam=0.95)
     add("ppo", ("plain", "ABC"), SCRATCH, second, lam=0.95)
-    add("ppo", ("plain", "ABC"), TUNED, first, lam=0.95)
+    for loop in ("grpo", "ppo"):
+        add(loop, (*ceiling, *controls), SCRATCH + TUNED, second)
     for share in DENSE_SHARES:
         add("grpo", ("ABC", "leave-one-out, signed"), SCRATCH, first, dense_share=share)
     add("rloo", ceiling, SCRATCH, first)
