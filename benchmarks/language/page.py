@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.language.cells import CELLS
+from benchmarks.language.cells import CELLS, DENSE_SHARE, LAM
 from benchmarks.language.rewards import study_models
 from benchmarks.language.summary import AS_GOOD, RULES, Estimate, cheap
 
@@ -121,7 +121,7 @@ def leads(summary: dict[str, Any]) -> str:
                 f"{row['lead'].mean:+.3f}{_error(row['lead'])}",
                 f"{row['ahead']} of {row['pairs']}",
                 f"**{row['verdict']}**",
-                f"{score['lead'].mean:+.3f}{_error(score['lead'])} ({score['ahead']} of {score['pairs']})",
+                _lead(score),
             ]
         )
     head = [
@@ -135,6 +135,25 @@ def leads(summary: dict[str, Any]) -> str:
         "own score's lead",
     ]
     return _table(head, rows)
+
+
+def at_equal_kl(summary: dict[str, Any]) -> str:
+    """The gold judge's lead where both runs of a pair first reach a KL."""
+    marks = list(summary["gold_at_kl"])
+    at = {mark: {_key(row): row for row in summary["gold_at_kl"][mark]} for mark in marks}
+    rows = []
+    for row in summary["gold"]:
+        if row["dense_share"] not in (None, DENSE_SHARE) or row["lam"] != LAM:
+            continue
+        cells = [at[mark].get(_key(row)) for mark in marks]
+        rows.append([f"{row['loop']}, {row['reward_model']}", row["source"], *(_lead(x) for x in cells)])
+    return _table(["loop, reward model", "source", *(f"KL {mark}" for mark in marks)], rows)
+
+
+def _lead(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['lead'].mean:+.3f}{_error(row['lead'])} ({row['ahead']} of {row['pairs']})"
 
 
 def _error(found: Estimate) -> str:
@@ -153,6 +172,7 @@ def tables(summary: dict[str, Any]) -> dict[str, str]:
         "signs": signs(summary),
         "rules": rules(summary),
         "leads": leads(summary),
+        "at equal KL": at_equal_kl(summary),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections import defaultdict
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from attnshape.text.audit import CLOSE
-from benchmarks.language.cells import Cell
+from benchmarks.language.cells import LR, Cell
 from benchmarks.language.sources import COSTLY
 
 Record: TypeAlias = dict[str, Any]
@@ -19,6 +20,8 @@ AS_GOOD = 0.9
 PAIRS, FEWEST, SHARE = 10, 5, 0.8
 """Pairs of a full claim, the fewest that anything is claimed of, and the share of them that must agree."""
 FALL = 0.25
+KL_MARKS = (5.0, 10.0, 20.0)
+"""Nats a completion at which methods are compared, where the mean over five steps first reaches them."""
 NO_SOURCE = ("random", "lexicon")
 
 
@@ -138,6 +141,17 @@ def score_lead(record: Record) -> float:
     return statistics.fmean(record["curves"]["score"])
 
 
+def gold_at_kl(record: Record, mark: float) -> float | None:
+    """The gold judge's gain where KL first reaches ``mark``, a mean of the three nearest evaluations."""
+    kl = record["curves"]["kl"]
+    reached = (i for i in range(2, len(kl) - 2) if statistics.fmean(kl[i - 2 : i + 3]) >= mark)
+    at = next(reached, None)
+    if at is None:
+        return None
+    near = sorted(record["gold"], key=lambda found: abs(found[0] - at))[:3]
+    return statistics.fmean(gold for _, gold, _ in near) - float(record["initial"]["gold"])
+
+
 def over_optimised(record: Record) -> bool:
     """Gold, as a mean of three, ends ``FALL`` below its best while the model's own score does not fall."""
     golds, scores = [gold for _, gold, _ in record["gold"]], record["curves"]["score"]
@@ -148,28 +162,32 @@ def over_optimised(record: Record) -> bool:
     return rises and max(smooth) - smooth[-1] > FALL
 
 
-def comparisons(records: Iterable[Record], measure: Callable[[Record], float]) -> list[dict[str, Any]]:
+def comparisons(records: Iterable[Record], measure: Callable[[Record], float | None]) -> list[dict[str, Any]]:
     """Every source against ``plain`` of the same loop and lambda, by kind of reward model.
 
     The lead is the mean over trainings of the reward model, ``two_se`` over them; ``pairs`` are of training
-    and policy seed, ``ahead`` those in which the source leads.
+    and policy seed, ``ahead`` those in which the source leads. A run of another learning rate is held against
+    ``plain`` at the study's; one without the measure counts for nothing.
     """
     values: dict[tuple[Any, ...], dict[tuple[str, int], float]] = defaultdict(dict)
     for record in records:
         cell = Cell(**record["cell"])
         share = None if cell.source == "plain" else cell.dense_share
-        key = (cell.loop, cell.lam, setting_of(cell.reward_model), cell.lr, cell.steps, cell.source, share)
-        values[key][cell.reward_model, cell.seed] = measure(record)
+        source = cell.source if cell.lr == LR else f"{cell.source}, lr {cell.lr:g}"
+        key = (cell.loop, cell.lam, setting_of(cell.reward_model), cell.steps, source, share)
+        found = measure(record)
+        if found is not None:
+            values[key][cell.reward_model, cell.seed] = found
     out = []
-    for key, found in sorted(values.items(), key=str):
+    for key, runs in sorted(values.items(), key=str):
         *same, source, share = key
         base = values.get((*same, "plain", None), {})
-        pairs = [pair for pair in found if pair in base]
+        pairs = [pair for pair in runs if pair in base]
         if source == "plain" or not pairs:
             continue
         by_training: dict[str, list[float]] = defaultdict(list)
         for model, seed in pairs:
-            by_training[model].append(found[model, seed] - base[model, seed])
+            by_training[model].append(runs[model, seed] - base[model, seed])
         lead = estimate(statistics.fmean(leads) for leads in by_training.values())
         ahead = sum(x > 0 for leads in by_training.values() for x in leads)
         loop, lam, setting, *_ = key
@@ -215,6 +233,9 @@ def summarise(models: Sequence[Record], credit: Sequence[Record], runs: Sequence
         "rules": rules(credit),
         "gold": comparisons(judged, gold_lead),
         "score": comparisons(runs, score_lead),
+        "gold_at_kl": {
+            f"{mark:g}": comparisons(judged, functools.partial(gold_at_kl, mark=mark)) for mark in KL_MARKS
+        },
         "over_optimised": sorted(r["name"] for r in judged if over_optimised(r)),
         "trained": sum("steps" in r for r in judges),
         "measured": len(credit),

@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 
 from benchmarks.language import figures
-from benchmarks.language.cells import Cell
+from benchmarks.language.cells import LR, Cell
 from benchmarks.language.page import best_cheap, tables
 from benchmarks.language.summary import (
     Estimate,
     comparisons,
     estimate,
+    gold_at_kl,
     gold_lead,
     over_optimised,
     rules,
@@ -76,6 +77,22 @@ def test_pairs_share_a_training_and_a_seed() -> None:
     assert found["lead"].mean == pytest.approx(0.3)
     assert found["lead"].n == 5
     assert found["verdict"] == "faster"
+
+
+def test_another_learning_rate_is_held_against_plain_at_the_studys() -> None:
+    runs = [run("plain", t, 0, 1.0) for t in range(5)]
+    runs += [run("plain", t, 0, 1.5, lr=2 * LR) for t in range(5)]
+    (found,) = comparisons(runs, gold_lead)
+    assert (found["source"], found["ahead"]) == ("plain, lr 0.0006", 5)
+    assert found["lead"].mean == pytest.approx(0.25)
+
+
+def test_gold_at_a_kl_is_of_the_evaluations_around_it() -> None:
+    record = run("plain", 0, 0, 0.0)
+    record["curves"]["kl"] = [float(i) for i in range(20)]
+    record["gold"] = [[0, 0.5, 0.0], [5, 1.0, 0.0], [10, 2.0, 0.0], [15, 3.0, 0.0], [19, 9.0, 0.0]]
+    assert gold_at_kl(record, 10.0) == pytest.approx(2.0 - 0.5)
+    assert gold_at_kl(record, 50.0) is None
 
 
 def test_a_rule_gets_the_share_of_the_best_lift() -> None:
