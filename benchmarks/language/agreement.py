@@ -41,6 +41,8 @@ DELETED = 0.2
 RANDOM_DRAWS = 3
 BATCH = 20
 PHRASE_WORDS = (2, 5)
+ALIKE = 1.0
+"""Words are as rare as each other whose log document frequencies differ by less."""
 
 
 def measured_on(sentences: Sequence[Sentence], count: int = SENTENCES) -> list[Sentence]:
@@ -57,7 +59,7 @@ def measured_on(sentences: Sequence[Sentence], count: int = SENTENCES) -> list[S
 
 
 class Lexicon:
-    """Smoothed log-odds of a word in positive against negative reviews: no model, no labels of words."""
+    """What word counts alone say: no model, no labels of words."""
 
     def __init__(self, reviews: Sequence[Review]) -> None:
         counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
@@ -66,7 +68,14 @@ class Lexicon:
         self.counts = counts
         self.reviews = {p: sum(r.positive == p for r in reviews) for p in (True, False)}
 
+    def rarity(self, word: str) -> float:
+        """Inverse document frequency, in nats; of the most frequent part of what is no single word."""
+        reviews = sum(self.reviews.values())
+        seen = [sum(self.counts[p][part] for p in (True, False)) for part in re.findall(r"[\w']+", word)]
+        return math.log((reviews + 1) / (max(seen, default=reviews) + 1))
+
     def weight(self, word: str) -> float:
+        """Smoothed log-odds in positive against negative reviews."""
         rates = [(self.counts[p][word] + 1) / (self.reviews[p] + 2) for p in (True, False)]
         rare = sum(self.counts[p][word] for p in (True, False))
         return math.log(rates[0] / rates[1]) * rare / (rare + 10)
@@ -147,8 +156,8 @@ def weigh_all(
             start = time.process_time()
             scores, weights[name] = weigh(model, read.ids, read.mask, read.units >= 0)
             seconds[name] += time.process_time() - start
-        words = [[lexicon.weight(s.text[a:b]) for a, b in s.spans] for s in rows]
-        weights["lexicon"] = read.by_token(words)
+        for name, of_word in (("lexicon", lexicon.weight), ("rarity", lexicon.rarity)):
+            weights[name] = read.by_token([[of_word(s.text[a:b]) for a, b in s.spans] for s in rows])
         out.append(Weighed(read, scores, weights))
     return out, dict(seconds)
 
@@ -164,26 +173,43 @@ def _correlation(x: Tensor, y: Tensor) -> float:
     return (x @ y).item() / size if size > 0 else math.nan
 
 
+def matched_roc(weights: Tensor, polar: Tensor, rarity: Tensor) -> float:
+    """As ``pair_accuracy``, of pairs of words as rare as each other only; NaN where there are none.
+
+    People call few function words positive or negative, so whatever prefers rare words finds theirs.
+    """
+    alike = (rarity[polar][:, None] - rarity[~polar][None]).abs() < ALIKE
+    above = (weights[polar][:, None] - weights[~polar][None])[alike]
+    return ((above > 0).float() + 0.5 * (above == 0).float()).mean().item()
+
+
 def with_people(
-    sentences: Sequence[Sentence], weights: Sequence[Tensor], units: Sequence[Tensor], signed: bool
+    sentences: Sequence[Sentence],
+    weights: Sequence[Tensor],
+    units: Sequence[Tensor],
+    rarities: Sequence[Tensor],
+    signed: bool,
 ) -> dict[str, Any]:
     """How well weights find the words that people called positive or negative, and with which sign.
 
     ``roc``: of |weight| over tokens of such words against the others, mean over sentences, chance .5 (also of
-    the shorter and the longer sentences); ``precision`` at as many tokens as those words have; ``signed``:
+    the shorter and the longer sentences); ``roc_matched``: the same among words as rare as each other;
+    ``precision`` at as many tokens as those words have; ``signed``:
     correlation with the label; ``phrase_sign``: share of short polar phrases whose summed weight has the sign
     of the phrase's label; ``negated_sign``: of those whose words people labelled the other way.
 
     Args:
         weights: of each sentence's tokens.
         units: the words that they belong to.
+        rarities: of those words.
     """
-    roc, precision, signs, phrases, negated = [], [], [], [], []
-    for s, w, unit in zip(sentences, weights, units, strict=True):
+    roc, matched, precision, signs, phrases, negated = [], [], [], [], [], []
+    for s, w, unit, rarity in zip(sentences, weights, units, rarities, strict=True):
         of_words = torch.tensor(s.word_labels) - NEUTRAL
         labels = of_words[unit]
         polar = labels != 0
         roc.append(pair_accuracy(w.abs(), polar))
+        matched.append(matched_roc(w.abs(), polar, rarity))
         k = polar.sum()[None, None]
         top = picked(w.abs()[None], torch.ones(1, len(w), dtype=torch.bool), k)[0]
         precision.append(top[polar].sum().item() / k.item())
@@ -204,6 +230,7 @@ def with_people(
         "roc": _mean(roc),
         "roc_short": _mean([x for x, far in zip(roc, long, strict=True) if not far]),
         "roc_long": _mean([x for x, far in zip(roc, long, strict=True) if far]),
+        "roc_matched": _mean(matched),
         "precision": _mean(precision),
     }
     if signed:
@@ -253,18 +280,18 @@ def agreement(scorer: Scorer, sentences: Sequence[Sentence], lexicon: Lexicon) -
     deleted = deletions(scorer, batches)
     units = [row[row >= 0] for batch in batches for row in batch.read.units]
     by_token = {name: list(_by_token(batches, name)) for name in batches[0].weights}
-    exact = by_token["leave-one-out"]
+    exact, rarities = by_token["leave-one-out"], by_token["rarity"]
     sources = {}
     for name, weights in by_token.items():
-        sources[name] = with_people(sentences, weights, units, name in SIGNED) | deleted[name]
+        sources[name] = with_people(sentences, weights, units, rarities, name in SIGNED) | deleted[name]
         sources[name]["with_leave_one_out"] = _mean(
             [_correlation(w.abs(), e.abs()) for w, e in zip(weights, exact, strict=True)]
         )
         sources[name]["entropy"] = _mean([_entropy(w) for w in weights])
         if name in seconds:
             sources[name]["cpu_seconds"] = round(seconds[name], 2)
-    even = with_people(sentences, [torch.ones(len(unit)) for unit in units], units, signed=False)
-    sources["random"] = {"roc": even["roc"], "precision": even["precision"]} | deleted["random"]
+    even = with_people(sentences, [torch.ones(len(unit)) for unit in units], units, rarities, signed=False)
+    sources["random"] = {n: even[n] for n in ("roc", "roc_matched", "precision")} | deleted["random"]
     scores = torch.cat([b.scores for b in batches])
     return {
         "sentences": len(sentences),

@@ -52,7 +52,7 @@ def credit(records: Sequence[dict[str, Any]], path: Path) -> None:
         by_setting[setting_of(record["name"])].append(record)
     sources = [s for s in SHOWN if s != "random"][::-1]
     figure, (people, model) = _figure(2, 9.0, 4.6)
-    for axes, measure in ((people, "roc"), (model, "fell")):
+    for axes, measure in ((people, "roc_matched"), (model, "fell")):
         for i, (setting, rows) in enumerate(by_setting.items()):
             color = SETTING_COLORS[i % len(SETTING_COLORS)]
             for y, source in enumerate(sources):
@@ -63,7 +63,7 @@ def credit(records: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_yticks(range(len(sources)), sources)
     model.set_yticklabels([])
     people.axvline(0.5, color="gray", linewidth=1, linestyle=":")
-    people.set_xlabel("ROC over words that people called\npositive or negative (chance .5)")
+    people.set_xlabel("ROC over words that people called positive or\nnegative, of equal rarity (chance .5)")
     chance = [x for r in records for x in [r["sources"]["random"]["fell"]]]
     model.axvline(statistics.fmean(chance), color="gray", linewidth=1, linestyle=":")
     model.set_xlabel("fall of the score without a fifth of the\ntokens, in its sd (dotted: at random)")

@@ -85,7 +85,9 @@ def sources_of(model: Any) -> dict[str, Weigh]:
     layers = model.config.num_hidden_layers
     causal = hasattr(model, "score")
     found: dict[str, Weigh] = {name: partial(_deep, name) for name in ("last row", "mean over layers")}
-    found |= {f"row of layer {layer}": partial(_row, layer) for layer in range(layers - 1)}
+    found |= {f"row of layer {layer}": partial(_row, layer) for layer in range(layers - 2)}
+    if layers > 1:
+        found["row below the last"] = partial(_row, layers - 2)
     found |= {"columns of layer 0": partial(_columns, 0), "plain rollout": _plain_rollout}
     deep = ["value-weighted last row", "gradient x embedding", "gradient x value"]
     deep += ["norm-weighted rollout", "signed rollout"] * causal

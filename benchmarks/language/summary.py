@@ -22,7 +22,7 @@ PAIRS, FEWEST, SHARE = 10, 5, 0.8
 FALL = 0.25
 KL_MARKS = (5.0, 10.0, 20.0)
 """Nats a completion at which methods are compared, where the mean over five steps first reaches them."""
-NO_SOURCE = ("random", "lexicon")
+NO_SOURCE = ("random", "lexicon", "rarity")
 
 
 class Estimate(NamedTuple):
@@ -109,7 +109,8 @@ RULES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def lift(record: Record, source: str) -> float:
-    return float(record["sources"][source]["roc"]) - 0.5
+    """Over chance, among words as rare as each other."""
+    return float(record["sources"][source]["roc_matched"]) - 0.5
 
 
 def best_lift(record: Record) -> float:

@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +14,12 @@ from benchmarks.language.agreement import (
     Weighed,
     agreement,
     deletions,
+    matched_roc,
     measured_on,
     with_people,
 )
 from benchmarks.language.data import Review, Sentence, Texts
-from benchmarks.language.rewards import Scorer
+from benchmarks.language.rewards import Scorer, pair_accuracy
 from benchmarks.language.sources import integrated_gradients, leave_one_out, sources_of
 
 
@@ -108,17 +110,18 @@ def test_people_agree_with_themselves_and_not_with_their_opposite(texts: Texts) 
     people = [
         torch.tensor([float(x - 2) for x in s.word_labels])[u] for s, u in zip(sentences, units, strict=True)
     ]
-    found = with_people(sentences, people, units, signed=True)
+    rarities = [u % 2 * 5.0 for u in units]
+    found = with_people(sentences, people, units, rarities, signed=True)
     assert found["roc"] == found["precision"] == 1.0
     assert found["signed"] == pytest.approx(1.0)
     # "n't" and the word behind it: labelled the word's way, and called the other.
     assert found["negated"] == found["phrases"] > 0
     assert found["negated_sign"] == 0.0
-    turned = with_people(sentences, [-p for p in people], units, signed=True)
+    turned = with_people(sentences, [-p for p in people], units, rarities, signed=True)
     assert turned["signed"] == pytest.approx(-1.0)
     assert turned["negated_sign"] == 1.0
-    blind = with_people(sentences, [torch.ones(len(p)) for p in people], units, signed=False)
-    assert blind["roc"] == 0.5
+    blind = with_people(sentences, [torch.ones(len(p)) for p in people], units, rarities, signed=False)
+    assert blind["roc"] == blind["roc_matched"] == 0.5
     assert blind["precision"] == pytest.approx(2 / 11)
 
 
@@ -128,6 +131,21 @@ def test_a_lexicon_knows_sides_from_reviews_alone() -> None:
     assert lexicon.weight("good") > 0.5
     assert lexicon.weight("bad") == pytest.approx(-lexicon.weight("good"))
     assert lexicon.weight("film") == lexicon.weight("unheard") == 0.0
+    assert lexicon.rarity("film") == 0.0
+    assert lexicon.rarity("good") == pytest.approx(math.log(21 / 11))
+    assert lexicon.rarity("good-unheard") == lexicon.rarity("good")
+    assert lexicon.rarity("unheard") == pytest.approx(math.log(21))
+    assert lexicon.rarity("--") == 0.0  # no word, and no rare one
+
+
+def test_rarity_alone_finds_nothing_among_words_as_rare() -> None:
+    rarity = torch.tensor([0.1, 0.0, 3.0, 3.2, 3.1, 6.0])
+    polar = torch.tensor([False, False, True, False, True, False])
+    assert pair_accuracy(rarity, polar) == pytest.approx(4 / 8)
+    assert matched_roc(rarity, polar, rarity) == 0.0
+    weights = torch.tensor([9.0, 9.0, 2.0, 1.0, 1.0, 9.0])
+    assert matched_roc(weights, polar, rarity) == pytest.approx(1.5 / 2)
+    assert math.isnan(matched_roc(weights[1:3], polar[1:3], rarity[1:3]))
 
 
 def test_the_score_falls_most_without_the_words_that_hold_it() -> None:
@@ -153,7 +171,7 @@ def test_everything_of_a_model(scorer: Scorer, texts: Texts) -> None:
     assert found["sentences"] == 4
     assert by_source["lexicon"]["roc"] > 0.9
     assert by_source["leave-one-out"]["with_leave_one_out"] == pytest.approx(1.0)
-    assert {"roc", "precision", "moved", "fell", "entropy"} <= set(by_source["last row"])
+    assert {"roc", "roc_matched", "precision", "moved", "fell", "entropy"} <= set(by_source["last row"])
     assert "signed" not in by_source["last row"]
     assert "signed" in by_source["gradient x value"]
 
