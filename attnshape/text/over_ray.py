@@ -147,4 +147,5 @@ def credited_over_ray(
         for row in data.iter_rows():
             yield Credited(*json.loads(row["credited"]))
     except ray.exceptions.RayError as error:
-        raise ValueError(f"--ray: {error}") from error
+        *_, said = str(error).strip().splitlines()  # below an actor's traceback
+        raise ValueError(f"--ray: {said}") from error

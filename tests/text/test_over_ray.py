@@ -178,6 +178,13 @@ def test_two_actors_write_what_one_process_writes(cluster: Cluster) -> None:
     assert cluster.run("--ray", ACTORS) == cluster.whole
 
 
+def test_what_an_actor_cannot_load_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
+    result = invoke(tmp_path, cluster.path, "--ray", ACTORS, "--device", "cpu")
+    assert result.exit_code == 1
+    assert f"{tmp_path} is no model: it holds no config.json" in result.stderr.splitlines()[-1]
+    assert not cluster.partial()
+
+
 def test_an_actor_that_is_killed_costs_nothing(cluster: Cluster) -> None:
     killed: list[int] = []
 
@@ -196,17 +203,18 @@ def test_an_actor_that_is_killed_costs_nothing(cluster: Cluster) -> None:
 def test_a_run_that_is_killed_is_gone_on_with(cluster: Cluster) -> None:
     """By actors, whose blocks are those that are missing; or by one process."""
     command = [sys.executable, "-m", "attnshape", "credit", cluster.model, cluster.path, *cluster.options]
+    command += ["--ray", ACTORS]
     out, page, said = cluster.whole
-    count = out.count(b"\n")
+    with subprocess.Popen(map(str, command), env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
+        until(cluster.partial)
+        process.kill()
+    missing = out.count(b"\n") - cluster.partial()
+    assert 0 < missing < out.count(b"\n")
+    left = {path: path.read_bytes() for path in cluster.folder.glob("*.partial")}
     for more in (("--ray", ACTORS), ()):
-        with subprocess.Popen(
-            [*map(str, command), "--ray", str(ACTORS)], env=os.environ | {"PYTHONPATH": str(ROOT)}
-        ) as process:
-            until(cluster.partial)
-            process.kill()
-        before = cluster.partial()
-        assert 0 < before < count
+        for path, content in left.items():
+            path.write_bytes(content)
         *written, now = cluster.run("--resume", *more)
         assert written == [out, page]
-        assert f"{count - before} completions written" in now
+        assert f"{missing} completions written" in now
         assert now.count("skipped: ") == said.count("skipped: ")
