@@ -91,12 +91,13 @@ def passed(factor: float, addend: int, w: Any, s: Any) -> Any:
 
 
 @inner
-def carry(factor: int, addend: int, s: Any, w: Any) -> None:
+def carry(factor: int, addend: int, s: Any, w: int) -> None:
     """Replaces what each token adds by the ``W`` that enters the token from the next, in all rows.
 
-    ``w``, ``[WAYS]``, is what enters the block, and then what leaves it.
+    ``w``: where in the scratch memory stand, of each row, what enters the block, and then what leaves it.
     """
-    w0, w1, w2, w3, w4, w5, w6, w7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
+    w0, w1, w2, w3 = s[w], s[w + 1], s[w + 2], s[w + 3]
+    w4, w5, w6, w7 = s[w + 4], s[w + 5], s[w + 6], s[w + 7]
     for i in range(BLOCK):
         f, a = factor + BLOCK - 1 - i, addend + BLOCK - 1 - i
         w0 = passed(s[f], a, w0, s)
@@ -107,14 +108,17 @@ def carry(factor: int, addend: int, s: Any, w: Any) -> None:
         w5 = passed(s[f + 5 * HELD], a + 5 * HELD, w5, s)
         w6 = passed(s[f + 6 * HELD], a + 6 * HELD, w6, s)
         w7 = passed(s[f + 7 * HELD], a + 7 * HELD, w7, s)
-    w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7] = w0, w1, w2, w3, w4, w5, w6, w7
+    s[w], s[w + 1], s[w + 2], s[w + 3] = w0, w1, w2, w3
+    s[w + 4], s[w + 5], s[w + 6], s[w + 7] = w4, w5, w6, w7
 
 
 @inner
-def carry_dense(gl: Any, addend: int, s: Any, w: Any) -> None:
-    """The same where no token is masked: ``gl``, ``[WAYS]``, is every factor. Past a row's end ``W`` is 0."""
-    w0, w1, w2, w3, w4, w5, w6, w7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
-    f0, f1, f2, f3, f4, f5, f6, f7 = gl[0], gl[1], gl[2], gl[3], gl[4], gl[5], gl[6], gl[7]
+def carry_dense(gl: int, addend: int, s: Any, w: int) -> None:
+    """The same where no token is masked: at ``gl`` stands each row's factor. Past a row's end ``W`` is 0."""
+    w0, w1, w2, w3 = s[w], s[w + 1], s[w + 2], s[w + 3]
+    w4, w5, w6, w7 = s[w + 4], s[w + 5], s[w + 6], s[w + 7]
+    f0, f1, f2, f3 = s[gl], s[gl + 1], s[gl + 2], s[gl + 3]
+    f4, f5, f6, f7 = s[gl + 4], s[gl + 5], s[gl + 6], s[gl + 7]
     for i in range(BLOCK):
         a = addend + BLOCK - 1 - i
         w0 = passed(f0, a, w0, s)
@@ -125,7 +129,8 @@ def carry_dense(gl: Any, addend: int, s: Any, w: Any) -> None:
         w5 = passed(f5, a + 5 * HELD, w5, s)
         w6 = passed(f6, a + 6 * HELD, w6, s)
         w7 = passed(f7, a + 7 * HELD, w7, s)
-    w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7] = w0, w1, w2, w3, w4, w5, w6, w7
+    s[w], s[w + 1], s[w + 2], s[w + 3] = w0, w1, w2, w3
+    s[w + 4], s[w + 5], s[w + 6], s[w + 7] = w4, w5, w6, w7
 
 
 @inner
@@ -165,12 +170,14 @@ def settle_into_memory(
 
 
 @inner
-def settle_all(n: int, of_returns: int, skip: bool, later: Any, s: Any, o: int) -> None:
+def settle_all(
+    n: int, of_returns: int, skip: bool, advantage: float, without_value: float, s: Any, o: int
+) -> tuple[float, float]:
     """``settle``, with what the recurrence carries past masked tokens left there.
 
-    ``later`` is what the next unmasked token has, of advantages and of returns without their value.
+    Given what the next unmasked token has, of advantages and of returns without their value; returns what
+    the block's first has.
     """
-    advantage, without_value = later[0], later[1]
     for i in range(n):
         t = n - 1 - i
         live, v = s[o + LIVE + t] != 0.0, s[o + VALUES + t]
@@ -179,7 +186,7 @@ def settle_all(n: int, of_returns: int, skip: bool, later: Any, s: Any, o: int) 
             without_value = s[o + REWARDS + t] + s[o + of_returns + t]
         s[o + REWARDS + t] = advantage
         s[o + ADDEND + t] = without_value + (v if live or skip else 0.0)
-    later[0], later[1] = advantage, without_value
+    return advantage, without_value
 
 
 @inner

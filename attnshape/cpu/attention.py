@@ -31,7 +31,9 @@ from attnshape.cpu.memory import (
     OTHER,
     ROW,
     TOKEN,
-    scratch_of,
+    integers_at,
+    places_at,
+    scratch_at,
     widened,
 )
 from attnshape.cpu.threads import over_rows
@@ -260,7 +262,8 @@ def attend(
         scratch: room for ``[2 + group, S + WIDTH] + BLOCK`` numbers. typed: bytes for ``group + TILE`` heads.
         means: float64 ``[high - low, S]``, flat, and ``WIDTH`` more.
     """
-    s, out = scratch_of(scratch), scratch_of(means)
+    s, out, places = scratch_at(scratch, 0), scratch_at(means, 0), places_at(places, 0)
+    layer, numbers = integers_at(layer, 0), scratch_at(numbers, 0)
     tile = typed.ctypes.data
     queries = tile + 8 * TILE * (layer[HEAD_WIDTH] + lanes.LANES)
     for b in range(low, high):
@@ -285,7 +288,7 @@ def attend(
 @entry
 def write_rows(places: Any, bounds: Any, lost: Any, length: int, means: Any, low: int, high: int) -> None:
     """Rows ``low:high`` to the output; NaN where lost."""
-    s = scratch_of(means)
+    s, places = scratch_at(means, 0), places_at(places, 0)
     for b in range(low, high):
         base, n = 0, length
         if len(bounds) > 0:
@@ -317,7 +320,7 @@ def write_responses(
         bounds: of the packed response; of_keys: of the packed keys.
         length: tokens of a padded response; keys: padded ones.
     """
-    s, out = scratch_of(scratch), scratch_of(means)
+    s, out, places = scratch_at(scratch, 0), scratch_at(means, 0), places_at(places, 0)
     lowest = -1 if places[INDEX, ADDRESS] != 0 else 0
     for b in range(low, high):
         base, n, limit = 0, length, keys
@@ -345,7 +348,7 @@ def write_responses(
 @entry
 def last_keys(places: Any, bounds: Any, length: int, scratch: Any, out: Any) -> None:
     """Key position of each row's last unmasked response token, -1 where there is none."""
-    s = scratch_of(scratch)
+    s, places = scratch_at(scratch, 0), places_at(places, 0)
     for b in range(len(out)):
         base, n = 0, length
         if len(bounds) > 0:

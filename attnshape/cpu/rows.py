@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba.core import types
 
 from attnshape.cpu import layout
 from attnshape.cpu.advantages import (
@@ -35,7 +36,17 @@ from attnshape.cpu.blocks import (
 )
 from attnshape.cpu.jit import entry, inner
 from attnshape.cpu.layout import BLOCK, HELD, LIVE, survey
-from attnshape.cpu.memory import ADDRESS, F32, KIND, TOKEN, scratch_of, write_i32
+from attnshape.cpu.memory import (
+    ADDRESS,
+    F32,
+    KIND,
+    TOKEN,
+    integers_at,
+    memory,
+    places_at,
+    scratch_at,
+    write_i32,
+)
 from attnshape.cpu.rewards import clamp, credit_of, entropy_of, kl_of, mass_of, rewards_of
 from attnshape.types import MIN_MASS, Status
 
@@ -60,14 +71,20 @@ WEIGHTS, UNIFORM, SPARSE = 0, 1, 2  # SOURCE
 TO_ONE, TO_LENGTH, AS_IS = 0, 1, 2  # NORMALIZATION
 LAST_UNMASKED, LAST_TOKEN, INDEXED = 0, 1, 2  # SCORE_AT
 
-# What is known of each row in flight, in integers and in numbers.
+# What is known of each row in flight, in integers and in numbers. ``GIVEN + name`` is a row's own number.
 BASE, WIDTH, ANCHOR, BEGIN, END, COUNT, LAST, AT, ON_SCORE, TOP, BLOCKS, FLAGS, FINITE, KEEP, DENSE = range(
     15
 )
-SCALE, HOT, SCORE_SHARE, SCORE_TOKEN, AFTER, NEAR = range(6)
+SCALE, HOT, SCORE_SHARE, SCORE_TOKEN, AFTER, NEAR, STATS_OF, LATER, GIVEN = *range(7), 10, 12
+ROW_INTEGERS, ROW_NUMBERS = 16, 32
+_, row_at = memory(types.int64, ROW_INTEGERS)
+_, of_row_at = memory(types.float64, ROW_NUMBERS)
+# The scratch memory: blocks, then of the rows' recurrences, of advantages and of returns, the factors and what
+# enters a block, then what is known of the rows.
+FACTORS, CHAINS, NUMBERS, INTEGERS = (WAYS * x for x in (HELD, HELD + 2, HELD + 4, HELD + 4 + ROW_NUMBERS))
+ROOM = INTEGERS + WAYS * ROW_INTEGERS
 
 FALLBACK, EMPTY, SCORE_MASKED, OUT_OF_RANGE, NONFINITE, NEGATIVE = [int(flag) for flag in Status]
-ROW_INTEGERS, ROW_NUMBERS = 15, 6
 
 
 # A row --------------------------------------------------------------------------------------------------
@@ -114,7 +131,7 @@ def open_row(
 
 @inner
 def weigh_row(
-    places: Any, choices: Any, numbers: Any, b: int, row: Any, of: Any, given: Any, stats: Any, i: int, s: Any
+    places: Any, choices: Any, numbers: Any, b: int, row: Any, of: Any, i: int, s: Any
 ) -> None:  # fmt: skip
     """From the row's raw weights to the factors that give each token's credit and share of the score."""
     count, on_score = row[i, COUNT], row[i, ON_SCORE] != 0
@@ -142,18 +159,18 @@ def weigh_row(
     if source == SPARSE and on_score:
         of[i, HOT] = weight = total
         last_share = 1.0 if row[i, AT] == row[i, LAST] else 0.0
-    score = clamp(given[i, SCORE], numbers[SCORE_LOW], numbers[SCORE_HIGH])
+    score = clamp(of[i, GIVEN + SCORE], numbers[SCORE_LOW], numbers[SCORE_HIGH])
     rest = (1.0 - numbers[SHARE]) * score if on_score else 0.0
     of[i, SCORE_SHARE] = numbers[SHARE] * score
     of[i, SCORE_TOKEN] = rest
     if on_score and places[TERMINAL, ADDRESS] != 0:
-        of[i, SCORE_TOKEN] = rest + given[i, TERMINAL]
-    stats[i, 0], stats[i, 1], stats[i, 2] = entropy, last_share, mass
-    stats[i, 3] = abs(of[i, SCORE_SHARE] * weight + rest - score)
+        of[i, SCORE_TOKEN] = rest + of[i, GIVEN + TERMINAL]
+    of[i, STATS_OF], of[i, STATS_OF + 1], of[i, STATS_OF + 2] = entropy, last_share, mass
+    of[i, STATS_OF + 3] = abs(of[i, SCORE_SHARE] * weight + rest - score)
 
 
 @inner
-def close_row(places: Any, choices: Any, b: int, row: Any, of: Any, stats: Any, i: int, s: Any) -> None:
+def close_row(places: Any, choices: Any, b: int, row: Any, of: Any, i: int, s: Any) -> None:
     """Status, stats and moments of a row that has been swept."""
     count = row[i, COUNT]
     mean, m2 = moments_of(count, of[i, NEAR], s, i * HELD)
@@ -165,7 +182,7 @@ def close_row(places: Any, choices: Any, b: int, row: Any, of: Any, stats: Any, 
     if places[STATUS, ADDRESS] != 0:
         write_i32(places[STATUS, ADDRESS], b, row[i, FLAGS])
         for j in range(4):
-            store_one(places, STATS, 4 * b + j, stats[i, j])
+            store_one(places, STATS, 4 * b + j, of[i, STATS_OF + j])
     if places[MOMENTS, ADDRESS] != 0:
         store_one(places, MOMENTS, 3 * b, count)
         store_one(places, MOMENTS, 3 * b + 1, mean)
@@ -243,18 +260,18 @@ def open_mask(places: Any, b: int, t: int, n: int, row: Any, i: int, s: Any) -> 
 
 
 @inner
-def link_block(choices: Any, gamma: float, gl: Any, n: int, dense: bool, i: int, s: Any) -> None:
+def link_block(choices: Any, gamma: float, n: int, dense: bool, i: int, s: Any) -> None:
     """What the recurrence needs of a block, once its rewards are written."""
-    o = i * HELD
-    add_terms(gamma, gl[0, i], layout.ADDEND, s, o)
+    o, gl, gl_value = i * HELD, s[FACTORS + i], s[FACTORS + WAYS + i]
+    add_terms(gamma, gl, layout.ADDEND, s, o)
     if choices[DECOUPLED] != 0:
-        add_terms(gamma, gl[1, i], layout.ADDEND_VALUE, s, o)
+        add_terms(gamma, gl_value, layout.ADDEND_VALUE, s, o)
     subtract_values(s, o)
     if not dense:
         skip = choices[SKIP] != 0
-        set_factors(n, gl[0, i], 1.0 if skip else gl[0, i], layout.FACTOR, s, o)
+        set_factors(n, gl, 1.0 if skip else gl, layout.FACTOR, s, o)
         if choices[DECOUPLED] != 0:
-            set_factors(n, gl[1, i], 1.0 if skip else gl[1, i], layout.FACTOR_VALUE, s, o)
+            set_factors(n, gl_value, 1.0 if skip else gl_value, layout.FACTOR_VALUE, s, o)
 
 
 @inner
@@ -276,7 +293,7 @@ def is_plain(places: Any, choices: Any, t: int, n: int, row: Any, of: Any, i: in
 
 @inner
 def close_block(
-    places: Any, choices: Any, b: int, t: int, n: int, row: Any, of: Any, later: Any, i: int, s: Any
+    places: Any, choices: Any, b: int, t: int, n: int, row: Any, of: Any, i: int, s: Any
 ) -> None:
     """Advantages and returns of a block, once the chains have run over it."""
     o, last = i * HELD, row[i, LAST] - t
@@ -290,7 +307,9 @@ def close_block(
             row[i, FINITE] = 0
         return
     if row[i, KEEP] != 0:
-        settle_all(n, of_returns, choices[SKIP] != 0, later[i], s, o)
+        of[i, LATER], of[i, LATER + 1] = settle_all(
+            n, of_returns, choices[SKIP] != 0, of[i, LATER], of[i, LATER + 1], s, o
+        )
     else:
         settle(of_returns, s, o)
     write_block(places, ADVANTAGES, RETURNS, b, t, n, row, i, s)
@@ -299,8 +318,7 @@ def close_block(
 
 @inner
 def sweep_rows(
-    places: Any, choices: Any, numbers: Any, b: int, ways: int, row: Any, of: Any, gl: Any, later: Any,
-    w: Any, s: Any,
+    places: Any, choices: Any, numbers: Any, b: int, ways: int, row: Any, of: Any, s: Any
 ) -> None:  # fmt: skip
     """The blocks of rows ``b : b + ways`` that have been opened, side by side, each row's last one first."""
     chains = 0 if places[ADVANTAGES, ADDRESS] == 0 else 1 + choices[DECOUPLED]
@@ -321,26 +339,26 @@ def sweep_rows(
             if is_plain(places, choices, t, n, row, of, i):
                 token = row[i, BASE] + t
                 add_terms_of_memory(
-                    numbers[GAMMA], gl[0, i],
+                    numbers[GAMMA], s[FACTORS + i],
                     places[TOKEN_REWARDS, ADDRESS], start_of(places, TOKEN_REWARDS, b + i, token),
                     places[VALUES, ADDRESS], start_of(places, VALUES, b + i, token), s, i * HELD,
                 )  # fmt: skip
                 if not dense:
-                    set_factors(n, gl[0, i], gl[0, i], layout.FACTOR, s, i * HELD)
+                    set_factors(n, s[FACTORS + i], s[FACTORS + i], layout.FACTOR, s, i * HELD)
                 continue
             open_block(places, choices, numbers, b + i, t, n, row, of, i, s)
             if chains > 0:
-                link_block(choices, numbers[GAMMA], gl, n, dense, i, s)
+                link_block(choices, numbers[GAMMA], n, dense, i, s)
         for k in range(chains):
             addend = layout.ADDEND if k == 0 else layout.ADDEND_VALUE
             if dense:
-                carry_dense(gl[k], addend, s, w[k])
+                carry_dense(FACTORS + k * WAYS, addend, s, CHAINS + k * WAYS)
             else:
-                carry(layout.FACTOR if k == 0 else layout.FACTOR_VALUE, addend, s, w[k])
+                carry(layout.FACTOR if k == 0 else layout.FACTOR_VALUE, addend, s, CHAINS + k * WAYS)
         for i in range(ways):
             if chains > 0 and step < row[i, BLOCKS]:
                 t, n = tokens_of(row, i, step)
-                close_block(places, choices, b + i, t, n, row, of, later, i, s)
+                close_block(places, choices, b + i, t, n, row, of, i, s)
 
 
 @entry
@@ -350,41 +368,37 @@ def sweep(
     """Rows ``low:high``, ``WAYS`` of them side by side; each is read from its last block to its first.
 
     Args:
-        places: int64 ``[PLACES, 4]``, see ``memory.place_of``.
+        places: int64 ``[PLACES, COLUMNS]``, see ``memory.place_of``.
         bounds: first token and length of each packed row, int64 ``[B, 2]``; ``[0, 2]`` where rows are padded.
         lost: uint8 ``[B]``, rows whose indices are out of range; ``[0]`` for none.
         choices, numbers: by the names above.
-        scratch: room for ``WAYS * HELD`` numbers, which the caller holds: here nothing would.
+        scratch: ``ROOM`` numbers. The caller holds all of these: here nothing would.
     """
-    s = scratch_of(scratch)
-    row, of = np.zeros((WAYS, ROW_INTEGERS), np.int64), np.zeros((WAYS, ROW_NUMBERS))
-    given, stats, later = np.zeros((WAYS, PLACES)), np.zeros((WAYS, 4)), np.zeros((WAYS, 2))
-    gl, w = np.zeros((2, WAYS)), np.zeros((2, WAYS))
+    places, choices, numbers = places_at(places, 0), integers_at(choices, 0), scratch_at(numbers, 0)
+    s, of, row = scratch_at(scratch, 0), of_row_at(scratch, NUMBERS), row_at(scratch, INTEGERS)
     for i in range(WAYS):  # what is not read stays 0
         for field in (layout.VALUES, layout.KL, layout.SUM, layout.SUM_2):
             for t in range(BLOCK):
                 s[i * HELD + field + t] = 0.0
     for b in range(low, high, WAYS):
         ways = min(WAYS, high - b)
+        for t in range(CHAINS, INTEGERS):
+            s[t] = 0.0
         for i in range(ways):
-            w[0, i] = w[1, i] = 0.0
-            for numbers_of_row in (of, stats, later):
-                for j in range(numbers_of_row.shape[1]):
-                    numbers_of_row[i, j] = 0.0
             base, length = 0, choices[LENGTH]
             if len(bounds) > 0:
                 base, length = bounds[b + i, 0], bounds[b + i, 1]
             bad = len(lost) > 0 and lost[b + i] != 0
-            given[i, GL], given[i, GL_VALUE] = numbers[GL_ALL], numbers[GL_VALUE_ALL]
+            of[i, GIVEN + GL], of[i, GIVEN + GL_VALUE] = numbers[GL_ALL], numbers[GL_VALUE_ALL]
             for name in range(SCORE, GL_VALUE + 1):
                 if places[name, ADDRESS] != 0:
                     load(places, name, start_of(places, name, 0, b + i), 1, s, i * HELD)
-                    given[i, name] = s[i * HELD]
-            gl[0, i], gl[1, i] = given[i, GL], given[i, GL_VALUE]
-            of[i, AFTER] = numbers[GAMMA] * given[i, BOOTSTRAP]
+                    of[i, GIVEN + name] = s[i * HELD]
+            s[FACTORS + i], s[FACTORS + WAYS + i] = of[i, GIVEN + GL], of[i, GIVEN + GL_VALUE]
+            of[i, AFTER] = numbers[GAMMA] * of[i, GIVEN + BOOTSTRAP]
             open_row(places, choices, b + i, base, length, bad, row, i, s)
             if choices[SHAPED] != 0 and row[i, FLAGS] & (EMPTY | OUT_OF_RANGE) == 0:
-                weigh_row(places, choices, numbers, b + i, row, of, given, stats, i, s)
-        sweep_rows(places, choices, numbers, b, ways, row, of, gl, later, w, s)
+                weigh_row(places, choices, numbers, b + i, row, of, i, s)
+        sweep_rows(places, choices, numbers, b, ways, row, of, s)
         for i in range(ways):
-            close_row(places, choices, b + i, row, of, stats, i, s)
+            close_row(places, choices, b + i, row, of, i, s)
