@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from attnshape.cpu.arithmetic import fold
 from attnshape.cpu.jit import inner
 from attnshape.cpu.lanes import (
+    ALIGNED,
     WIDTH,
     absolute,
     all_of,
@@ -22,21 +25,15 @@ from attnshape.cpu.lanes import (
     splat,
     where,
     write_f32s,
+    write_f32s_past,
 )
-from attnshape.cpu.layout import (
-    ADDEND,
-    BLOCK,
-    HELD,
-    LIVE,
-    REWARDS,
-    SUM,
-    SUM_2,
-    VALUES,
-)
-from attnshape.cpu.memory import OVERFLOW_F32
+from attnshape.cpu.layout import ADDEND, BLOCK, HELD, LIVE, REWARDS, SUM, SUM_2, VALUES
+from attnshape.cpu.memory import OVERFLOW_F32, fetch, read_f32, write_f32
 
 WAYS = 8
 """Rows whose chains run side by side: while one waits for its sum, the others go on."""
+LINE = 16
+"""Numbers of float32 that memory is fetched by."""
 
 
 @inner
@@ -51,17 +48,36 @@ def add_terms(gamma: float, gl: float, addend: int, s: Any, o: int) -> None:
 
 @inner
 def add_terms_of_memory(
-    gamma: float, gl: float, rewards: int, at_reward: int, values: int, at_value: int, s: Any, o: int
+    gamma: float, gl: float, rewards: int, at_reward: int, values: int, at_value: int, n: int, s: Any, o: int
 ) -> None:  # fmt: skip
-    """The same of a whole block that lies in memory as float32; rewards become rewards without values."""
-    none, by_reward, by_value = splat(0.0), splat(gl), splat(gamma - gl)
-    for t in range(0, BLOCK, WIDTH):
-        live = get(s, o + LIVE + t) != none
-        r, v = where(live, read_f32s(rewards, at_reward + t), none), read_f32s(values, at_value + t)
-        put(s, o + VALUES + t, v)
-        v = where(live, v, none)
+    """The same of unmasked tokens that lie in memory as float32; rewards become rewards without values.
+
+    Backwards, as a row is read, and asks for the block before: more rows are in flight than a CPU foresees.
+    """
+    by_reward, by_value, whole = splat(gl), splat(gamma - gl), n - n % WIDTH
+    for i in range(0, whole, WIDTH):
+        t = whole - WIDTH - i
+        if t % LINE == 0:
+            fetch(rewards + 4 * (at_reward + t - BLOCK))
+            fetch(values + 4 * (at_value + t - BLOCK))
+        r, v = read_f32s(rewards, at_reward + t), read_f32s(values, at_value + t)
         put(s, o + ADDEND + t, by_reward * r + by_value * v)
         put(s, o + REWARDS + t, r - v)
+    for t in range(whole, n):
+        add_term_of_memory(gamma, gl, rewards, at_reward, values, at_value, 0.0, t, s, o)
+    for t in range(n, BLOCK):
+        s[o + ADDEND + t] = 0.0
+
+
+@inner
+def add_term_of_memory(
+    gamma: float, gl: float, rewards: int, at_reward: int, values: int, at_value: int, more: float, t: int,
+    s: Any, o: int,
+) -> None:  # fmt: skip
+    """The same of one token, whose reward is ``more`` than stands there."""
+    r, v = read_f32(rewards, at_reward + t) + more, np.float64(read_f32(values, at_value + t))
+    s[o + ADDEND + t] = gl * r + (gamma - gl) * v
+    s[o + REWARDS + t] = r - v
 
 
 @inner
@@ -149,24 +165,43 @@ def settle(of_returns: int, s: Any, o: int) -> None:
 
 @inner
 def settle_into_memory(
-    of_returns: int, advantages: int, returns: int, start: int, near: float, s: Any, o: int
+    past: bool, advantages: int, returns: int, start: int, values: int, at_value: int, n: int, near: float,
+    s: Any, o: int,
 ) -> Any:  # fmt: skip
-    """``settle`` and ``add_moments`` of a whole block whose outputs are float32; whether they are finite."""
-    none, base, limit, fine = splat(0.0), splat(near), splat(OVERFLOW_F32), all_true()
+    """``settle`` and ``add_moments`` of unmasked tokens whose values and outputs are float32 in memory.
+
+    ``past``: what is written goes past the caches. Whether all of it is finite.
+    """
+    base, limit, fine, whole = splat(near), splat(OVERFLOW_F32), all_true(), n - n % WIDTH
+    lost = 0
+    for t in range(whole, n):
+        a = s[o + REWARDS + t] + s[o + ADDEND + t]
+        r = a + read_f32(values, at_value + t)
+        write_f32(advantages, start + t, np.float32(a))
+        write_f32(returns, start + t, np.float32(r))
+        lost += not (abs(a) < OVERFLOW_F32 and abs(r) < OVERFLOW_F32)
+        d = a - near
+        s[o + SUM + t - whole] += d
+        s[o + SUM_2 + t - whole] += d * d
     total, squares = get(s, o + SUM), get(s, o + SUM_2)
-    for t in range(0, BLOCK, WIDTH):
-        live, x = get(s, o + LIVE + t) != none, get(s, o + REWARDS + t)
-        a = where(live, x + get(s, o + ADDEND + t), none)
-        r = where(live, x + get(s, o + of_returns + t) + get(s, o + VALUES + t), none)
-        write_f32s(advantages, start + t, a)
-        write_f32s(returns, start + t, r)
+    past = past and (advantages + 4 * start) % ALIGNED == 0 and (returns + 4 * start) % ALIGNED == 0
+    for i in range(0, whole, WIDTH):
+        t = whole - WIDTH - i
+        a = get(s, o + REWARDS + t) + get(s, o + ADDEND + t)
+        r = a + read_f32s(values, at_value + t)
+        if past:
+            write_f32s_past(advantages, start + t, a)
+            write_f32s_past(returns, start + t, r)
+        else:
+            write_f32s(advantages, start + t, a)
+            write_f32s(returns, start + t, r)
         fine = fine & (absolute(a) < limit) & (absolute(r) < limit)
-        d = where(live, a - base, none)
+        d = a - base
         total = total + d
         squares = squares + d * d
     put(s, o + SUM, total)
     put(s, o + SUM_2, squares)
-    return all_of(fine)
+    return lost == 0 and all_of(fine)
 
 
 @inner
@@ -194,7 +229,8 @@ def add_moments(near: float, s: Any, o: int) -> None:
     """Adds deviations of unmasked advantages from ``near``, and their squares, to the lanes of the sums."""
     none, base = splat(0.0), splat(near)
     total, squares = get(s, o + SUM), get(s, o + SUM_2)
-    for t in range(0, BLOCK, WIDTH):
+    for i in range(0, BLOCK, WIDTH):
+        t = BLOCK - WIDTH - i
         d = where(get(s, o + LIVE + t) != none, get(s, o + REWARDS + t) - base, none)
         total = total + d
         squares = squares + d * d

@@ -7,11 +7,23 @@ from typing import Any
 import numpy as np
 
 from attnshape.cpu.jit import inner
-from attnshape.cpu.lanes import WIDTH, absolute, all_of, all_true, get, splat, write_f32s, write_f64s
+from attnshape.cpu.lanes import (
+    ALIGNED,
+    WIDTH,
+    absolute,
+    all_of,
+    all_true,
+    get,
+    splat,
+    write_f32s,
+    write_f32s_past,
+    write_f64s,
+)
 from attnshape.cpu.memory import (
     ADDRESS,
     BF16,
     F32,
+    F32_PAST,
     F64,
     I8,
     I16,
@@ -136,10 +148,7 @@ def load_index(places: Any, name: int, row: int, token: int) -> Any:
 
 @inner
 def fetch_block(places: Any, name: int, row: int, token: int, n: int) -> None:
-    """Asks for tokens that lie side by side before they are needed.
-
-    More rows are in flight, each of them backwards, than a CPU foresees.
-    """
+    """Asks for tokens that lie side by side before they are needed."""
     if places[name, ADDRESS] == 0 or places[name, TOKEN] != 1:
         return
     size = SIZES[places[name, KIND]]
@@ -151,7 +160,7 @@ def fetch_block(places: Any, name: int, row: int, token: int, n: int) -> None:
 @inner
 def highest(places: Any, name: int) -> float:
     """What is smaller than this is finite once it is written."""
-    return OVERFLOW_F32 if places[name, KIND] == F32 else np.inf
+    return np.inf if places[name, KIND] == F64 else OVERFLOW_F32
 
 
 @inner
@@ -162,15 +171,19 @@ def store(places: Any, name: int, start: int, n: int, s: Any, o: int) -> bool:
     """
     address, whole = places[name, ADDRESS], n - n % WIDTH
     limit, fine, lost = highest(places, name), all_true(), 0
-    if places[name, KIND] == F32:
-        for t in range(0, whole, WIDTH):
-            x = get(s, o + t)
-            write_f32s(address, start + t, x)
-            fine = fine & (absolute(x) < splat(limit))
-    else:
+    if places[name, KIND] == F64:
         for t in range(0, whole, WIDTH):
             x = get(s, o + t)
             write_f64s(address, start + t, x)
+            fine = fine & (absolute(x) < splat(limit))
+    else:
+        past = places[name, KIND] == F32_PAST and (address + 4 * start) % ALIGNED == 0
+        for t in range(0, whole, WIDTH):
+            x = get(s, o + t)
+            if past:
+                write_f32s_past(address, start + t, x)
+            else:
+                write_f32s(address, start + t, x)
             fine = fine & (absolute(x) < splat(limit))
     for t in range(whole, n):
         store_one(places, name, start + t, s[o + t])
@@ -180,10 +193,10 @@ def store(places: Any, name: int, start: int, n: int, s: Any, o: int) -> bool:
 
 @inner
 def store_one(places: Any, name: int, index: int, x: float) -> None:
-    if places[name, KIND] == F32:
-        write_f32(places[name, ADDRESS], index, np.float32(x))
-    else:
+    if places[name, KIND] == F64:
         write_f64(places[name, ADDRESS], index, x)
+    else:
+        write_f32(places[name, ADDRESS], index, np.float32(x))
 
 
 @inner
@@ -191,9 +204,9 @@ def fill(places: Any, name: int, start: int, n: int, x: float) -> None:
     address = places[name, ADDRESS]
     if address == 0:
         return
-    if places[name, KIND] == F32:
-        for t in range(n):
-            write_f32(address, start + t, np.float32(x))
-    else:
+    if places[name, KIND] == F64:
         for t in range(n):
             write_f64(address, start + t, x)
+    else:
+        for t in range(n):
+            write_f32(address, start + t, np.float32(x))

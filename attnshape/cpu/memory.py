@@ -24,7 +24,8 @@ ADDRESS, KIND, ROW, TOKEN, HEAD, OTHER = 0, 1, 2, 3, 4, 5
 """Columns of a table of places: where the first element is, its dtype, and strides in elements. The last two
 are those of queries and keys."""
 
-F32, F64, BF16, F16, I8, I16, I32, I64 = 1, 2, 3, 4, 5, 6, 7, 8
+F32, F64, BF16, F16, I8, I16, I32, I64, F32_PAST = 1, 2, 3, 4, 5, 6, 7, 8, 9
+"""``F32_PAST``: of an output, which is written past the caches."""
 KINDS: dict[torch.dtype, int] = {
     torch.float32: F32,
     torch.float64: F64,
@@ -37,7 +38,7 @@ KINDS: dict[torch.dtype, int] = {
     torch.int32: I32,
     torch.int64: I64,
 }
-SIZES = (0, 4, 8, 2, 2, 1, 2, 4, 8)
+SIZES = (0, 4, 8, 2, 2, 1, 2, 4, 8, 4)
 """Bytes of an element, by its kind."""
 COLUMNS = 6
 NOWHERE = (0,) * COLUMNS

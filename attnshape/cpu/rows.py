@@ -11,6 +11,7 @@ from attnshape.cpu import layout
 from attnshape.cpu.advantages import (
     WAYS,
     add_moments,
+    add_term_of_memory,
     add_terms,
     add_terms_of_memory,
     carry,
@@ -35,10 +36,13 @@ from attnshape.cpu.blocks import (
     store_one,
 )
 from attnshape.cpu.jit import entry, inner
+from attnshape.cpu.lanes import fence
 from attnshape.cpu.layout import BLOCK, HELD, LIVE, survey
 from attnshape.cpu.memory import (
     ADDRESS,
     F32,
+    F32_PAST,
+    F64,
     KIND,
     TOKEN,
     integers_at,
@@ -55,7 +59,7 @@ MASK, RAW, VALUES, LOGPROBS, REF_LOGPROBS, KL, TOKEN_REWARDS = range(7)
 SCORE, TERMINAL, BOOTSTRAP, GL, GL_VALUE, SCORE_INDEX = range(7, 13)
 REWARDS, CREDIT, KL_OUT, ADVANTAGES, RETURNS = range(13, 18)
 STATUS, STATS, MOMENTS = range(18, 21)
-PLACES = 21
+PLACES, WRITTEN = 21, frozenset(range(REWARDS, RETURNS + 1))
 
 # What the loop is told beside the tensors, in integers and in numbers.
 LENGTH, SOURCE, NORMALIZATION, KL_KIND, SCORE_AT, SKIP, KEEP_MASKED, ZERO_LOST, DECOUPLED, SHAPED = range(10)
@@ -72,9 +76,9 @@ TO_ONE, TO_LENGTH, AS_IS = 0, 1, 2  # NORMALIZATION
 LAST_UNMASKED, LAST_TOKEN, INDEXED = 0, 1, 2  # SCORE_AT
 
 # What is known of each row in flight, in integers and in numbers. ``GIVEN + name`` is a row's own number.
-BASE, WIDTH, ANCHOR, BEGIN, END, COUNT, LAST, AT, ON_SCORE, TOP, BLOCKS, FLAGS, FINITE, KEEP, DENSE = range(
-    15
-)
+(
+    BASE, WIDTH, ANCHOR, BEGIN, END, COUNT, LAST, AT, ON_SCORE, TOP, BLOCKS, FLAGS, FINITE, KEEP, DENSE, DIRECT,
+) = range(16)  # fmt: skip
 SCALE, HOT, SCORE_SHARE, SCORE_TOKEN, AFTER, NEAR, STATS_OF, LATER, GIVEN = *range(7), 10, 12
 ROW_INTEGERS, ROW_NUMBERS = 16, 32
 _, row_at = memory(types.int64, ROW_INTEGERS)
@@ -96,6 +100,12 @@ def fill_row(places: Any, b: int, token: int, n: int, x: float) -> None:
         return
     for name in range(REWARDS, RETURNS + 1):
         fill(places, name, start_of(places, name, b, token), n, x)
+
+
+@inner
+def lies_as_it_is(places: Any, name: int) -> bool:
+    """Whether a tensor is float32 and a row's tokens are neighbours."""
+    return places[name, KIND] == F32 and places[name, TOKEN] == 1
 
 
 @inner
@@ -125,6 +135,12 @@ def open_row(
         row[i, TOP] = (row[i, END] - 1 - first) // BLOCK
         row[i, BLOCKS] = row[i, TOP] + 1 + (first - row[i, BEGIN] + BLOCK - 1) // BLOCK
     row[i, DENSE] = count == row[i, END] - row[i, BEGIN]
+    # 1: values are read, and advantages and returns written, where they lie; 2: token rewards are too.
+    whole = row[i, DENSE] != 0 and row[i, KEEP] == 0 and not lost and choices[DECOUPLED] == 0
+    whole = whole and lies_as_it_is(places, VALUES) and places[ADVANTAGES, KIND] != F64
+    row[i, DIRECT] = whole
+    if whole and choices[SHAPED] == 0 and lies_as_it_is(places, TOKEN_REWARDS):
+        row[i, DIRECT] = 2
     fill_row(places, b, base, row[i, BEGIN], 0.0)
     fill_row(places, b, base + row[i, END], length - row[i, END], 0.0)
 
@@ -260,51 +276,54 @@ def open_mask(places: Any, b: int, t: int, n: int, row: Any, i: int, s: Any) -> 
 
 
 @inner
-def link_block(choices: Any, gamma: float, n: int, dense: bool, i: int, s: Any) -> None:
-    """What the recurrence needs of a block, once its rewards are written."""
-    o, gl, gl_value = i * HELD, s[FACTORS + i], s[FACTORS + WAYS + i]
-    add_terms(gamma, gl, layout.ADDEND, s, o)
+def link_block(choices: Any, gamma: float, i: int, s: Any) -> None:
+    """What the recurrence adds at each token of a block, once its rewards are written."""
+    o = i * HELD
+    add_terms(gamma, s[FACTORS + i], layout.ADDEND, s, o)
     if choices[DECOUPLED] != 0:
-        add_terms(gamma, gl_value, layout.ADDEND_VALUE, s, o)
+        add_terms(gamma, s[FACTORS + WAYS + i], layout.ADDEND_VALUE, s, o)
     subtract_values(s, o)
-    if not dense:
-        skip = choices[SKIP] != 0
-        set_factors(n, gl, 1.0 if skip else gl, layout.FACTOR, s, o)
-        if choices[DECOUPLED] != 0:
-            set_factors(n, gl_value, 1.0 if skip else gl_value, layout.FACTOR_VALUE, s, o)
 
 
 @inner
-def is_plain(places: Any, choices: Any, t: int, n: int, row: Any, of: Any, i: int) -> bool:
-    """Whether a block's advantages come straight from rewards and values that lie in memory as float32."""
-    return (
-        choices[SHAPED] == 0
-        and n == BLOCK
-        and (t + n <= row[i, LAST] or of[i, AFTER] == 0.0)
-        and row[i, DENSE] != 0
-        and choices[DECOUPLED] == 0
-        and row[i, FLAGS] & OUT_OF_RANGE == 0
-        and places[TOKEN_REWARDS, KIND] == F32
-        and places[VALUES, KIND] == F32
-        and places[TOKEN_REWARDS, TOKEN] == 1
-        and places[VALUES, TOKEN] == 1
-    )
+def set_block_factors(choices: Any, n: int, i: int, s: Any) -> None:
+    """What the recurrence multiplies by at each token of a block."""
+    skip = choices[SKIP] != 0
+    for k in range(1 + choices[DECOUPLED]):
+        gl = s[FACTORS + k * WAYS + i]
+        factor = layout.FACTOR if k == 0 else layout.FACTOR_VALUE
+        set_factors(n, gl, 1.0 if skip else gl, factor, s, i * HELD)
+
+
+@inner
+def add_block_of_memory(
+    places: Any, gamma: float, gl: float, b: int, t: int, n: int, row: Any, of: Any, i: int, s: Any
+) -> None:  # fmt: skip
+    """``open_block`` and ``link_block`` where rewards and values are taken as they lie in memory."""
+    token, last, o = row[i, BASE] + t, row[i, LAST] - t, i * HELD
+    rewards, at_reward = places[TOKEN_REWARDS, ADDRESS], start_of(places, TOKEN_REWARDS, b, token)
+    values, at_value = places[VALUES, ADDRESS], start_of(places, VALUES, b, token)
+    add_terms_of_memory(gamma, gl, rewards, at_reward, values, at_value, n, s, o)
+    if last < n and of[i, AFTER] != 0.0:
+        add_term_of_memory(gamma, gl, rewards, at_reward, values, at_value, of[i, AFTER], last, s, o)
 
 
 @inner
 def close_block(
     places: Any, choices: Any, b: int, t: int, n: int, row: Any, of: Any, i: int, s: Any
-) -> None:
+) -> None:  # fmt: skip
     """Advantages and returns of a block, once the chains have run over it."""
-    o, last = i * HELD, row[i, LAST] - t
+    o, last, token = i * HELD, row[i, LAST] - t, row[i, BASE] + t
     of_returns = layout.ADDEND_VALUE if choices[DECOUPLED] != 0 else layout.ADDEND
     if 0 <= last < n:
         of[i, NEAR] = s[o + layout.REWARDS + last] + s[o + layout.ADDEND + last]
-    if n == BLOCK and row[i, KEEP] == 0 and places[ADVANTAGES, KIND] == F32:
-        start = start_of(places, ADVANTAGES, b, row[i, BASE] + t)
-        advantages, returns = places[ADVANTAGES, ADDRESS], places[RETURNS, ADDRESS]
-        if not settle_into_memory(of_returns, advantages, returns, start, of[i, NEAR], s, o):
-            row[i, FINITE] = 0
+    if row[i, DIRECT] != 0:
+        finite = settle_into_memory(
+            places[ADVANTAGES, KIND] == F32_PAST, places[ADVANTAGES, ADDRESS], places[RETURNS, ADDRESS],
+            start_of(places, ADVANTAGES, b, token), places[VALUES, ADDRESS],
+            start_of(places, VALUES, b, token), n, of[i, NEAR], s, o,
+        )  # fmt: skip
+        row[i, FINITE] = row[i, FINITE] if finite else 0
         return
     if row[i, KEEP] != 0:
         of[i, LATER], of[i, LATER + 1] = settle_all(
@@ -331,24 +350,19 @@ def sweep_rows(
             if step >= row[i, BLOCKS]:
                 continue
             t, n = tokens_of(row, i, step)
-            if step + 1 < row[i, BLOCKS]:
-                for name in range(RETURNS + 1):
-                    if name <= TOKEN_REWARDS or name >= REWARDS:
+            if not dense or row[i, DIRECT] != 2:
+                open_mask(places, b + i, t, n, row, i, s)
+            if row[i, DIRECT] == 2:
+                add_block_of_memory(places, numbers[GAMMA], s[FACTORS + i], b + i, t, n, row, of, i, s)
+            else:
+                if step + 1 < row[i, BLOCKS]:
+                    for name in range(MASK if row[i, DENSE] == 0 else RAW, TOKEN_REWARDS + 1):
                         fetch_block(places, name, b + i, row[i, BASE] + t - BLOCK, BLOCK)
-            open_mask(places, b + i, t, n, row, i, s)
-            if is_plain(places, choices, t, n, row, of, i):
-                token = row[i, BASE] + t
-                add_terms_of_memory(
-                    numbers[GAMMA], s[FACTORS + i],
-                    places[TOKEN_REWARDS, ADDRESS], start_of(places, TOKEN_REWARDS, b + i, token),
-                    places[VALUES, ADDRESS], start_of(places, VALUES, b + i, token), s, i * HELD,
-                )  # fmt: skip
-                if not dense:
-                    set_factors(n, s[FACTORS + i], s[FACTORS + i], layout.FACTOR, s, i * HELD)
-                continue
-            open_block(places, choices, numbers, b + i, t, n, row, of, i, s)
-            if chains > 0:
-                link_block(choices, numbers[GAMMA], n, dense, i, s)
+                open_block(places, choices, numbers, b + i, t, n, row, of, i, s)
+                if chains > 0:
+                    link_block(choices, numbers[GAMMA], i, s)
+            if chains > 0 and not dense:
+                set_block_factors(choices, n, i, s)
         for k in range(chains):
             addend = layout.ADDEND if k == 0 else layout.ADDEND_VALUE
             if dense:
@@ -402,3 +416,4 @@ def sweep(
         sweep_rows(places, choices, numbers, b, ways, row, of, s)
         for i in range(ways):
             close_row(places, choices, b + i, row, of, i, s)
+    fence()
