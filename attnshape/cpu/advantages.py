@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from attnshape.cpu.arithmetic import fold
-from attnshape.cpu.jit import inner
+from attnshape.cpu.jit import called, inner
 from attnshape.cpu.lanes import (
     ALIGNED,
     WIDTH,
@@ -106,7 +106,7 @@ def passed(factor: float, addend: int, w: Any, s: Any) -> Any:
     return factor * w + x
 
 
-@inner
+@called
 def carry(factor: int, addend: int, s: Any, w: int) -> None:
     """Replaces what each token adds by the ``W`` that enters the token from the next, in all rows.
 
@@ -204,7 +204,7 @@ def settle_into_memory(
     return lost == 0 and all_of(fine)
 
 
-@inner
+@called
 def settle_all(
     n: int, of_returns: int, skip: bool, advantage: float, without_value: float, s: Any, o: int
 ) -> tuple[float, float]:
@@ -238,7 +238,7 @@ def add_moments(near: float, s: Any, o: int) -> None:
     put(s, o + SUM_2, squares)
 
 
-@inner
+@called
 def moments_of(count: int, near: float, s: Any, o: int) -> tuple[float, float]:
     """Mean and sum of squared deviations, by the sums of ``add_moments``, which are 0 afterwards."""
     total, squares = fold(WIDTH, s, o + SUM), fold(WIDTH, s, o + SUM_2)

@@ -16,7 +16,7 @@ from torch import Tensor
 from attnshape.cpu import lanes
 from attnshape.cpu.arithmetic import exp, fold, log
 from attnshape.cpu.blocks import fill, load, load_index, load_mask, start_of, store
-from attnshape.cpu.jit import entry, inner
+from attnshape.cpu.jit import called, entry, inner
 from attnshape.cpu.lanes import WIDTH, get, put, splat, where
 from attnshape.cpu.layout import BLOCK, bounds_of
 from attnshape.cpu.memory import (
@@ -59,7 +59,7 @@ NO_BOUNDS, NO_SINKS, NO_INDICES = np.empty((0, 2), np.int64), np.empty(0), np.em
 # A row --------------------------------------------------------------------------------------------------
 
 
-@inner
+@called
 def visible_keys(
     places: Any, layer: Any, b: int, base: int, length: int, last_response: int, s: Any
 ) -> tuple[int, int, int]:  # fmt: skip
@@ -101,7 +101,7 @@ def visible_keys(
     return (p if first < end else NONE_VISIBLE), first, end
 
 
-@inner
+@called
 def dots_of(
     places: Any, count: int, width: int, key: int, scaling: float, first: int, end: int, queries: int,
     tile: int, s: Any, o: int, apart: int,
@@ -136,7 +136,7 @@ def dots_of(
             lanes.products_f64(queries, padded, count, at, i, between, n, padded, scaling, s, to, apart)
 
 
-@inner
+@called
 def softcapped(cap: float, first: int, end: int, s: Any, o: int) -> None:
     """``cap * tanh(x / cap)``."""
     for t in range(first, end):
@@ -182,7 +182,7 @@ def add_weights(factor: float, first: int, end: int, s: Any, seen: int, x: int, 
         put(out, o + t, get(out, o + t) + weight)
 
 
-@inner
+@called
 def log_add_exp(x: float, y: float) -> float:
     top = x if x > y else y
     if top == -np.inf or x != x or y != y:
@@ -190,7 +190,7 @@ def log_add_exp(x: float, y: float) -> float:
     return top + log(exp(x - top) + exp(y - top))
 
 
-@inner
+@called
 def attend_row(
     places: Any, layer: Any, numbers: Any, heads: Any, sinks: Any, b: int, base: int, p: int, first: int,
     end: int, queries: int, tile: int, s: Any, out: Any, o: int, share: float,

@@ -18,7 +18,7 @@ from numba.core.types.containers import UniTuple
 from numba.extending import models, register_model
 from torch import Tensor
 
-from attnshape.cpu.jit import inner, intrinsic, operation
+from attnshape.cpu.jit import called, inner, intrinsic, operation
 
 ADDRESS, KIND, ROW, TOKEN, HEAD, OTHER = 0, 1, 2, 3, 4, 5
 """Columns of a table of places: where the first element is, its dtype, and strides in elements. The last two
@@ -179,7 +179,7 @@ def half(bits: Any) -> Any:
     return -small if sign != 0 else small
 
 
-@inner
+@called
 def widened(places: Any, name: int, start: int, n: int, padded: int, out: int) -> None:
     """Elements along ``TOKEN`` to the memory at ``out``, then zeros: float32, of float64 float64."""
     address, kind, stride = places[name, ADDRESS], places[name, KIND], places[name, TOKEN]

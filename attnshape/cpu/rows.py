@@ -35,7 +35,7 @@ from attnshape.cpu.blocks import (
     store,
     store_one,
 )
-from attnshape.cpu.jit import entry, inner
+from attnshape.cpu.jit import called, entry, inner
 from attnshape.cpu.lanes import fence
 from attnshape.cpu.layout import BLOCK, HELD, LIVE, survey
 from attnshape.cpu.memory import (
@@ -77,14 +77,14 @@ LAST_UNMASKED, LAST_TOKEN, INDEXED = 0, 1, 2  # SCORE_AT
 
 # What is known of each row in flight, in integers and in numbers. ``GIVEN + name`` is a row's own number.
 (
-    BASE, WIDTH, ANCHOR, BEGIN, END, COUNT, LAST, AT, ON_SCORE, TOP, BLOCKS, FLAGS, FINITE, KEEP, DENSE, DIRECT,
+    BASE, WIDTH, ANCHOR, BEGIN, END, COUNT, LAST, AT, ON_SCORE, TOP, BLOCKS, FLAGS, FINITE, KEEP, DENSE,
+    DIRECT,
 ) = range(16)  # fmt: skip
 SCALE, HOT, SCORE_SHARE, SCORE_TOKEN, AFTER, NEAR, STATS_OF, LATER, GIVEN = *range(7), 10, 12
 ROW_INTEGERS, ROW_NUMBERS = 16, 32
 _, row_at = memory(types.int64, ROW_INTEGERS)
 _, of_row_at = memory(types.float64, ROW_NUMBERS)
-# The scratch memory: blocks, then of the rows' recurrences, of advantages and of returns, the factors and what
-# enters a block, then what is known of the rows.
+# The scratch memory: blocks; of both recurrences the factors, and what enters a block; what is known of rows.
 FACTORS, CHAINS, NUMBERS, INTEGERS = (WAYS * x for x in (HELD, HELD + 2, HELD + 4, HELD + 4 + ROW_NUMBERS))
 ROOM = INTEGERS + WAYS * ROW_INTEGERS
 
@@ -94,7 +94,7 @@ FALLBACK, EMPTY, SCORE_MASKED, OUT_OF_RANGE, NONFINITE, NEGATIVE = [int(flag) fo
 # A row --------------------------------------------------------------------------------------------------
 
 
-@inner
+@called
 def fill_row(places: Any, b: int, token: int, n: int, x: float) -> None:
     if n <= 0:
         return
@@ -108,7 +108,7 @@ def lies_as_it_is(places: Any, name: int) -> bool:
     return places[name, KIND] == F32 and places[name, TOKEN] == 1
 
 
-@inner
+@called
 def open_row(
     places: Any, choices: Any, b: int, base: int, length: int, lost: bool, row: Any, i: int, s: Any
 ) -> None:
@@ -145,7 +145,7 @@ def open_row(
     fill_row(places, b, base + row[i, END], length - row[i, END], 0.0)
 
 
-@inner
+@called
 def weigh_row(
     places: Any, choices: Any, numbers: Any, b: int, row: Any, of: Any, i: int, s: Any
 ) -> None:  # fmt: skip
@@ -185,7 +185,7 @@ def weigh_row(
     of[i, STATS_OF + 3] = abs(of[i, SCORE_SHARE] * weight + rest - score)
 
 
-@inner
+@called
 def close_row(places: Any, choices: Any, b: int, row: Any, of: Any, i: int, s: Any) -> None:
     """Status, stats and moments of a row that has been swept."""
     count = row[i, COUNT]
@@ -216,7 +216,7 @@ def tokens_of(row: Any, i: int, step: int) -> tuple[int, int]:
     return t, min(low + BLOCK, row[i, END]) - t
 
 
-@inner
+@called
 def write_block(places: Any, first: int, last: int, b: int, t: int, n: int, row: Any, i: int, s: Any) -> None:
     """Writes the block's outputs of these names, and notes whether all are finite."""
     o = i * HELD
@@ -230,7 +230,7 @@ def write_block(places: Any, first: int, last: int, b: int, t: int, n: int, row:
                     row[i, FINITE] = 0
 
 
-@inner
+@called
 def open_block(
     places: Any, choices: Any, numbers: Any, b: int, t: int, n: int, row: Any, of: Any, i: int, s: Any
 ) -> None:  # fmt: skip
@@ -261,7 +261,7 @@ def open_block(
         s[o + layout.REWARDS + row[i, LAST] - t] += of[i, AFTER]
 
 
-@inner
+@called
 def open_mask(places: Any, b: int, t: int, n: int, row: Any, i: int, s: Any) -> None:
     """Which of a block's tokens are unmasked."""
     live = i * HELD + LIVE
@@ -275,7 +275,7 @@ def open_mask(places: Any, b: int, t: int, n: int, row: Any, i: int, s: Any) -> 
         s[live + j] = 0.0
 
 
-@inner
+@called
 def link_block(choices: Any, gamma: float, i: int, s: Any) -> None:
     """What the recurrence adds at each token of a block, once its rewards are written."""
     o = i * HELD
@@ -285,7 +285,7 @@ def link_block(choices: Any, gamma: float, i: int, s: Any) -> None:
     subtract_values(s, o)
 
 
-@inner
+@called
 def set_block_factors(choices: Any, n: int, i: int, s: Any) -> None:
     """What the recurrence multiplies by at each token of a block."""
     skip = choices[SKIP] != 0
@@ -308,7 +308,7 @@ def add_block_of_memory(
         add_term_of_memory(gamma, gl, rewards, at_reward, values, at_value, of[i, AFTER], last, s, o)
 
 
-@inner
+@called
 def close_block(
     places: Any, choices: Any, b: int, t: int, n: int, row: Any, of: Any, i: int, s: Any
 ) -> None:  # fmt: skip
@@ -335,7 +335,7 @@ def close_block(
     add_moments(of[i, NEAR], s, o)
 
 
-@inner
+@called
 def sweep_rows(
     places: Any, choices: Any, numbers: Any, b: int, ways: int, row: Any, of: Any, s: Any
 ) -> None:  # fmt: skip
