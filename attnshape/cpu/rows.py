@@ -103,7 +103,7 @@ def fill_row(places: Any, b: int, token: int, n: int, x: float) -> None:
 
 
 @inner
-def lies_as_it_is(places: Any, name: int) -> bool:
+def lies_as_it_is(places: Any, name: int) -> Any:
     """Whether a tensor is float32 and a row's tokens are neighbours."""
     return places[name, KIND] == F32 and places[name, TOKEN] == 1
 
