@@ -72,7 +72,7 @@ gpu-more:
 # Before, here: what `make gpu` would compile, for a machine with these versions, in .gpu-cache, to be carried
 # along. Where the versions or the kernels are others there, `make gpu` says so and compiles.
 gpu-cache: $(GPU_VENV)/ready
-	PYTHONPATH=.:tests $(GPU_VENV)/bin/python -m benchmarks.on_gpu.cache build
+	PYTHONPATH=.:tests $(GPU_VENV)/bin/python -m benchmarks.on_gpu.ahead build
 
 $(GPU_VENV)/ready:
 	$(GPU_PYTHON) -m venv $(GPU_VENV)

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.on_gpu OUT``, what ``make gpu`` runs; ``python -m benchmarks.on_gpu OUT more [WORD...]``."""
+"""``python -m benchmarks.on_gpu OUT``: what ``make gpu`` runs; ``OUT more [WORD...]``: ``make gpu-more``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from benchmarks.on_gpu.cache import CACHE, unpacked
+from benchmarks.on_gpu.carried import CACHE, unpacked
 from benchmarks.on_gpu.parts import ROOT, ahead, first, more
 from benchmarks.on_gpu.runner import Runner, Start, started
 

@@ -13,7 +13,7 @@ import torch
 
 from attnshape.bench.machine import machine_facts
 from attnshape.bench.timing import Call
-from benchmarks.on_gpu.cache import source_digest
+from benchmarks.on_gpu.carried import source_digest
 from benchmarks.on_gpu.machine import Machine
 from benchmarks.on_gpu.work import Item, Worker
 

@@ -16,7 +16,7 @@ from benchmarks.on_gpu.runner import Line, Part, read_lines
 
 ROOT = Path(__file__).parents[2]
 PYTHON = [sys.executable, "-m"]
-WORK = [*PYTHON, "benchmarks.on_gpu.work"]
+WORK = [*PYTHON, "benchmarks.on_gpu.asked"]
 
 SECONDS = {"facts": 45, "smoke": 105, "budgets": 110, "tuning": 110, "races": 70, "tests": 90}
 """Of each part, 530 in all; what one leaves is the next one's."""
@@ -39,7 +39,7 @@ def first(out: Path) -> list[Part]:
 def ahead(out: Path, capability: int) -> Part:
     """All that will be started, compiled on every core while the first parts run."""
     report = Path(tempfile.mkdtemp()) / "compiled.json"
-    command = [*PYTHON, "benchmarks.on_gpu.cache", "compile", str(capability), str(workers()), str(report)]
+    command = [*PYTHON, "benchmarks.on_gpu.ahead", "compile", str(capability), str(workers()), str(report)]
     return Part("ahead", AHEAD, command, False, functools.partial(read_lines, report))
 
 

@@ -65,14 +65,15 @@ Start = Callable[[Part, dict[str, Any], int, Path], Process]
 def started(part: Part, told: dict[str, Any], events: int, log: Path) -> Process:
     """As a process of the system's, which leads a group of its own."""
     given = {"ON_GPU_TOLD": json.dumps(told), "ON_GPU_EVENTS": str(events)} if part.watched else {}
-    return subprocess.Popen(
-        part.command,
-        env=os.environ | given,
-        stdout=log.open("ab"),
-        stderr=subprocess.STDOUT,
-        pass_fds=(events,) if part.watched else (),
-        start_new_session=True,
-    )
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            part.command,
+            env=os.environ | given,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            pass_fds=(events,) if part.watched else (),
+            start_new_session=True,
+        )
 
 
 class Runner:

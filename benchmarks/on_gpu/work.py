@@ -1,4 +1,4 @@
-"""A worker: one part's items, one after the other, on a machine; ``python -m benchmarks.on_gpu.work PART``.
+"""A worker: one part's items, one after the other, on a machine.
 
 Each item is announced before it begins, and in it each kernel before it starts, so that whoever watches knows
 what hangs. A kernel that is known to be broken is not started again: what needs it is skipped.
@@ -7,9 +7,6 @@ what hangs. A kernel that is known to be broken is not started again: what needs
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,7 +18,7 @@ from attnshape.bench.cases import Case
 from attnshape.bench.measure import WrongResultError
 from attnshape.bench.timing import sets_for
 from benchmarks.cost_model import Gpu, gpu_of
-from benchmarks.on_gpu.machine import Cuda, Machine
+from benchmarks.on_gpu.machine import Machine
 
 GPU_ERRORS = ("CUDA error", "illegal memory access", "misaligned address", "unspecified launch failure")
 """What is said of a context that no later call can use."""
@@ -161,42 +158,3 @@ def described(x: Any) -> Any:
     if isinstance(x, dict):
         return {name: described(held) for name, held in x.items() if held is not None}
     return x if isinstance(x, int | float | str) else str(x)
-
-
-def items_of(part: str, machine: Machine) -> Iterator[Item]:
-    from benchmarks.on_gpu import budgets, facts, races, smoke, tuning
-
-    rooms = {"facts": facts, "smoke": smoke, "budgets": budgets, "tuning": tuning, "races": races}
-    return rooms[part].items(machine)
-
-
-def work(part: str, machine: Machine, told: dict[str, Any], events: int) -> None:
-    """All of a part; ``events`` is where the watcher listens."""
-    with os.fdopen(events, "w", buffering=1) as out:
-
-        def say(event: dict[str, Any]) -> None:
-            out.write(json.dumps(event, default=str) + "\n")
-
-        machine.synchronize()  # a GPU that does not answer is found here
-        Worker(machine, told, say).run(items_of(part, machine))
-
-
-def once(name: str, machine: Machine) -> None:
-    """One call of a budget's case, for a profiler: compiled before, then alone."""
-    from benchmarks.cases import budget_cases
-
-    [case] = [case for case, _ in budget_cases() if case.name == name]
-    arguments = machine.arguments(case)
-    for _ in range(2):
-        machine.call(case, arguments)
-        machine.synchronize()
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "once":
-        once(sys.argv[2], Cuda())
-    else:
-        # By hand, or below another tool, nobody listens and nothing is known.
-        alone = json.dumps({"done": [], "broken": {}, "seconds": 1e9, "bandwidth": None})
-        told = json.loads(os.environ.get("ON_GPU_TOLD", alone))
-        work(sys.argv[1], Cuda(), told, int(os.environ.get("ON_GPU_EVENTS", "1")))

@@ -15,7 +15,7 @@ import pytest
 from support.kernels import kernels
 
 from benchmarks.cases import budget_cases
-from benchmarks.on_gpu import budgets, cache, parts, shards, summary
+from benchmarks.on_gpu import budgets, carried, parts, shards, summary
 from benchmarks.on_gpu.runner import Part, Runner
 from benchmarks.results import ROOT
 
@@ -84,7 +84,7 @@ def test_tables_say_what_was_found(folder: Path) -> None:
     assert "csrc_triton/host/attention.py: KEYS = 32" in text  # what the faked times favour
     assert "| tests | a::bad | failed |  |  | it broke here |" in text
     machine = found["machine"]
-    assert machine["source"] == cache.source_digest()
+    assert machine["source"] == carried.source_digest()
 
 
 def test_what_is_broken_stops_what_needs_it(folder: Path) -> None:
@@ -242,21 +242,21 @@ def test_steps_by_which_the_faster_way_is_chosen() -> None:
 
 
 def test_a_cache_is_used_only_where_it_was_made_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(carried, "CACHE", tmp_path / "cache")
     packed = tmp_path / "packed"
-    assert cache.unpacked(packed) == "no cache was carried: kernels are compiled here"
+    assert carried.unpacked(packed) == "no cache was carried: kernels are compiled here"
     (tmp_path / "cache" / "entry").mkdir(parents=True)
     for name in ("a.cubin", "a.json", "a.llir"):
         (tmp_path / "cache" / "entry" / name).write_text(name)
-    assert cache.pack(packed) > 0
+    assert carried.pack(packed) > 0
     shutil.rmtree(tmp_path / "cache")
-    assert cache.unpacked(packed) == "a cache of 1 entries was carried"
+    assert carried.unpacked(packed) == "a cache of 1 entries was carried"
     assert {path.name for path in (tmp_path / "cache" / "entry").iterdir()} == {"a.cubin", "a.json"}
-    carried = json.loads((packed / "manifest.json").read_text())
-    (packed / "manifest.json").write_text(json.dumps(carried | {"triton": "3.6.0", "source": "other"}))
-    said = cache.unpacked(packed)
+    made_for = json.loads((packed / "manifest.json").read_text())
+    (packed / "manifest.json").write_text(json.dumps(made_for | {"triton": "3.6.0", "source": "other"}))
+    said = carried.unpacked(packed)
     assert said.startswith("the carried cache is not used: triton is ")
-    assert f"source is {cache.source_digest()}, of the cache other" in said
+    assert f"source is {carried.source_digest()}, of the cache other" in said
 
 
 def test_tests_on_a_gpu_are_those_that_use_it(tmp_path: Path) -> None:

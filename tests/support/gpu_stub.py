@@ -142,7 +142,7 @@ def work(part: runner.Part, told: dict[str, Any], events: int) -> None:
     if not part.watched:
         faked(part)
         return
-    from benchmarks.on_gpu.work import work
+    from benchmarks.on_gpu.asked import work
 
     FAULTS.events = events
     work(part.name, stub(), told, events)
@@ -173,7 +173,7 @@ def main(folder: Path, real: bool) -> None:
     library.mkdir()
     os.environ["CUDA_LOG"] = str(folder / "launches")
     activate(built(library))
-    import benchmarks.on_gpu.work  # noqa: F401  # once, for all copies
+    import benchmarks.on_gpu.asked  # noqa: F401  # once, for all copies
 
     bind_most(None if real else LAUNCHED)
     program.main(folder / "whole", start=start)
