@@ -1,8 +1,8 @@
 """The README's picture: what a pretrained reward model's credit pays each token of a review.
 
-``python -m benchmarks.credit_picture`` scores ``REVIEW``, writes ``credit.json`` and draws it. The model is one
-of ``python -m benchmarks.language models``; of the sources that package users can name, its source agreed best
-with people there.
+``python -m benchmarks.credit_picture`` scores ``REVIEW``, writes ``credit.json`` and draws it. The model is
+one of ``python -m benchmarks.language models``. Of the sources that the package knows by name, this one
+agreed best with people there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The documentation builds strictly: a link, an anchor or a docstring's name that leads nowhere is an error."""
+"""The documentation builds strictly: a link, an anchor or a name that leads nowhere is an error."""
 
 import os
 import subprocess
