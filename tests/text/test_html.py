@@ -253,11 +253,11 @@ def test_in_a_browser(tmp_path: Path) -> None:
     assert json.loads(found.texts["title"]) == {
         "silent": "",
         "focus": "“good”  attention: 0.5, 0.5 × even   rollout: 1.25, 1.2 × even",
-        "right": "“ film”  attention: 1.5, 1.5 × even   rollout: 0.75, 0.8 × even",
+        "right": "“film”  attention: 1.5, 1.5 × even   rollout: 0.75, 0.8 × even",
         "stop": "0 -1",
         "home": "“good”  attention: 0.5, 0.5 × even   rollout: 1.25, 1.2 × even",
         "edge": "“good”  attention: 0.5, 0.5 × even   rollout: 1.25, 1.2 × even",
-        "end": "“ film”  attention: 1.5, 1.5 × even   rollout: 0.75, 0.8 × even",
+        "end": "“film”  attention: 1.5, 1.5 × even   rollout: 0.75, 0.8 × even",
         "tap": "“bad”  attention: -0.5, 0.7 × even",
         "hover": "“good”  attention: 0.5, 0.5 × even   rollout: 1.25, 1.2 × even",
         "marked": "good|good",
