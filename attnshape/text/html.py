@@ -89,7 +89,7 @@ def _view(view: View, item: CreditItem) -> str:
 
 def _token(text: str, reward: float, even: float, *, first: bool) -> str:
     stop = ' tabindex="0"' if first else ""
-    word = text.lstrip(" ") or text  # a space on a ground of its own would be left alone where the line breaks
+    word = text.lstrip(" ") or text  # where a line breaks, a coloured space would be left behind
     before = text[: len(text) - len(word)]
     if not math.isfinite(reward):
         return f'{before}<span class="t bad" title="{reward}"{stop}>{_visible(word)}</span>'

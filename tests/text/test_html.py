@@ -74,7 +74,8 @@ def test_tokens_carry_value_and_colour() -> None:
     ]
     shown = CreditItem("Is it?", ["Not", " bad", "!", ""], -1.0, views, "a note")
     page = Page("".join([page_head("A title", "of the whole"), credit_section(1, shown), PAGE_FOOT]))
-    assert [text for text, _ in page.tokens] == ["Not", " bad", "!", "∅"] * 2
+    assert [text for text, _ in page.tokens] == ["Not", "bad", "!", "∅"] * 2
+    assert 'title="-0.25, 1.0 × even" tabindex="0">Not</span> <span' in credit_section(1, shown)
     # Even would be a quarter, and three in the second: the score's sign is the colour's.
     titles = [attributes["title"] for _, attributes in page.tokens]
     assert titles[:4] == ["-0.25, 1.0 × even", "-0.5, 2.0 × even", "-0.25, 1.0 × even", "0, 0.0 × even"]
