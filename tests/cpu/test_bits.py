@@ -13,7 +13,7 @@ import attnshape
 from attnshape import AttentionInputs, Response, ShapingConfig
 from attnshape.cpu import arithmetic, lanes
 from attnshape.cpu.jit import OPTIONS, entry
-from attnshape.cpu.memory import scratch_of
+from attnshape.cpu.memory import scratch_at
 from attnshape.types import decay, float32_rounded
 
 
@@ -123,7 +123,7 @@ def test_nothing_is_contracted() -> None:
 
     @entry
     def products(x: Any, y: Any, out: Any) -> None:
-        lanes.products_f64(x.ctypes.data, 32, 1, y.ctypes.data, 0, 32, 1, 32, 1.0, scratch_of(out), 0, 1)
+        lanes.products_f64(x.ctypes.data, 32, 1, y.ctypes.data, 0, 32, 1, 32, 1.0, scratch_at(out, 0), 0, 1)
 
     x = np.zeros(32)
     x[0], x[16] = 1 + 2.0**-30, 1.0
