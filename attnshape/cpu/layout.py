@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from attnshape.cpu.blocks import count_live, load_mask, start_of
-from attnshape.cpu.jit import inner
+from attnshape.cpu.jit import called
 
 BLOCK = 128
 """Tokens that are held at once, as float64, while a row is swept; counted from its first unmasked token."""
@@ -41,7 +41,7 @@ def bounds_of(cu_seqlens: Tensor, total: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([first, end - first], 1), lost.astype(np.uint8)
 
 
-@inner
+@called
 def survey(
     places: Any, mask: int, row: int, base: int, length: int, at: int, s: Any, o: int
 ) -> tuple[int, int, int, int]:

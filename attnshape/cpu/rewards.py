@@ -8,7 +8,7 @@ import numpy as np
 
 from attnshape.cpu.arithmetic import expm1, fold, log
 from attnshape.cpu.blocks import load, load_mask, start_of
-from attnshape.cpu.jit import inner
+from attnshape.cpu.jit import called, inner
 from attnshape.cpu.lanes import WIDTH, get, put, splat, where
 from attnshape.cpu.layout import ADDEND, BLOCK, CREDIT, KL, LIVE, REWARDS, SUM, SUM_2
 
@@ -23,7 +23,7 @@ def clamp(x: float, low: float, high: float) -> float:
     return high if x > high else x
 
 
-@inner
+@called
 def mass_of(
     places: Any, mask: int, raw: int, row: int, base: int, first: int, end: int, s: Any, o: int
 ) -> tuple[float, float, float]:
@@ -65,7 +65,7 @@ def credit_of(n: int, scale: float, hot: float, at: int, s: Any, o: int) -> None
         s[o + CREDIT + at] += hot
 
 
-@inner
+@called
 def kl_of(n: int, kind: int, input_clip: float, output_clip: float, s: Any, o: int) -> None:
     """Log-probabilities become the estimate, 0 where masked; infinite clips do nothing."""
     for t in range(n):

@@ -15,7 +15,7 @@ from attnshape.cpu.blocks import load, load_mask, start_of, store
 from attnshape.cpu.jit import entry, inner
 from attnshape.cpu.lanes import WIDTH, get, put, splat, where
 from attnshape.cpu.layout import BLOCK, HELD, LIVE, REWARDS, SUM, SUM_2
-from attnshape.cpu.memory import KINDS, scratch_of, table_of
+from attnshape.cpu.memory import KINDS, places_at, scratch_at, table_of
 from attnshape.cpu.threads import over_rows, scratch
 from attnshape.types import compute_dtype
 
@@ -37,7 +37,7 @@ def chunk_of(unit: int, width: int) -> tuple[int, int, int]:
 @entry
 def measure(places: Any, width: int, scratch: Any, moments: Any, low: int, high: int) -> None:
     """Count, mean and sum of squared deviations of the unmasked tokens of chunks ``low:high``."""
-    s = scratch_of(scratch)
+    places, s = places_at(places, 0), scratch_at(scratch, 0)
     put(s, SUM, splat(0.0))
     put(s, SUM_2, splat(0.0))
     for unit in range(low, high):
@@ -82,7 +82,7 @@ def apply(
     whiten_masked: bool, scratch: Any, low: int, high: int,
 ) -> None:  # fmt: skip
     """``(x - mean) * scale`` of chunks ``low:high``."""
-    s = scratch_of(scratch)
+    places, s = places_at(places, 0), scratch_at(scratch, 0)
     mean = moments[1]
     variance = moments[2] / max(moments[0] - 1.0 if bessel else moments[0], 1.0)
     if eps_mode == ADD_TO_STD:

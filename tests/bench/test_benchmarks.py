@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from attnshape.bench.cases import Case, Shape, random_arguments
-from benchmarks import cost_model, on_gpu, report
+from benchmarks import cost_model, report
 from benchmarks.cases import Budget, budget_cases, made_small, suite_cases, with_plain
 from benchmarks.kernel_table import programs_per_multiprocessor
 from benchmarks.memory import memory_of
@@ -292,55 +292,3 @@ def test_installer_pins_versions(tmp_path: Path) -> None:
             assert calls[-1][-1] == str(checkout)
     with pytest.raises(ValueError, match="--path slime=FOLDER"):
         install.pip_arguments("slime", None)
-
-
-# On a GPU
-
-
-def test_parts_do_not_lose_each_other(tmp_path: Path) -> None:
-    (tmp_path / "test_some.py").write_text("def test_good(): pass\ndef test_bad(): assert 0\n")
-    python = [sys.executable, "-c"]
-    parts = [
-        on_gpu.pytest_part("tests 0", 60, tmp_path, str(tmp_path), "--rootdir", str(tmp_path)),
-        on_gpu.Part("ends", [*python, "print('done')"], 60),
-        on_gpu.Part("fails", [*python, "raise SystemExit(3)"], 60),
-        on_gpu.Part("hangs", [*python, "import time; print('begun', flush=True); time.sleep(60)"], 2),
-    ]
-    parts[0].command.remove("filterwarnings=default")
-    parts[0].command.remove("-o")
-    ended = on_gpu.run(parts, tmp_path)
-    assert {x.name: x.status for x in ended} == {"tests 0": 1, "ends": 0, "fails": 3, "hangs": "out of time"}
-    assert ended[1].output == "done\n"
-    assert ended[3].output.startswith("begun")
-    text = on_gpu.summary(ended, on_gpu.merged([tmp_path / "tests-0.xml"]))
-    assert "2 tests, 1 failures" in text
-    assert "| hangs | out of time |" in text
-
-
-def test_tests_on_a_gpu_are_those_that_use_it(tmp_path: Path) -> None:
-    parts = on_gpu.parts_together(tmp_path, 2, 1.0)
-    files = {str(Path(x).relative_to(ROOT / "tests")) for x in parts[0].command if x.endswith(".py")}
-    assert {"test_backends.py", "test_whiten.py", "kernels/test_rewards.py"} <= files
-    assert not {"test_gpu.py", "demo/test_demo.py", "kernels/test_compile.py"} & files
-    assert [part.command[-len(files) - 1] for part in parts[:2]] == ["--shard=0/2", "--shard=1/2"]
-
-
-def test_benchmarks_run_untimed_to_compile_their_kernels(tmp_path: Path) -> None:
-    parts = {part.name: part for part in on_gpu.parts_together(tmp_path, 2, 1.0)}
-    # One case: the dry run above has them all.
-    command = [
-        *parts["benchmarks, untimed"].command,
-        "--small",
-        "--device",
-        "cpu",
-        "-k",
-        "test_host_cost and gae",
-    ]
-    ended = subprocess.run(
-        command, env=ALONE | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 0, ended.stdout[-3000:]
-    assert "passed" in ended.stdout
-    timed = on_gpu.benchmarks_part(tmp_path, 1.0).command
-    assert f"--benchmark-json={tmp_path / 'bench.json'}" in timed
-    assert "--small" not in timed
