@@ -14,6 +14,8 @@ from attnshape.cpu.lanes import (
     all_of,
     all_true,
     get,
+    put,
+    read_f32s,
     splat,
     write_f32s,
     write_f32s_past,
@@ -66,6 +68,13 @@ def load(places: Any, name: int, start: int, n: int, s: Any, o: int) -> None:
     if address == 0:
         for t in range(n):
             s[o + t] = 0.0
+    elif kind == F32 and stride == 1:
+        whole = n - n % WIDTH
+        for t in range(whole, n):
+            s[o + t] = read_f32(address, start + t)
+        for i in range(0, whole, WIDTH):  # backwards, as a row is read
+            t = whole - WIDTH - i
+            put(s, o + t, read_f32s(address, start + t))
     elif kind == F32:
         for t in range(n):
             s[o + t] = read_f32(address, start + t * stride)
@@ -165,23 +174,21 @@ def store(places: Any, name: int, start: int, n: int, s: Any, o: int) -> bool:
     """
     address, whole = places[name, ADDRESS], n - n % WIDTH
     limit, fine, lost = highest(places, name), all_true(), 0
-    if places[name, KIND] == F64:
-        for t in range(0, whole, WIDTH):
-            x = get(s, o + t)
-            write_f64s(address, start + t, x)
-            fine = fine & (absolute(x) < splat(limit))
-    else:
-        past = places[name, KIND] == F32_PAST and (address + 4 * start) % ALIGNED == 0
-        for t in range(0, whole, WIDTH):
-            x = get(s, o + t)
-            if past:
-                write_f32s_past(address, start + t, x)
-            else:
-                write_f32s(address, start + t, x)
-            fine = fine & (absolute(x) < splat(limit))
     for t in range(whole, n):
         store_one(places, name, start + t, s[o + t])
         lost += not abs(s[o + t]) < limit
+    is_f64 = places[name, KIND] == F64
+    past = places[name, KIND] == F32_PAST and (address + 4 * start) % ALIGNED == 0
+    for i in range(0, whole, WIDTH):
+        t = whole - WIDTH - i
+        x = get(s, o + t)
+        if is_f64:
+            write_f64s(address, start + t, x)
+        elif past:
+            write_f32s_past(address, start + t, x)
+        else:
+            write_f32s(address, start + t, x)
+        fine = fine & (absolute(x) < splat(limit))
     return lost == 0 and all_of(fine)
 
 

@@ -36,8 +36,8 @@ NORMALIZATIONS = {"sum_to_one": rows.TO_ONE, "sum_to_length": rows.TO_LENGTH, "n
 ESTIMATORS = {"k1": rewards.K1, "abs": rewards.ABS, "k2": rewards.K2, "k3": rewards.K3}
 SOURCES = {"uniform": rows.UNIFORM, "sparse": rows.SPARSE}
 SCORE_PLACES = {"last_unmasked": rows.LAST_UNMASKED, "last_token": rows.LAST_TOKEN}
-PAST = 1 << 20
-"""Tokens whose outputs are written past the caches: they would not stay there, and need not be read first."""
+PAST = 4 << 20
+"""Bytes from which on outputs are written past the caches: to write into a cache is to read memory first."""
 NO_BOUNDS, NO_ROWS = np.empty((0, 2), np.int64), np.empty(0, np.uint8)
 
 
@@ -121,8 +121,9 @@ class Call:
         flat = [0] * (COLUMNS * rows.PLACES)
         for name, x in tensors.items():
             flat[COLUMNS * name : COLUMNS * name + COLUMNS] = place_of(x)
-        if self.mask.numel() >= PAST and self.dtype == torch.float32:
-            for name in rows.WRITTEN & tensors.keys():
+        written = rows.WRITTEN & tensors.keys()
+        if self.dtype == torch.float32 and 4 * len(written) * self.mask.numel() >= PAST:
+            for name in written:
                 flat[COLUMNS * name + KIND] = F32_PAST
         places = np.frombuffer(array("q", flat), np.int64).reshape(-1, COLUMNS)
         choices, numbers = np.array(self.choices), np.array(self.numbers)

@@ -34,8 +34,25 @@ def test_golden_vectors(name: str, packed: bool) -> None:
     out = attnshape.shape_rewards(**given, config=config, backend="cpu")
     with np.load(golden.FILE) as recorded:
         for output in golden.OUTPUTS:
-            got = getattr(out, output).view(shape).numpy()
-            assert np.array_equal(got, recorded[f"{name}.{output}"]), output
+            want = recorded[f"{name}.{output}"]
+            assert np.array_equal(getattr(out, output).view(want.shape).numpy(), want), output
+
+
+@pytest.mark.parametrize("name", golden.WHITENINGS)
+def test_golden_vectors_of_whitening(name: str) -> None:
+    given = golden.given(torch.float32)
+    got = attnshape.whiten(given["values"], given["response"], golden.WHITENINGS[name], backend="cpu")
+    with np.load(golden.FILE) as recorded:
+        assert np.array_equal(got.numpy(), recorded[f"whiten.{name}"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", golden.ROWS)
+def test_golden_vectors_of_rows(name: str, dtype: torch.dtype) -> None:
+    """An exponential is made of sums and products here, so its bits are the same everywhere too."""
+    got = attnshape.attention_row(golden.attention(name, dtype), backend="cpu")
+    with np.load(golden.FILE) as recorded:
+        assert np.array_equal(got.numpy(), recorded[f"row.{name}"])
 
 
 def test_the_golden_vectors_are_those_of_the_reference() -> None:
