@@ -40,6 +40,8 @@ KINDS: dict[torch.dtype, int] = {
 }
 SIZES = (0, 4, 8, 2, 2, 1, 2, 4, 8, 4)
 """Bytes of an element, by its kind."""
+PAST = 4 << 20
+"""Bytes from which on a call's outputs are written past the caches: a cache reads what is written to it."""
 COLUMNS = 6
 NOWHERE = (0,) * COLUMNS
 OVERFLOW_F32 = 2.0**128 - 2.0**103
@@ -57,6 +59,11 @@ def place_of(x: Tensor | None) -> tuple[int, ...]:
     if len(strides) == 1:
         return x.data_ptr(), kind, 0, strides[0], 0, 0
     return x.data_ptr(), kind, strides[0], strides[1], 0, 0
+
+
+def goes_past(size: int) -> bool:
+    """Whether a call's outputs, of so many bytes, are written past the caches."""
+    return size >= PAST
 
 
 def table_of(tensors: Sequence[Tensor | None]) -> np.ndarray:

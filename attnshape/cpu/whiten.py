@@ -13,9 +13,9 @@ from attnshape.config import Whitening
 from attnshape.cpu.advantages import add_moments, moments_of
 from attnshape.cpu.blocks import load, load_mask, start_of, store
 from attnshape.cpu.jit import entry, inner
-from attnshape.cpu.lanes import WIDTH, get, put, splat, where
+from attnshape.cpu.lanes import WIDTH, fence, get, put, splat, where
 from attnshape.cpu.layout import BLOCK, HELD, LIVE, REWARDS, SUM, SUM_2
-from attnshape.cpu.memory import KINDS, places_at, scratch_at, table_of
+from attnshape.cpu.memory import F32_PAST, KIND, KINDS, goes_past, places_at, scratch_at, table_of
 from attnshape.cpu.threads import over_rows, scratch
 from attnshape.types import compute_dtype
 
@@ -105,6 +105,7 @@ def apply(
                     x = where(get(s, LIVE + j) != none, x, none)
                 put(s, REWARDS + j, x)
             store(places, OUT, start_of(places, OUT, row, t), n, s, REWARDS)
+    fence()
 
 
 def whiten(
@@ -119,6 +120,8 @@ def whiten(
     out = torch.empty(x.shape, dtype=compute_dtype(x))
     tensors = [mask.reshape(shape), x.reshape(shape), out.view(shape)]
     places = table_of(tensors)
+    if out.dtype == torch.float32 and goes_past(out.nbytes):
+        places[OUT, KIND] = F32_PAST
     rows, width = tensors[1].shape
     units = rows * -(-width // CHUNK)
     work = min(width, CHUNK)
