@@ -79,14 +79,9 @@ $(GPU_VENV)/ready:
 	$(GPU_VENV)/bin/pip install --quiet torch==$(GPU_TORCH) triton==$(GPU_TRITON) numpy
 	touch $@
 
-# The documentation's site, in site/; a link that leads nowhere is an error. It needs no torch.
-docs: $(VENV)/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
-
-$(VENV)/docs: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet 'mkdocs>=1.6,<2' 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=0.29'
-	touch $@
+# The documentation's site, in site/; a link that leads nowhere is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # Wheel and source distribution, in dist/.
 dist: $(READY)
