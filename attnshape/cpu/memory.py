@@ -25,7 +25,7 @@ ADDRESS, KIND, ROW, TOKEN, HEAD, OTHER = 0, 1, 2, 3, 4, 5
 are those of queries and keys."""
 
 F32, F64, BF16, F16, I8, I16, I32, I64, F32_PAST = 1, 2, 3, 4, 5, 6, 7, 8, 9
-"""``F32_PAST``: of an output, which is written past the caches."""
+"""Floats first. ``F32_PAST``: of an output, which is written past the caches."""
 KINDS: dict[torch.dtype, int] = {
     torch.float32: F32,
     torch.float64: F64,

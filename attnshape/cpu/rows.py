@@ -22,7 +22,7 @@ from attnshape.cpu.advantages import (
     settle_into_memory,
     subtract_values,
 )
-from attnshape.cpu.arithmetic import log
+from attnshape.cpu.arithmetic import least, log, most
 from attnshape.cpu.blocks import (
     fetch_block,
     fill,
@@ -211,8 +211,8 @@ def close_row(places: Any, choices: Any, b: int, row: Any, of: Any, i: int, s: A
 def tokens_of(row: Any, i: int, step: int) -> tuple[int, int]:
     """First token and number of tokens of a row's block, the last block first."""
     low = row[i, ANCHOR] + (row[i, TOP] - step) * BLOCK
-    t = max(low, row[i, BEGIN])
-    return t, min(low + BLOCK, row[i, END]) - t
+    t = most(low, row[i, BEGIN])
+    return t, least(low + BLOCK, row[i, END]) - t
 
 
 @called
@@ -337,7 +337,7 @@ def sweep_rows(
     chains = 0 if places[ADVANTAGES, ADDRESS] == 0 else 1 + choices[DECOUPLED]
     steps = 0
     for i in range(ways):
-        steps = max(steps, row[i, BLOCKS])
+        steps = most(steps, row[i, BLOCKS])
     for step in range(steps):
         for i in range(ways):
             if step >= row[i, BLOCKS]:
@@ -382,7 +382,7 @@ def sweep(
             for t in range(BLOCK):
                 s[i * HELD + field + t] = 0.0
     for b in range(low, high, WAYS):
-        ways = min(WAYS, high - b)
+        ways = least(WAYS, high - b)
         for t in range(CHAINS, INTEGERS):
             s[t] = 0.0
         for i in range(ways):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnshape.config import Whitening
 from attnshape.cpu.advantages import add_moments, moments_of
+from attnshape.cpu.arithmetic import least
 from attnshape.cpu.blocks import load, load_mask, start_of, store
 from attnshape.cpu.jit import entry, inner
 from attnshape.cpu.lanes import WIDTH, fence, get, put, splat, where
@@ -31,7 +32,7 @@ def chunk_of(unit: int, width: int) -> tuple[int, int, int]:
     """Row, first token and number of tokens of a chunk."""
     chunks = (width + CHUNK - 1) // CHUNK
     first = unit % chunks * CHUNK
-    return unit // chunks, first, min(CHUNK, width - first)
+    return unit // chunks, first, least(CHUNK, width - first)
 
 
 @entry
@@ -44,7 +45,7 @@ def measure(places: Any, width: int, scratch: Any, moments: Any, low: int, high:
         row, first, length = chunk_of(unit, width)
         count, near = 0, 0.0
         for t in range(first, first + length, BLOCK):
-            n = min(BLOCK, first + length - t)
+            n = least(BLOCK, first + length - t)
             live = load_mask(places, MASK, start_of(places, MASK, row, t), n, s, LIVE)
             for j in range(n, BLOCK):
                 s[LIVE + j] = 0.0
@@ -95,7 +96,7 @@ def apply(
     for unit in range(low, high):
         row, first, length = chunk_of(unit, width)
         for t in range(first, first + length, BLOCK):
-            n = min(BLOCK, first + length - t)
+            n = least(BLOCK, first + length - t)
             load(places, X, start_of(places, X, row, t), n, s, REWARDS)
             if not whiten_masked:
                 load_mask(places, MASK, start_of(places, MASK, row, t), n, s, LIVE)
