@@ -55,7 +55,7 @@ def draw(tokens: Sequence[str], rewards: Sequence[float], path: Path) -> None:
     x, line, placed = MARGIN, 0, []
     for token, reward, full in zip(tokens, rewards, strength, strict=True):
         word = figure.text(0, 0, token, fontsize=10.5, ha="center", va="center", parse_math=False)
-        number = figure.text(0, 0, f"{reward:+.1f}", fontsize=7, ha="center", va="center", color="#5c5f66")
+        number = figure.text(0, 0, f"{reward:+.1f}", fontsize=7.5, ha="center", va="center", color="#5c5f66")
         wide = max(text.get_window_extent(renderer).width for text in (word, number)) / figure.dpi + 0.06
         if x + wide > WIDTH - MARGIN:
             x, line = MARGIN, line + 1

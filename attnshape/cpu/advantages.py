@@ -129,27 +129,6 @@ def carry(factor: int, addend: int, s: Any, w: int) -> None:
 
 
 @inner
-def carry_dense(gl: int, addend: int, s: Any, w: int) -> None:
-    """The same where no token is masked: at ``gl`` stands each row's factor. Past a row's end ``W`` is 0."""
-    w0, w1, w2, w3 = s[w], s[w + 1], s[w + 2], s[w + 3]
-    w4, w5, w6, w7 = s[w + 4], s[w + 5], s[w + 6], s[w + 7]
-    f0, f1, f2, f3 = s[gl], s[gl + 1], s[gl + 2], s[gl + 3]
-    f4, f5, f6, f7 = s[gl + 4], s[gl + 5], s[gl + 6], s[gl + 7]
-    for i in range(BLOCK):
-        a = addend + BLOCK - 1 - i
-        w0 = passed(f0, a, w0, s)
-        w1 = passed(f1, a + HELD, w1, s)
-        w2 = passed(f2, a + 2 * HELD, w2, s)
-        w3 = passed(f3, a + 3 * HELD, w3, s)
-        w4 = passed(f4, a + 4 * HELD, w4, s)
-        w5 = passed(f5, a + 5 * HELD, w5, s)
-        w6 = passed(f6, a + 6 * HELD, w6, s)
-        w7 = passed(f7, a + 7 * HELD, w7, s)
-    s[w], s[w + 1], s[w + 2], s[w + 3] = w0, w1, w2, w3
-    s[w + 4], s[w + 5], s[w + 6], s[w + 7] = w4, w5, w6, w7
-
-
-@inner
 def settle(of_returns: int, s: Any, o: int) -> None:
     """Advantages and returns, 0 where masked, from the ``W`` that stands in the addends.
 

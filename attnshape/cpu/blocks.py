@@ -29,7 +29,6 @@ from attnshape.cpu.memory import (
     F32_PAST,
     F64,
     I8,
-    I32,
     I64,
     KIND,
     OVERFLOW_F32,
@@ -114,14 +113,14 @@ _load_i8, _load_i16, _load_i32, _load_i64 = (
 def load_mask(places: Any, name: int, start: int, n: int, s: Any, o: int) -> Any:
     """``s[o : o + n]`` becomes 1 where the mask is not zero, else 0; how many are 1."""
     address, kind, stride = places[name, ADDRESS], places[name, KIND], places[name, TOKEN]
-    bits = -1
-    if kind in (F32, F64, BF16, F16):
-        bits = 0x7FFFFFFFFFFFFFFF >> 8 * (8 - SIZES[kind])  # a zero may have a sign
-    if kind == I8:
+    size, bits = SIZES[kind], -1
+    if kind <= F16:  # a zero may have a sign
+        bits = 0x7FFFFFFFFFFFFFFF >> 8 * (8 - size)
+    if size == 1:
         return _load_i8(address, start, stride, n, bits, s, o)
-    if kind in (I64, F64):
+    if size == 8:
         return _load_i64(address, start, stride, n, bits, s, o)
-    if kind in (I32, F32):
+    if size == 4:
         return _load_i32(address, start, stride, n, bits, s, o)
     return _load_i16(address, start, stride, n, bits, s, o)
 

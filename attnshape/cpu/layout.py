@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from attnshape.cpu.arithmetic import least, most
 from attnshape.cpu.blocks import count_live, load_mask, start_of
 from attnshape.cpu.jit import called
 
@@ -48,7 +49,7 @@ def survey(
     """The row's first unmasked token, the one after the last unmasked, how many are, whether ``at`` is."""
     first, end, count, at_live = -1, 0, 0, 0
     for t in range(0, length, BLOCK):
-        n = min(BLOCK, length - t)
+        n = least(BLOCK, length - t)
         start = start_of(places, mask, row, base + t)
         found = count_live(places, mask, start, n, s, o)
         count += found
@@ -63,4 +64,4 @@ def survey(
             first, end = t + before if first < 0 else first, t + after
     if 0 <= at < length and count > 0:
         at_live = load_mask(places, mask, start_of(places, mask, row, base + at), 1, s, o)
-    return max(first, 0), end, count, at_live
+    return most(first, 0), end, count, at_live

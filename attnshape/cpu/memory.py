@@ -25,7 +25,7 @@ ADDRESS, KIND, ROW, TOKEN, HEAD, OTHER = 0, 1, 2, 3, 4, 5
 are those of queries and keys."""
 
 F32, F64, BF16, F16, I8, I16, I32, I64, F32_PAST = 1, 2, 3, 4, 5, 6, 7, 8, 9
-"""``F32_PAST``: of an output, which is written past the caches."""
+"""Floats first. ``F32_PAST``: of an output, which is written past the caches."""
 KINDS: dict[torch.dtype, int] = {
     torch.float32: F32,
     torch.float64: F64,
@@ -40,6 +40,8 @@ KINDS: dict[torch.dtype, int] = {
 }
 SIZES = (0, 4, 8, 2, 2, 1, 2, 4, 8, 4)
 """Bytes of an element, by its kind."""
+PAST = 4 << 20
+"""Bytes from which on a call's outputs are written past the caches: a cache reads what is written to it."""
 COLUMNS = 6
 NOWHERE = (0,) * COLUMNS
 OVERFLOW_F32 = 2.0**128 - 2.0**103
@@ -57,6 +59,11 @@ def place_of(x: Tensor | None) -> tuple[int, ...]:
     if len(strides) == 1:
         return x.data_ptr(), kind, 0, strides[0], 0, 0
     return x.data_ptr(), kind, strides[0], strides[1], 0, 0
+
+
+def goes_past(size: int) -> bool:
+    """Whether a call's outputs, of so many bytes, are written past the caches."""
+    return size >= PAST
 
 
 def table_of(tensors: Sequence[Tensor | None]) -> np.ndarray:

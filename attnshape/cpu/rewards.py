@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from attnshape.cpu.arithmetic import expm1, fold, log
+from attnshape.cpu.arithmetic import expm1, fold, least, log
 from attnshape.cpu.blocks import load, load_mask, start_of
 from attnshape.cpu.jit import called, inner
 from attnshape.cpu.lanes import WIDTH, get, put, splat, where
@@ -31,7 +31,7 @@ def mass_of(
     last, none, lowest = 0.0, splat(0.0), splat(-np.inf)
     total = splat(0.0)
     for t in range(first, end, BLOCK):
-        n = min(BLOCK, end - t)
+        n = least(BLOCK, end - t)
         load_mask(places, mask, start_of(places, mask, row, base + t), n, s, o + LIVE)
         load(places, raw, start_of(places, raw, row, base + t), n, s, o + CREDIT)
         last = s[o + CREDIT + n - 1]

@@ -15,7 +15,6 @@ from attnshape.cpu.advantages import (
     add_terms,
     add_terms_of_memory,
     carry,
-    carry_dense,
     moments_of,
     set_factors,
     settle,
@@ -23,7 +22,7 @@ from attnshape.cpu.advantages import (
     settle_into_memory,
     subtract_values,
 )
-from attnshape.cpu.arithmetic import log
+from attnshape.cpu.arithmetic import least, log, most
 from attnshape.cpu.blocks import (
     fetch_block,
     fill,
@@ -84,8 +83,8 @@ SCALE, HOT, SCORE_SHARE, SCORE_TOKEN, AFTER, NEAR, STATS_OF, LATER, GIVEN = *ran
 ROW_INTEGERS, ROW_NUMBERS = 16, 32
 _, row_at = memory(types.int64, ROW_INTEGERS)
 _, of_row_at = memory(types.float64, ROW_NUMBERS)
-# The scratch memory: blocks; of both recurrences the factors, and what enters a block; what is known of rows.
-FACTORS, CHAINS, NUMBERS, INTEGERS = (WAYS * x for x in (HELD, HELD + 2, HELD + 4, HELD + 4 + ROW_NUMBERS))
+# The scratch memory: blocks; what enters them, of advantages and of returns; what is known of rows.
+CHAINS, NUMBERS, INTEGERS = (WAYS * x for x in (HELD, HELD + 2, HELD + 2 + ROW_NUMBERS))
 ROOM = INTEGERS + WAYS * ROW_INTEGERS
 
 FALLBACK, EMPTY, SCORE_MASKED, OUT_OF_RANGE, NONFINITE, NEGATIVE = [int(flag) for flag in Status]
@@ -212,8 +211,8 @@ def close_row(places: Any, choices: Any, b: int, row: Any, of: Any, i: int, s: A
 def tokens_of(row: Any, i: int, step: int) -> tuple[int, int]:
     """First token and number of tokens of a row's block, the last block first."""
     low = row[i, ANCHOR] + (row[i, TOP] - step) * BLOCK
-    t = max(low, row[i, BEGIN])
-    return t, min(low + BLOCK, row[i, END]) - t
+    t = most(low, row[i, BEGIN])
+    return t, least(low + BLOCK, row[i, END]) - t
 
 
 @called
@@ -262,45 +261,40 @@ def open_block(
 
 
 @called
-def open_mask(places: Any, b: int, t: int, n: int, row: Any, i: int, s: Any) -> None:
-    """Which of a block's tokens are unmasked."""
-    live = i * HELD + LIVE
+def open_mask(places: Any, choices: Any, b: int, t: int, n: int, row: Any, of: Any, i: int, s: Any) -> None:
+    """Which of a block's tokens are unmasked, and what the recurrence multiplies by at each of them."""
+    o, live, skip = i * HELD, i * HELD + LIVE, choices[SKIP] != 0
+    if row[i, DENSE] == 2:
+        return  # as in the block before
     if row[i, DENSE] == 0:
         load_mask(places, MASK, start_of(places, MASK, b, row[i, BASE] + t), n, s, live)
-    elif row[i, DENSE] == 1:
-        row[i, DENSE] = 2 if n == BLOCK else 1  # the blocks that follow are the same
+    else:
+        row[i, DENSE] = 2 if n == BLOCK else 1
         for j in range(n):
             s[live + j] = 1.0
     for j in range(n, BLOCK):
         s[live + j] = 0.0
+    for k in range(1 + choices[DECOUPLED]):
+        gl, factor = of[i, GIVEN + GL + k], layout.FACTOR + k * BLOCK
+        set_factors(n, gl, 1.0 if skip else gl, factor, s, o)
 
 
-@called
-def link_block(choices: Any, gamma: float, i: int, s: Any) -> None:
+@inner
+def link_block(choices: Any, gamma: float, of: Any, i: int, s: Any) -> None:
     """What the recurrence adds at each token of a block, once its rewards are written."""
     o = i * HELD
-    add_terms(gamma, s[FACTORS + i], layout.ADDEND, s, o)
+    add_terms(gamma, of[i, GIVEN + GL], layout.ADDEND, s, o)
     if choices[DECOUPLED] != 0:
-        add_terms(gamma, s[FACTORS + WAYS + i], layout.ADDEND_VALUE, s, o)
+        add_terms(gamma, of[i, GIVEN + GL_VALUE], layout.ADDEND_VALUE, s, o)
     subtract_values(s, o)
-
-
-@called
-def set_block_factors(choices: Any, n: int, i: int, s: Any) -> None:
-    """What the recurrence multiplies by at each token of a block."""
-    skip = choices[SKIP] != 0
-    for k in range(1 + choices[DECOUPLED]):
-        gl = s[FACTORS + k * WAYS + i]
-        factor = layout.FACTOR if k == 0 else layout.FACTOR_VALUE
-        set_factors(n, gl, 1.0 if skip else gl, factor, s, i * HELD)
 
 
 @inner
 def add_block_of_memory(
-    places: Any, gamma: float, gl: float, b: int, t: int, n: int, row: Any, of: Any, i: int, s: Any
+    places: Any, gamma: float, b: int, t: int, n: int, row: Any, of: Any, i: int, s: Any
 ) -> None:  # fmt: skip
     """``open_block`` and ``link_block`` where rewards and values are taken as they lie in memory."""
-    token, last, o = row[i, BASE] + t, row[i, LAST] - t, i * HELD
+    token, last, o, gl = row[i, BASE] + t, row[i, LAST] - t, i * HELD, of[i, GIVEN + GL]
     rewards, at_reward = places[TOKEN_REWARDS, ADDRESS], start_of(places, TOKEN_REWARDS, b, token)
     values, at_value = places[VALUES, ADDRESS], start_of(places, VALUES, b, token)
     add_terms_of_memory(gamma, gl, rewards, at_reward, values, at_value, n, s, o)
@@ -341,34 +335,27 @@ def sweep_rows(
 ) -> None:  # fmt: skip
     """The blocks of rows ``b : b + ways`` that have been opened, side by side, each row's last one first."""
     chains = 0 if places[ADVANTAGES, ADDRESS] == 0 else 1 + choices[DECOUPLED]
-    dense, steps = True, 0
+    steps = 0
     for i in range(ways):
-        steps = max(steps, row[i, BLOCKS])
-        dense = dense and row[i, DENSE] != 0
+        steps = most(steps, row[i, BLOCKS])
     for step in range(steps):
         for i in range(ways):
             if step >= row[i, BLOCKS]:
                 continue
             t, n = tokens_of(row, i, step)
-            if not dense or row[i, DIRECT] != 2:
-                open_mask(places, b + i, t, n, row, i, s)
+            open_mask(places, choices, b + i, t, n, row, of, i, s)
             if row[i, DIRECT] == 2:
-                add_block_of_memory(places, numbers[GAMMA], s[FACTORS + i], b + i, t, n, row, of, i, s)
+                add_block_of_memory(places, numbers[GAMMA], b + i, t, n, row, of, i, s)
             else:
                 if step + 1 < row[i, BLOCKS]:
                     for name in range(MASK if row[i, DENSE] == 0 else RAW, TOKEN_REWARDS + 1):
                         fetch_block(places, name, b + i, row[i, BASE] + t - BLOCK, BLOCK)
                 open_block(places, choices, numbers, b + i, t, n, row, of, i, s)
                 if chains > 0:
-                    link_block(choices, numbers[GAMMA], i, s)
-            if chains > 0 and not dense:
-                set_block_factors(choices, n, i, s)
+                    link_block(choices, numbers[GAMMA], of, i, s)
         for k in range(chains):
             addend = layout.ADDEND if k == 0 else layout.ADDEND_VALUE
-            if dense:
-                carry_dense(FACTORS + k * WAYS, addend, s, CHAINS + k * WAYS)
-            else:
-                carry(layout.FACTOR if k == 0 else layout.FACTOR_VALUE, addend, s, CHAINS + k * WAYS)
+            carry(layout.FACTOR + k * BLOCK, addend, s, CHAINS + k * WAYS)
         for i in range(ways):
             if chains > 0 and step < row[i, BLOCKS]:
                 t, n = tokens_of(row, i, step)
@@ -395,7 +382,7 @@ def sweep(
             for t in range(BLOCK):
                 s[i * HELD + field + t] = 0.0
     for b in range(low, high, WAYS):
-        ways = min(WAYS, high - b)
+        ways = least(WAYS, high - b)
         for t in range(CHAINS, INTEGERS):
             s[t] = 0.0
         for i in range(ways):
@@ -408,7 +395,6 @@ def sweep(
                 if places[name, ADDRESS] != 0:
                     load(places, name, start_of(places, name, 0, b + i), 1, s, i * HELD)
                     of[i, GIVEN + name] = s[i * HELD]
-            s[FACTORS + i], s[FACTORS + WAYS + i] = of[i, GIVEN + GL], of[i, GIVEN + GL_VALUE]
             of[i, AFTER] = numbers[GAMMA] * of[i, GIVEN + BOOTSTRAP]
             open_row(places, choices, b + i, base, length, bad, row, i, s)
             if choices[SHAPED] != 0 and row[i, FLAGS] & (EMPTY | OUT_OF_RANGE) == 0:

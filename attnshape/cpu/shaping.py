@@ -14,7 +14,7 @@ from attnshape.cpu import rewards, rows
 from attnshape.cpu.advantages import WAYS
 from attnshape.cpu.attention import raw_credit
 from attnshape.cpu.layout import bounds_of
-from attnshape.cpu.memory import COLUMNS, F32_PAST, KIND, KINDS, place_of
+from attnshape.cpu.memory import COLUMNS, F32_PAST, KIND, KINDS, goes_past, place_of
 from attnshape.cpu.threads import over_rows, scratch
 from attnshape.types import (
     KL,
@@ -36,8 +36,6 @@ NORMALIZATIONS = {"sum_to_one": rows.TO_ONE, "sum_to_length": rows.TO_LENGTH, "n
 ESTIMATORS = {"k1": rewards.K1, "abs": rewards.ABS, "k2": rewards.K2, "k3": rewards.K3}
 SOURCES = {"uniform": rows.UNIFORM, "sparse": rows.SPARSE}
 SCORE_PLACES = {"last_unmasked": rows.LAST_UNMASKED, "last_token": rows.LAST_TOKEN}
-PAST = 4 << 20
-"""Bytes from which on outputs are written past the caches: to write into a cache is to read memory first."""
 NO_BOUNDS, NO_ROWS = np.empty((0, 2), np.int64), np.empty(0, np.uint8)
 
 
@@ -122,7 +120,7 @@ class Call:
         for name, x in tensors.items():
             flat[COLUMNS * name : COLUMNS * name + COLUMNS] = place_of(x)
         written = rows.WRITTEN & tensors.keys()
-        if self.dtype == torch.float32 and 4 * len(written) * self.mask.numel() >= PAST:
+        if self.dtype == torch.float32 and goes_past(4 * len(written) * self.mask.numel()):
             for name in written:
                 flat[COLUMNS * name + KIND] = F32_PAST
         places = np.frombuffer(array("q", flat), np.int64).reshape(-1, COLUMNS)

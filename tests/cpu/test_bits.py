@@ -11,7 +11,7 @@ from torch import Tensor
 
 import attnshape
 from attnshape import AttentionInputs, Response, ShapingConfig
-from attnshape.cpu import arithmetic, lanes
+from attnshape.cpu import arithmetic, lanes, memory
 from attnshape.cpu.jit import OPTIONS, entry
 from attnshape.cpu.memory import scratch_at
 from attnshape.types import decay, float32_rounded
@@ -149,6 +149,25 @@ def test_nothing_is_contracted() -> None:
     out = np.ones(1)
     products(x, y, out)
     assert out[0] == 0.0  # fused: 2 ** -60
+
+
+@pytest.mark.parametrize("width", [8, 300, 131])
+def test_what_goes_past_the_caches_is_the_same(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that begin where a vector may be written, and rows that do not; with holes too."""
+    x = golden.numbers(4 * 9 * width, 3).view(4, 9, width)
+    mask = torch.ones(9, width)
+    mask[3, width // 2] = 0
+
+    def computed() -> list[Tensor]:
+        out = attnshape.shape_rewards(x[0, :, 0], x[1].abs(), mask, values=x[2], backend="cpu")
+        advantages = attnshape.gae(x[0], x[1], mask, backend="cpu")
+        white = attnshape.whiten(x[3], mask, backend="cpu")
+        return [out.rewards, out.advantages, out.returns, out.credit, *advantages, white]
+
+    want = computed()
+    monkeypatch.setattr(memory, "PAST", 0)
+    assert memory.goes_past(1)
+    assert all(torch.equal(a, b) for a, b in zip(computed(), want, strict=True))
 
 
 def test_a_lost_row_leaves_nothing_behind() -> None:
