@@ -82,6 +82,7 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+@torch.inference_mode()  # as the engine calls them
 def per_step(pooler: Any, run: Run) -> dict[str, float]:
     """Microseconds that tap and pooler add to a step of this batch in which nobody asks; medians."""
     tap, kept = pooler.tap, []
