@@ -84,25 +84,30 @@ def leaves(name: str, x: Any) -> Iterator[tuple[str, Any]]:
 # What facts follow from
 
 
-_DIGESTS: dict[tuple[Any, ...], str] = {}
+_REPRESENTATIONS: dict[str, str] = {}
+"""By source: targets and options part after it."""
+_MET: set[tuple[str, str]] = set()
+"""Of each kernel and kind of target one has been made anew."""
 
 
 def digest(variant: Variant, target: str) -> str:
-    """Of everything that the facts about a variant follow from, but for the target.
-
-    NVIDIA's targets part after the intermediate representation: that of the first serves all.
-    """
-    of = TARGETS[target][0], variant.source.hash(), *chosen(variant, target)
-    if of not in _DIGESTS:
-        _DIGESTS[of] = fresh_digest(variant, target)
-    return _DIGESTS[of]
-
-
-def fresh_digest(variant: Variant, target: str) -> str:
+    """Of everything that the facts about a variant follow from, but for the target."""
     import triton
 
-    of = [triton.__version__, readers(), chosen(variant, target), representation(variant, target)]
+    source, met = variant.source.hash(), (variant.kernel.__name__, TARGETS[target][0])
+    if source not in _REPRESENTATIONS:
+        _REPRESENTATIONS[source] = representation(variant, target)
+    elif met not in _MET:
+        check_representation(variant, target)
+    _MET.add(met)
+    of = [triton.__version__, readers(), chosen(variant, target), _REPRESENTATIONS[source]]
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
+
+
+def check_representation(variant: Variant, target: str) -> None:
+    """Raises RuntimeError where that of a source is not the same for all targets and options."""
+    if representation(variant, target) != _REPRESENTATIONS[variant.source.hash()]:
+        raise RuntimeError(f"{variant.kernel.__name__} begins otherwise for {target} than for its kin")
 
 
 def chosen(variant: Variant, target: str) -> list[tuple[str, str]]:
@@ -147,8 +152,7 @@ def facts(variant: Variant, target: str) -> dict[str, Any]:
     """What a variant compiles to."""
     import triton
 
-    if fresh_digest(variant, target) != digest(variant, target):
-        raise RuntimeError(f"{variant.kernel.__name__} begins otherwise for {target} than for its kin")
+    check_representation(variant, target)
     gpu = gpu_of(target)
     compiled = triton.compile(variant.source, target=gpu, options=variant.options)
     asm = compiled.asm

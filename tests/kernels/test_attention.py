@@ -408,9 +408,22 @@ def test_responses_out_of_range(start: int, packed: bool, guarded: Callable[[], 
     assert status.tolist() == [OUT_OF_RANGE, 0]
     assert actual.view(2, 10)[0].isnan().equal(mask[0] != 0)
     assert actual.view(2, 10)[1].equal(fine[1])
+    guarded()
+
+
+@pytest.mark.parametrize("outside", [-2, 300])
+@pytest.mark.parametrize("packed", [False, True])
+def test_tokens_out_of_range(outside: int, packed: bool, guarded: Callable[[], None]) -> None:
+    """Where it is masked, no place counts."""
+    inputs = layer(300)
+    mask = torch.ones(2, 10, device=DEVICE)
+    mask[:, 4] = 0
+    cu = ints(0, 10, 20) if packed else None
+    shape = (20,) if packed else (2, 10)
+    fine, _ = raw(inputs, mask, ints(0, 7))
     index = torch.arange(10, device=DEVICE).repeat(2, 1) + 7
     index[:, 4] = HUGE
-    index[0, 7] = 300 if start > 0 else -2
+    index[0, 7] = outside
     actual, status = raw(inputs, mask.view(shape), index=index.view(shape), cu=cu)
     assert status.tolist() == [OUT_OF_RANGE, 0]
     assert actual.view(2, 10)[0].isnan().equal(mask[0] != 0)

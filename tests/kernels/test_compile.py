@@ -5,16 +5,22 @@ import re
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import triton
-from support.kernels import kernels
+from support.kernels import kernels, printed_compiled
 
 from benchmarks.cases import budget_cases
 from benchmarks.cost_model import Gpu, estimate
 from benchmarks.kernel_facts import STORE, TARGETS, read, written
-from benchmarks.kernel_table import ROOT, TABLE, markdown, printed_apart, table_of
+from benchmarks.kernel_table import ROOT, TABLE, markdown, table_of
 from benchmarks.sass import atomic_orders
+
+
+def told(*arguments: str, **options: Any) -> Any:
+    return json.loads(printed_compiled("benchmarks.kernel_table", *arguments, **options))
+
 
 SHARED_LIMIT = {target: 64 * 1024 if target == "gfx942" else 99 * 1024 for target in TARGETS}
 CUDA = [target for target in TARGETS if target != "gfx942"]
@@ -24,7 +30,7 @@ PINNED = re.search(r"^triton==(.*)$", (ROOT / "constraints.txt").read_text(), re
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict]:
     """Compiled only where ``kernels.jsonl`` does not know them."""
-    return printed_apart("found")
+    return told("found")
 
 
 @pytest.fixture(params=TARGETS)
@@ -180,7 +186,7 @@ def test_hand_offs_without_order_are_seen(tmp_path: Path) -> None:
                 text = text.replace(f'sem="{order}"', 'sem="relaxed"')
         path.write_text(text)
         relaxed |= found
-    [facts, *_] = launched(printed_apart("found", "sm_90", "^sweep, 8x32768", root=tmp_path)["sm_90"])
+    [facts, *_] = launched(told("found", "sm_90", "^sweep, 8x32768", root=tmp_path)["sm_90"])
     assert facts["kernel"] == "chunks_kernel"
     assert missing_orders(facts) == relaxed == {"acq_rel", "acquire", "release"}
 
@@ -229,7 +235,7 @@ def test_the_table_is_true(found: dict[str, dict]) -> None:
 def test_what_is_known_is_what_compiling_gives() -> None:
     known = STORE.read_text().splitlines()
     assert STORE.read_text() == written(read())
-    lines = printed_apart("anew", "sm_90,gfx942", "^whiten, moments$").splitlines()
+    lines = told("anew", "sm_90,gfx942", "^whiten, moments$").splitlines()
     assert lines
     assert set(lines) <= set(known)
 
@@ -246,7 +252,7 @@ def test_launches_are_those_of_the_cost_model(found: dict[str, dict]) -> None:
 
 @pytest.fixture(scope="module")
 def kinds() -> dict:
-    return printed_apart("kinds", "sm_90")
+    return told("kinds", "sm_90")
 
 
 def test_shapes_do_not_recompile(kinds: dict) -> None:

@@ -1,15 +1,13 @@
 """What reaches the driver: Triton's launcher over one that launches nothing, byte by byte."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from support import driver
-from support.kernels import kernels
+from support.kernels import kernels, printed_compiled
 
 triton_nvidia = pytest.importorskip("triton.backends.nvidia.driver")
 INCLUDE = Path(triton_nvidia.__file__).parent / "include"
@@ -36,21 +34,16 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
         "-Wl,-soname,libcuda.so.1",
     ]
     subprocess.run(built, check=True, capture_output=True)
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     log = folder / "log"
-    environment |= {
+    environment = {
         "TRITON_LIBCUDA_PATH": str(folder),
-        "TRITON_CACHE_DIR": str(folder / "cache"),
         "CUDA_LOG": str(log),
         # Nobody runs what is compiled: what is passed to it counts.
         "DISABLE_LLVM_OPT": "1",
         "DISABLE_PTXAS_OPT": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3])),
     }
-    command = [sys.executable, "-m", "support.driver", str(log)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    printed = printed_compiled("support.driver", str(log), **environment)
+    return [json.loads(line) for line in printed.splitlines()]
 
 
 def test_every_parameter_is_what_was_passed(launches: list[dict]) -> None:
