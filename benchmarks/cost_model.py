@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from typing import NamedTuple
 
+import torch
+
 from attnshape.bench.cases import Case
 from benchmarks.cases import budget_cases
 from csrc_triton.host.attention import CHUNK, ONE_LAUNCH
@@ -24,6 +26,14 @@ class Gpu(NamedTuple):
     )
     processors: int = 132
     flops: float = 989e12
+
+
+def gpu_of(device: torch.device, bandwidth: float | None = None) -> Gpu:
+    """The GPU that is there, with the bandwidth that was measured on it."""
+    gpu = Gpu() if bandwidth is None else Gpu(bandwidth)
+    if device.type != "cuda":
+        return gpu
+    return gpu._replace(processors=torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 # Assumptions, in seconds.

@@ -14,7 +14,7 @@ import torch
 from support.processes import Ended, run
 
 from attnshape.bench.cases import Case, Shape, random_arguments
-from benchmarks import cost_model, on_gpu, report
+from benchmarks import cost_model, report
 from benchmarks.cases import Budget, budget_cases, made_small, suite_cases, with_plain
 from benchmarks.kernel_table import programs_per_multiprocessor
 from benchmarks.memory import memory_of
@@ -308,6 +308,7 @@ def test_installer_pins_versions(tmp_path: Path) -> None:
             assert calls[-1][-1] == str(checkout)
     with pytest.raises(ValueError, match="--path slime=FOLDER"):
         install.pip_arguments("slime", None)
+<<<<<<< HEAD
 
 
 # On a GPU
@@ -352,3 +353,5 @@ def test_benchmarks_run_untimed_to_compile_their_kernels(tmp_path: Path) -> None
     timed = on_gpu.benchmarks_part(tmp_path, 1.0).command
     assert f"--benchmark-json={tmp_path / 'bench.json'}" in timed
     assert "--small" not in timed
+=======
+>>>>>>> main

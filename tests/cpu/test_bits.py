@@ -11,9 +11,9 @@ from torch import Tensor
 
 import attnshape
 from attnshape import AttentionInputs, Response, ShapingConfig
-from attnshape.cpu import arithmetic, lanes
+from attnshape.cpu import arithmetic, lanes, memory
 from attnshape.cpu.jit import OPTIONS, entry
-from attnshape.cpu.memory import scratch_of
+from attnshape.cpu.memory import scratch_at
 from attnshape.types import decay, float32_rounded
 
 
@@ -34,8 +34,25 @@ def test_golden_vectors(name: str, packed: bool) -> None:
     out = attnshape.shape_rewards(**given, config=config, backend="cpu")
     with np.load(golden.FILE) as recorded:
         for output in golden.OUTPUTS:
-            got = getattr(out, output).view(shape).numpy()
-            assert np.array_equal(got, recorded[f"{name}.{output}"]), output
+            want = recorded[f"{name}.{output}"]
+            assert np.array_equal(getattr(out, output).view(want.shape).numpy(), want), output
+
+
+@pytest.mark.parametrize("name", golden.WHITENINGS)
+def test_golden_vectors_of_whitening(name: str) -> None:
+    given = golden.given(torch.float32)
+    got = attnshape.whiten(given["values"], given["response"], golden.WHITENINGS[name], backend="cpu")
+    with np.load(golden.FILE) as recorded:
+        assert np.array_equal(got.numpy(), recorded[f"whiten.{name}"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", golden.ROWS)
+def test_golden_vectors_of_rows(name: str, dtype: torch.dtype) -> None:
+    """An exponential is made of sums and products here, so its bits are the same everywhere too."""
+    got = attnshape.attention_row(golden.attention(name, dtype), backend="cpu")
+    with np.load(golden.FILE) as recorded:
+        assert np.array_equal(got.numpy(), recorded[f"row.{name}"])
 
 
 def test_the_golden_vectors_are_those_of_the_reference() -> None:
@@ -123,7 +140,7 @@ def test_nothing_is_contracted() -> None:
 
     @entry
     def products(x: Any, y: Any, out: Any) -> None:
-        lanes.products_f64(x.ctypes.data, 32, 1, y.ctypes.data, 0, 32, 1, 32, 1.0, scratch_of(out), 0, 1)
+        lanes.products_f64(x.ctypes.data, 32, 1, y.ctypes.data, 0, 32, 1, 32, 1.0, scratch_at(out, 0), 0, 1)
 
     x = np.zeros(32)
     x[0], x[16] = 1 + 2.0**-30, 1.0
@@ -132,6 +149,25 @@ def test_nothing_is_contracted() -> None:
     out = np.ones(1)
     products(x, y, out)
     assert out[0] == 0.0  # fused: 2 ** -60
+
+
+@pytest.mark.parametrize("width", [8, 300, 131])
+def test_what_goes_past_the_caches_is_the_same(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that begin where a vector may be written, and rows that do not; with holes too."""
+    x = golden.numbers(4 * 9 * width, 3).view(4, 9, width)
+    mask = torch.ones(9, width)
+    mask[3, width // 2] = 0
+
+    def computed() -> list[Tensor]:
+        out = attnshape.shape_rewards(x[0, :, 0], x[1].abs(), mask, values=x[2], backend="cpu")
+        advantages = attnshape.gae(x[0], x[1], mask, backend="cpu")
+        white = attnshape.whiten(x[3], mask, backend="cpu")
+        return [out.rewards, out.advantages, out.returns, out.credit, *advantages, white]
+
+    want = computed()
+    monkeypatch.setattr(memory, "PAST", 0)
+    assert memory.goes_past(1)
+    assert all(torch.equal(a, b) for a, b in zip(computed(), want, strict=True))
 
 
 def test_a_lost_row_leaves_nothing_behind() -> None:

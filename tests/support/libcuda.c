@@ -1,5 +1,5 @@
 // A CUDA driver that launches nothing: it keeps the modules it is given and writes down what each launch passes,
-// a line of JSON to the file that CUDA_LOG names. Parameters are counted and measured by the cubin's own table.
+// a line of JSON to the file that CUDA_LOG names, if it is set. Parameters are counted and measured by the cubin's own table.
 #include <cuda.h>
 #include <elf.h>
 #include <stdint.h>
@@ -97,7 +97,7 @@ CUresult cuModuleGetFunction(CUfunction *f, CUmodule m, const char *name) {
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **parameters, void **extra) {
   static FILE *log;
-  if (!log) log = fopen(getenv("CUDA_LOG"), "a");
+  if (!log) log = fopen(getenv("CUDA_LOG") ? getenv("CUDA_LOG") : "/dev/null", "a");
   const Function *function = (const Function *)f;
   fprintf(log, "{\"name\": \"%s\", \"grid\": [%u, %u, %u], \"threads\": %u, \"parameters\": [", function->name,
           c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX);

@@ -6,8 +6,6 @@ Batches with and without rows take turns; what the plugin adds to a step in whic
 from __future__ import annotations
 
 import json
-import os
-import platform
 import resource
 import statistics
 import sys
@@ -21,6 +19,9 @@ import torch
 from integrations.vllm import models
 from integrations.vllm.inside import Cell, Run, pooler_of
 from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from attnshape.bench.machine import machine_facts
+from attnshape.integrations.vllm.pages import Tokens
 
 ROUNDS, REQUESTS, TOKENS, REPEATS = 4, 4, 256, 2000
 SHAPE = {
@@ -47,6 +48,22 @@ def seconds(call: Callable[[], Any]) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
+
+
+def clocked(call: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
+    """The call, whose seconds are kept."""
+
+    def timed(*arguments: Any) -> Any:
+        found: list[Any] = []
+        times.append(seconds(lambda: found.append(call(*arguments))))
+        return found[0]
+
+    return timed
+
+
+def peak() -> int:
+    """Of this process' memory, in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def per_step(pooler: Any, run: Run) -> float:
@@ -87,24 +104,21 @@ def main() -> None:
     run.prompts = [ids * TOKENS for ids in ([3], [4], [5], [6])]
     (pooler,) = run.llm.apply_model(pooler_of)
     pooler.rows = 10**6 + 1  # past the first, which are all checked
-    in_rows = []
-    rows = pooler._rows
-
-    def timed(*arguments: Any) -> Any:
-        found: list[Any] = []
-        in_rows.append(seconds(lambda: found.append(rows(*arguments))))
-        return found[0]
-
-    pooler._rows = timed
+    in_rows: list[float] = []
+    in_gather: list[float] = []
+    pooler._rows = clocked(pooler._rows, in_rows)
+    Tokens.of = clocked(Tokens.of, in_gather)  # type: ignore[method-assign]
+    run.data(lambda i: False)
+    before = peak()
     run.data(lambda i: True)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    grown = peak() - before
     with_rows, without = [], []
     for _ in range(ROUNDS):
         with_rows.append(seconds(lambda: run.data(lambda i: True)))
         without.append(seconds(lambda: run.data(lambda i: False)))
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert len(in_rows) == len(in_gather) == ROUNDS + 1, "a batch is one step"
     found = {
-        "machine": {"cpu": platform.processor() or platform.machine(), "cpus": os.cpu_count()},
+        "machine": machine_facts(torch.device("cpu")),
         "model": SHAPE,
         "requests": REQUESTS,
         "tokens": TOKENS,
@@ -112,6 +126,7 @@ def main() -> None:
         "batch_with_rows_s": with_rows,
         "batch_without_s": without,
         "rows_s": in_rows[1:],
+        "gather_s": in_gather[1:],
         "rows_share": statistics.median(in_rows[1:]) / statistics.median(without),
         "peak_memory_grown_kib": grown,
         "step_without_asking_us": per_step(pooler, run),

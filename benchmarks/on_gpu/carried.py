@@ -1,0 +1,82 @@
+"""A cache of what kernels compile to, made elsewhere and carried to the machine with a GPU.
+
+Triton's cache holds whole paths, so it lies at one place on both.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import platform
+import sysconfig
+import tarfile
+import tempfile
+from importlib import metadata, util
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CACHE = Path(tempfile.gettempdir()) / "attnshape-on-gpu"
+"""Where Triton's cache lies, the same on both machines."""
+PACKED = ROOT / ".gpu-cache"
+ARCHIVE, MANIFEST = "cache.tgz", "manifest.json"
+LEFT_OUT = (".llir", ".ttgir", ".ttir", ".source")
+"""Stages that nobody reads again."""
+
+
+@functools.cache
+def source_digest() -> str:
+    """Of the kernels and what launches them."""
+    files = sorted((ROOT / "csrc_triton").rglob("*.py"))
+    text = b"".join(path.relative_to(ROOT).as_posix().encode() + path.read_bytes() for path in files)
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def compiler_digest() -> str:
+    """Of Triton's own code, as far as a build differs from another of the same version."""
+    found = util.find_spec("triton")
+    if found is None or found.origin is None:
+        return "none"
+    library = Path(found.origin).parent / "_C" / "libtriton.so"
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:16]
+
+
+def manifest() -> dict[str, str]:
+    """What a cache is good for."""
+    return {
+        "triton": metadata.version("triton"),
+        "build": compiler_digest(),
+        "python": sysconfig.get_config_var("SOABI") or platform.python_version(),
+        "machine": platform.machine(),
+        "source": source_digest(),
+        "folder": str(CACHE),
+    }
+
+
+def unpacked(packed: Path = PACKED) -> str:
+    """Lays a carried cache where Triton will look; says what became of it."""
+    if not (packed / MANIFEST).exists():
+        return "no cache was carried: kernels are compiled here"
+    carried, here = json.loads((packed / MANIFEST).read_text()), manifest()
+    other = [
+        f"{name} is {here[name]}, of the cache {carried.get(name)}"
+        for name in here
+        if carried.get(name) != here[name]
+    ]
+    if other:
+        return f"the carried cache is not used: {'; '.join(other)}"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(packed / ARCHIVE) as archive:
+        archive.extractall(CACHE, filter="data")
+    return f"a cache of {len(list(CACHE.iterdir()))} entries was carried"
+
+
+def pack(packed: Path = PACKED) -> int:
+    """Packs Triton's cache, without what nobody reads again; its bytes."""
+    packed.mkdir(exist_ok=True)
+    (packed / MANIFEST).write_text(json.dumps(manifest(), indent=1) + "\n")
+    with tarfile.open(packed / ARCHIVE, "w:gz") as archive:
+        for path in sorted(CACHE.rglob("*")):
+            if path.is_file() and path.suffix not in LEFT_OUT:
+                archive.add(path, path.relative_to(CACHE))
+    return (packed / ARCHIVE).stat().st_size
