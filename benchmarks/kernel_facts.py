@@ -91,23 +91,31 @@ _MET: set[tuple[str, str]] = set()
 
 
 def digest(variant: Variant, target: str) -> str:
-    """Of everything that the facts about a variant follow from, but for the target."""
+    """Of everything that the facts about a variant follow from, but for the target.
+
+    Raises:
+        RuntimeError: the first of a kernel and kind of target begins otherwise than its source did before.
+    """
+    source, met = variant.source.hash(), (variant.kernel.__name__, TARGETS[target][0])
+    known = source in _REPRESENTATIONS
+    if not known:
+        _REPRESENTATIONS[source] = representation(variant, target)
+    found = digest_of(variant, target, _REPRESENTATIONS[source])
+    if known and met not in _MET and fresh_digest(variant, target) != found:
+        raise RuntimeError(f"{variant.kernel.__name__} begins otherwise for {target} than for its kin")
+    _MET.add(met)
+    return found
+
+
+def fresh_digest(variant: Variant, target: str) -> str:
+    return digest_of(variant, target, representation(variant, target))
+
+
+def digest_of(variant: Variant, target: str, code: str) -> str:
     import triton
 
-    source, met = variant.source.hash(), (variant.kernel.__name__, TARGETS[target][0])
-    if source not in _REPRESENTATIONS:
-        _REPRESENTATIONS[source] = representation(variant, target)
-    elif met not in _MET:
-        check_representation(variant, target)
-    _MET.add(met)
-    of = [triton.__version__, readers(), chosen(variant, target), _REPRESENTATIONS[source]]
+    of = [triton.__version__, readers(), chosen(variant, target), code]
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
-
-
-def check_representation(variant: Variant, target: str) -> None:
-    """Raises RuntimeError where that of a source is not the same for all targets and options."""
-    if representation(variant, target) != _REPRESENTATIONS[variant.source.hash()]:
-        raise RuntimeError(f"{variant.kernel.__name__} begins otherwise for {target} than for its kin")
 
 
 def chosen(variant: Variant, target: str) -> list[tuple[str, str]]:
@@ -152,7 +160,8 @@ def facts(variant: Variant, target: str) -> dict[str, Any]:
     """What a variant compiles to."""
     import triton
 
-    check_representation(variant, target)
+    if fresh_digest(variant, target) != digest(variant, target):
+        raise RuntimeError(f"{variant.kernel.__name__} begins otherwise for {target} than for its kin")
     gpu = gpu_of(target)
     compiled = triton.compile(variant.source, target=gpu, options=variant.options)
     asm = compiled.asm
