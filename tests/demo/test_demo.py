@@ -143,7 +143,9 @@ def test_true_reward_rises(setup: Setup) -> None:
 def test_a_sparse_score_is_the_last_tokens(setup: Setup) -> None:
     actor, judge = setup.load()
     ppo = replace(PPO, steps=3)
-    records, completions = train(actor, judge, setup.prompts, ppo, method="sparse", seed=1, truth=setup.truth)
+    records, completions = train(
+        actor, judge, setup.prompts, ppo, method="sparse", seed=11, truth=setup.truth
+    )
     assert [r["credit_entropy"] for r in records] == [0, 0, 0]
     assert all(completion.credit[-1] == 1 for completion in completions)
     assert_records(records, completions)

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.kernels import kernels, printed_compiled
+from support.kernels import compiling, kernels
 
 triton_nvidia = pytest.importorskip("triton.backends.nvidia.driver")
 INCLUDE = Path(triton_nvidia.__file__).parent / "include"
@@ -24,7 +24,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
         "DISABLE_LLVM_OPT": "1",
         "DISABLE_PTXAS_OPT": "1",
     }
-    printed = printed_compiled("support.driver", str(folder), **environment)
+    printed = compiling("support.driver", str(folder), **environment)
     return [json.loads(line) for line in printed.splitlines()]
 
 

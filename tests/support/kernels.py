@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -25,25 +26,36 @@ def kernels() -> set[str]:
     return written
 
 
-def printed_compiled(module: str, *arguments: str, root: Path = ROOT, **environment: str) -> str:
-    """What ``python -m module`` prints where kernels are compiled, of the sources under ``root``.
+def tracing(module: str, *arguments: str) -> str:
+    """What ``python -m module`` prints where kernels are not interpreted.
 
     In a copy of this process, which imports anew what an interpreter has changed, and nothing else.
     """
-    ended = run(_run_compiled, module, arguments, root, environment)
+    ended = run(_trace, module, arguments)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return ended.stdout
 
 
-def _run_compiled(module: str, arguments: tuple[str, ...], root: Path, environment: dict[str, str]) -> None:
+def compiling(module: str, *arguments: str, root: Path = ROOT, **environment: str) -> str:
+    """The same in a new process, of the sources under ``root``: in a copy LLVM takes twice as long."""
+    paths = [str(root), str(Path(__file__).parents[1])]
+    with tempfile.TemporaryDirectory() as cache:
+        kept = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(paths)}
+        command = [sys.executable, "-W", "error", "-m", module, *arguments]
+        ended = subprocess.run(command, env=kept | environment, cwd=root, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended.stdout
+
+
+def _trace(module: str, arguments: tuple[str, ...]) -> None:
     for name in [*sys.modules]:
         if name.split(".")[0] in REBUILT and not name.startswith("triton._C"):
             del sys.modules[name]
     os.environ.pop("TRITON_INTERPRET", None)
-    os.chdir(root)
-    sys.path.insert(0, str(root))
+    os.chdir(ROOT)
     sys.argv = [module, *arguments]
     warnings.simplefilter("error")
     with tempfile.TemporaryDirectory() as cache:
-        os.environ |= {"TRITON_CACHE_DIR": cache, **environment}
+        os.environ["TRITON_CACHE_DIR"] = cache
         runpy.run_module(module, run_name="__main__", alter_sys=True)
