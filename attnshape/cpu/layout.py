@@ -23,7 +23,7 @@ KL = 3 * BLOCK  # log-probabilities, then the penalty
 REWARDS = 4 * BLOCK  # token rewards, then rewards, then rewards without values, then advantages
 ADDEND = 5 * BLOCK  # the reference's log-probabilities, then what the recurrence adds, then W, then returns
 SUM, SUM_2 = 6 * BLOCK, 7 * BLOCK  # sums over blocks, in lanes
-FACTOR, FACTOR_VALUE, ADDEND_VALUE = 8 * BLOCK, 9 * BLOCK, 10 * BLOCK
+FACTOR, ADDEND_VALUE = 8 * BLOCK, 10 * BLOCK  # factors of both recurrences; what that of returns adds
 HELD = 11 * BLOCK
 """Numbers held of a row."""
 

@@ -43,18 +43,15 @@ SIZES = (0, 4, 8, 2, 2, 1, 2, 4, 8, 4)
 PAST = 4 << 20
 """Bytes from which on a call's outputs are written past the caches: a cache reads what is written to it."""
 COLUMNS = 6
-NOWHERE = (0,) * COLUMNS
 OVERFLOW_F32 = 2.0**128 - 2.0**103
 """From here on a number becomes infinite as float32."""
 
 
-def place_of(x: Tensor | None) -> tuple[int, ...]:
-    """A row of a table of places; of ``[B, R]``, ``[M]`` or ``[B]``. Without a tensor its address is 0.
+def place_of(x: Tensor) -> tuple[int, ...]:
+    """A row of a table of places; of ``[B, R]``, ``[M]`` or ``[B]``; all 0 without a tensor.
 
     Whoever passes a place holds the tensor until the loop has ended.
     """
-    if x is None:
-        return NOWHERE
     kind, strides = KINDS[x.dtype], x.stride()
     if len(strides) == 1:
         return x.data_ptr(), kind, 0, strides[0], 0, 0
@@ -66,7 +63,7 @@ def goes_past(size: int) -> bool:
     return size >= PAST
 
 
-def table_of(tensors: Sequence[Tensor | None]) -> np.ndarray:
+def table_of(tensors: Sequence[Tensor]) -> np.ndarray:
     return np.array([place_of(x) for x in tensors], np.int64)
 
 
@@ -268,5 +265,5 @@ def memory(element: Any, columns: int = 1) -> tuple[Any, Any]:
 
 
 SCRATCH, scratch_at = memory(types.float64)
-INTEGERS, integers_at = memory(types.int64)
-PLACES, places_at = memory(types.int64, COLUMNS)
+_, integers_at = memory(types.int64)
+_, places_at = memory(types.int64, COLUMNS)

@@ -62,11 +62,11 @@ def test_the_golden_vectors_are_those_of_the_reference() -> None:
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.99, 0.95), (1.0, 0.3)])
-@pytest.mark.parametrize("skip", [True, False])
-def test_the_recurrence_is_python_s_own(gamma: float, lam: float, skip: bool) -> None:
+@pytest.mark.parametrize("skip", [True, False, None])
+def test_the_recurrence_is_python_s_own(gamma: float, lam: float, skip: bool | None) -> None:
     """Python rounds every product and every sum: what contracts them, or takes another order, differs."""
     r, v = golden.numbers(2 * 5000, 5).view(2, 5000)
-    mask = golden.numbers(5000, 6) > -0.7
+    mask = golden.numbers(5000, 6) > (-0.7 if skip is not None else -2)  # the latter: no token is masked
     config = ShapingConfig(gamma=gamma, lam=lam, mask_semantics="skip" if skip else "zero")
     got = attnshape.gae(r[None] / 3, v[None] / 7, mask[None], config, backend="cpu")
     gl, g32 = decay(gamma, lam), float32_rounded(gamma)
@@ -82,6 +82,25 @@ def test_the_recurrence_is_python_s_own(gamma: float, lam: float, skip: bool) ->
             w = gl * w
     want = torch.tensor(advantages[::-1], dtype=torch.float64).float()
     assert torch.equal(got.advantages[0], want)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_bits_do_not_depend_on_how_tokens_lie(packed: bool) -> None:
+    """Neighbours in memory are taken as vectors, backwards, others one by one into a block first."""
+    lengths = torch.tensor([1, 7, 8, 127, 128, 129, 250, 255, 256, 300, 0])
+    mask = torch.arange(300) < lengths[:, None]
+    x = golden.numbers(2 * mask.numel(), 13).view(2, *mask.shape)
+    bootstrap, config = golden.numbers(len(lengths), 14), ShapingConfig(gamma=0.99, lam=0.9)
+    response: Response | Tensor = mask
+    if packed:
+        bounds = torch.cat([torch.zeros(1), lengths.cumsum(0)]).to(torch.int32)
+        x, response = x[:, mask], Response(mask[mask], cu_seqlens=bounds)
+    apart = torch.stack([x, x], -1)[..., 0]
+    assert apart.stride(-1) == 2
+    side_by_side, one_by_one = (
+        attnshape.gae(r, v, response, config, bootstrap=bootstrap, backend="cpu") for r, v in (x, apart)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(side_by_side, one_by_one, strict=True))
 
 
 @pytest.mark.parametrize("width", [16, 24, 80, 128])

@@ -29,6 +29,7 @@ for name in ABSENT:
 
 from benchmarks.on_gpu import __main__ as program  # noqa: E402
 from benchmarks.on_gpu import runner  # noqa: E402
+from benchmarks.on_gpu.carried import CACHE  # noqa: E402
 from benchmarks.on_gpu.parts import first  # noqa: E402
 
 LAUNCHED = ("moments_kernel", "whiten_kernel", "fold_kernel")
@@ -171,7 +172,7 @@ def main(folder: Path, real: bool) -> None:
 
     library = folder / "driver"
     library.mkdir()
-    os.environ["CUDA_LOG"] = str(folder / "launches")
+    os.environ |= {"CUDA_LOG": str(folder / "launches"), "TRITON_CACHE_DIR": str(CACHE)}
     activate(built(library))
     import benchmarks.on_gpu.asked  # noqa: F401  # once, for all copies
 
