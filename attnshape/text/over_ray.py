@@ -102,8 +102,8 @@ def credited_over_ray(
 ) -> Iterator[Credited]:
     """What ``credited`` gives, a block at once, from so many actors with the model on a device each.
 
-    Ray starts an actor again that dies, and gives its block to another. It is Ray's cluster that
-    ``RAY_ADDRESS`` names, or one on this machine. File and model are read where they are named on each node.
+    Ray starts an actor again that dies, and its block anew. The cluster is the one that ``RAY_ADDRESS``
+    names, or this machine. File and model are read on each node where they are named.
 
     Args:
         device: ``"cpu"``, or ``"cuda"``: which GPU, says Ray.

@@ -35,7 +35,6 @@ def items(machine: Machine) -> Iterator[Item]:
 
 def timed(worker: Worker, case: Case, budget: Budget) -> dict[str, Any]:
     machine = worker.machine
-    case = machine.sized(case)
     arguments = worker.arguments(case)
     with worker.watched() as ran:
         machine.call(case, arguments[0])
@@ -94,7 +93,6 @@ def host(worker: Worker, case: Case, limit: float) -> dict[str, Any]:
 def profiled(worker: Worker, case: Case) -> dict[str, Any]:
     """The launches of a call: what is called fused is one."""
     machine = worker.machine
-    case = machine.sized(case)
     arguments = machine.arguments(case)
     with worker.watched():
         machine.call(case, arguments)

@@ -12,7 +12,7 @@ import platform
 import sysconfig
 import tarfile
 import tempfile
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -33,12 +33,9 @@ def source_digest() -> str:
 
 
 def compiler_digest() -> str:
-    """Of Triton's own code, as far as a build differs from another of the same version."""
-    found = util.find_spec("triton")
-    if found is None or found.origin is None:
-        return "none"
-    library = Path(found.origin).parent / "_C" / "libtriton.so"
-    return hashlib.sha256(library.read_bytes()).hexdigest()[:16]
+    """Of Triton's own library, by its package: a build may differ from another of the same version."""
+    library = [file for file in metadata.files("triton") or () if file.name == "libtriton.so"]
+    return library[0].hash.value if library and library[0].hash else "not known"
 
 
 def manifest() -> dict[str, str]:

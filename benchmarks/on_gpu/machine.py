@@ -29,9 +29,6 @@ class Machine(Protocol):
     def drawn(self, x: Any) -> Any:
         """What was drawn on the host, there."""
 
-    def sized(self, case: Case) -> Case:
-        """The case as it is to be timed."""
-
     def time(self, calls: Mapping[str, Sequence[Call]], seconds: float) -> dict[str, Timing]:
         """The same work by each name; the calls of one name have tensors of their own, more than a cache."""
 
@@ -87,9 +84,6 @@ class Cuda:
         from attnshape.problems import mapped
 
         return mapped(x, lambda t: t.to(self.device))
-
-    def sized(self, case: Case) -> Case:
-        return case
 
     def time(self, calls: Mapping[str, Sequence[Call]], seconds: float) -> dict[str, Timing]:
         return time_calls(calls, self.device, seconds)
@@ -180,9 +174,6 @@ class Dry:
 
     def drawn(self, x: Any) -> Any:
         return x
-
-    def sized(self, case: Case) -> Case:
-        return case
 
     def time(self, calls: Mapping[str, Sequence[Call]], seconds: float) -> dict[str, Timing]:
         return {name: Timing((1e-5,) * 20, "nothing was timed", 1e-5) for name in calls}

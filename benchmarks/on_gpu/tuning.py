@@ -110,7 +110,6 @@ def injected(constants: Constants) -> Iterator[None]:
 def tried(worker: Worker, name: str, case: Case, constants: Constants) -> dict[str, Any]:
     """One setting on one case: first whether it computes the same, then how long it takes."""
     machine = worker.machine
-    case = machine.sized(case)
     arguments = worker.arguments(case)
     line: dict[str, Any] = {"round": name, "case": case.name, "constants": plain(constants)}
     with injected(constants):

@@ -19,6 +19,7 @@ from attnshape.bench.measure import WrongResultError
 from attnshape.bench.timing import sets_for
 from benchmarks.cost_model import Gpu, gpu_of
 from benchmarks.on_gpu.machine import Machine
+from csrc_triton.launch import COUNTERS, Launcher
 
 GPU_ERRORS = ("CUDA error", "illegal memory access", "misaligned address", "unspecified launch failure")
 """What is said of a context that no later call can use."""
@@ -70,6 +71,7 @@ class Worker:
             if time.monotonic() > self.until:
                 self.say({"event": "line", "item": item.name, "status": "skipped", "error": "no time left"})
                 continue
+            COUNTERS.forget()  # the graphs of the item before are gone
             self.say({"event": "item", "name": item.name, "limit": item.limit})
             begun = time.monotonic()
             try:
@@ -104,8 +106,6 @@ class Worker:
     @contextlib.contextmanager
     def watched(self) -> Iterator[list[str]]:
         """Kernels are announced, and waited for one by one; yields the names of those that ran."""
-        from csrc_triton.launch import Launcher
-
         launch, ran = Launcher.__call__, list[str]()
 
         def announced(launcher: Any, programs: int, options: dict[str, int], **arguments: Any) -> None:

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 from parity.__main__ import environment
 from parity.adapters import ALONE, PYTEST
 
+from attnshape.files import json_rows
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 RESULTS = HERE / "results.md"
@@ -179,8 +181,8 @@ def main() -> None:
             failed.append(name)
             continue
         if name == "cost":
-            COST.write_text(json.dumps(result, indent=1) + "\n")
-            print(f"{name}: {100 * result['rows_share']:.2f}% of a batch, {COST}", flush=True)
+            COST.write_text(json_rows(result))
+            print(f"{name}: {100 * result['rows_share']['cpu']:.2f}% of a batch, {COST}", flush=True)
             continue
         found[name] = result
         print(f"{name}: {shown(dict(result))} (loaded in {result['loading']:.0f} s)", flush=True)
