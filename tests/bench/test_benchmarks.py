@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.processes import Ended, run
 
 from attnshape.bench.cases import Case, Shape, random_arguments
 from benchmarks import cost_model, report
 from benchmarks.cases import Budget, budget_cases, made_small, suite_cases, with_plain
 from benchmarks.kernel_table import programs_per_multiprocessor
 from benchmarks.memory import memory_of
-from benchmarks.peers import install
+from benchmarks.peers import install, measure
 from benchmarks.peers.measure import PEERS, doubling, measured
 from benchmarks.read_pass import read_calls
 from benchmarks.record import Promise
@@ -147,34 +148,37 @@ def test_redistribution_of_the_paper() -> None:
 
 # Every suite, at small shapes
 
-ALONE = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-"""pytest-benchmark takes no times where it finds itself among parallel workers."""
+
+def pytest_alone(arguments: list[str]) -> None:
+    """``python -m pytest`` in the project's folder."""
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        del os.environ[name]  # pytest-benchmark takes no times among parallel workers
+    os.chdir(ROOT)
+    sys.exit(pytest.main(arguments))
 
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `make bench` writes; peers apart, which have tests of their own."""
     out = tmp_path_factory.mktemp("bench") / "bench.json"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
+    arguments = [
         "benchmarks",
         "-q",
         "-p",
         "no:cacheprovider",
         "--device",
         "cpu",
-    ]
-    command += [
         "--small",
         "--benchmark-quiet",
+    ]
+    arguments += [
         f"--benchmark-json={out}",
         "-k",
         "not doubling and not compiled",
+        "--peers",
+        str(out.parent),
     ]
-    command += ["--peers", str(out.parent)]
-    ended = subprocess.run(command, cwd=ROOT, env=ALONE, capture_output=True, text=True, check=False)
+    ended = run(pytest_alone, arguments)
     assert ended.returncode == 0, ended.stdout[-3000:]
     return out
 
@@ -228,6 +232,16 @@ def chunked_gae(rewards, values, gamma, lambd):
     return folder
 
 
+def measure_in_a_copy(command: list[str], **_: Any) -> Ended:
+    """In place of ``subprocess.run``: the same without importing everything anew."""
+    return run(measure_as_told, command[3:])
+
+
+def measure_as_told(arguments: list[str]) -> None:
+    sys.argv[1:] = arguments
+    measure.main()
+
+
 def runs_with(monkeypatch: pytest.MonkeyPatch, folder: Path) -> PeerRuns:
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setenv("PYTHONPATH", str(folder))
@@ -246,6 +260,7 @@ def test_a_peer_is_measured_beside_ours(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_a_peer_that_computes_something_else_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(subprocess, "run", measure_in_a_copy)
     result = runs_with(monkeypatch, fake_slime(tmp_path, 1.01))["slime"]
     for row in result["rows"]:
         assert "does not compute the same" in row["failed"]
@@ -253,6 +268,7 @@ def test_a_peer_that_computes_something_else_is_not_timed(
 
 
 def test_a_peer_that_breaks_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(subprocess, "run", measure_in_a_copy)
     (tmp_path / "slime").mkdir()
     (tmp_path / "slime" / "__init__.py").write_text("")
     runs = runs_with(monkeypatch, tmp_path)
@@ -266,11 +282,11 @@ def test_what_was_measured_stays_where_the_rest_takes_too_long(
 ) -> None:
     runs = runs_with(monkeypatch, fake_slime(tmp_path, 1.0))
 
-    def run(command: list[str], **_: Any) -> None:
+    def cut_off(command: list[str], **_: Any) -> None:
         Path(command[4]).write_text(json.dumps({"version": "", "rows": [{"case": "first"}]}))
         raise subprocess.TimeoutExpired(command, 1)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", cut_off)
     assert runs["slime"]["rows"] == [{"case": "first"}]
     assert runs["slime"]["ended"].startswith("took longer than")
 
