@@ -10,8 +10,8 @@ import hashlib
 import json
 import platform
 import sysconfig
-import tarfile
 import tempfile
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 CACHE = Path(tempfile.gettempdir()) / "attnshape-on-gpu"
 """Where Triton's cache lies, the same on both machines."""
 PACKED = ROOT / ".gpu-cache"
-ARCHIVE, MANIFEST = "cache.tgz", "manifest.json"
+ARCHIVE, MANIFEST = "cache.zip", "manifest.json"
 LEFT_OUT = (".llir", ".ttgir", ".ttir", ".source")
 """Stages that nobody reads again."""
 
@@ -63,8 +63,8 @@ def unpacked(packed: Path = PACKED) -> str:
     if other:
         return f"the carried cache is not used: {'; '.join(other)}"
     CACHE.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(packed / ARCHIVE) as archive:
-        archive.extractall(CACHE, filter="data")
+    with zipfile.ZipFile(packed / ARCHIVE) as archive:
+        archive.extractall(CACHE)
     return f"a cache of {len(list(CACHE.iterdir()))} entries was carried"
 
 
@@ -72,8 +72,8 @@ def pack(packed: Path = PACKED) -> int:
     """Packs Triton's cache, without what nobody reads again; its bytes."""
     packed.mkdir(exist_ok=True)
     (packed / MANIFEST).write_text(json.dumps(manifest(), indent=1) + "\n")
-    with tarfile.open(packed / ARCHIVE, "w:gz") as archive:
+    with zipfile.ZipFile(packed / ARCHIVE, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted(CACHE.rglob("*")):
             if path.is_file() and path.suffix not in LEFT_OUT:
-                archive.add(path, path.relative_to(CACHE))
+                archive.write(path, path.relative_to(CACHE))
     return (packed / ARCHIVE).stat().st_size
