@@ -4,11 +4,16 @@ VENV ?= .venv
 OUT ?= gpu-out
 BENCH_OUT ?= bench-out
 PARITY ?= .parity
+# What the machine with a GPU has.
+GPU_PYTHON ?= python3.12
+GPU_TORCH ?= 2.11.0
+GPU_TRITON ?= 3.6.0
+GPU_VENV ?= .gpu-venv
 
 BIN = $(VENV)/bin
 READY = $(VENV)/ready
 
-.PHONY: demo test lint pytest kernels bench parity vllm gpu soak docs dist clean
+.PHONY: demo test lint pytest kernels bench parity vllm gpu gpu-more gpu-cache soak docs dist clean
 
 demo: $(READY)
 	$(BIN)/attnshape demo --out demo-out
@@ -51,22 +56,32 @@ parity: $(READY)
 vllm: $(READY)
 	PYTHONPATH=.:tests $(BIN)/python -m integrations.vllm $(CELLS) --environments $(PARITY) $(SLIME:%=--slime %)
 
-# On a machine with a GPU whose PYTHON has torch, triton, transformers, hypothesis, matplotlib, pytest,
-# pytest-benchmark, rich and typer: the kernels compiled, not interpreted; first that they are correct, then how
-# fast they are. Reports go to OUT.
-# What has nothing to do with a GPU is left to `make test`.
+# On a machine with a GPU whose PYTHON has torch, triton and numpy; pytest and hypothesis for the tests among it.
+# Nine minutes at most: what the machine is, every kernel once, budgets, other constants, races, tests. Each line
+# of OUT/results.jsonl is written when it is known, and OUT/summary.md after each part: commit both, and
+# summary.json, below benchmarks/results/CARD/.
 gpu:
-	$(PYTHON) -c "import matplotlib, pytest_benchmark, torch; assert torch.cuda.is_available(), 'make gpu needs a GPU'"
+	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a GPU'"
 	$(PYTHON) -m benchmarks.on_gpu $(OUT)
 
-# The documentation's site, in site/; a link that leads nowhere is an error. It needs no torch.
-docs: $(VENV)/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+# Afterwards, as far as they are there: suites of forward and memory, ncu, compute-sanitizer, the command, every
+# suite, vLLM and OpenRLHF; ONLY="memcheck ncu" for some.
+gpu-more:
+	$(PYTHON) -m benchmarks.on_gpu $(OUT) more $(ONLY)
 
-$(VENV)/docs: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet 'mkdocs>=1.6,<2' 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=0.29'
+# Before, here: what `make gpu` would compile, for a machine with these versions, in .gpu-cache, to be carried
+# along. Where the versions or the kernels are others there, `make gpu` says so and compiles.
+gpu-cache: $(GPU_VENV)/ready
+	PYTHONPATH=.:tests $(GPU_VENV)/bin/python -m benchmarks.on_gpu.ahead build
+
+$(GPU_VENV)/ready:
+	$(GPU_PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/pip install --quiet torch==$(GPU_TORCH) triton==$(GPU_TRITON) numpy
 	touch $@
+
+# The documentation's site, in site/; a link that leads nowhere is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # Wheel and source distribution, in dist/.
 dist: $(READY)
@@ -85,4 +100,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out gpu-out bench-out site dist .parity .peers .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV) demo-out gpu-out .gpu-cache .gpu-venv bench-out site dist .parity .peers .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

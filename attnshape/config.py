@@ -301,7 +301,7 @@ class ShapingConfig(_Presets):
     Raises:
         ValueError, TypeError: a value out of its range, or none of its choices.
 
-    Example:
+    Examples:
         >>> ShapingConfig(dense_share=1.5)
         Traceback (most recent call last):
         ValueError: dense_share: got 1.5, want a number from 0 to 1
@@ -435,7 +435,7 @@ class GroupConfig(_GroupPresets):
     Raises:
         ValueError, TypeError: a value out of its range, or none of its choices.
 
-    Example:
+    Examples:
         >>> GroupConfig.grpo().scale
         'group'
     """

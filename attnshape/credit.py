@@ -80,7 +80,7 @@ def uniform(response: Response | Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: as for every function here, an argument that does not fit, by name.
 
-    Example:
+    Examples:
         >>> uniform(torch.tensor([[1, 0, 1]]))
         tensor([[0.5000, 0.0000, 0.5000]])
     """
@@ -96,7 +96,7 @@ def sparse(response: Response | Tensor) -> Tensor:
 
     Arguments and returns as for ``uniform``.
 
-    Example:
+    Examples:
         >>> sparse(torch.tensor([[1, 1, 0]]))
         tensor([[0., 1., 0.]])
     """
@@ -129,7 +129,7 @@ def incremental_rewards(
     Returns:
         Signed token rewards.
 
-    Example:
+    Examples:
         >>> incremental_rewards(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([0.5]), torch.ones(1, 3))
         tensor([[ 0.5000,  2.0000, -1.0000]])
     """
@@ -163,7 +163,7 @@ def log_ratio_rewards(
     Returns:
         Signed token rewards.
 
-    Example:
+    Examples:
         >>> logprobs, ref_logprobs = torch.tensor([[-1.0, -3.0]]), torch.tensor([[-2.0, -2.0]])
         >>> log_ratio_rewards(logprobs, ref_logprobs, torch.ones(1, 2), scale=0.5)
         tensor([[ 0.5000, -0.5000]])
@@ -190,7 +190,7 @@ def discriminator_rewards(good: Tensor, response: Response | Tensor, *, validate
     Returns:
         Signed token rewards, from -1 to 1.
 
-    Example:
+    Examples:
         >>> discriminator_rewards(torch.tensor([[0.75, 0.25]]), torch.ones(1, 2))
         tensor([[ 0.5000, -0.5000]])
     """
@@ -229,7 +229,7 @@ def segment_rewards(
     Returns:
         Signed token rewards, which replace the score.
 
-    Example:
+    Examples:
         >>> scores, entropy = torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([[0.0, 2.0, 0.0]])
         >>> segment_rewards(scores, entropy, torch.ones(1, 3), cutoff=1.0)  # two tokens, then one
         tensor([[1., 1., 6.]])
@@ -274,7 +274,7 @@ def centered(weights: Tensor, response: Response | Tensor) -> Tensor:
     Returns:
         Signed token rewards.
 
-    Example:
+    Examples:
         >>> centered(torch.tensor([[3.0, 1.0, -9.0]]), torch.tensor([[1, 1, 0]]))
         tensor([[ 1., -1.,  0.]])
     """
@@ -310,7 +310,7 @@ def top_overlap(
     Returns:
         float32 ``[B]``, 0 to 1; NaN in rows that are empty or hold a NaN.
 
-    Example:
+    Examples:
         >>> first, second = torch.tensor([[5.0, 4.0, 1.0, 0.0]]), torch.tensor([[0.0, -4.0, 1.0, 3.0]])
         >>> top_overlap(first, second, torch.ones(1, 4), share=0.5)  # the first two, the second and the last
         tensor([0.5000])
@@ -377,7 +377,7 @@ def gradient_weights(
         Signed weights in units of the score: their ``abs()`` is credit for ``shape_rewards``, ``centered``
         makes them token rewards. NaN in a row whose positions are out of range.
 
-    Example:
+    Examples:
         >>> embeddings = torch.tensor([[[1.0], [2.0], [3.0]]], requires_grad=True)  # [B, S, hidden]
         >>> score = embeddings.square().sum([1, 2])
         >>> gradient_weights(score, embeddings, Response(torch.ones(1, 2), start=torch.tensor([1])))
@@ -428,7 +428,7 @@ def signed_rollout(
         Signed shares, not normalised: their ``abs()`` is credit for ``shape_rewards``; ``score[:, None]``
         times them, ``centered``, are token rewards.
 
-    Example:
+    Examples:
         >>> from attnshape import AttentionInputs
         >>> inputs = AttentionInputs(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), scaling=0.5)
         >>> value, pull = torch.tensor([2.0, -1.0]).view(1, 1, 2, 1), torch.full((1, 1, 2, 1), 0.5)

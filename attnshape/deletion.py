@@ -64,7 +64,7 @@ def leave_one_out(
         ValueError, TypeError: arguments that do not fit together; positions outside the texts; a response
             token that ``attention_mask`` hides; scores of another shape.
 
-    Example:
+    Examples:
         >>> value = torch.tensor([0.0, 2.0, -1.0])  # of each word
         >>> ids = torch.tensor([[0, 1, 2]])
         >>> response = Response(torch.ones(1, 2), start=torch.tensor([1]))
@@ -130,7 +130,7 @@ def deletion_scores(
     Raises:
         ValueError, TypeError: as for ``leave_one_out``.
 
-    Example:
+    Examples:
         >>> value = torch.tensor([0.0, 2.0, -1.0])  # of each word
         >>> ids = torch.tensor([[0, 1, 2]])
         >>> response = Response(torch.ones(1, 2), start=torch.tensor([1]))

@@ -16,7 +16,7 @@ def log_metrics(out: ShapedRewards | GroupAdvantages, prefix: str = "attnshape/"
         out: what ``shape_rewards`` or ``group_advantages`` returned.
         prefix: of every name.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from attnshape import shape_rewards
         >>> out = shape_rewards(torch.tensor([1.0]), "sparse", torch.ones(1, 2))

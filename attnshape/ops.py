@@ -116,7 +116,7 @@ def attention_row(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit together.
 
-    Example:
+    Examples:
         >>> import torch
         >>> attention_row(AttentionInputs(torch.zeros(1, 2, 8), torch.zeros(1, 1, 4, 8), scaling=0.35))
         tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
@@ -182,7 +182,7 @@ def attention_credit(
     Raises:
         ValueError, TypeError: an argument does not fit the others, named with what it got and what it wants.
 
-    Example:
+    Examples:
         >>> import torch
         >>> inputs = AttentionInputs(torch.zeros(1, 2, 8), torch.zeros(1, 1, 4, 8), scaling=0.35)
         >>> attention_credit(inputs, Response(torch.ones(1, 2), start=torch.tensor([2])))
@@ -240,7 +240,7 @@ def attention_column_credit(
 
     Other arguments, returns and errors as for ``attention_credit``; ``inputs.query`` must hold every query.
 
-    Example:
+    Examples:
         >>> import torch
         >>> inputs = AttentionInputs(torch.zeros(1, 2, 3, 8), torch.zeros(1, 1, 3, 8), scaling=0.35)
         >>> attention_column_credit(inputs, Response(torch.ones(1, 2), start=torch.tensor([1])))
@@ -282,7 +282,7 @@ def attention_rollout(
 
     Other arguments, returns and errors as for ``attention_credit``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = AttentionInputs(torch.zeros(1, 2, 2, 8), torch.zeros(1, 1, 2, 8), scaling=0.35)
         >>> attention_rollout([layer, layer], Response(torch.ones(1, 2), start=torch.tensor([0])))
@@ -350,7 +350,7 @@ def shape_rewards(
     Raises:
         ValueError, TypeError: an argument does not fit the others, named with what it got and what it wants.
 
-    Example:
+    Examples:
         >>> import torch
         >>> out = shape_rewards(torch.tensor([1.0]), torch.tensor([[3.0, 1.0]]), torch.ones(1, 2))
         >>> out.rewards  # .8 of the score by credit, the rest on its token
@@ -396,7 +396,7 @@ def redistribute(
     Returns:
         Rewards of the mask's shape, float32 (float64 where score and credit are), 0 where masked.
 
-    Example:
+    Examples:
         >>> import torch
         >>> redistribute(torch.tensor([2.0]), "uniform", torch.ones(1, 4), ShapingConfig(dense_share=1.0))
         tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
@@ -432,7 +432,7 @@ def gae(
     Raises:
         ValueError, TypeError: an argument does not fit the others, named with what it got and what it wants.
 
-    Example:
+    Examples:
         >>> import torch
         >>> gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]]), torch.ones(1, 2)).advantages
         tensor([[0.5000, 0.5000]])
@@ -491,7 +491,7 @@ def group_advantages(
     Raises:
         ValueError, TypeError: an argument does not fit the others, named with what it got and what it wants.
 
-    Example:
+    Examples:
         >>> import torch
         >>> score, credit = torch.tensor([1.0, 0.0]), torch.tensor([[3.0, 1.0], [1.0, 1.0]])
         >>> config = GroupConfig.dr_grpo(dense_share=0.5)
@@ -581,7 +581,7 @@ def whiten(
     Raises:
         ValueError, TypeError: an argument does not fit the others, named with what it got and what it wants.
 
-    Example:
+    Examples:
         >>> import torch
         >>> whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[1, 1, 0]]), Whitening(bessel=False))
         tensor([[-1.,  1.,  0.]])

@@ -150,7 +150,7 @@ class Response:
         index: or the key position of every response token, int of the mask's shape, -1 for none.
         cu_seqlens: int32 ``[B + 1]`` where tokens are packed: the bounds of the rows.
 
-    Example:
+    Examples:
         >>> import torch
         >>> mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
         >>> Response(mask, start=torch.tensor([4, 2])).batch_size
@@ -184,7 +184,7 @@ class KL:
         coef: a float, or a 0-d tensor on the device; it may change at every step without a recompilation.
         estimate: the penalty per token itself, in place of both; ``KL.given`` is the short form.
 
-    Example:
+    Examples:
         >>> import torch
         >>> KL.given(torch.zeros(2, 3), 0.05).coef
         0.05
@@ -228,6 +228,7 @@ class Advantages(NamedTuple):
     advantages: Tensor
     """Of the mask's shape, float32 (float64 where every floating input is), 0 where masked."""
     returns: Tensor
+    """The same, of values plus advantages (of ``lam_value`` where it is set): what a critic learns."""
     moments: Tensor
     """``[B, 3]``: unmasked tokens of each row, mean and sum of squared deviations of their advantages, as
     ``whiten`` takes them. NaN where the advantages are; of an empty row 0."""
@@ -299,9 +300,13 @@ class ShapedRewards:
     """
 
     rewards: Tensor
+    """The score spread by credit, token and terminal rewards added, the KL penalty taken off."""
     advantages: Tensor
+    """Of those rewards, not whitened: GAE, or without values discounted rewards-to-go."""
     returns: Tensor
+    """What a critic learns: values plus advantages (of ``lam_value`` where it is set)."""
     credit: Tensor
+    """Share of the score that each token gets credit for; a row sums to one."""
     kl: Tensor | None
     """The KL estimate per token, before ``kl_coef``; None if no KL input was given."""
     status: Tensor
@@ -309,6 +314,7 @@ class ShapedRewards:
     moments: Tensor
     """``[B, 3]`` of the advantages, as in ``Advantages``: ``whiten`` takes them."""
     row_stats: RowStats
+    """What ``metrics`` averages, per row."""
 
     @property
     def metrics(self) -> dict[str, Tensor]:

@@ -84,24 +84,37 @@ def leaves(name: str, x: Any) -> Iterator[tuple[str, Any]]:
 # What facts follow from
 
 
-_DIGESTS: dict[tuple[Any, ...], str] = {}
+_REPRESENTATIONS: dict[str, str] = {}
+"""By source: targets and options part after it."""
+_MET: set[tuple[str, str]] = set()
+"""Of each kernel and kind of target one has been made anew."""
 
 
 def digest(variant: Variant, target: str) -> str:
     """Of everything that the facts about a variant follow from, but for the target.
 
-    NVIDIA's targets part after the intermediate representation: that of the first serves all.
+    Raises:
+        RuntimeError: the first of a kernel and kind of target begins otherwise than its source did before.
     """
-    of = TARGETS[target][0], variant.source.hash(), *chosen(variant, target)
-    if of not in _DIGESTS:
-        _DIGESTS[of] = fresh_digest(variant, target)
-    return _DIGESTS[of]
+    source, met = variant.source.hash(), (variant.kernel.__name__, TARGETS[target][0])
+    known = source in _REPRESENTATIONS
+    if not known:
+        _REPRESENTATIONS[source] = representation(variant, target)
+    found = digest_of(variant, target, _REPRESENTATIONS[source])
+    if known and met not in _MET and fresh_digest(variant, target) != found:
+        raise RuntimeError(f"{variant.kernel.__name__} begins otherwise for {target} than for its kin")
+    _MET.add(met)
+    return found
 
 
 def fresh_digest(variant: Variant, target: str) -> str:
+    return digest_of(variant, target, representation(variant, target))
+
+
+def digest_of(variant: Variant, target: str, code: str) -> str:
     import triton
 
-    of = [triton.__version__, readers(), chosen(variant, target), representation(variant, target)]
+    of = [triton.__version__, readers(), chosen(variant, target), code]
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
 
 

@@ -18,7 +18,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -431,18 +430,6 @@ def specialisations(target: str) -> dict[str, Any]:
             key = launch.launcher.key(launch.arguments, launch.options)
             behind.setdefault((variant.kernel.__name__, key), set()).add(variant.key)
     return {"needed": list(needed.values()), "behind": [len(keys) for keys in behind.values()]}
-
-
-def printed_apart(*arguments: str, root: Path = ROOT) -> Any:
-    """What ``main`` prints with these arguments, in a process of its own, of the sources under ``root``."""
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "error", "-m", "benchmarks.kernel_table", *arguments]
-    with tempfile.TemporaryDirectory() as cache:
-        environment["TRITON_CACHE_DIR"] = cache
-        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments)}: {done.stderr}")
-    return json.loads(done.stdout)
 
 
 # The table

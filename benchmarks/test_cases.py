@@ -10,7 +10,7 @@ from attnshape.bench.cases import Case, random_arguments
 from attnshape.bench.measure import PLAIN, check, measure
 from attnshape.bench.timing import Call, fresh_copy_calls, sets_for, time_calls
 from benchmarks.cases import FRESH, Budget, made_small, suite_cases, with_plain
-from benchmarks.cost_model import Gpu, estimate
+from benchmarks.cost_model import estimate, gpu_of
 from benchmarks.read_pass import read_calls
 from benchmarks.record import Promise, Recorder
 
@@ -63,8 +63,7 @@ def test_case(
     if device.type == "cuda":
         reads = {"read": read_calls(case.bytes, sets_for(case.bytes, device), device)}
         facts["read_seconds"] = time_calls(reads, device, seconds / 2)["read"].seconds
-        gpu = Gpu(request.getfixturevalue("bandwidth"))
-        gpu = gpu._replace(processors=torch.cuda.get_device_properties(device).multi_processor_count)
+        gpu = gpu_of(device, request.getfixturevalue("bandwidth"))
         facts["estimate_seconds"] = estimate(case, gpu).seconds
     record(SUITES[case.what], m.ours, ratios=m.ratios, promise=promise, **facts)
 

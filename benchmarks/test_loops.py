@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import torch
 
 from attnshape.bench.cases import Case, Shape, random_arguments
 from attnshape.bench.measure import check, measure
+from attnshape.bench.plain import plain_call
 from attnshape.bench.timing import Timing, ratio_of
 from benchmarks.cases import made_small
 from benchmarks.memory import memory_of
@@ -101,6 +103,24 @@ def test_first_call(
     promise = None if limit is None else Promise(f"{limit:g} s", value, limit)
     text = f"{value:.3g} s"
     record("loops", Timing((value,), "clock", value), promise=promise, case=which, measured=text)
+
+
+def test_after_other_work(device: torch.device, small: bool, record: Recorder) -> None:
+    """What a training loop pays: its one call finds other work's code and data in the caches."""
+    case = made_small(Case("gae", BUSY[0])) if small else Case("gae", BUSY[0])
+    arguments = random_arguments(case, device, 0)
+    check(case, arguments)
+    if record.untimed():
+        return
+    samples = []
+    for _ in range(3 if small else 60):
+        plain_call(case, arguments)
+        begin = time.perf_counter()
+        case.call(arguments)
+        samples.append(time.perf_counter() - begin)
+    timing = Timing(tuple(samples), "clock", statistics.median(samples))
+    text = f"{timing.seconds * 1e6:.3g} us after the same in plain PyTorch"
+    record("loops", timing, case=f"after other work, {case.name}", measured=text)
 
 
 @contextmanager

@@ -232,6 +232,14 @@ class Counters:
             counters, self._spare[device] = spare[:count], spare[ceil_div(count, 32) * 32 :]
             return counters
 
+    def forget(self) -> None:
+        """As if nothing had been launched: no graph that was captured before may be replayed after.
+
+        For whoever measures: where graphs have used up the spare ones, each replay zeroes its own.
+        """
+        with self._lock:
+            self._of_stream, self._spare = {}, {}
+
     def discard(self, device: torch.device) -> None:
         """After a launch that broke off: what its programs left is of no use."""
         with self._lock:

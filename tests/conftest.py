@@ -32,6 +32,7 @@ SHARING = [
         "serve/test_command.py",
         "kernels/test_compile.py",
         "bench/test_benchmarks.py",
+        "bench/test_on_gpu.py",
         "kernels/test_driver.py",
         "test_distributed.py",
     )

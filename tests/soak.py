@@ -11,6 +11,9 @@ import json
 import multiprocessing
 import os
 import random
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,8 @@ from attnshape import ShapingConfig
 from attnshape.files import whole_file
 from attnshape.problems import Problem, make_problem, mapped, pack
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "soak.json"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "soak.json"
 Case = dict[str, Any]
 PLAIN: Case = {
     "batch": 1, "width": 1, "keys": 2, "heads": 1, "kv_heads": 1, "head_dim": 8, "dtype": "float32",
@@ -176,6 +180,12 @@ def begin() -> None:
         fast_interpreter.install()
 
 
+def commit() -> str:
+    """Whose cases these are, as far as git knows."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--loop", type=int, default=100_000)
@@ -187,7 +197,8 @@ def main() -> None:
     end = time.monotonic() + 60 * options.minutes
     os.environ["TRITON_INTERPRET"] = "1"
     kinds = {"loop": (options.loop, 4096, "cpu"), "kernels": (options.kernels, 40, "triton")}
-    state = json.loads(options.out.read_text()) if options.out.exists() else {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # else the pool's processes would stay
+    state, now = json.loads(options.out.read_text()) if options.out.exists() else {}, commit()
     with multiprocessing.get_context("spawn").Pool(options.processes, initializer=begin) as pool:
         for name, (count, longest, backend) in kinds.items():
             done = state.setdefault(name, {"backend": backend, "longest": longest, "cases": 0, "failed": []})
@@ -198,6 +209,8 @@ def main() -> None:
                         done["failed"].append({"seed": seed, "case": case, "found": found})
                         print(f"{name}: problem_of(**{case}): {found}", flush=True)
                 done["cases"] = seeds.stop
+                done["of_commit"] = done.get("of_commit", {})
+                done["of_commit"][now] = done["of_commit"].get(now, 0) + len(seeds)
                 with whole_file(options.out) as file:
                     file.write(json.dumps(state, indent=1) + "\n")
                 print(f"{name}: {done['cases']} of {count}, {len(done['failed'])} failed", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import operator
 import re
 import runpy
 import sys
@@ -280,20 +281,20 @@ def test_layers(llama: Path, source: Path, tmp_path: Path) -> None:
 def test_reads_no_further_than_a_batch(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = CreditModel.load(RewardModelConfig(model=str(llama)), "cpu")
     lines = [(json.dumps(RECORDS[0]) + "\n").encode()] * 10
-    read_sizes: list[int] = []
     ahead: list[int] = []
-    score = CreditModel.score_each
+    sizes: list[int] = []
+    score, left = CreditModel.score_each, iter(lines)
 
     def spy(*args: Any) -> Any:
-        ahead.append(len(read_sizes))
+        ahead.append(len(lines) - operator.length_hint(left))
         return score(*args)
 
     monkeypatch.setattr(CreditModel, "score_each", spy)
     with (tmp_path / "out.jsonl").open("w") as out:
-        counts = file.credit_lines(model, lines, out, batch_size=4, on_read=read_sizes.append)
+        counts = file.write(file.credited(model, left, batch_size=4), out, on_read=sizes.append)
     assert counts == (10, 0, 0)
     assert ahead == [4, 8, 10]
-    assert sum(read_sizes) == sum(map(len, lines))
+    assert sizes == [sum(map(len, part)) for part in (lines[:4], lines[4:8], lines[8:])]
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, error: type[BaseException], calls: int) -> None:

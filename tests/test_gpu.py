@@ -1,35 +1,24 @@
 """What only a GPU can show: races, graphs, streams, launches, synchronisation."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import triton
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 import attnshape
 from attnshape import AttentionInputs
 from attnshape.bench.cases import Case, Shape, outputs_of, random_arguments
-from benchmarks.cases import COLUMN, LONG, SMALL, UNEQUAL
 from benchmarks.cost_model import Gpu, estimate
+from benchmarks.on_gpu import races
+from benchmarks.on_gpu.machine import Cuda
+from benchmarks.on_gpu.races import CASES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 DEVICE = torch.device("cuda")
-CASES = [
-    Case("fused", SMALL),
-    Case("fused", Shape(8, 1024, 2048)),
-    Case("fused", Shape(2, 8192, 16384)),
-    Case("credit", Shape(8, 1024, 2048)),
-    Case("row", Shape(8, 1024, 2048)),
-    *(Case("sweep", shape) for shape in (Shape(300, 700), *LONG, *UNEQUAL)),
-    Case("gae", Shape(300, 700)),
-    Case("gae", LONG[0]),
-    Case("whiten", Shape(300, 700)),
-    Case("column", COLUMN._replace(batch=1)),
-]
 
 
 @pytest.fixture
@@ -41,98 +30,27 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def prepared(case: Case, seed: int = 0) -> Callable[[], dict[str, Tensor]]:
-    arguments = random_arguments(case, DEVICE, seed)
-    return lambda: outputs_of(case.what, case.call(arguments, "triton"))
+    return races.prepared(Cuda(), case, seed)
 
 
-def differences(got: dict[str, Tensor], want: dict[str, Tensor]) -> Tensor:
-    """How many outputs differ in a bit; stays on the GPU."""
-    pairs = [(got[name].view(torch.int32), want[name].view(torch.int32)) for name in want]
-    return torch.stack([(x != y).any() for x, y in pairs]).sum()
+ASKED = [
+    (ask, case)
+    for ask in (
+        races.repeats_under_load,
+        races.rows_in_any_batch,
+        races.replays,
+        races.two_streams,
+        races.two_graphs,
+    )
+    for case in CASES
+    if ask is not races.rows_in_any_batch or races.divisible(case)
+] + [(races.compiled, case) for case in races.COMPILED]
 
 
-def captured(call: Callable[[], dict[str, Tensor]]) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = call()
-    return graph, outputs
-
-
-@pytest.fixture
-def load() -> Iterator[Callable[[int], None]]:
-    """Keeps another stream busy, each time with other work."""
-    stream = torch.cuda.Stream()
-    x, big = torch.randn(2048, 2048, device=DEVICE), torch.ones(1 << 26, device=DEVICE)
-
-    def start(turn: int) -> None:
-        with torch.cuda.stream(stream):
-            if turn % 3 == 0:
-                x @ x
-            elif turn % 3 == 1:
-                big[: 1 << (10 + turn % 16)].add_(1)
-
-    yield start
-    torch.cuda.synchronize()
-
-
-@every_case
-def test_repeats_under_load_have_the_same_bits(case: Case, load: Callable[[int], None]) -> None:
-    call = prepared(case)
-    want = call()
-    found = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    for turn in range(200):
-        load(turn)
-        found += differences(call(), want)
-    assert found.item() == 0
-
-
-@every_case
-def test_calls_on_two_streams_do_not_meet(case: Case) -> None:
-    calls = [prepared(case, seed) for seed in range(2)]
-    wants = [call() for call in calls]
-    streams = [torch.cuda.Stream() for _ in calls]
-    torch.cuda.synchronize()
-    found = [torch.zeros((), dtype=torch.int64, device=DEVICE) for _ in calls]
-    for _ in range(50):
-        for call, want, stream, count in zip(calls, wants, streams, found, strict=True):
-            with torch.cuda.stream(stream):
-                count += differences(call(), want)
-    torch.cuda.synchronize()
-    assert [x.item() for x in found] == [0, 0]
-
-
-@every_case
-def test_two_graphs_at_once(case: Case) -> None:
-    calls = [prepared(case, seed) for seed in range(2)]
-    wants = [call() for call in calls]
-    graphs = [captured(call) for call in calls]
-    streams = [torch.cuda.Stream() for _ in calls]
-    torch.cuda.synchronize()
-    found = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    for _ in range(50):
-        for (graph, _), stream in zip(graphs, streams, strict=True):
-            with torch.cuda.stream(stream):
-                graph.replay()
-        torch.cuda.synchronize()
-        for (_, outputs), want in zip(graphs, wants, strict=True):
-            found += differences(outputs, want)
-    assert found.item() == 0
-
-
-def test_a_replay_reads_what_its_inputs_hold_then() -> None:
-    case = Case("fused", SMALL)
-    arguments, others = (random_arguments(case, DEVICE, seed) for seed in range(2))
-    graph, outputs = captured(lambda: outputs_of("fused", case.call(arguments, "triton")))
-    want = outputs_of("fused", case.call(others, "triton"))
-    arguments["inputs"].key.copy_(others["inputs"].key)
-    arguments["inputs"].query.copy_(others["inputs"].query)
-    for name in ("score", "values", "logprobs", "ref_logprobs"):
-        arguments[name].copy_(others[name])
-    for _ in range(1000):
-        graph.replay()
-    assert differences(outputs, want).item() == 0
+@pytest.mark.parametrize(("ask", "case"), ASKED, ids=[f"{ask.__name__}-{case.name}" for ask, case in ASKED])
+def test_bits(ask: Callable[[Cuda, Case], Tensor], case: Case) -> None:
+    """The same call under load, beside others, replayed, compiled; and a row in another batch."""
+    assert int(ask(Cuda(), case).sum()) == 0
 
 
 @every_case
@@ -148,10 +66,11 @@ def test_after_a_capture_that_broke_off(case: Case) -> None:
     with pytest.raises(KeyError):
         broken_off()
     torch.cuda.synchronize()
-    assert differences(call(), want).item() == 0
-    graph, outputs = captured(call)
-    graph.replay()
-    assert differences(outputs, want).item() == 0
+    machine = Cuda()
+    assert machine.differ(call(), want).item() == 0
+    replay, outputs = machine.capture(call)
+    replay()
+    assert machine.differ(outputs, want).item() == 0
 
 
 ESTIMATED = [case for case in CASES if case.what != "whiten"]
@@ -159,14 +78,7 @@ ESTIMATED = [case for case in CASES if case.what != "whiten"]
 
 @pytest.mark.parametrize("case", ESTIMATED, ids=lambda case: case.name)
 def test_launches_per_call(case: Case) -> None:
-    call = prepared(case)
-    call()
-    torch.cuda.synchronize()
-    for _ in range(2):  # the first time the profiler may begin too late
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            call()
-            torch.cuda.synchronize()
-    started = [e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    started = Cuda().launches(prepared(case))
     assert len(started) == estimate(case, Gpu()).launches, started
 
 

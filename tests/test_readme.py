@@ -1,5 +1,6 @@
 """The calls of the README and of the documentation run as they stand there."""
 
+import ast
 import json
 import re
 import sys
@@ -117,10 +118,9 @@ def test_credit_of_another_tokenizer(names: dict[str, Any]) -> None:
         "response_ids": responses,
         "reward_tokenizer": reward_tokenizer,
         "policy_tokenizer": policy_tokenizer,
-        "zeros": torch.zeros(2, dtype=torch.int32),
     }
     names["response_mask"] = torch.tensor([[i < len(ids) for i in range(width)] for ids in responses])
-    exec(block("# its tokens"), names)
+    exec(block("# [B, S], on the reward model"), names)
     torch.testing.assert_close(names["out"].rewards.sum(1), names["score"])
     # Letters of one word share that word's credit equally: "good" of the first response, at its place.
     ids = names["alignment"].input_ids
@@ -199,6 +199,12 @@ def test_credit_for_trl(names: dict[str, Any]) -> None:
     exec(block("credits = alignment("), names)
     torch.testing.assert_close(torch.stack(given[2]), names["score"])
     torch.testing.assert_close(given[3], names["out"].credit)
+
+
+def test_every_block_of_the_pages_is_python() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            compile(code, page.name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
 
 def test_every_link_of_the_pages_leads_somewhere() -> None:

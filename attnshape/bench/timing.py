@@ -13,6 +13,9 @@ Call = Callable[[], Any]
 
 WINDOW = 5e-4
 """Seconds of one sample, at least: a call alone may be too short for the clock."""
+SETTLED = 5e-3
+"""What takes less on a CPU is called once before a sample, untimed: its first call after another entry's pays
+for code and data that the other has put out of the caches, several times what it takes by itself."""
 CAPTURED = 5e-3
 """Calls that take longer are not captured: users run them eagerly, and launches no longer count."""
 MOST_REPEATS = 200
@@ -136,6 +139,8 @@ class _Sampler:
 
     def sample(self) -> float:
         """Seconds of one call."""
+        if self.device.type != "cuda" and self.once < SETTLED:
+            self._between(1)
         return self._between(self.turns) / (self.turns * len(self.calls))
 
     def wall(self) -> float:

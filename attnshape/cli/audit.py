@@ -62,6 +62,9 @@ def audit_file(
         )
     console = Console(highlight=False)
     console.print(_table(found))
+    for reason in dict.fromkeys(refused.reason for refused in found.refused):
+        without = (refused.source for refused in found.refused if refused.reason == reason)
+        console.print(f"without {', '.join(without)}: {reason}", soft_wrap=True, markup=False)
     console.print(_overlaps([found.ceiling, *found.sources]))
     console.print(found.advice, soft_wrap=True)
     if json_file is not None:
@@ -100,8 +103,6 @@ def _table(found: Audit) -> Table:
             attention,
             f"{row.cost:.1f}",
         )
-    for refused in found.refused:
-        table.add_row(refused.source, refused.reason, style="dim")
     return table
 
 

@@ -68,7 +68,15 @@ def credit(
     query_position: Position = "pooled",
     trust_remote_code: TrustRemoteCode = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Completions per forward.")] = 16,
-    device: Device = DEFAULT_DEVICE,
+    ray: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="ACTORS",
+            help="Over Ray Data, in so many actors, each with the model on a GPU or a core of its own.",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, …")] = DEFAULT_DEVICE,
 ) -> None:
     """Score completions with a reward model and write each token's credit.
 
@@ -78,8 +86,10 @@ def credit(
     Lines that cannot be read or scored are named with their number and skipped; the exit status is then 1.
     Ctrl-C keeps what is written, in a file of its own whose name is said.
     """
-    from attnshape.text.file import credit_file, credit_lines
+    from attnshape.text.file import credited, write, write_files
+    from attnshape.text.load import check_device
     from attnshape.text.model import CreditModel
+    from attnshape.text.over_ray import credited_over_ray
     from attnshape.text.partial import Partial
     from attnshape.text.source import CreditSource
 
@@ -88,6 +98,8 @@ def credit(
     _check_files(completions, out, html, resume)
     if beside and html is None:
         raise fail("--beside: want --html, the page that shows it")
+    if ray is not None and not completions.is_file():
+        raise fail("--ray: want a file, of which each actor reads its part")
     partial: Partial | None = None
     try:
         config = reward_model_config(model, score_fn, query_position, trust_remote_code, source, layer, span)
@@ -102,28 +114,37 @@ def credit(
     except ValueError as error:
         raise fail(error) from error
     try:
-        credit_model = CreditModel.load(config, device)
         others = [CreditSource(name) for name in beside or ()]  # type: ignore[arg-type]
-        for other in (None, *others):
-            credit_model.probe(other)
-        with progress_bar() as progress, contextlib.ExitStack() as stack:
-            total = completions.stat().st_size if completions.is_file() else None
-            task = progress.add_task(completions.name, total=total)
-            lines = (
-                sys.stdin.buffer if completions == STANDARD else stack.enter_context(completions.open("rb"))
-            )
+        with contextlib.ExitStack() as stack:
             options: dict[str, Any] = {
-                "title": f"Credit of {completions.name}",
+                "with_page": html is not None,
                 "beside": others,
                 "batch_size": batch_size,
+                "done": () if partial is None else partial.done(),
+            }
+            if ray is not None:
+                found = credited_over_ray(completions, config, device, actors=ray, **options)
+            else:
+                check_device(device)
+                credit_model = CreditModel.load(config, device)
+                for other in (None, *others):
+                    credit_model.probe(other)
+                is_file = completions != STANDARD
+                lines = stack.enter_context(completions.open("rb")) if is_file else sys.stdin.buffer
+                found = credited(credit_model, lines, **options)
+            progress = stack.enter_context(progress_bar())
+            total = completions.stat().st_size if completions.is_file() else None
+            task = progress.add_task(completions.name, total=total)
+            told: dict[str, Any] = {
+                "title": f"Credit of {completions.name}",
                 "on_skip": lambda line, reason: errors.print(f"{completions}:{line}: skipped: {reason}"),
                 "on_read": lambda size: progress.advance(task, size),
             }
             if partial is not None:
-                counts = credit_file(credit_model, lines, partial, **options)
+                counts = write_files(found, partial, **told)
             else:
                 page = None if html is None else stack.enter_context(whole_file(html))
-                counts = credit_lines(credit_model, lines, sys.stdout, page, **options)
+                counts = write(found, sys.stdout, page, **told)
     except (ValueError, OSError) as error:
         raise fail(f"{error}{_kept(partial)}") from error
     except KeyboardInterrupt:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from attnshape.cpu.arithmetic import fold
-from attnshape.cpu.jit import inner
+from attnshape.cpu.jit import called, inner
 from attnshape.cpu.lanes import (
+    ALIGNED,
     WIDTH,
     absolute,
     all_of,
@@ -22,21 +25,15 @@ from attnshape.cpu.lanes import (
     splat,
     where,
     write_f32s,
+    write_f32s_past,
 )
-from attnshape.cpu.layout import (
-    ADDEND,
-    BLOCK,
-    HELD,
-    LIVE,
-    REWARDS,
-    SUM,
-    SUM_2,
-    VALUES,
-)
-from attnshape.cpu.memory import OVERFLOW_F32
+from attnshape.cpu.layout import ADDEND, BLOCK, HELD, LIVE, REWARDS, SUM, SUM_2, VALUES
+from attnshape.cpu.memory import OVERFLOW_F32, fetch, read_f32, write_f32
 
 WAYS = 8
 """Rows whose chains run side by side: while one waits for its sum, the others go on."""
+LINE = 16
+"""Numbers of float32 that memory is fetched by."""
 
 
 @inner
@@ -51,17 +48,36 @@ def add_terms(gamma: float, gl: float, addend: int, s: Any, o: int) -> None:
 
 @inner
 def add_terms_of_memory(
-    gamma: float, gl: float, rewards: int, at_reward: int, values: int, at_value: int, s: Any, o: int
+    gamma: float, gl: float, rewards: int, at_reward: int, values: int, at_value: int, n: int, s: Any, o: int
 ) -> None:  # fmt: skip
-    """The same of a whole block that lies in memory as float32; rewards become rewards without values."""
-    none, by_reward, by_value = splat(0.0), splat(gl), splat(gamma - gl)
-    for t in range(0, BLOCK, WIDTH):
-        live = get(s, o + LIVE + t) != none
-        r, v = where(live, read_f32s(rewards, at_reward + t), none), read_f32s(values, at_value + t)
-        put(s, o + VALUES + t, v)
-        v = where(live, v, none)
+    """The same of unmasked tokens that lie in memory as float32; rewards become rewards without values.
+
+    Backwards, as a row is read, and asks for the block before: more rows are in flight than a CPU foresees.
+    """
+    by_reward, by_value, whole = splat(gl), splat(gamma - gl), n - n % WIDTH
+    for i in range(0, whole, WIDTH):
+        t = whole - WIDTH - i
+        if t % LINE == 0:
+            fetch(rewards + 4 * (at_reward + t - BLOCK))
+            fetch(values + 4 * (at_value + t - BLOCK))
+        r, v = read_f32s(rewards, at_reward + t), read_f32s(values, at_value + t)
         put(s, o + ADDEND + t, by_reward * r + by_value * v)
         put(s, o + REWARDS + t, r - v)
+    for t in range(whole, n):
+        add_term_of_memory(gamma, gl, rewards, at_reward, values, at_value, 0.0, t, s, o)
+    for t in range(n, BLOCK):
+        s[o + ADDEND + t] = 0.0
+
+
+@inner
+def add_term_of_memory(
+    gamma: float, gl: float, rewards: int, at_reward: int, values: int, at_value: int, more: float, t: int,
+    s: Any, o: int,
+) -> None:  # fmt: skip
+    """The same of one token, whose reward is ``more`` than stands there."""
+    r, v = read_f32(rewards, at_reward + t) + more, np.float64(read_f32(values, at_value + t))
+    s[o + ADDEND + t] = gl * r + (gamma - gl) * v
+    s[o + REWARDS + t] = r - v
 
 
 @inner
@@ -90,13 +106,14 @@ def passed(factor: float, addend: int, w: Any, s: Any) -> Any:
     return factor * w + x
 
 
-@inner
-def carry(factor: int, addend: int, s: Any, w: Any) -> None:
+@called
+def carry(factor: int, addend: int, s: Any, w: int) -> None:
     """Replaces what each token adds by the ``W`` that enters the token from the next, in all rows.
 
-    ``w``, ``[WAYS]``, is what enters the block, and then what leaves it.
+    ``w``: where in the scratch memory stand, of each row, what enters the block, and then what leaves it.
     """
-    w0, w1, w2, w3, w4, w5, w6, w7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
+    w0, w1, w2, w3 = s[w], s[w + 1], s[w + 2], s[w + 3]
+    w4, w5, w6, w7 = s[w + 4], s[w + 5], s[w + 6], s[w + 7]
     for i in range(BLOCK):
         f, a = factor + BLOCK - 1 - i, addend + BLOCK - 1 - i
         w0 = passed(s[f], a, w0, s)
@@ -107,25 +124,8 @@ def carry(factor: int, addend: int, s: Any, w: Any) -> None:
         w5 = passed(s[f + 5 * HELD], a + 5 * HELD, w5, s)
         w6 = passed(s[f + 6 * HELD], a + 6 * HELD, w6, s)
         w7 = passed(s[f + 7 * HELD], a + 7 * HELD, w7, s)
-    w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7] = w0, w1, w2, w3, w4, w5, w6, w7
-
-
-@inner
-def carry_dense(gl: Any, addend: int, s: Any, w: Any) -> None:
-    """The same where no token is masked: ``gl``, ``[WAYS]``, is every factor. Past a row's end ``W`` is 0."""
-    w0, w1, w2, w3, w4, w5, w6, w7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
-    f0, f1, f2, f3, f4, f5, f6, f7 = gl[0], gl[1], gl[2], gl[3], gl[4], gl[5], gl[6], gl[7]
-    for i in range(BLOCK):
-        a = addend + BLOCK - 1 - i
-        w0 = passed(f0, a, w0, s)
-        w1 = passed(f1, a + HELD, w1, s)
-        w2 = passed(f2, a + 2 * HELD, w2, s)
-        w3 = passed(f3, a + 3 * HELD, w3, s)
-        w4 = passed(f4, a + 4 * HELD, w4, s)
-        w5 = passed(f5, a + 5 * HELD, w5, s)
-        w6 = passed(f6, a + 6 * HELD, w6, s)
-        w7 = passed(f7, a + 7 * HELD, w7, s)
-    w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7] = w0, w1, w2, w3, w4, w5, w6, w7
+    s[w], s[w + 1], s[w + 2], s[w + 3] = w0, w1, w2, w3
+    s[w + 4], s[w + 5], s[w + 6], s[w + 7] = w4, w5, w6, w7
 
 
 @inner
@@ -144,33 +144,54 @@ def settle(of_returns: int, s: Any, o: int) -> None:
 
 @inner
 def settle_into_memory(
-    of_returns: int, advantages: int, returns: int, start: int, near: float, s: Any, o: int
+    past: bool, advantages: int, returns: int, start: int, values: int, at_value: int, n: int, near: float,
+    s: Any, o: int,
 ) -> Any:  # fmt: skip
-    """``settle`` and ``add_moments`` of a whole block whose outputs are float32; whether they are finite."""
-    none, base, limit, fine = splat(0.0), splat(near), splat(OVERFLOW_F32), all_true()
+    """``settle`` and ``add_moments`` of unmasked tokens whose values and outputs are float32 in memory.
+
+    ``past``: what is written goes past the caches. Whether all of it is finite.
+    """
+    base, limit, fine, whole = splat(near), splat(OVERFLOW_F32), all_true(), n - n % WIDTH
+    lost = 0
+    for t in range(whole, n):
+        a = s[o + REWARDS + t] + s[o + ADDEND + t]
+        r = a + read_f32(values, at_value + t)
+        write_f32(advantages, start + t, np.float32(a))
+        write_f32(returns, start + t, np.float32(r))
+        lost += not (abs(a) < OVERFLOW_F32 and abs(r) < OVERFLOW_F32)
+        d = a - near
+        s[o + SUM + t - whole] += d
+        s[o + SUM_2 + t - whole] += d * d
     total, squares = get(s, o + SUM), get(s, o + SUM_2)
-    for t in range(0, BLOCK, WIDTH):
-        live, x = get(s, o + LIVE + t) != none, get(s, o + REWARDS + t)
-        a = where(live, x + get(s, o + ADDEND + t), none)
-        r = where(live, x + get(s, o + of_returns + t) + get(s, o + VALUES + t), none)
-        write_f32s(advantages, start + t, a)
-        write_f32s(returns, start + t, r)
+    past = past and (advantages + 4 * start) % ALIGNED == 0 and (returns + 4 * start) % ALIGNED == 0
+    for i in range(0, whole, WIDTH):
+        t = whole - WIDTH - i
+        a = get(s, o + REWARDS + t) + get(s, o + ADDEND + t)
+        r = a + read_f32s(values, at_value + t)
+        if past:
+            write_f32s_past(advantages, start + t, a)
+            write_f32s_past(returns, start + t, r)
+        else:
+            write_f32s(advantages, start + t, a)
+            write_f32s(returns, start + t, r)
         fine = fine & (absolute(a) < limit) & (absolute(r) < limit)
-        d = where(live, a - base, none)
+        d = a - base
         total = total + d
         squares = squares + d * d
     put(s, o + SUM, total)
     put(s, o + SUM_2, squares)
-    return all_of(fine)
+    return lost == 0 and all_of(fine)
 
 
-@inner
-def settle_all(n: int, of_returns: int, skip: bool, later: Any, s: Any, o: int) -> None:
+@called
+def settle_all(
+    n: int, of_returns: int, skip: bool, advantage: float, without_value: float, s: Any, o: int
+) -> tuple[float, float]:
     """``settle``, with what the recurrence carries past masked tokens left there.
 
-    ``later`` is what the next unmasked token has, of advantages and of returns without their value.
+    Given what the next unmasked token has, of advantages and of returns without their value; returns what
+    the block's first has.
     """
-    advantage, without_value = later[0], later[1]
     for i in range(n):
         t = n - 1 - i
         live, v = s[o + LIVE + t] != 0.0, s[o + VALUES + t]
@@ -179,7 +200,7 @@ def settle_all(n: int, of_returns: int, skip: bool, later: Any, s: Any, o: int) 
             without_value = s[o + REWARDS + t] + s[o + of_returns + t]
         s[o + REWARDS + t] = advantage
         s[o + ADDEND + t] = without_value + (v if live or skip else 0.0)
-    later[0], later[1] = advantage, without_value
+    return advantage, without_value
 
 
 @inner
@@ -187,7 +208,8 @@ def add_moments(near: float, s: Any, o: int) -> None:
     """Adds deviations of unmasked advantages from ``near``, and their squares, to the lanes of the sums."""
     none, base = splat(0.0), splat(near)
     total, squares = get(s, o + SUM), get(s, o + SUM_2)
-    for t in range(0, BLOCK, WIDTH):
+    for i in range(0, BLOCK, WIDTH):
+        t = BLOCK - WIDTH - i
         d = where(get(s, o + LIVE + t) != none, get(s, o + REWARDS + t) - base, none)
         total = total + d
         squares = squares + d * d
@@ -195,7 +217,7 @@ def add_moments(near: float, s: Any, o: int) -> None:
     put(s, o + SUM_2, squares)
 
 
-@inner
+@called
 def moments_of(count: int, near: float, s: Any, o: int) -> tuple[float, float]:
     """Mean and sum of squared deviations, by the sums of ``add_moments``, which are 0 afterwards."""
     total, squares = fold(WIDTH, s, o + SUM), fold(WIDTH, s, o + SUM_2)

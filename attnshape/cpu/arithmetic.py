@@ -21,6 +21,17 @@ SQRT_HALF_BITS = 0x3FE6A09E667F3BCD
 
 
 @inner
+def least(x: int, y: int) -> int:
+    """Python's own ``min`` would be compiled by itself too, as if somebody called it: a tenth of a second."""
+    return x if x < y else y
+
+
+@inner
+def most(x: int, y: int) -> int:
+    return x if x > y else y
+
+
+@inner
 def _reduced(x: float) -> tuple[float, float]:
     """``2 ** k`` and ``exp(x - k ln 2) - 1``, with ``x - k ln 2`` at most half of ln 2."""
     shifted = x * LOG2_E + ROUND

@@ -16,7 +16,7 @@ from torch import Tensor
 from attnshape.cpu import lanes
 from attnshape.cpu.arithmetic import exp, fold, log
 from attnshape.cpu.blocks import fill, load, load_index, load_mask, start_of, store
-from attnshape.cpu.jit import entry, inner
+from attnshape.cpu.jit import called, entry, inner
 from attnshape.cpu.lanes import WIDTH, get, put, splat, where
 from attnshape.cpu.layout import BLOCK, bounds_of
 from attnshape.cpu.memory import (
@@ -31,7 +31,9 @@ from attnshape.cpu.memory import (
     OTHER,
     ROW,
     TOKEN,
-    scratch_of,
+    integers_at,
+    places_at,
+    scratch_at,
     widened,
 )
 from attnshape.cpu.threads import over_rows
@@ -57,7 +59,7 @@ NO_BOUNDS, NO_SINKS, NO_INDICES = np.empty((0, 2), np.int64), np.empty(0), np.em
 # A row --------------------------------------------------------------------------------------------------
 
 
-@inner
+@called
 def visible_keys(
     places: Any, layer: Any, b: int, base: int, length: int, last_response: int, s: Any
 ) -> tuple[int, int, int]:  # fmt: skip
@@ -99,7 +101,7 @@ def visible_keys(
     return (p if first < end else NONE_VISIBLE), first, end
 
 
-@inner
+@called
 def dots_of(
     places: Any, count: int, width: int, key: int, scaling: float, first: int, end: int, queries: int,
     tile: int, s: Any, o: int, apart: int,
@@ -134,7 +136,7 @@ def dots_of(
             lanes.products_f64(queries, padded, count, at, i, between, n, padded, scaling, s, to, apart)
 
 
-@inner
+@called
 def softcapped(cap: float, first: int, end: int, s: Any, o: int) -> None:
     """``cap * tanh(x / cap)``."""
     for t in range(first, end):
@@ -180,7 +182,7 @@ def add_weights(factor: float, first: int, end: int, s: Any, seen: int, x: int, 
         put(out, o + t, get(out, o + t) + weight)
 
 
-@inner
+@called
 def log_add_exp(x: float, y: float) -> float:
     top = x if x > y else y
     if top == -np.inf or x != x or y != y:
@@ -188,7 +190,7 @@ def log_add_exp(x: float, y: float) -> float:
     return top + log(exp(x - top) + exp(y - top))
 
 
-@inner
+@called
 def attend_row(
     places: Any, layer: Any, numbers: Any, heads: Any, sinks: Any, b: int, base: int, p: int, first: int,
     end: int, queries: int, tile: int, s: Any, out: Any, o: int, share: float,
@@ -260,7 +262,8 @@ def attend(
         scratch: room for ``[2 + group, S + WIDTH] + BLOCK`` numbers. typed: bytes for ``group + TILE`` heads.
         means: float64 ``[high - low, S]``, flat, and ``WIDTH`` more.
     """
-    s, out = scratch_of(scratch), scratch_of(means)
+    s, out, places = scratch_at(scratch, 0), scratch_at(means, 0), places_at(places, 0)
+    layer, numbers = integers_at(layer, 0), scratch_at(numbers, 0)
     tile = typed.ctypes.data
     queries = tile + 8 * TILE * (layer[HEAD_WIDTH] + lanes.LANES)
     for b in range(low, high):
@@ -285,7 +288,7 @@ def attend(
 @entry
 def write_rows(places: Any, bounds: Any, lost: Any, length: int, means: Any, low: int, high: int) -> None:
     """Rows ``low:high`` to the output; NaN where lost."""
-    s = scratch_of(means)
+    s, places = scratch_at(means, 0), places_at(places, 0)
     for b in range(low, high):
         base, n = 0, length
         if len(bounds) > 0:
@@ -317,7 +320,7 @@ def write_responses(
         bounds: of the packed response; of_keys: of the packed keys.
         length: tokens of a padded response; keys: padded ones.
     """
-    s, out = scratch_of(scratch), scratch_of(means)
+    s, out, places = scratch_at(scratch, 0), scratch_at(means, 0), places_at(places, 0)
     lowest = -1 if places[INDEX, ADDRESS] != 0 else 0
     for b in range(low, high):
         base, n, limit = 0, length, keys
@@ -345,7 +348,7 @@ def write_responses(
 @entry
 def last_keys(places: Any, bounds: Any, length: int, scratch: Any, out: Any) -> None:
     """Key position of each row's last unmasked response token, -1 where there is none."""
-    s = scratch_of(scratch)
+    s, places = scratch_at(scratch, 0), places_at(places, 0)
     for b in range(len(out)):
         base, n = 0, length
         if len(bounds) > 0:

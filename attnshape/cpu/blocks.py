@@ -6,16 +6,29 @@ from typing import Any
 
 import numpy as np
 
-from attnshape.cpu.jit import inner
-from attnshape.cpu.lanes import WIDTH, absolute, all_of, all_true, get, splat, write_f32s, write_f64s
+from attnshape.cpu.jit import called, inner
+from attnshape.cpu.lanes import (
+    ALIGNED,
+    WIDTH,
+    absolute,
+    all_of,
+    all_true,
+    get,
+    put,
+    read_f32s,
+    splat,
+    write_f32s,
+    write_f32s_past,
+    write_f64s,
+)
 from attnshape.cpu.memory import (
     ADDRESS,
     BF16,
+    F16,
     F32,
+    F32_PAST,
     F64,
     I8,
-    I16,
-    I32,
     I64,
     KIND,
     OVERFLOW_F32,
@@ -47,13 +60,20 @@ def start_of(places: Any, name: int, row: int, token: int) -> Any:
     return row * places[name, ROW] + token * places[name, TOKEN]
 
 
-@inner
+@called
 def load(places: Any, name: int, start: int, n: int, s: Any, o: int) -> None:
     """``s[o : o + n]``, float64, becomes the elements of a float tensor from ``start`` on; 0 without one."""
     address, kind, stride = places[name, ADDRESS], places[name, KIND], places[name, TOKEN]
     if address == 0:
         for t in range(n):
             s[o + t] = 0.0
+    elif kind == F32 and stride == 1:
+        whole = n - n % WIDTH
+        for t in range(whole, n):
+            s[o + t] = read_f32(address, start + t)
+        for i in range(0, whole, WIDTH):  # backwards, as a row is read
+            t = whole - WIDTH - i
+            put(s, o + t, read_f32s(address, start + t))
     elif kind == F32:
         for t in range(n):
             s[o + t] = read_f32(address, start + t * stride)
@@ -71,13 +91,12 @@ def load(places: Any, name: int, start: int, n: int, s: Any, o: int) -> None:
 # Masks -----------------------------------------------------------------------------------------------
 
 
-def _mask_loader(read: Any, value_bits: int = -1) -> Any:
+def _mask_loader(read: Any) -> Any:
     @inner
-    def load_as(address: int, start: int, stride: int, n: int, s: Any, o: int) -> int:
+    def load_as(address: int, start: int, stride: int, n: int, bits: int, s: Any, o: int) -> int:
         count = 0
         for t in range(n):
-            x = read(address, start + t * stride)
-            live = (x & value_bits if value_bits > 0 else x) != 0
+            live = read(address, start + t * stride) & bits != 0
             s[o + t] = live
             count += live
         return count
@@ -88,30 +107,25 @@ def _mask_loader(read: Any, value_bits: int = -1) -> Any:
 _load_i8, _load_i16, _load_i32, _load_i64 = (
     _mask_loader(read) for read in (read_i8, read_i16, read_i32, read_i64)
 )
-_load_f32, _load_f64 = _mask_loader(read_i32, 0x7FFFFFFF), _mask_loader(read_i64, 0x7FFFFFFFFFFFFFFF)
-_load_half = _mask_loader(read_i16, 0x7FFF)  # a zero may have a sign
 
 
-@inner
+@called
 def load_mask(places: Any, name: int, start: int, n: int, s: Any, o: int) -> Any:
     """``s[o : o + n]`` becomes 1 where the mask is not zero, else 0; how many are 1."""
     address, kind, stride = places[name, ADDRESS], places[name, KIND], places[name, TOKEN]
-    if kind == I8:
-        return _load_i8(address, start, stride, n, s, o)
-    if kind == I64:
-        return _load_i64(address, start, stride, n, s, o)
-    if kind == F32:
-        return _load_f32(address, start, stride, n, s, o)
-    if kind == I32:
-        return _load_i32(address, start, stride, n, s, o)
-    if kind == F64:
-        return _load_f64(address, start, stride, n, s, o)
-    if kind == I16:
-        return _load_i16(address, start, stride, n, s, o)
-    return _load_half(address, start, stride, n, s, o)
+    size, bits = SIZES[kind], -1
+    if kind <= F16:  # a zero may have a sign
+        bits = 0x7FFFFFFFFFFFFFFF >> 8 * (8 - size)
+    if size == 1:
+        return _load_i8(address, start, stride, n, bits, s, o)
+    if size == 8:
+        return _load_i64(address, start, stride, n, bits, s, o)
+    if size == 4:
+        return _load_i32(address, start, stride, n, bits, s, o)
+    return _load_i16(address, start, stride, n, bits, s, o)
 
 
-@inner
+@called
 def count_live(places: Any, name: int, start: int, n: int, s: Any, o: int) -> Any:
     """How many of ``n`` tokens are unmasked; ``s[o : o + n]`` is of no use afterwards."""
     if places[name, KIND] != I8 or places[name, TOKEN] != 1:
@@ -134,12 +148,9 @@ def load_index(places: Any, name: int, row: int, token: int) -> Any:
     return np.int64(read_i32(places[name, ADDRESS], at))
 
 
-@inner
+@called
 def fetch_block(places: Any, name: int, row: int, token: int, n: int) -> None:
-    """Asks for tokens that lie side by side before they are needed.
-
-    More rows are in flight, each of them backwards, than a CPU foresees.
-    """
+    """Asks for tokens that lie side by side before they are needed."""
     if places[name, ADDRESS] == 0 or places[name, TOKEN] != 1:
         return
     size = SIZES[places[name, KIND]]
@@ -151,10 +162,10 @@ def fetch_block(places: Any, name: int, row: int, token: int, n: int) -> None:
 @inner
 def highest(places: Any, name: int) -> float:
     """What is smaller than this is finite once it is written."""
-    return OVERFLOW_F32 if places[name, KIND] == F32 else np.inf
+    return np.inf if places[name, KIND] == F64 else OVERFLOW_F32
 
 
-@inner
+@called
 def store(places: Any, name: int, start: int, n: int, s: Any, o: int) -> bool:
     """Writes ``s[o : o + n]``, rounded once, from the element at ``start`` on; outputs are contiguous.
 
@@ -162,38 +173,40 @@ def store(places: Any, name: int, start: int, n: int, s: Any, o: int) -> bool:
     """
     address, whole = places[name, ADDRESS], n - n % WIDTH
     limit, fine, lost = highest(places, name), all_true(), 0
-    if places[name, KIND] == F32:
-        for t in range(0, whole, WIDTH):
-            x = get(s, o + t)
-            write_f32s(address, start + t, x)
-            fine = fine & (absolute(x) < splat(limit))
-    else:
-        for t in range(0, whole, WIDTH):
-            x = get(s, o + t)
-            write_f64s(address, start + t, x)
-            fine = fine & (absolute(x) < splat(limit))
     for t in range(whole, n):
         store_one(places, name, start + t, s[o + t])
         lost += not abs(s[o + t]) < limit
+    is_f64 = places[name, KIND] == F64
+    past = places[name, KIND] == F32_PAST and (address + 4 * start) % ALIGNED == 0
+    for i in range(0, whole, WIDTH):
+        t = whole - WIDTH - i
+        x = get(s, o + t)
+        if is_f64:
+            write_f64s(address, start + t, x)
+        elif past:
+            write_f32s_past(address, start + t, x)
+        else:
+            write_f32s(address, start + t, x)
+        fine = fine & (absolute(x) < splat(limit))
     return lost == 0 and all_of(fine)
 
 
 @inner
 def store_one(places: Any, name: int, index: int, x: float) -> None:
-    if places[name, KIND] == F32:
-        write_f32(places[name, ADDRESS], index, np.float32(x))
-    else:
+    if places[name, KIND] == F64:
         write_f64(places[name, ADDRESS], index, x)
+    else:
+        write_f32(places[name, ADDRESS], index, np.float32(x))
 
 
-@inner
+@called
 def fill(places: Any, name: int, start: int, n: int, x: float) -> None:
     address = places[name, ADDRESS]
     if address == 0:
         return
-    if places[name, KIND] == F32:
-        for t in range(n):
-            write_f32(address, start + t, np.float32(x))
-    else:
+    if places[name, KIND] == F64:
         for t in range(n):
             write_f64(address, start + t, x)
+    else:
+        for t in range(n):
+            write_f32(address, start + t, np.float32(x))

@@ -52,20 +52,41 @@ class _Part(codegen.JITCodeLibrary):  # type: ignore[misc]
         """Nothing in memory has such a name."""
 
 
+class _Called(_Part):
+    """The same, but what calls it jumps to it: machine code that is made once, not at every call."""
+
+    def add_ir_module(self, module: Any) -> None:
+        for function in module.functions:
+            if not function.is_declaration:
+                function.attributes.add("noinline")
+        super().add_ir_module(module)
+
+
 class _PartCompiler(compiler.Compiler):  # type: ignore[misc]
+    kind = _Part
+
     def define_pipelines(self) -> Any:
-        self.state.library = _Part(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
+        self.state.library = self.kind(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
         self.state.library.enable_object_caching()
         return super().define_pipelines()
 
 
-def inner(function: F) -> F:
+class _CalledCompiler(_PartCompiler):
+    kind = _Called
+
+
+def inner(function: F, made_by: type[_PartCompiler] = _PartCompiler) -> F:
     """Compiled as a part of what calls it: once, not once for every constant that it is given."""
     options = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    compiled = numba.njit(pipeline_class=_PartCompiler, **options)(function)
+    compiled = numba.njit(pipeline_class=made_by, **options)(function)
     template_of = compiled.get_call_template
     compiled.get_call_template = lambda args, kws: template_of([unliteral(x) for x in args], kws)
     return compiled  # type: ignore[no-any-return]
+
+
+def called(function: F) -> F:
+    """``inner``, of code that is long beside a call of it."""
+    return inner(function, _CalledCompiler)
 
 
 def operation(function: Any, result: types.Type, *of: types.Type) -> Callable[..., Any]:

@@ -18,6 +18,8 @@ from attnshape.cpu.jit import inner, intrinsic, operation
 from attnshape.cpu.memory import SCRATCH
 
 LANES, WIDTH = 16, 8
+ALIGNED = 32
+"""What addresses written past the caches are a multiple of."""
 ELEMENTS = {types.float32: ir.FloatType(), types.float64: ir.DoubleType(), types.boolean: ir.IntType(1)}
 
 
@@ -150,6 +152,34 @@ def _access(element: ir.Type, size: int) -> tuple[Any, Any]:
         return types.void(types.int64, types.int64, TOKENS), codegen
 
     return read, write
+
+
+@intrinsic
+def write_f32s_past(typingctx: Any, address: Any, index: Any, x: Any) -> Any:
+    """Eight neighbours, without reading their memory first, which lies at a multiple of ``ALIGNED``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, index, x = arguments
+        stored, i32 = ir.VectorType(ir.FloatType(), WIDTH), ir.IntType(32)
+        at = builder.gep(builder.inttoptr(address, ir.PointerType(ir.FloatType())), [index], inbounds=True)
+        store = builder.store(
+            builder.fptrunc(x, stored), builder.bitcast(at, ir.PointerType(stored)), align=ALIGNED
+        )
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(i32, 1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, TOKENS), codegen
+
+
+@intrinsic
+def fence(typingctx: Any) -> Any:
+    """What was written past the caches is there for other threads, before anything that follows."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 read_f32s, write_f32s = _access(ir.FloatType(), 4)

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from attnshape.cpu.arithmetic import least, most
 from attnshape.cpu.blocks import count_live, load_mask, start_of
-from attnshape.cpu.jit import inner
+from attnshape.cpu.jit import called
 
 BLOCK = 128
 """Tokens that are held at once, as float64, while a row is swept; counted from its first unmasked token."""
@@ -22,7 +23,7 @@ KL = 3 * BLOCK  # log-probabilities, then the penalty
 REWARDS = 4 * BLOCK  # token rewards, then rewards, then rewards without values, then advantages
 ADDEND = 5 * BLOCK  # the reference's log-probabilities, then what the recurrence adds, then W, then returns
 SUM, SUM_2 = 6 * BLOCK, 7 * BLOCK  # sums over blocks, in lanes
-FACTOR, FACTOR_VALUE, ADDEND_VALUE = 8 * BLOCK, 9 * BLOCK, 10 * BLOCK
+FACTOR, ADDEND_VALUE = 8 * BLOCK, 10 * BLOCK  # factors of both recurrences; what that of returns adds
 HELD = 11 * BLOCK
 """Numbers held of a row."""
 
@@ -41,14 +42,14 @@ def bounds_of(cu_seqlens: Tensor, total: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([first, end - first], 1), lost.astype(np.uint8)
 
 
-@inner
+@called
 def survey(
     places: Any, mask: int, row: int, base: int, length: int, at: int, s: Any, o: int
 ) -> tuple[int, int, int, int]:
     """The row's first unmasked token, the one after the last unmasked, how many are, whether ``at`` is."""
     first, end, count, at_live = -1, 0, 0, 0
     for t in range(0, length, BLOCK):
-        n = min(BLOCK, length - t)
+        n = least(BLOCK, length - t)
         start = start_of(places, mask, row, base + t)
         found = count_live(places, mask, start, n, s, o)
         count += found
@@ -63,4 +64,4 @@ def survey(
             first, end = t + before if first < 0 else first, t + after
     if 0 <= at < length and count > 0:
         at_live = load_mask(places, mask, start_of(places, mask, row, base + at), 1, s, o)
-    return max(first, 0), end, count, at_live
+    return most(first, 0), end, count, at_live

@@ -14,16 +14,18 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba.core import cgutils, types
+from numba.core.types.containers import UniTuple
 from numba.extending import models, register_model
 from torch import Tensor
 
-from attnshape.cpu.jit import inner, intrinsic, operation
+from attnshape.cpu.jit import called, inner, intrinsic, operation
 
 ADDRESS, KIND, ROW, TOKEN, HEAD, OTHER = 0, 1, 2, 3, 4, 5
 """Columns of a table of places: where the first element is, its dtype, and strides in elements. The last two
 are those of queries and keys."""
 
-F32, F64, BF16, F16, I8, I16, I32, I64 = 1, 2, 3, 4, 5, 6, 7, 8
+F32, F64, BF16, F16, I8, I16, I32, I64, F32_PAST = 1, 2, 3, 4, 5, 6, 7, 8, 9
+"""Floats first. ``F32_PAST``: of an output, which is written past the caches."""
 KINDS: dict[torch.dtype, int] = {
     torch.float32: F32,
     torch.float64: F64,
@@ -36,27 +38,32 @@ KINDS: dict[torch.dtype, int] = {
     torch.int32: I32,
     torch.int64: I64,
 }
-SIZES = (0, 4, 8, 2, 2, 1, 2, 4, 8)
+SIZES = (0, 4, 8, 2, 2, 1, 2, 4, 8, 4)
 """Bytes of an element, by its kind."""
-NOWHERE = (0, 0, 0, 0)
+PAST = 4 << 20
+"""Bytes from which on a call's outputs are written past the caches: a cache reads what is written to it."""
+COLUMNS = 6
 OVERFLOW_F32 = 2.0**128 - 2.0**103
 """From here on a number becomes infinite as float32."""
 
 
-def place_of(x: Tensor | None) -> tuple[int, int, int, int]:
-    """A row of a table of places; of ``[B, R]``, ``[M]`` or ``[B]``. Without a tensor its address is 0.
+def place_of(x: Tensor) -> tuple[int, ...]:
+    """A row of a table of places; of ``[B, R]``, ``[M]`` or ``[B]``; all 0 without a tensor.
 
     Whoever passes a place holds the tensor until the loop has ended.
     """
-    if x is None:
-        return NOWHERE
     kind, strides = KINDS[x.dtype], x.stride()
     if len(strides) == 1:
-        return x.data_ptr(), kind, 0, strides[0]
-    return x.data_ptr(), kind, strides[0], strides[1]
+        return x.data_ptr(), kind, 0, strides[0], 0, 0
+    return x.data_ptr(), kind, strides[0], strides[1], 0, 0
 
 
-def table_of(tensors: Sequence[Tensor | None]) -> np.ndarray:
+def goes_past(size: int) -> bool:
+    """Whether a call's outputs, of so many bytes, are written past the caches."""
+    return size >= PAST
+
+
+def table_of(tensors: Sequence[Tensor]) -> np.ndarray:
     return np.array([place_of(x) for x in tensors], np.int64)
 
 
@@ -176,7 +183,7 @@ def half(bits: Any) -> Any:
     return -small if sign != 0 else small
 
 
-@inner
+@called
 def widened(places: Any, name: int, start: int, n: int, padded: int, out: int) -> None:
     """Elements along ``TOKEN`` to the memory at ``out``, then zeros: float32, of float64 float64."""
     address, kind, stride = places[name, ADDRESS], places[name, KIND], places[name, TOKEN]
@@ -199,41 +206,64 @@ def widened(places: Any, name: int, start: int, n: int, padded: int, out: int) -
         write_f32(out, t, np.float32(0.0))
 
 
-# Scratch memory --------------------------------------------------------------------------------------
+# Memory that is indexed --------------------------------------------------------------------------------
 
 
-class _Scratch(types.Type):
-    def __init__(self) -> None:
-        super().__init__("Scratch")
+class _Memory(types.Type):
+    """Where some memory begins; in rows of ``columns`` numbers, if they are more than one."""
+
+    def __init__(self, element: Any, columns: int = 1) -> None:
+        super().__init__(f"Memory({element} x {columns})")
+        self.element, self.columns = element, columns
 
 
-SCRATCH = _Scratch()
+ELEMENTS = {types.float64: ir.DoubleType(), types.int64: ir.IntType(64)}
 
 
-@register_model(_Scratch)
-class _ScratchModel(models.PrimitiveModel):  # type: ignore[misc]
+@register_model(_Memory)
+class _MemoryModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, dmm: Any, fe_type: Any) -> None:
-        super().__init__(dmm, fe_type, ir.PointerType(ir.DoubleType()))
+        super().__init__(dmm, fe_type, ir.PointerType(ELEMENTS[fe_type.element]))
 
 
-@intrinsic
-def scratch_of(typingctx: Any, array: Any) -> Any:
-    """The memory of a float64 array, whose indices are taken as they are: none counts from the end.
+def memory(element: Any, columns: int = 1) -> tuple[Any, Any]:
+    """A type, and the function that makes it: of an array, or of the scratch memory from an index on.
 
-    Only then are loops with sums of several variables as their index vectorised.
+    Its indices are taken as they are, none counts from the end: only then are loops with sums of several
+    variables as their index vectorised. It is passed as an address, where an array is ten numbers. Nothing
+    here holds the array: whoever calls the loop does.
     """
+    kind = _Memory(element, columns)
+    index = types.int64 if columns == 1 else UniTuple(types.int64, 2)
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return context.make_array(signature.args[0])(context, builder, arguments[0]).data
+    @intrinsic
+    def view(typingctx: Any, x: Any, start: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            of, (base, first) = signature.args[0], arguments
+            if isinstance(of, types.Array):
+                base = context.make_array(of)(context, builder, base).data
+            base = builder.gep(base, [first], inbounds=True)
+            return builder.bitcast(base, ir.PointerType(ELEMENTS[element]))
 
-    return SCRATCH(array), codegen
+        return kind(x, types.int64), codegen
+
+    def at(builder: Any, base: Any, index: Any) -> Any:
+        if columns > 1:
+            row, column = (builder.extract_value(index, i) for i in range(2))
+            index = builder.add(builder.mul(row, ir.Constant(row.type, columns)), column)
+        return builder.gep(base, [index], inbounds=True)
+
+    @operation(operator.getitem, element, kind, index)
+    def get(builder: Any, base: Any, index: Any) -> Any:
+        return builder.load(at(builder, base, index))
+
+    @operation(operator.setitem, types.void, kind, index, element)
+    def put(builder: Any, base: Any, index: Any, value: Any) -> None:
+        builder.store(value, at(builder, base, index))
+
+    return kind, view
 
 
-@operation(operator.getitem, types.float64, SCRATCH, types.int64)
-def _get(builder: Any, scratch: Any, index: Any) -> Any:
-    return builder.load(builder.gep(scratch, [index], inbounds=True))
-
-
-@operation(operator.setitem, types.void, SCRATCH, types.int64, types.float64)
-def _put(builder: Any, scratch: Any, index: Any, value: Any) -> None:
-    builder.store(value, builder.gep(scratch, [index], inbounds=True))
+SCRATCH, scratch_at = memory(types.float64)
+_, integers_at = memory(types.int64)
+_, places_at = memory(types.int64, COLUMNS)

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from attnshape.cpu.arithmetic import expm1, fold, log
+from attnshape.cpu.arithmetic import expm1, fold, least, log
 from attnshape.cpu.blocks import load, load_mask, start_of
-from attnshape.cpu.jit import inner
+from attnshape.cpu.jit import called, inner
 from attnshape.cpu.lanes import WIDTH, get, put, splat, where
 from attnshape.cpu.layout import ADDEND, BLOCK, CREDIT, KL, LIVE, REWARDS, SUM, SUM_2
 
@@ -23,7 +23,7 @@ def clamp(x: float, low: float, high: float) -> float:
     return high if x > high else x
 
 
-@inner
+@called
 def mass_of(
     places: Any, mask: int, raw: int, row: int, base: int, first: int, end: int, s: Any, o: int
 ) -> tuple[float, float, float]:
@@ -31,7 +31,7 @@ def mass_of(
     last, none, lowest = 0.0, splat(0.0), splat(-np.inf)
     total = splat(0.0)
     for t in range(first, end, BLOCK):
-        n = min(BLOCK, end - t)
+        n = least(BLOCK, end - t)
         load_mask(places, mask, start_of(places, mask, row, base + t), n, s, o + LIVE)
         load(places, raw, start_of(places, raw, row, base + t), n, s, o + CREDIT)
         last = s[o + CREDIT + n - 1]
@@ -65,7 +65,7 @@ def credit_of(n: int, scale: float, hot: float, at: int, s: Any, o: int) -> None
         s[o + CREDIT + at] += hot
 
 
-@inner
+@called
 def kl_of(n: int, kind: int, input_clip: float, output_clip: float, s: Any, o: int) -> None:
     """Log-probabilities become the estimate, 0 where masked; infinite clips do nothing."""
     for t in range(n):

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba.core import types
 
 from attnshape.cpu import layout
 from attnshape.cpu.advantages import (
     WAYS,
     add_moments,
+    add_term_of_memory,
     add_terms,
     add_terms_of_memory,
     carry,
-    carry_dense,
     moments_of,
     set_factors,
     settle,
@@ -21,7 +22,7 @@ from attnshape.cpu.advantages import (
     settle_into_memory,
     subtract_values,
 )
-from attnshape.cpu.arithmetic import log
+from attnshape.cpu.arithmetic import least, log, most
 from attnshape.cpu.blocks import (
     fetch_block,
     fill,
@@ -33,9 +34,22 @@ from attnshape.cpu.blocks import (
     store,
     store_one,
 )
-from attnshape.cpu.jit import entry, inner
+from attnshape.cpu.jit import called, entry, inner
+from attnshape.cpu.lanes import fence
 from attnshape.cpu.layout import BLOCK, HELD, LIVE, survey
-from attnshape.cpu.memory import ADDRESS, F32, KIND, TOKEN, scratch_of, write_i32
+from attnshape.cpu.memory import (
+    ADDRESS,
+    F32,
+    F32_PAST,
+    F64,
+    KIND,
+    TOKEN,
+    integers_at,
+    memory,
+    places_at,
+    scratch_at,
+    write_i32,
+)
 from attnshape.cpu.rewards import clamp, credit_of, entropy_of, kl_of, mass_of, rewards_of
 from attnshape.types import MIN_MASS, Status
 
@@ -44,7 +58,7 @@ MASK, RAW, VALUES, LOGPROBS, REF_LOGPROBS, KL, TOKEN_REWARDS = range(7)
 SCORE, TERMINAL, BOOTSTRAP, GL, GL_VALUE, SCORE_INDEX = range(7, 13)
 REWARDS, CREDIT, KL_OUT, ADVANTAGES, RETURNS = range(13, 18)
 STATUS, STATS, MOMENTS = range(18, 21)
-PLACES = 21
+PLACES, WRITTEN = 21, frozenset(range(REWARDS, RETURNS + 1))
 
 # What the loop is told beside the tensors, in integers and in numbers.
 LENGTH, SOURCE, NORMALIZATION, KL_KIND, SCORE_AT, SKIP, KEEP_MASKED, ZERO_LOST, DECOUPLED, SHAPED = range(10)
@@ -60,20 +74,26 @@ WEIGHTS, UNIFORM, SPARSE = 0, 1, 2  # SOURCE
 TO_ONE, TO_LENGTH, AS_IS = 0, 1, 2  # NORMALIZATION
 LAST_UNMASKED, LAST_TOKEN, INDEXED = 0, 1, 2  # SCORE_AT
 
-# What is known of each row in flight, in integers and in numbers.
-BASE, WIDTH, ANCHOR, BEGIN, END, COUNT, LAST, AT, ON_SCORE, TOP, BLOCKS, FLAGS, FINITE, KEEP, DENSE = range(
-    15
-)
-SCALE, HOT, SCORE_SHARE, SCORE_TOKEN, AFTER, NEAR = range(6)
+# What is known of each row in flight, in integers and in numbers. ``GIVEN + name`` is a row's own number.
+(
+    BASE, WIDTH, ANCHOR, BEGIN, END, COUNT, LAST, AT, ON_SCORE, TOP, BLOCKS, FLAGS, FINITE, KEEP, DENSE,
+    DIRECT,
+) = range(16)  # fmt: skip
+SCALE, HOT, SCORE_SHARE, SCORE_TOKEN, AFTER, NEAR, STATS_OF, LATER, GIVEN = *range(7), 10, 12
+ROW_INTEGERS, ROW_NUMBERS = 16, 32
+_, row_at = memory(types.int64, ROW_INTEGERS)
+_, of_row_at = memory(types.float64, ROW_NUMBERS)
+# The scratch memory: blocks; what enters them, of advantages and of returns; what is known of rows.
+CHAINS, NUMBERS, INTEGERS = (WAYS * x for x in (HELD, HELD + 2, HELD + 2 + ROW_NUMBERS))
+ROOM = INTEGERS + WAYS * ROW_INTEGERS
 
 FALLBACK, EMPTY, SCORE_MASKED, OUT_OF_RANGE, NONFINITE, NEGATIVE = [int(flag) for flag in Status]
-ROW_INTEGERS, ROW_NUMBERS = 15, 6
 
 
 # A row --------------------------------------------------------------------------------------------------
 
 
-@inner
+@called
 def fill_row(places: Any, b: int, token: int, n: int, x: float) -> None:
     if n <= 0:
         return
@@ -82,6 +102,12 @@ def fill_row(places: Any, b: int, token: int, n: int, x: float) -> None:
 
 
 @inner
+def lies_as_it_is(places: Any, name: int) -> Any:
+    """Whether a tensor is float32 and a row's tokens are neighbours."""
+    return places[name, KIND] == F32 and places[name, TOKEN] == 1
+
+
+@called
 def open_row(
     places: Any, choices: Any, b: int, base: int, length: int, lost: bool, row: Any, i: int, s: Any
 ) -> None:
@@ -108,13 +134,19 @@ def open_row(
         row[i, TOP] = (row[i, END] - 1 - first) // BLOCK
         row[i, BLOCKS] = row[i, TOP] + 1 + (first - row[i, BEGIN] + BLOCK - 1) // BLOCK
     row[i, DENSE] = count == row[i, END] - row[i, BEGIN]
+    # 1: values are read, and advantages and returns written, where they lie; 2: token rewards are too.
+    whole = row[i, DENSE] != 0 and row[i, KEEP] == 0 and not lost and choices[DECOUPLED] == 0
+    whole = whole and lies_as_it_is(places, VALUES) and places[ADVANTAGES, KIND] != F64
+    row[i, DIRECT] = whole
+    if whole and choices[SHAPED] == 0 and lies_as_it_is(places, TOKEN_REWARDS):
+        row[i, DIRECT] = 2
     fill_row(places, b, base, row[i, BEGIN], 0.0)
     fill_row(places, b, base + row[i, END], length - row[i, END], 0.0)
 
 
-@inner
+@called
 def weigh_row(
-    places: Any, choices: Any, numbers: Any, b: int, row: Any, of: Any, given: Any, stats: Any, i: int, s: Any
+    places: Any, choices: Any, numbers: Any, b: int, row: Any, of: Any, i: int, s: Any
 ) -> None:  # fmt: skip
     """From the row's raw weights to the factors that give each token's credit and share of the score."""
     count, on_score = row[i, COUNT], row[i, ON_SCORE] != 0
@@ -142,18 +174,18 @@ def weigh_row(
     if source == SPARSE and on_score:
         of[i, HOT] = weight = total
         last_share = 1.0 if row[i, AT] == row[i, LAST] else 0.0
-    score = clamp(given[i, SCORE], numbers[SCORE_LOW], numbers[SCORE_HIGH])
+    score = clamp(of[i, GIVEN + SCORE], numbers[SCORE_LOW], numbers[SCORE_HIGH])
     rest = (1.0 - numbers[SHARE]) * score if on_score else 0.0
     of[i, SCORE_SHARE] = numbers[SHARE] * score
     of[i, SCORE_TOKEN] = rest
     if on_score and places[TERMINAL, ADDRESS] != 0:
-        of[i, SCORE_TOKEN] = rest + given[i, TERMINAL]
-    stats[i, 0], stats[i, 1], stats[i, 2] = entropy, last_share, mass
-    stats[i, 3] = abs(of[i, SCORE_SHARE] * weight + rest - score)
+        of[i, SCORE_TOKEN] = rest + of[i, GIVEN + TERMINAL]
+    of[i, STATS_OF], of[i, STATS_OF + 1], of[i, STATS_OF + 2] = entropy, last_share, mass
+    of[i, STATS_OF + 3] = abs(of[i, SCORE_SHARE] * weight + rest - score)
 
 
-@inner
-def close_row(places: Any, choices: Any, b: int, row: Any, of: Any, stats: Any, i: int, s: Any) -> None:
+@called
+def close_row(places: Any, choices: Any, b: int, row: Any, of: Any, i: int, s: Any) -> None:
     """Status, stats and moments of a row that has been swept."""
     count = row[i, COUNT]
     mean, m2 = moments_of(count, of[i, NEAR], s, i * HELD)
@@ -165,7 +197,7 @@ def close_row(places: Any, choices: Any, b: int, row: Any, of: Any, stats: Any, 
     if places[STATUS, ADDRESS] != 0:
         write_i32(places[STATUS, ADDRESS], b, row[i, FLAGS])
         for j in range(4):
-            store_one(places, STATS, 4 * b + j, stats[i, j])
+            store_one(places, STATS, 4 * b + j, of[i, STATS_OF + j])
     if places[MOMENTS, ADDRESS] != 0:
         store_one(places, MOMENTS, 3 * b, count)
         store_one(places, MOMENTS, 3 * b + 1, mean)
@@ -179,11 +211,11 @@ def close_row(places: Any, choices: Any, b: int, row: Any, of: Any, stats: Any, 
 def tokens_of(row: Any, i: int, step: int) -> tuple[int, int]:
     """First token and number of tokens of a row's block, the last block first."""
     low = row[i, ANCHOR] + (row[i, TOP] - step) * BLOCK
-    t = max(low, row[i, BEGIN])
-    return t, min(low + BLOCK, row[i, END]) - t
+    t = most(low, row[i, BEGIN])
+    return t, least(low + BLOCK, row[i, END]) - t
 
 
-@inner
+@called
 def write_block(places: Any, first: int, last: int, b: int, t: int, n: int, row: Any, i: int, s: Any) -> None:
     """Writes the block's outputs of these names, and notes whether all are finite."""
     o = i * HELD
@@ -197,7 +229,7 @@ def write_block(places: Any, first: int, last: int, b: int, t: int, n: int, row:
                     row[i, FINITE] = 0
 
 
-@inner
+@called
 def open_block(
     places: Any, choices: Any, numbers: Any, b: int, t: int, n: int, row: Any, of: Any, i: int, s: Any
 ) -> None:  # fmt: skip
@@ -228,119 +260,106 @@ def open_block(
         s[o + layout.REWARDS + row[i, LAST] - t] += of[i, AFTER]
 
 
-@inner
-def open_mask(places: Any, b: int, t: int, n: int, row: Any, i: int, s: Any) -> None:
-    """Which of a block's tokens are unmasked."""
-    live = i * HELD + LIVE
+@called
+def open_mask(places: Any, choices: Any, b: int, t: int, n: int, row: Any, of: Any, i: int, s: Any) -> None:
+    """Which of a block's tokens are unmasked, and what the recurrence multiplies by at each of them."""
+    o, live, skip = i * HELD, i * HELD + LIVE, choices[SKIP] != 0
+    if row[i, DENSE] == 2:
+        return  # as in the block before
     if row[i, DENSE] == 0:
         load_mask(places, MASK, start_of(places, MASK, b, row[i, BASE] + t), n, s, live)
-    elif row[i, DENSE] == 1:
-        row[i, DENSE] = 2 if n == BLOCK else 1  # the blocks that follow are the same
+    else:
+        row[i, DENSE] = 2 if n == BLOCK else 1
         for j in range(n):
             s[live + j] = 1.0
     for j in range(n, BLOCK):
         s[live + j] = 0.0
+    for k in range(1 + choices[DECOUPLED]):
+        gl, factor = of[i, GIVEN + GL + k], layout.FACTOR + k * BLOCK
+        set_factors(n, gl, 1.0 if skip else gl, factor, s, o)
 
 
 @inner
-def link_block(choices: Any, gamma: float, gl: Any, n: int, dense: bool, i: int, s: Any) -> None:
-    """What the recurrence needs of a block, once its rewards are written."""
+def link_block(choices: Any, gamma: float, of: Any, i: int, s: Any) -> None:
+    """What the recurrence adds at each token of a block, once its rewards are written."""
     o = i * HELD
-    add_terms(gamma, gl[0, i], layout.ADDEND, s, o)
+    add_terms(gamma, of[i, GIVEN + GL], layout.ADDEND, s, o)
     if choices[DECOUPLED] != 0:
-        add_terms(gamma, gl[1, i], layout.ADDEND_VALUE, s, o)
+        add_terms(gamma, of[i, GIVEN + GL_VALUE], layout.ADDEND_VALUE, s, o)
     subtract_values(s, o)
-    if not dense:
-        skip = choices[SKIP] != 0
-        set_factors(n, gl[0, i], 1.0 if skip else gl[0, i], layout.FACTOR, s, o)
-        if choices[DECOUPLED] != 0:
-            set_factors(n, gl[1, i], 1.0 if skip else gl[1, i], layout.FACTOR_VALUE, s, o)
 
 
 @inner
-def is_plain(places: Any, choices: Any, t: int, n: int, row: Any, of: Any, i: int) -> bool:
-    """Whether a block's advantages come straight from rewards and values that lie in memory as float32."""
-    return (
-        choices[SHAPED] == 0
-        and n == BLOCK
-        and (t + n <= row[i, LAST] or of[i, AFTER] == 0.0)
-        and row[i, DENSE] != 0
-        and choices[DECOUPLED] == 0
-        and row[i, FLAGS] & OUT_OF_RANGE == 0
-        and places[TOKEN_REWARDS, KIND] == F32
-        and places[VALUES, KIND] == F32
-        and places[TOKEN_REWARDS, TOKEN] == 1
-        and places[VALUES, TOKEN] == 1
-    )
+def add_block_of_memory(
+    places: Any, gamma: float, b: int, t: int, n: int, row: Any, of: Any, i: int, s: Any
+) -> None:  # fmt: skip
+    """``open_block`` and ``link_block`` where rewards and values are taken as they lie in memory."""
+    token, last, o, gl = row[i, BASE] + t, row[i, LAST] - t, i * HELD, of[i, GIVEN + GL]
+    rewards, at_reward = places[TOKEN_REWARDS, ADDRESS], start_of(places, TOKEN_REWARDS, b, token)
+    values, at_value = places[VALUES, ADDRESS], start_of(places, VALUES, b, token)
+    add_terms_of_memory(gamma, gl, rewards, at_reward, values, at_value, n, s, o)
+    if last < n and of[i, AFTER] != 0.0:
+        add_term_of_memory(gamma, gl, rewards, at_reward, values, at_value, of[i, AFTER], last, s, o)
 
 
-@inner
+@called
 def close_block(
-    places: Any, choices: Any, b: int, t: int, n: int, row: Any, of: Any, later: Any, i: int, s: Any
-) -> None:
+    places: Any, choices: Any, b: int, t: int, n: int, row: Any, of: Any, i: int, s: Any
+) -> None:  # fmt: skip
     """Advantages and returns of a block, once the chains have run over it."""
-    o, last = i * HELD, row[i, LAST] - t
+    o, last, token = i * HELD, row[i, LAST] - t, row[i, BASE] + t
     of_returns = layout.ADDEND_VALUE if choices[DECOUPLED] != 0 else layout.ADDEND
     if 0 <= last < n:
         of[i, NEAR] = s[o + layout.REWARDS + last] + s[o + layout.ADDEND + last]
-    if n == BLOCK and row[i, KEEP] == 0 and places[ADVANTAGES, KIND] == F32:
-        start = start_of(places, ADVANTAGES, b, row[i, BASE] + t)
-        advantages, returns = places[ADVANTAGES, ADDRESS], places[RETURNS, ADDRESS]
-        if not settle_into_memory(of_returns, advantages, returns, start, of[i, NEAR], s, o):
-            row[i, FINITE] = 0
+    if row[i, DIRECT] != 0:
+        finite = settle_into_memory(
+            places[ADVANTAGES, KIND] == F32_PAST, places[ADVANTAGES, ADDRESS], places[RETURNS, ADDRESS],
+            start_of(places, ADVANTAGES, b, token), places[VALUES, ADDRESS],
+            start_of(places, VALUES, b, token), n, of[i, NEAR], s, o,
+        )  # fmt: skip
+        row[i, FINITE] = row[i, FINITE] if finite else 0
         return
     if row[i, KEEP] != 0:
-        settle_all(n, of_returns, choices[SKIP] != 0, later[i], s, o)
+        of[i, LATER], of[i, LATER + 1] = settle_all(
+            n, of_returns, choices[SKIP] != 0, of[i, LATER], of[i, LATER + 1], s, o
+        )
     else:
         settle(of_returns, s, o)
     write_block(places, ADVANTAGES, RETURNS, b, t, n, row, i, s)
     add_moments(of[i, NEAR], s, o)
 
 
-@inner
+@called
 def sweep_rows(
-    places: Any, choices: Any, numbers: Any, b: int, ways: int, row: Any, of: Any, gl: Any, later: Any,
-    w: Any, s: Any,
+    places: Any, choices: Any, numbers: Any, b: int, ways: int, row: Any, of: Any, s: Any
 ) -> None:  # fmt: skip
     """The blocks of rows ``b : b + ways`` that have been opened, side by side, each row's last one first."""
     chains = 0 if places[ADVANTAGES, ADDRESS] == 0 else 1 + choices[DECOUPLED]
-    dense, steps = True, 0
+    steps = 0
     for i in range(ways):
-        steps = max(steps, row[i, BLOCKS])
-        dense = dense and row[i, DENSE] != 0
+        steps = most(steps, row[i, BLOCKS])
     for step in range(steps):
         for i in range(ways):
             if step >= row[i, BLOCKS]:
                 continue
             t, n = tokens_of(row, i, step)
-            if step + 1 < row[i, BLOCKS]:
-                for name in range(RETURNS + 1):
-                    if name <= TOKEN_REWARDS or name >= REWARDS:
+            open_mask(places, choices, b + i, t, n, row, of, i, s)
+            if row[i, DIRECT] == 2:
+                add_block_of_memory(places, numbers[GAMMA], b + i, t, n, row, of, i, s)
+            else:
+                if step + 1 < row[i, BLOCKS]:
+                    for name in range(MASK if row[i, DENSE] == 0 else RAW, TOKEN_REWARDS + 1):
                         fetch_block(places, name, b + i, row[i, BASE] + t - BLOCK, BLOCK)
-            open_mask(places, b + i, t, n, row, i, s)
-            if is_plain(places, choices, t, n, row, of, i):
-                token = row[i, BASE] + t
-                add_terms_of_memory(
-                    numbers[GAMMA], gl[0, i],
-                    places[TOKEN_REWARDS, ADDRESS], start_of(places, TOKEN_REWARDS, b + i, token),
-                    places[VALUES, ADDRESS], start_of(places, VALUES, b + i, token), s, i * HELD,
-                )  # fmt: skip
-                if not dense:
-                    set_factors(n, gl[0, i], gl[0, i], layout.FACTOR, s, i * HELD)
-                continue
-            open_block(places, choices, numbers, b + i, t, n, row, of, i, s)
-            if chains > 0:
-                link_block(choices, numbers[GAMMA], gl, n, dense, i, s)
+                open_block(places, choices, numbers, b + i, t, n, row, of, i, s)
+                if chains > 0:
+                    link_block(choices, numbers[GAMMA], of, i, s)
         for k in range(chains):
             addend = layout.ADDEND if k == 0 else layout.ADDEND_VALUE
-            if dense:
-                carry_dense(gl[k], addend, s, w[k])
-            else:
-                carry(layout.FACTOR if k == 0 else layout.FACTOR_VALUE, addend, s, w[k])
+            carry(layout.FACTOR + k * BLOCK, addend, s, CHAINS + k * WAYS)
         for i in range(ways):
             if chains > 0 and step < row[i, BLOCKS]:
                 t, n = tokens_of(row, i, step)
-                close_block(places, choices, b + i, t, n, row, of, later, i, s)
+                close_block(places, choices, b + i, t, n, row, of, i, s)
 
 
 @entry
@@ -350,41 +369,37 @@ def sweep(
     """Rows ``low:high``, ``WAYS`` of them side by side; each is read from its last block to its first.
 
     Args:
-        places: int64 ``[PLACES, 4]``, see ``memory.place_of``.
+        places: int64 ``[PLACES, COLUMNS]``, see ``memory.place_of``.
         bounds: first token and length of each packed row, int64 ``[B, 2]``; ``[0, 2]`` where rows are padded.
         lost: uint8 ``[B]``, rows whose indices are out of range; ``[0]`` for none.
         choices, numbers: by the names above.
-        scratch: room for ``WAYS * HELD`` numbers, which the caller holds: here nothing would.
+        scratch: ``ROOM`` numbers. The caller holds all of these: here nothing would.
     """
-    s = scratch_of(scratch)
-    row, of = np.zeros((WAYS, ROW_INTEGERS), np.int64), np.zeros((WAYS, ROW_NUMBERS))
-    given, stats, later = np.zeros((WAYS, PLACES)), np.zeros((WAYS, 4)), np.zeros((WAYS, 2))
-    gl, w = np.zeros((2, WAYS)), np.zeros((2, WAYS))
+    places, choices, numbers = places_at(places, 0), integers_at(choices, 0), scratch_at(numbers, 0)
+    s, of, row = scratch_at(scratch, 0), of_row_at(scratch, NUMBERS), row_at(scratch, INTEGERS)
     for i in range(WAYS):  # what is not read stays 0
         for field in (layout.VALUES, layout.KL, layout.SUM, layout.SUM_2):
             for t in range(BLOCK):
                 s[i * HELD + field + t] = 0.0
     for b in range(low, high, WAYS):
-        ways = min(WAYS, high - b)
+        ways = least(WAYS, high - b)
+        for t in range(CHAINS, INTEGERS):
+            s[t] = 0.0
         for i in range(ways):
-            w[0, i] = w[1, i] = 0.0
-            for numbers_of_row in (of, stats, later):
-                for j in range(numbers_of_row.shape[1]):
-                    numbers_of_row[i, j] = 0.0
             base, length = 0, choices[LENGTH]
             if len(bounds) > 0:
                 base, length = bounds[b + i, 0], bounds[b + i, 1]
             bad = len(lost) > 0 and lost[b + i] != 0
-            given[i, GL], given[i, GL_VALUE] = numbers[GL_ALL], numbers[GL_VALUE_ALL]
+            of[i, GIVEN + GL], of[i, GIVEN + GL_VALUE] = numbers[GL_ALL], numbers[GL_VALUE_ALL]
             for name in range(SCORE, GL_VALUE + 1):
                 if places[name, ADDRESS] != 0:
                     load(places, name, start_of(places, name, 0, b + i), 1, s, i * HELD)
-                    given[i, name] = s[i * HELD]
-            gl[0, i], gl[1, i] = given[i, GL], given[i, GL_VALUE]
-            of[i, AFTER] = numbers[GAMMA] * given[i, BOOTSTRAP]
+                    of[i, GIVEN + name] = s[i * HELD]
+            of[i, AFTER] = numbers[GAMMA] * of[i, GIVEN + BOOTSTRAP]
             open_row(places, choices, b + i, base, length, bad, row, i, s)
             if choices[SHAPED] != 0 and row[i, FLAGS] & (EMPTY | OUT_OF_RANGE) == 0:
-                weigh_row(places, choices, numbers, b + i, row, of, given, stats, i, s)
-        sweep_rows(places, choices, numbers, b, ways, row, of, gl, later, w, s)
+                weigh_row(places, choices, numbers, b + i, row, of, i, s)
+        sweep_rows(places, choices, numbers, b, ways, row, of, s)
         for i in range(ways):
-            close_row(places, choices, b + i, row, of, stats, i, s)
+            close_row(places, choices, b + i, row, of, i, s)
+    fence()

@@ -13,8 +13,8 @@ from attnshape.config import GroupConfig, Normalization, ShapingConfig
 from attnshape.cpu import rewards, rows
 from attnshape.cpu.advantages import WAYS
 from attnshape.cpu.attention import raw_credit
-from attnshape.cpu.layout import HELD, bounds_of
-from attnshape.cpu.memory import KINDS, place_of
+from attnshape.cpu.layout import bounds_of
+from attnshape.cpu.memory import COLUMNS, F32_PAST, KIND, KINDS, goes_past, place_of
 from attnshape.cpu.threads import over_rows, scratch
 from attnshape.types import (
     KL,
@@ -116,15 +116,19 @@ class Call:
 
     def run(self) -> None:
         tensors = self.tensors
-        flat = [0] * (4 * rows.PLACES)
+        flat = [0] * (COLUMNS * rows.PLACES)
         for name, x in tensors.items():
-            flat[4 * name : 4 * name + 4] = place_of(x)
-        places = np.frombuffer(array("q", flat), np.int64).reshape(-1, 4)
+            flat[COLUMNS * name : COLUMNS * name + COLUMNS] = place_of(x)
+        written = rows.WRITTEN & tensors.keys()
+        if self.dtype == torch.float32 and goes_past(4 * len(written) * self.mask.numel()):
+            for name in written:
+                flat[COLUMNS * name + KIND] = F32_PAST
+        places = np.frombuffer(array("q", flat), np.int64).reshape(-1, COLUMNS)
         choices, numbers = np.array(self.choices), np.array(self.numbers)
         bounds, lost = self.bounds, self.lost
 
         def compute(low: int, high: int, held: object = tensors) -> None:
-            rows.sweep(places, bounds, lost, choices, numbers, scratch(WAYS * HELD), low, high)
+            rows.sweep(places, bounds, lost, choices, numbers, scratch(rows.ROOM), low, high)
 
         over_rows(compute, self.batch, self.width, WAYS)
 

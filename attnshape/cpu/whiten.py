@@ -11,11 +11,12 @@ from torch import Tensor
 
 from attnshape.config import Whitening
 from attnshape.cpu.advantages import add_moments, moments_of
+from attnshape.cpu.arithmetic import least
 from attnshape.cpu.blocks import load, load_mask, start_of, store
 from attnshape.cpu.jit import entry, inner
-from attnshape.cpu.lanes import WIDTH, get, put, splat, where
+from attnshape.cpu.lanes import WIDTH, fence, get, put, splat, where
 from attnshape.cpu.layout import BLOCK, HELD, LIVE, REWARDS, SUM, SUM_2
-from attnshape.cpu.memory import KINDS, scratch_of, table_of
+from attnshape.cpu.memory import F32_PAST, KIND, KINDS, goes_past, places_at, scratch_at, table_of
 from attnshape.cpu.threads import over_rows, scratch
 from attnshape.types import compute_dtype
 
@@ -31,20 +32,20 @@ def chunk_of(unit: int, width: int) -> tuple[int, int, int]:
     """Row, first token and number of tokens of a chunk."""
     chunks = (width + CHUNK - 1) // CHUNK
     first = unit % chunks * CHUNK
-    return unit // chunks, first, min(CHUNK, width - first)
+    return unit // chunks, first, least(CHUNK, width - first)
 
 
 @entry
 def measure(places: Any, width: int, scratch: Any, moments: Any, low: int, high: int) -> None:
     """Count, mean and sum of squared deviations of the unmasked tokens of chunks ``low:high``."""
-    s = scratch_of(scratch)
+    places, s = places_at(places, 0), scratch_at(scratch, 0)
     put(s, SUM, splat(0.0))
     put(s, SUM_2, splat(0.0))
     for unit in range(low, high):
         row, first, length = chunk_of(unit, width)
         count, near = 0, 0.0
         for t in range(first, first + length, BLOCK):
-            n = min(BLOCK, first + length - t)
+            n = least(BLOCK, first + length - t)
             live = load_mask(places, MASK, start_of(places, MASK, row, t), n, s, LIVE)
             for j in range(n, BLOCK):
                 s[LIVE + j] = 0.0
@@ -82,7 +83,7 @@ def apply(
     whiten_masked: bool, scratch: Any, low: int, high: int,
 ) -> None:  # fmt: skip
     """``(x - mean) * scale`` of chunks ``low:high``."""
-    s = scratch_of(scratch)
+    places, s = places_at(places, 0), scratch_at(scratch, 0)
     mean = moments[1]
     variance = moments[2] / max(moments[0] - 1.0 if bessel else moments[0], 1.0)
     if eps_mode == ADD_TO_STD:
@@ -95,7 +96,7 @@ def apply(
     for unit in range(low, high):
         row, first, length = chunk_of(unit, width)
         for t in range(first, first + length, BLOCK):
-            n = min(BLOCK, first + length - t)
+            n = least(BLOCK, first + length - t)
             load(places, X, start_of(places, X, row, t), n, s, REWARDS)
             if not whiten_masked:
                 load_mask(places, MASK, start_of(places, MASK, row, t), n, s, LIVE)
@@ -105,6 +106,7 @@ def apply(
                     x = where(get(s, LIVE + j) != none, x, none)
                 put(s, REWARDS + j, x)
             store(places, OUT, start_of(places, OUT, row, t), n, s, REWARDS)
+    fence()
 
 
 def whiten(
@@ -119,6 +121,8 @@ def whiten(
     out = torch.empty(x.shape, dtype=compute_dtype(x))
     tensors = [mask.reshape(shape), x.reshape(shape), out.view(shape)]
     places = table_of(tensors)
+    if out.dtype == torch.float32 and goes_past(out.nbytes):
+        places[OUT, KIND] = F32_PAST
     rows, width = tensors[1].shape
     units = rows * -(-width // CHUNK)
     work = min(width, CHUNK)

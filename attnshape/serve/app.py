@@ -26,11 +26,12 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+import attnshape
 from attnshape.serve.batching import BatchQueue
 from attnshape.serve.metrics import Metrics
 from attnshape.serve.page import page
 from attnshape.serve.process import Job, work
-from attnshape.serve.protocol import BODY, Answer, Completion, Failure, answer, parse
+from attnshape.serve.protocol import BODY, EXAMPLE, Answer, Completion, Failure, answer, parse
 from attnshape.serve.workers import Pool, State
 from attnshape.text.load import RewardModelConfig, check_device, load_reading
 from attnshape.text.reader import Example, Reader
@@ -178,6 +179,7 @@ def create_app(config: ServeConfig, reader: Reader, pool: Pool) -> FastAPI:
     # FastAPI's pages of documentation fetch their scripts from elsewhere; /docs is one of our own.
     app = FastAPI(
         title="attnshape",
+        version=attnshape.__version__,
         description="Score and credit per token of a reward model.",
         docs_url=None,
         redoc_url=None,
@@ -199,7 +201,12 @@ def create_app(config: ServeConfig, reader: Reader, pool: Pool) -> FastAPI:
         response_model=Answer | Failure | list[Answer | Failure],
         responses={status: {"model": Failure} for status in (400, 401, 408, 413, 415, 422, 429, 503)},
         dependencies=[] if config.api_key is None else [Depends(HTTPBearer(auto_error=False))],
-        openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": BODY}}}},
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": BODY, "example": EXAMPLE}},
+            }
+        },
     )
     async def score(request: Request) -> Response:
         """Score and credit of one completion, or of each of a list.

@@ -9,7 +9,7 @@ from typing import Any
 
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-    "pre{background:#f4f4f6;padding:.8rem;overflow:auto;font-size:13px}"
+    "pre{background:#f4f4f6;padding:.8rem;overflow:auto;font-size:13px;white-space:pre-wrap}"
     "table{border-collapse:collapse}td{padding:.1rem 1rem .1rem 0;vertical-align:top}"
     "@media(prefers-color-scheme:dark){body{background:#16161a;color:#ddd}pre{background:#222}}"
 )
@@ -25,7 +25,7 @@ def page(description: Mapping[str, Any]) -> str:
             parts.append(f"<h2><code>{method.upper()} {escape(path)}</code></h2>")
             parts.append(f"<p>{escape(operation.get('description', ''))}</p>")
             body = operation.get("requestBody", {}).get("content", {})
-            parts += [f"<p>Body, {escape(kind)}:</p>{_json(x['schema'])}" for kind, x in body.items()]
+            parts += [_body(kind, x) for kind, x in body.items()]
             rows = [
                 f"<tr><td>{escape(status)}</td><td>{escape(answer.get('description', ''))}</td>"
                 f"<td>{_of(answer)}</td></tr>"
@@ -38,6 +38,13 @@ def page(description: Mapping[str, Any]) -> str:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(info["title"])}</title>'
         f"<style>{STYLE}</style><body>{''.join(parts)}</body></html>"
     )
+
+
+def _body(kind: str, content: Mapping[str, Any]) -> str:
+    """An example, where there is one, and the schema below it, folded."""
+    example = f"<pre>{escape(json.dumps(content['example']))}</pre>" if "example" in content else ""
+    schema = f"<details><summary>its schema</summary>{_json(content['schema'])}</details>"
+    return f"<p>Body, {escape(kind)}:</p>{example}{schema}"
 
 
 def _json(x: object) -> str:

@@ -107,6 +107,8 @@ def _form(*names: str) -> dict[str, Any]:
 _FORMS = [_form("prompt", "response"), _form("messages")]
 BODY = {"anyOf": [*_FORMS, {"type": "array", "items": {"anyOf": _FORMS}, "minItems": 1}]}
 """Schema of a request's body."""
+EXAMPLE = {"prompt": "Was it good? ", "response": "Not bad.", "offsets": [[0, 3], [3, 7], [7, 8]]}
+"""Such a body."""
 
 
 def parse(body: bytes) -> Completion | list[Completion]:

@@ -89,7 +89,7 @@ def align(source_offsets: Offsets, target_offsets: Offsets) -> Alignment:
     Raises:
         ValueError: a span ends before it starts or starts below 0, or the two are not of as many sequences.
 
-    Example:
+    Examples:
         >>> carry = align([(0, 4), (4, 8)], [(0, 2), (2, 8)])  # where each token starts and ends
         >>> carry(torch.tensor([1.0, 3.0]))
         tensor([0.5000, 3.5000])

@@ -156,7 +156,7 @@ def audit(
     Raises:
         ValueError: fewer than two completions can be scored.
 
-    Example:
+    Examples:
         judge = CreditModel("reward-model")
         found = audit(judge, [judge.reader().read(prompt, response) for prompt, response in pairs])
         print(found.advice)

@@ -89,13 +89,15 @@ def _view(view: View, item: CreditItem) -> str:
 
 def _token(text: str, reward: float, even: float, *, first: bool) -> str:
     stop = ' tabindex="0"' if first else ""
+    word = text.lstrip(" ") or text  # where a line breaks, a coloured space would be left behind
+    before = text[: len(text) - len(word)]
     if not math.isfinite(reward):
-        return f'<span class="t bad" title="{reward}"{stop}>{_visible(text)}</span>'
+        return f'{before}<span class="t bad" title="{reward}"{stop}>{_visible(word)}</span>'
     shares = abs(reward) / even if even else 0.0
     sign = " minus" if reward < 0 else ""
     return (
-        f'<span class="t{sign}" style="--a:{min(shares / FULL, 1):.3f}" '
-        f'title="{_number(reward)}, {shares:.1f} × even"{stop}>{_visible(text)}</span>'
+        f'{before}<span class="t{sign}" style="--a:{min(shares / FULL, 1):.3f}" '
+        f'title="{_number(reward)}, {shares:.1f} × even"{stop}>{_visible(word)}</span>'
     )
 
 
@@ -151,8 +153,8 @@ main.addEventListener("click", (event) => {
 main.addEventListener("keydown", (event) => {
   const token = event.target;
   if (!token.matches(".t") || event.ctrlKey || event.altKey || event.metaKey || event.shiftKey) return;
-  const to = { ArrowRight: token.nextSibling, ArrowLeft: token.previousSibling,
-    Home: token.parentNode.firstChild, End: token.parentNode.lastChild }[event.key];
+  const to = { ArrowRight: token.nextElementSibling, ArrowLeft: token.previousElementSibling,
+    Home: token.parentNode.firstElementChild, End: token.parentNode.lastElementChild }[event.key];
   if (to === undefined) return;
   event.preventDefault();
   if (to) focus(to);

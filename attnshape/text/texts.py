@@ -86,7 +86,7 @@ def align_texts(
             arguments are not as many; ``input_ids`` are not the tokens of the sources; a tokenizer that must
             give offsets is not a fast one.
 
-    Example:
+    Examples:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
         >>> from transformers import PreTrainedTokenizerFast
         >>> words = Tokenizer(models.WordLevel({"[user]": 0, "good": 1, "film": 2}, unk_token="[user]"))
@@ -260,7 +260,7 @@ def decoded_spans(
     Args:
         ids: of one sequence, int ``[R]``.
 
-    Example:
+    Examples:
         >>> from tokenizers import Tokenizer, models
         >>> from transformers import PreTrainedTokenizerFast
         >>> words = Tokenizer(models.WordLevel({"good": 0, "film": 1}, unk_token="good"))

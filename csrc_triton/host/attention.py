@@ -39,8 +39,21 @@ from csrc_triton.launch import (
     tokens,
 )
 
+# Guesses until a GPU has measured: `make gpu` times others too, and prints those that should stand here.
 CHUNK = 512
 """Response tokens a program shapes at once."""
+KEYS = 64
+"""Keys of a chunk, half as many where a key has 512 bytes: 16 KB of width 128 in bfloat16."""
+STAGES = 4
+"""Chunks of keys that may be on their way at once, and one; so many buffers of shared memory, less one."""
+WARPS = 4
+"""Of a program that reads keys, and of one that sweeps: both add the tokens of a chunk in one order."""
+PROGRAMS = 8
+"""Per multiprocessor, at least, before a program reads several chunks of keys one after the other."""
+MOST_SPLIT = 16
+"""Chunks of keys that a program reads, at most."""
+REGISTERS = 168
+"""Of a thread, at most, where nothing spills with so few: three programs fit a multiprocessor."""
 SCAN = 1024
 """Tokens a preparation program looks at at once."""
 ONE_LAUNCH = 2048
@@ -216,7 +229,7 @@ def attend(
     launch(
         ATTEND,
         grid.n_tasks + leaders,
-        registers(255 if width > product.BLOCK_D or (rules and rules.TWO_RECURRENCES) else 168),
+        registers(255 if width > product.BLOCK_D or (rules and rules.TWO_RECURRENCES) else REGISTERS),
         axis=axis,
         layer=operands,
         left=left,
@@ -358,6 +371,7 @@ def operands_of(layer: LayerInputs, n_layers: int = 1, only_kept: bool = False) 
         key.element_size(),
         key_unit > 1 and key.data_ptr() % 16 == 0,
         (query.stride(-1), key.stride(-1), query_unit, key_unit),
+        STAGES,
         key_strides[2] * chunk >= 2**31,
         only_kept,
         interpreted(),
@@ -373,6 +387,7 @@ def _product(
     itemsize: int,
     wide: bool,
     strides: tuple[int, int, int, int],
+    stages: int,
     far: bool,
     only_kept: bool,
     interpreted: bool,
@@ -393,7 +408,7 @@ def _product(
         KEY_UNIT=key_unit,
         FAR=far,
         UPCAST=interpreted,
-        STAGES=4 if wide else 1,
+        STAGES=stages if wide else 1,
         FOLD=fold_size(group, width),
         ONLY_KEPT=only_kept,
     )
@@ -412,20 +427,17 @@ def fold_size(group: int, width: int) -> int:
 
 
 def chunk_size(key: Tensor) -> int:
-    """Keys per chunk, a constant of the layer: at most 16 KB in half precision; three are on their way.
-
-    64 keys of width 128 in bfloat16 are 16 KB; 32 of width 256.
-    """
-    return 32 if padded(key.shape[-1]) * key.element_size() >= 512 else 64
+    """Keys per chunk, a constant of the layer."""
+    return KEYS // 2 if padded(key.shape[-1]) * key.element_size() >= 512 else KEYS
 
 
 def chunks_per_program(n_chunks: int, processors: int) -> int:
-    """Chunks of keys that a program reads one after the other: few enough for 8 programs per multiprocessor.
+    """Chunks of keys a program reads one after the other: few enough for ``PROGRAMS`` per multiprocessor.
 
-    E.g. 4 of 8192 in all (32 sequences of 2048 keys, 8 key heads) on 132 multiprocessors; at most 16.
+    E.g. 4 of 8192 in all (32 sequences of 2048 keys, 8 key heads) on 132 multiprocessors.
     """
     split = 1
-    while split < 16 and n_chunks >= split * 2 * 8 * processors:
+    while split < MOST_SPLIT and n_chunks >= split * 2 * PROGRAMS * processors:
         split *= 2
     return split
 
@@ -452,7 +464,7 @@ def launch(launcher: Launcher, programs: int, *options: dict[str, int], **argume
     if not programs:
         return
     try:
-        launcher(programs, COMPILER | dict(*options), **arguments)
+        launcher(programs, COMPILER | {"num_warps": WARPS} | dict(*options), **arguments)
     except BaseException:
         grid = arguments.get("grid")
         if grid is not None and grid.p_counters is not None:

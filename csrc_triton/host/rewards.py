@@ -33,6 +33,23 @@ from csrc_triton.launch import (
 )
 from csrc_triton.sweep import chunks_kernel, rows_kernel
 
+# Guesses until a GPU has measured, as in `host/attention.py`.
+REGISTERS = 168
+"""Of a thread of the sweep, at most, where nothing spills with so few."""
+
+
+class Steps(NamedTuple):
+    """Microseconds of a chunk, whose loads wait for each other; three programs fit a multiprocessor."""
+
+    alone: float = 3  # of a program that has the row to itself
+    shared: float = 4  # of its two tasks, where programs share a row
+    last: float = 4  # more at the end of a shared row
+    averaging_alone: float = 6  # more where heads are averaged
+    averaging_shared: float = 3
+
+
+STEPS = Steps()
+
 ROWS = Launcher(rows_kernel)
 CHUNKS = Launcher(chunks_kernel)
 
@@ -207,7 +224,7 @@ def _sweep(
     batch, packed, device = response.n_rows, response.p_cu is not None, response.p_mask.device
     n_tasks, chunks_per_row = chunks_of(response)
     longest, averaging = ceil_div(response.width, attention.CHUNK), source == "terms"
-    many = registers(255 if averaging or job["rules"].TWO_RECURRENCES else 168)
+    many = registers(255 if averaging or job["rules"].TWO_RECURRENCES else REGISTERS)
     job = (read or dict.fromkeys(("axis", "layer", "left", "mean"))) | job
     if not in_chunks(batch, longest, n_tasks, processors(device), averaging):
         launch(ROWS, batch, many, **job, SOURCE=source)
@@ -227,13 +244,12 @@ def _sweep(
 def in_chunks(batch: int, longest: int, n_chunks: int, processors: int, averaging: bool = False) -> bool:
     """Whether rows are swept by a program per chunk, not per row.
 
-    ``longest`` is the most chunks that a row may have. Guessed from the loads that wait for each other: alone
-    with its row, a program takes 3 microseconds a chunk; sharing it, 4 for each of a chunk's two tasks, and 4
-    more at the end; ``averaging`` heads takes either 6 more a chunk. Three programs fit a multiprocessor.
+    ``longest`` is the most chunks that a row may have. By ``STEPS``; ``averaging`` heads takes either longer.
     """
     at_once = 3 * processors
-    alone = (9 if averaging else 3) * longest * max(1.0, batch / at_once)
-    shared = 4 + (7 if averaging else 4) * max(1.0, 2 * n_chunks / at_once)
+    alone = (STEPS.alone + averaging * STEPS.averaging_alone) * longest * max(1.0, batch / at_once)
+    each = STEPS.shared + averaging * STEPS.averaging_shared
+    shared = STEPS.last + each * max(1.0, 2 * n_chunks / at_once)
     return longest > 1 and shared < alone
 
 

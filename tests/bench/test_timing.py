@@ -62,6 +62,19 @@ def test_every_call_takes_its_turn_in_every_repeat(clock: FakeTime) -> None:
     assert {repeat[0] for repeat in repeats} == set(lengths)  # none always follows the same one
 
 
+def test_a_sample_does_not_pay_for_what_ran_before_it(clock: FakeTime) -> None:
+    """The first call after another entry's takes six times as long, as one of 50 us does on a CPU."""
+    last = []
+
+    def call(name: str, seconds: float) -> None:
+        clock.sleep(seconds if last[-1:] == [name] else 6 * seconds)
+        last.append(name)
+
+    calls = {"short": [lambda: call("short", 5e-5)], "long": [lambda: call("long", 8e-3)]}
+    timings = time_calls(calls, CPU, 0.1)
+    assert timings["short"].samples == pytest.approx([5e-5] * len(timings["short"].samples))
+
+
 def test_ratios_are_of_one_repeat() -> None:
     """The machine slows down by ten on the way: the ratio of neighbours does not see it."""
     slow = Timing((2.0, 2.0, 20.0, 20.0, 24.0), "clock", 2.0)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import attnshape
 from attnshape import AttentionInputs, Response, ShapingConfig
-from attnshape.cpu import arithmetic, lanes
+from attnshape.cpu import arithmetic, lanes, memory
 from attnshape.cpu.jit import OPTIONS, entry
-from attnshape.cpu.memory import scratch_of
+from attnshape.cpu.memory import scratch_at
 from attnshape.types import decay, float32_rounded
 
 
@@ -34,8 +34,25 @@ def test_golden_vectors(name: str, packed: bool) -> None:
     out = attnshape.shape_rewards(**given, config=config, backend="cpu")
     with np.load(golden.FILE) as recorded:
         for output in golden.OUTPUTS:
-            got = getattr(out, output).view(shape).numpy()
-            assert np.array_equal(got, recorded[f"{name}.{output}"]), output
+            want = recorded[f"{name}.{output}"]
+            assert np.array_equal(getattr(out, output).view(want.shape).numpy(), want), output
+
+
+@pytest.mark.parametrize("name", golden.WHITENINGS)
+def test_golden_vectors_of_whitening(name: str) -> None:
+    given = golden.given(torch.float32)
+    got = attnshape.whiten(given["values"], given["response"], golden.WHITENINGS[name], backend="cpu")
+    with np.load(golden.FILE) as recorded:
+        assert np.array_equal(got.numpy(), recorded[f"whiten.{name}"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", golden.ROWS)
+def test_golden_vectors_of_rows(name: str, dtype: torch.dtype) -> None:
+    """An exponential is made of sums and products here, so its bits are the same everywhere too."""
+    got = attnshape.attention_row(golden.attention(name, dtype), backend="cpu")
+    with np.load(golden.FILE) as recorded:
+        assert np.array_equal(got.numpy(), recorded[f"row.{name}"])
 
 
 def test_the_golden_vectors_are_those_of_the_reference() -> None:
@@ -45,11 +62,11 @@ def test_the_golden_vectors_are_those_of_the_reference() -> None:
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.99, 0.95), (1.0, 0.3)])
-@pytest.mark.parametrize("skip", [True, False])
-def test_the_recurrence_is_python_s_own(gamma: float, lam: float, skip: bool) -> None:
+@pytest.mark.parametrize("skip", [True, False, None])
+def test_the_recurrence_is_python_s_own(gamma: float, lam: float, skip: bool | None) -> None:
     """Python rounds every product and every sum: what contracts them, or takes another order, differs."""
     r, v = golden.numbers(2 * 5000, 5).view(2, 5000)
-    mask = golden.numbers(5000, 6) > -0.7
+    mask = golden.numbers(5000, 6) > (-0.7 if skip is not None else -2)  # the latter: no token is masked
     config = ShapingConfig(gamma=gamma, lam=lam, mask_semantics="skip" if skip else "zero")
     got = attnshape.gae(r[None] / 3, v[None] / 7, mask[None], config, backend="cpu")
     gl, g32 = decay(gamma, lam), float32_rounded(gamma)
@@ -65,6 +82,25 @@ def test_the_recurrence_is_python_s_own(gamma: float, lam: float, skip: bool) ->
             w = gl * w
     want = torch.tensor(advantages[::-1], dtype=torch.float64).float()
     assert torch.equal(got.advantages[0], want)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_bits_do_not_depend_on_how_tokens_lie(packed: bool) -> None:
+    """Neighbours in memory are taken as vectors, backwards, others one by one into a block first."""
+    lengths = torch.tensor([1, 7, 8, 127, 128, 129, 250, 255, 256, 300, 0])
+    mask = torch.arange(300) < lengths[:, None]
+    x = golden.numbers(2 * mask.numel(), 13).view(2, *mask.shape)
+    bootstrap, config = golden.numbers(len(lengths), 14), ShapingConfig(gamma=0.99, lam=0.9)
+    response: Response | Tensor = mask
+    if packed:
+        bounds = torch.cat([torch.zeros(1), lengths.cumsum(0)]).to(torch.int32)
+        x, response = x[:, mask], Response(mask[mask], cu_seqlens=bounds)
+    apart = torch.stack([x, x], -1)[..., 0]
+    assert apart.stride(-1) == 2
+    side_by_side, one_by_one = (
+        attnshape.gae(r, v, response, config, bootstrap=bootstrap, backend="cpu") for r, v in (x, apart)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(side_by_side, one_by_one, strict=True))
 
 
 @pytest.mark.parametrize("width", [16, 24, 80, 128])
@@ -123,7 +159,7 @@ def test_nothing_is_contracted() -> None:
 
     @entry
     def products(x: Any, y: Any, out: Any) -> None:
-        lanes.products_f64(x.ctypes.data, 32, 1, y.ctypes.data, 0, 32, 1, 32, 1.0, scratch_of(out), 0, 1)
+        lanes.products_f64(x.ctypes.data, 32, 1, y.ctypes.data, 0, 32, 1, 32, 1.0, scratch_at(out, 0), 0, 1)
 
     x = np.zeros(32)
     x[0], x[16] = 1 + 2.0**-30, 1.0
@@ -132,6 +168,25 @@ def test_nothing_is_contracted() -> None:
     out = np.ones(1)
     products(x, y, out)
     assert out[0] == 0.0  # fused: 2 ** -60
+
+
+@pytest.mark.parametrize("width", [8, 300, 131])
+def test_what_goes_past_the_caches_is_the_same(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that begin where a vector may be written, and rows that do not; with holes too."""
+    x = golden.numbers(4 * 9 * width, 3).view(4, 9, width)
+    mask = torch.ones(9, width)
+    mask[3, width // 2] = 0
+
+    def computed() -> list[Tensor]:
+        out = attnshape.shape_rewards(x[0, :, 0], x[1].abs(), mask, values=x[2], backend="cpu")
+        advantages = attnshape.gae(x[0], x[1], mask, backend="cpu")
+        white = attnshape.whiten(x[3], mask, backend="cpu")
+        return [out.rewards, out.advantages, out.returns, out.credit, *advantages, white]
+
+    want = computed()
+    monkeypatch.setattr(memory, "PAST", 0)
+    assert memory.goes_past(1)
+    assert all(torch.equal(a, b) for a, b in zip(computed(), want, strict=True))
 
 
 def test_a_lost_row_leaves_nothing_behind() -> None:

@@ -1,6 +1,7 @@
 """The compiled loops in real processes: their cache, threads, forks, interrupts."""
 
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.parallel_sum import total
 from support.processes import run_together
 
 import attnshape
@@ -105,43 +107,21 @@ print(early, out)
     assert list(cache.rglob("*.nbi"))
 
 
-PARALLEL = """
-import torch, attnshape
-torch.set_num_threads(3)
-g = torch.Generator().manual_seed(0)
-x = torch.rand(64, 8192, generator=g)
-mask = torch.ones_like(x)
-def total(_=None):
-    # numpy sums: PyTorch's own threads do not outlive a fork, and its sum would wait for them
-    return float(attnshape.gae(x, x, mask).advantages.numpy().sum())
-"""
-
-
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_workers(method: str, tmp_path: Path) -> None:
+def test_workers(method: str, three_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A forked child has none of the threads that its parent used."""
-    (tmp_path / "work.py").write_text(PARALLEL)
-    program = f"""
-import multiprocessing, work
-if __name__ == "__main__":
-    here = work.total()
-    with multiprocessing.get_context({method!r}).Pool(1) as pool:
-        assert pool.map_async(work.total, range(4)).get(timeout=120) == [here] * 4
-    assert work.total() == here
-    print("ok")
-"""
-    (tmp_path / "main.py").write_text(program)
-    start = f"import runpy; runpy.run_path({str(tmp_path / 'main.py')!r}, run_name='__main__')"
-    # PyTorch's own threads are what newer Pythons warn of in a forked process.
-    start = "import warnings; warnings.simplefilter('ignore', DeprecationWarning); " + start
-    out, _ = finished(run(start, paths=os.pathsep.join([f"{ROOT}", f"{tmp_path}"])))
-    assert out == "ok"
+    monkeypatch.undo()  # PyTorch would fill what is poisoned by threads that do not outlive a fork
+    here = total()
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.map_async(total, range(4)).get(timeout=120) == [here] * 4
+    assert total() == here
 
 
 def test_an_interrupt_ends_a_call_and_spoils_nothing() -> None:
     """Nor does the end of the process."""
-    program = f"""{PARALLEL}
+    program = """
 import atexit, os, signal
+from support.parallel_sum import total
 parent = os.getppid()  # whose end ends this one
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born without it
 atexit.register(lambda: print(total() == want))
@@ -154,7 +134,7 @@ except KeyboardInterrupt:
     pass
 assert total() == want
 """
-    process = run(program)
+    process = run(program, paths=os.pathsep.join([f"{ROOT}", f"{ROOT / 'tests'}"]))
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.2)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from support.processes import FORK, start
+from support.processes import FORK, like_spawned, start
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -35,7 +35,7 @@ from attnshape.demo.models import (
     held_out_accuracy,
     trained_models,
 )
-from attnshape.demo.ppo import PPOConfig, Rollout, train
+from attnshape.demo.ppo import Completion, PPOConfig, Record, Rollout, train
 from attnshape.demo.run import (
     REVIEWS_TRUTH,
     Setup,
@@ -118,24 +118,37 @@ def test_interrupted_training_leaves_no_folder(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("method", ["sparse", "ABC"])
-def test_true_reward_rises(setup: Setup, method: str) -> None:
-    mean, std, initial, _ = setup.reference(PPO)
-    actor, judge = replace(setup, mean=mean, std=std).load()
-    records, completions = train(actor, judge, setup.prompts, PPO, method=method, seed=11, truth=setup.truth)
-    assert initial is not None
-    assert sum(r["true_reward"] for r in records[-10:]) / 10 > initial + 0.5
-    assert sum(r["score"] for r in records[-10:]) / 10 > 0.5
+def assert_records(records: list[Record], completions: list[Completion]) -> None:
     assert abs(records[0]["kl"]) < 1e-3  # the policy is its own reference at first
     assert records[-1]["kl"] > 0
     assert all(PPO.shortest <= r["length"] <= PPO.new_tokens and 0 <= r["end_mass"] < 1 for r in records)
-    entropy = [r["credit_entropy"] for r in records]
-    assert max(entropy) == 0 if method == "sparse" else min(entropy) > 0.5
     for completion in completions:
         assert len(completion.tokens) == len(completion.credit)
         assert sum(completion.credit) == pytest.approx(1, abs=1e-5)
         words = (completion.prompt + "".join(completion.tokens)).replace(EOS, "").split()
         assert completion.true_reward == pytest.approx(REVIEWS_TRUTH.reward(words))
+
+
+def test_true_reward_rises(setup: Setup) -> None:
+    mean, std, initial, _ = setup.reference(PPO)
+    actor, judge = replace(setup, mean=mean, std=std).load()
+    records, completions = train(actor, judge, setup.prompts, PPO, method="ABC", seed=11, truth=setup.truth)
+    assert initial is not None
+    assert sum(r["true_reward"] for r in records[-10:]) / 10 > initial + 0.5
+    assert sum(r["score"] for r in records[-10:]) / 10 > 0.5
+    assert min(r["credit_entropy"] for r in records) > 0.5
+    assert_records(records, completions)
+
+
+def test_a_sparse_score_is_the_last_tokens(setup: Setup) -> None:
+    actor, judge = setup.load()
+    ppo = replace(PPO, steps=3)
+    records, completions = train(
+        actor, judge, setup.prompts, ppo, method="sparse", seed=11, truth=setup.truth
+    )
+    assert [r["credit_entropy"] for r in records] == [0, 0, 0]
+    assert all(completion.credit[-1] == 1 for completion in completions)
+    assert_records(records, completions)
 
 
 def test_log_probabilities_are_those_of_the_sampling_distribution(setup: Setup) -> None:
@@ -395,7 +408,7 @@ def run_on_terminal(config: DemoConfig, output: Path, errors: Path) -> None:
 
 @pytest.mark.parametrize(
     ("workers", "how", "kind"),
-    [(1, "ctrl-c", "fork"), (2, "ctrl-c", "spawn"), (2, "parent killed", "fork")],
+    [(1, "ctrl-c", "fork"), (2, "ctrl-c", "like spawn"), (2, "parent killed", "fork")],
 )
 def test_interrupted_run(
     cache_dir: Path,
@@ -406,7 +419,7 @@ def test_interrupted_run(
     how: str,
     kind: str,
 ) -> None:
-    context = multiprocessing.get_context(kind)
+    context = FORK if kind == "fork" else like_spawned("attnshape.demo.run")
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
     out, output, errors = tmp_path / "out", tmp_path / "output", tmp_path / "errors"
     config = DemoConfig(

@@ -408,9 +408,22 @@ def test_responses_out_of_range(start: int, packed: bool, guarded: Callable[[], 
     assert status.tolist() == [OUT_OF_RANGE, 0]
     assert actual.view(2, 10)[0].isnan().equal(mask[0] != 0)
     assert actual.view(2, 10)[1].equal(fine[1])
+    guarded()
+
+
+@pytest.mark.parametrize("outside", [-2, 300])
+@pytest.mark.parametrize("packed", [False, True])
+def test_tokens_out_of_range(outside: int, packed: bool, guarded: Callable[[], None]) -> None:
+    """Where it is masked, no place counts."""
+    inputs = layer(300)
+    mask = torch.ones(2, 10, device=DEVICE)
+    mask[:, 4] = 0
+    cu = ints(0, 10, 20) if packed else None
+    shape = (20,) if packed else (2, 10)
+    fine, _ = raw(inputs, mask, ints(0, 7))
     index = torch.arange(10, device=DEVICE).repeat(2, 1) + 7
     index[:, 4] = HUGE
-    index[0, 7] = 300 if start > 0 else -2
+    index[0, 7] = outside
     actual, status = raw(inputs, mask.view(shape), index=index.view(shape), cu=cu)
     assert status.tolist() == [OUT_OF_RANGE, 0]
     assert actual.view(2, 10)[0].isnan().equal(mask[0] != 0)
@@ -451,7 +464,8 @@ def test_cu_seqlens_out_of_range(bounds: list[int], sound: list[int], guarded: C
     plain = AttentionInputs(query, key.expand(4, -1, -1, -1).transpose(1, 2), 0.2)
     credit, status = raw(plain, packed_mask, start, cu=ints(*bounds))
     assert [b for b in range(4) if status[b] == 0] == sound
+    rows = row(plain) if sound else None
     for b in sound:
         lo, hi = bounds[b], bounds[b + 1]
-        assert credit[lo:hi].equal(row(plain)[b, : hi - lo])
+        assert credit[lo:hi].equal(rows[b, : hi - lo])
     guarded()

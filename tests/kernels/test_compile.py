@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import triton
-from support.kernels import kernels
+from support.kernels import compiling, kernels, tracing
 
 from benchmarks.cases import budget_cases
 from benchmarks.cost_model import Gpu, estimate
 from benchmarks.kernel_facts import STORE, TARGETS, read, written
-from benchmarks.kernel_table import ROOT, TABLE, markdown, printed_apart, table_of
+from benchmarks.kernel_table import ROOT, TABLE, markdown, table_of
 from benchmarks.sass import atomic_orders
 
+TABLE_MODULE = "benchmarks.kernel_table"
 SHARED_LIMIT = {target: 64 * 1024 if target == "gfx942" else 99 * 1024 for target in TARGETS}
 CUDA = [target for target in TARGETS if target != "gfx942"]
 PINNED = re.search(r"^triton==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
@@ -24,7 +25,7 @@ PINNED = re.search(r"^triton==(.*)$", (ROOT / "constraints.txt").read_text(), re
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict]:
     """Compiled only where ``kernels.jsonl`` does not know them."""
-    return printed_apart("found")
+    return json.loads(tracing(TABLE_MODULE, "found"))
 
 
 @pytest.fixture(params=TARGETS)
@@ -180,7 +181,8 @@ def test_hand_offs_without_order_are_seen(tmp_path: Path) -> None:
                 text = text.replace(f'sem="{order}"', 'sem="relaxed"')
         path.write_text(text)
         relaxed |= found
-    [facts, *_] = launched(printed_apart("found", "sm_90", "^sweep, 8x32768", root=tmp_path)["sm_90"])
+    found = json.loads(compiling(TABLE_MODULE, "found", "sm_90", "^sweep, 8x32768", root=tmp_path))
+    [facts, *_] = launched(found["sm_90"])
     assert facts["kernel"] == "chunks_kernel"
     assert missing_orders(facts) == relaxed == {"acq_rel", "acquire", "release"}
 
@@ -229,7 +231,7 @@ def test_the_table_is_true(found: dict[str, dict]) -> None:
 def test_what_is_known_is_what_compiling_gives() -> None:
     known = STORE.read_text().splitlines()
     assert STORE.read_text() == written(read())
-    lines = printed_apart("anew", "sm_90,gfx942", "^whiten, moments$").splitlines()
+    lines = json.loads(compiling(TABLE_MODULE, "anew", "sm_90,gfx942", "^whiten, moments$")).splitlines()
     assert lines
     assert set(lines) <= set(known)
 
@@ -246,7 +248,7 @@ def test_launches_are_those_of_the_cost_model(found: dict[str, dict]) -> None:
 
 @pytest.fixture(scope="module")
 def kinds() -> dict:
-    return printed_apart("kinds", "sm_90")
+    return json.loads(tracing(TABLE_MODULE, "kinds", "sm_90"))
 
 
 def test_shapes_do_not_recompile(kinds: dict) -> None:

@@ -194,6 +194,13 @@ def test_counters_are_not_in_the_pool_of_a_graph_that_warms_up(gpu: Gpu) -> None
     assert not gpu.in_pool_of_this_thread(counters.take(gpu.device, 10))
 
 
+def test_counters_are_forgotten() -> None:
+    counters = Counters()
+    counters.take(DEVICE, 10).fill_(1)
+    counters.forget()
+    assert not counters.take(DEVICE, 10).any()
+
+
 def test_counters_grow_and_are_discarded() -> None:
     small = COUNTERS.take(DEVICE, 1)
     assert COUNTERS.take(DEVICE, 1).data_ptr() == small.data_ptr()

@@ -120,11 +120,12 @@ def test_rto_takes_a_dpo_policy(folder: Path, tmp_path: Path) -> None:
 
 def test_summary_of_a_users_runs(folder: Path, tmp_path: Path) -> None:
     for method in ("sparse", "ABC"):
-        for seed in (0, 1):
-            options = ["--length", "8-16", "--seed", seed, "--steps", 11]
-            assert call("cell", method, *options, *own(folder, tmp_path))[0] == 0
-    for path in RUNS.new(tmp_path, "any").parent.iterdir():  # as if they had been run in full
-        path.write_text(path.read_text().replace('"steps":11', '"steps":100'))
+        assert call("cell", method, "--length", "8-16", "--steps", 11, *own(folder, tmp_path))[0] == 0
+    for path in [*RUNS.new(tmp_path, "any").parent.iterdir()]:
+        # As if they had been run in full, and so with another seed.
+        text = path.read_text().replace('"steps":11', '"steps":100')
+        path.write_text(text)
+        path.with_name(path.name.replace("seed=0", "seed=1")).write_text(text.replace('"seed":0', '"seed":1'))
     status, printed = call("summary", "--out", tmp_path)
     assert status == 0, printed
     assert len(RUNS.read(tmp_path)) == 4

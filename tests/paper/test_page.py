@@ -12,8 +12,13 @@ from benchmarks.paper.summary import summarise, to_json
 from benchmarks.paper.sweep import RUNS
 
 
-def test_the_committed_summary_is_that_of_the_committed_runs() -> None:
-    assert (RESULTS / "summary.json").read_text() == to_json(summarise(Results(RESULTS)))
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return Results(RESULTS)
+
+
+def test_the_committed_summary_is_that_of_the_committed_runs(results: Results) -> None:
+    assert (RESULTS / "summary.json").read_text() == to_json(summarise(results))
 
 
 def test_the_tables_of_the_pages_are_the_committed_summarys() -> None:
@@ -30,12 +35,12 @@ def test_the_tables_of_the_pages_are_the_committed_summarys() -> None:
     assert fill(page, in_short(summary["claims"])) == page
 
 
-def test_what_the_recipe_says_of_overlap_and_precision() -> None:
+def test_what_the_recipe_says_of_overlap_and_precision(results: Results) -> None:
     """The bounds and the two exceptions in docs/sources.md, over every reward model of the study."""
-    last = [m["lengths"]["50"]["sources"]["last row"] for m in Results(RESULTS).models]
+    last = [m["lengths"]["50"]["sources"]["last row"] for m in results.models]
     low = [x["precision_at_k"] for x in last if x["overlap"] < 0.12]
     high = [x["precision_at_k"] for x in last if x["overlap"] > 0.4]
-    deep = [m["lengths"]["50"]["sources"]["last row"] for m in Results(RESULTS).models if m["layers"] > 1]
+    deep = [m["lengths"]["50"]["sources"]["last row"] for m in results.models if m["layers"] > 1]
     assert (sum(x["precision_at_k"] > 0.25 for x in deep), len(deep)) == (2, 36)
     assert len(low) > 10
     assert len(high) > 5
@@ -43,8 +48,7 @@ def test_what_the_recipe_says_of_overlap_and_precision() -> None:
     assert min(high) >= 0.33
 
 
-def test_chosen_settings_are_those_that_the_runs_chose() -> None:
-    results = Results(RESULTS)
+def test_chosen_settings_are_those_that_the_runs_chose(results: Results) -> None:
     assert best_of(results.selection("sparse", "lam", "lr")) == (SPARSE_BEST["lam"], SPARSE_BEST["lr"])
     assert best_of(results.selection("RTO", "beta")) == (RTO_BEST,)
 

@@ -20,9 +20,11 @@ import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 from support.reward_models import LIMIT, save
 
+import attnshape
 from attnshape.serve import app as serve_app
 from attnshape.serve.app import BODIES, ServeConfig, build, http_config
 from attnshape.serve.batching import Unavailable
+from attnshape.serve.protocol import Completion
 from attnshape.serve.workers import Pool, State
 from attnshape.text.model import Scored
 from attnshape.text.score_fn import parse_score_fn
@@ -489,6 +491,12 @@ def test_the_page_shows_the_description_and_fetches_nothing(server: Server) -> N
         shown = await server.client.get("/docs")
         assert (shown.status_code, shown.headers["content-type"]) == (200, "text/html; charset=utf-8")
         page = html.unescape(shown.text)
+        assert f"<h1>attnshape {attnshape.__version__}</h1>" in page
+        [example] = re.findall(r"<pre>(.*)</pre>", page)  # on one line; schemas are longer
+        completion = Completion.model_validate_json(example)
+        assert completion.response is not None
+        assert completion.offsets is not None
+        assert [completion.response[a:b] for a, b in completion.offsets] == ["Not", " bad", "."]
         for path, operations in described["paths"].items():
             for method, operation in operations.items():
                 assert f"{method.upper()} {path}" in page

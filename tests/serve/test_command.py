@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
 import random
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import httpx2
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
-from support.processes import run
+from support.processes import like_spawned, run, start
 from support.reward_models import LIMIT, save, tokenizer
 from typer.testing import CliRunner
 
@@ -47,7 +48,8 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 @dataclass
 class Server:
-    process: subprocess.Popen[str]
+    process: BaseProcess
+    errors: Path
     client: httpx2.Client
 
     def health(self) -> dict[str, Any]:
@@ -65,33 +67,34 @@ class Server:
         return sum(sample.value for family in families for sample in family.samples if sample.name == name)
 
 
+def serve(errors: Path, arguments: list[str]) -> None:
+    """The command, in a process that has imported it; its workers are copies of one that it spawns."""
+    sys.warnoptions = ["error"]  # of the workers
+    context = like_spawned("attnshape.serve.process")
+    multiprocessing.get_context = lambda _: context  # type: ignore[assignment]
+    with errors.open("w", buffering=1) as sys.stderr:
+        os.dup2(sys.stderr.fileno(), 2)
+        app(["serve", *arguments])
+
+
 @contextmanager
-def serving(folder: Path, *options: str) -> Iterator[Server]:
-    command = [
-        sys.executable,
-        "-W",
-        "error",
-        "-m",
-        "attnshape",
-        "serve",
-        str(folder),
-        "--port",
-        "0",
-        *options,
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
+def serving(folder: Path, errors: Path, *options: str) -> Iterator[Server]:
+    process = start(serve, errors, [str(folder), "--port", "0", *options])
     try:
-        assert process.stderr.readline().startswith(f"loading {folder} on ")
-        while not (address := re.search(r"http://127\.0\.0\.1:\d+", line := process.stderr.readline())):
-            assert line
+        address = None
+        while address is None:
+            assert process.is_alive(), errors.read_text()
+            time.sleep(0.1)
+            said = errors.read_text() if errors.exists() else ""
+            address = re.search(r"http://127\.0\.0\.1:\d+(?=\n)", said)
+        assert f"loading {folder} on " in said
         limits = httpx2.Limits(max_connections=CLIENTS + 8)
         with httpx2.Client(base_url=address[0], timeout=PATIENCE, limits=limits, trust_env=False) as client:
             assert client.get("/health").status_code == 200
-            yield Server(process, client)
+            yield Server(process, errors, client)
     finally:
         process.kill()
-        process.communicate()
+        process.join()
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +103,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Server]:
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    errors = tmp_path_factory.mktemp("server") / "errors"
     # Batches of a few completions, so that there are many.
-    with serving(folder, "--devices", "cpu,cpu", "--max-batch-tokens", "256") as server:
+    with serving(folder, errors, "--devices", "cpu,cpu", "--max-batch-tokens", "256") as server:
         wait_for(lambda: all(worker["state"] == "ready" for worker in server.health()["workers"]))
         yield server
 
@@ -251,7 +255,7 @@ def test_sigterm_answers_what_was_accepted(server: Server, offline: Offline) -> 
                 os.kill(pid, signal.SIGTERM)  # as a service manager sends it to every process
             asked = clients.submit(server.post, request)
             wait_for(lambda: server.metric("attnshape_pending_completions") == 1)
-            server.process.send_signal(signal.SIGTERM)
+            os.kill(server.process.pid, signal.SIGTERM)
             wait_for(lambda: not takes_connections(server.client.base_url))
         finally:
             for pid in pids:
@@ -259,9 +263,9 @@ def test_sigterm_answers_what_was_accepted(server: Server, offline: Offline) -> 
         response = asked.result(PATIENCE)
     assert response.status_code == 200
     offline.agrees(request, ids, response.json())
-    _, rest = server.process.communicate(timeout=PATIENCE)
-    assert server.process.returncode == 0
-    assert "Traceback" not in rest
+    server.process.join(PATIENCE)
+    assert server.process.exitcode == 0
+    assert "Traceback" not in server.errors.read_text()
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)

@@ -1,4 +1,4 @@
-"""Triton's real launcher over a CUDA driver that launches nothing: ``python -m support.driver LOG``.
+"""Triton's real launcher over a CUDA driver that launches nothing: ``python -m support.driver FOLDER``.
 
 Prints a line for every launch of the calls below: the kernel, whether it was compiled for this launch, and
 what of its grid, its threads and its parameters' bytes is not what the call passed.
@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import struct
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,18 @@ from typing import Any, NamedTuple
 FORMATS = {"i1": "?", "i8": "b", "i32": "i", "i64": "q", "u64": "Q", "fp32": "f"}
 SCRATCH = ["00" * 8] * 2
 """Parameters that Triton adds: pointers to memory that these kernels do not ask for."""
+
+
+def built(folder: Path) -> Path:
+    """The driver that launches nothing, compiled into the folder, where Triton is told to look."""
+    from triton.backends import nvidia
+
+    include = Path(nvidia.__file__ or nvidia.__path__[0]).parent / "include"
+    library, source = folder / "libcuda.so.1", Path(__file__).with_name("libcuda.c")
+    command = ["gcc", "-shared", "-fPIC", "-w", f"-I{include}", str(source), "-o", str(library)]
+    subprocess.run([*command, "-Wl,-soname,libcuda.so.1"], check=True, capture_output=True)
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+    return library
 
 
 def activate(library: Path) -> None:
@@ -200,5 +213,5 @@ def main(log: Path) -> None:
 
 
 if __name__ == "__main__":
-    activate(Path(os.environ["TRITON_LIBCUDA_PATH"]) / "libcuda.so.1")
-    main(Path(sys.argv[1]))
+    activate(built(Path(sys.argv[1])))
+    main(Path(os.environ["CUDA_LOG"]))

@@ -5,13 +5,25 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 FORK = multiprocessing.get_context("fork")
 """Copies have what this process has imported, and draw the numbers that it would draw."""
+
+
+def like_spawned(*imported: str) -> BaseContext:
+    """Each a copy of one new process, which imports these modules: for many that would import them anew.
+
+    As where they are spawned, what they are given is pickled, and they have nothing else of this process.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*imported])
+    return context
 
 
 def start(function: Callable[..., Any], *arguments: Any, **options: Any) -> BaseProcess:
@@ -23,7 +35,15 @@ def start(function: Callable[..., Any], *arguments: Any, **options: Any) -> Base
 
 def _lead(function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     os.setsid()
+    threading.Thread(target=_end_with_the_tests, daemon=True).start()
     function(*arguments, **options)
+
+
+def _end_with_the_tests() -> None:
+    tests = multiprocessing.parent_process()
+    assert tests is not None
+    tests.join()
+    os._exit(1)
 
 
 Ended = subprocess.CompletedProcess[str]

@@ -228,7 +228,7 @@ def test_what_the_command_refuses(tmp_path: Path) -> None:
     assert "3 completions" in result.stdout
 
 
-def test_a_source_that_cannot_be_had_is_a_row_that_says_why(tmp_path: Path) -> None:
+def test_a_source_that_cannot_be_had_is_a_line_that_says_why(tmp_path: Path) -> None:
     folder = save_one_word(tmp_path / "model", 0)
     torch.manual_seed(0)
     config = BertConfig(
@@ -243,5 +243,5 @@ def test_a_source_that_cannot_be_had_is_a_row_that_says_why(tmp_path: Path) -> N
     refused = {row["source"]: row["reason"] for row in saved["refused"]}
     assert {"rollout", "signed_rollout"} <= set(refused)
     assert all(len(reason) > 20 for reason in refused.values())
-    assert "rollout" in result.stdout
+    assert f"without rollout, signed_rollout: {refused['rollout']}" in result.stdout
     assert {"attention", "gradient_embedding"} <= {row["source"] for row in saved["sources"]}

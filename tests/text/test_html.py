@@ -74,7 +74,8 @@ def test_tokens_carry_value_and_colour() -> None:
     ]
     shown = CreditItem("Is it?", ["Not", " bad", "!", ""], -1.0, views, "a note")
     page = Page("".join([page_head("A title", "of the whole"), credit_section(1, shown), PAGE_FOOT]))
-    assert [text for text, _ in page.tokens] == ["Not", " bad", "!", "∅"] * 2
+    assert [text for text, _ in page.tokens] == ["Not", "bad", "!", "∅"] * 2
+    assert 'title="-0.25, 1.0 × even" tabindex="0">Not</span> <span' in credit_section(1, shown)
     # Even would be a quarter, and three in the second: the score's sign is the colour's.
     titles = [attributes["title"] for _, attributes in page.tokens]
     assert titles[:4] == ["-0.25, 1.0 × even", "-0.5, 2.0 × even", "-0.25, 1.0 × even", "0, 0.0 × even"]
@@ -253,11 +254,11 @@ def test_in_a_browser(tmp_path: Path) -> None:
     assert json.loads(found.texts["title"]) == {
         "silent": "",
         "focus": "“good”  attention: 0.5, 0.5 × even   rollout: 1.25, 1.2 × even",
-        "right": "“ film”  attention: 1.5, 1.5 × even   rollout: 0.75, 0.8 × even",
+        "right": "“film”  attention: 1.5, 1.5 × even   rollout: 0.75, 0.8 × even",
         "stop": "0 -1",
         "home": "“good”  attention: 0.5, 0.5 × even   rollout: 1.25, 1.2 × even",
         "edge": "“good”  attention: 0.5, 0.5 × even   rollout: 1.25, 1.2 × even",
-        "end": "“ film”  attention: 1.5, 1.5 × even   rollout: 0.75, 0.8 × even",
+        "end": "“film”  attention: 1.5, 1.5 × even   rollout: 0.75, 0.8 × even",
         "tap": "“bad”  attention: -0.5, 0.7 × even",
         "hover": "“good”  attention: 0.5, 0.5 × even   rollout: 1.25, 1.2 × even",
         "marked": "good|good",

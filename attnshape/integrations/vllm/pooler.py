@@ -80,7 +80,6 @@ class CreditPooler(DispatchPooler):  # type: ignore[misc]
             "%s reads the attention of %s (%s)", ASKED, layer.layer_name, layer.attn_backend.get_name()
         )
 
-    @torch.inference_mode()
     def forward(self, hidden_states: Tensor, pooling_metadata: Any) -> Any:
         outputs = super().forward(hidden_states, pooling_metadata)
         step = None
@@ -109,6 +108,7 @@ class CreditPooler(DispatchPooler):  # type: ignore[misc]
             outputs[i] = torch.cat([outputs[i].float(), row.to(outputs[i].device)])
         return outputs
 
+    @torch.inference_mode()
     def _rows(self, step: Step | None, asked: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """``[sum(lengths)]``; a row that the check refuses turns all off, on every rank."""
         nothing = torch.full((sum(lengths),), REFUSED)
@@ -213,7 +213,10 @@ class Tap:
             ends = (attn_metadata if common is None else common).query_start_loc[1:]
             # Copies: a graph's memory is used again by what follows. Requests of a dummy batch may be empty.
             last = (ends - 1).clamp_(min=0)
-            rows = as_bytes(query).index_select(0, last).view(query.dtype)
+            if query.element_size() == 1:
+                rows = as_bytes(query).index_select(0, last).view(query.dtype)
+            else:
+                rows = query.index_select(0, last)
             self.step = Step(rows, output.index_select(0, last), kv_cache, table)
         return result
 

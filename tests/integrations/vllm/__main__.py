@@ -14,10 +14,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from parity.__main__ import environment
 from parity.adapters import ALONE, PYTEST
+
+from attnshape.files import json_rows
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -26,8 +28,43 @@ UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 """vLLM's builds of these are for GPUs, and are not to be imported beside a torch for CPUs."""
 MODULES = {"server": "server", "cost": "cost"}
 """Cells that are not of ``inside.py``."""
-FRAMEWORKS = {"verl": "v0_trainers_token_rewards", "slime": "token_rewards_reach_the_advantages"}
-"""Whose reward paths are pointed at vLLM's server, and the test of each that does it."""
+
+
+class Elsewhere(NamedTuple):
+    """A test in a framework's own environment, and what it found where it passes."""
+
+    environment: str
+    test: str
+    chosen: str
+    found: dict[str, str]
+
+
+OFFLINE = "those of eager transformers offline"
+ELSEWHERE = {
+    "verl": Elsewhere(
+        "verl",
+        "tests/parity/test_verl_adapter.py",
+        "v0_trainers_token_rewards",
+        {"token rewards": OFFLINE, "advantages": "verl's own of them"},
+    ),
+    "slime": Elsewhere(
+        "slime",
+        "tests/parity/test_slime_adapter.py",
+        "token_rewards_reach_the_advantages",
+        {"token rewards": OFFLINE, "advantages": "slime's own of them"},
+    ),
+    "Ray Data": Elsewhere(
+        "verl",
+        "tests/text/test_over_ray.py",
+        "actor or killed",
+        {
+            "two actors": "the bytes of one process",
+            "an actor killed": "the same",
+            "the run killed, resumed over Ray, and in one process": "the same",
+        },
+    ),
+}
+"""verl's and slime's reward paths, with vLLM's server as their reward model; ``attnshape credit --ray``."""
 COST = ROOT / "benchmarks" / "results" / "vllm_cost.json"
 """What ``cost`` measured; it runs where it is named only."""
 VARIABLES = {
@@ -57,7 +94,7 @@ def cells(python: Path) -> dict[str, dict[str, str]]:
     code += "print(json.dumps({name: cell.environment for name, cell in CELLS.items()}))"
     command, settings = [python, "-c", code], os.environ | VARIABLES
     found = subprocess.run(command, cwd=ROOT, env=settings, check=True, capture_output=True, text=True)
-    return {**json.loads(found.stdout.splitlines()[-1]), **{name: {} for name in (*MODULES, *FRAMEWORKS)}}
+    return {**json.loads(found.stdout.splitlines()[-1]), **{name: {} for name in (*MODULES, *ELSEWHERE)}}
 
 
 def run(python: Path, name: str, variables: dict[str, str], models: Path) -> dict[str, Any] | None:
@@ -70,20 +107,20 @@ def run(python: Path, name: str, variables: dict[str, str], models: Path) -> dic
     return json.loads(out.read_text()) if status == 0 and out.exists() else None
 
 
-def framework(name: str, python: Path, options: argparse.Namespace) -> dict[str, Any] | None:
-    """A framework's own reward path, in its own environment, with vLLM's server as its reward model."""
+def elsewhere(cell: Elsewhere, python: Path, options: argparse.Namespace) -> dict[str, Any] | None:
+    """What is found in a framework's environment; its test starts vLLM's server where it wants one."""
     started = time.monotonic()
-    theirs = environment(name, options.environments.absolute())
+    theirs = environment(cell.environment, options.environments.absolute())
     pip = [theirs, "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, PYTEST], check=True)
-    if name == "slime":
+    if cell.environment == "slime":
         subprocess.run([*pip, "--no-deps", options.slime.absolute()], check=True)
     settings = os.environ | VARIABLES | {"ATTNSHAPE_SERVER": f"{python} -m integrations.vllm.server serve"}
-    test = ROOT / "tests" / "parity" / f"test_{name}_adapter.py"
-    command = [theirs, "-m", "pytest", *ALONE, test, "-k", FRAMEWORKS[name]]
-    status = subprocess.run(command, cwd=ROOT, env=settings, timeout=PATIENCE).returncode
-    took = time.monotonic() - started
-    return {"loading": took, "token rewards": "those of eager transformers offline"} if status == 0 else None
+    command = [theirs, "-m", "pytest", *ALONE, ROOT / cell.test, "-k", cell.chosen]
+    ran = subprocess.run(command, cwd=ROOT, env=settings, timeout=PATIENCE, stdout=subprocess.PIPE, text=True)
+    print(ran.stdout, flush=True)
+    passed = ran.returncode == 0 and "skipped" not in ran.stdout
+    return {"loading": time.monotonic() - started, **cell.found} if passed else None
 
 
 def shown(found: dict[str, Any]) -> str:
@@ -136,16 +173,16 @@ def main() -> None:
     left_out = {"cost"} if options.slime else {"cost", "slime"}
     for name in options.cells or [name for name in known if name not in left_out]:
         print(f"{name} …", flush=True)
-        if name in FRAMEWORKS:
-            result = framework(name, python, options)
+        if name in ELSEWHERE:
+            result = elsewhere(ELSEWHERE[name], python, options)
         else:
             result = run(python, name, known[name], models)
         if result is None:
             failed.append(name)
             continue
         if name == "cost":
-            COST.write_text(json.dumps(result, indent=1) + "\n")
-            print(f"{name}: {100 * result['rows_share']:.2f}% of a batch, {COST}", flush=True)
+            COST.write_text(json_rows(result))
+            print(f"{name}: {100 * result['rows_share']['cpu']:.2f}% of a batch, {COST}", flush=True)
             continue
         found[name] = result
         print(f"{name}: {shown(dict(result))} (loaded in {result['loading']:.0f} s)", flush=True)

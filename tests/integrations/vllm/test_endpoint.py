@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from attnshape.integrations.vllm import answers, endpoint
 from attnshape.integrations.vllm.endpoint import Endpoint
 from attnshape.integrations.vllm.support import REFUSED
+from attnshape.serve import app as serve_app
 from attnshape.text.load import RewardModelConfig
 from attnshape.text.model import CreditModel
 
@@ -194,6 +195,22 @@ def test_the_servers_api_key_guards_the_route(
         assert (await client.get("/health")).status_code == 200
 
     serve(engine, test, api_key=None if variable else ["first", "secret"])
+
+
+def test_a_body_that_dribbles_is_cut_off(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_app, "READ_SECONDS", 0.05)
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    async def test(client: httpx2.AsyncClient) -> None:
+        kind = {"content-type": "application/json"}
+        reply = await client.post("/score", content=body(), headers=kind)
+        assert (reply.status_code, reply.json()) == (408, {"error": "the body took longer than 0.05 s"})
+        assert engine.asked == 0
+
+    serve(engine, test)
 
 
 def test_who_hangs_up_is_not_computed_for(engine: Engine) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnshape import reference
 from attnshape.integrations.vllm import rows as rows_module
-from attnshape.integrations.vllm.pages import keys_and_values
+from attnshape.integrations.vllm.pages import Tokens, keys_and_values
 from attnshape.integrations.vllm.rows import Layer, Step, rows_of
 from attnshape.reference.attention import attend, keys_of_row
 from attnshape.tolerance import credit_bound, error_fraction
@@ -131,6 +131,16 @@ def test_a_quantised_cache_may_come_as_bytes() -> None:
     found, wrong = rows_of(case.layer, step, range(5), LENGTHS, range(5))
     assert wrong is None
     hold(found, case, [*range(5)])
+
+
+def test_a_step_is_one_gather_and_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many requests it has; those that are checked are read again, with their values."""
+    case, calls = made(**SCORES["window"]), []
+    of, row = Tokens.of, rows_module.attention_row
+    monkeypatch.setattr(Tokens, "of", lambda *args: calls.append("gather") or of(*args))
+    monkeypatch.setattr(rows_module, "attention_row", lambda inputs: calls.append("row") or row(inputs))
+    rows_of(case.layer, case.step, range(5), LENGTHS, ())
+    assert calls == ["gather", "row"]
 
 
 def test_rows_have_the_same_bits_however_many_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

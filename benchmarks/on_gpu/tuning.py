@@ -1,0 +1,131 @@
+"""Other constants than those that stand in ``csrc_triton``, a timing each; the best are printed to stand
+there.
+
+A round varies one room's constants together over the budgets' cases; what is best is what loses least over
+all of them (the geometric mean of times over the best of each case). Results are compared with the float64
+ones once for every setting. ``one_launch`` and ``steps`` are thresholds between two ways, each of which is
+timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from attnshape.bench.cases import Case, Shape
+from attnshape.bench.measure import check
+from benchmarks.cases import ATTENTION, LONG, SMALL, SWEEPS
+from benchmarks.on_gpu.budgets import spread
+from benchmarks.on_gpu.machine import Machine
+from benchmarks.on_gpu.work import Item, Worker
+
+SECONDS = 0.06
+"""Of one timing, about."""
+ROOM = "csrc_triton.host."
+
+Constants = Mapping[str, Any]
+"""By name, such as ``attention.KEYS``."""
+
+
+class Round(NamedTuple):
+    """Constants that are tried together, over some cases."""
+
+    name: str
+    settings: Sequence[Constants]
+    cases: Sequence[Case]
+
+
+def product(**choices: Sequence[Any]) -> list[dict[str, Any]]:
+    names = [name.replace("__", ".") for name in choices]
+    return [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*choices.values())]
+
+
+def rounds() -> Iterator[Round]:
+    read = [Case("fused", ATTENTION[0]), Case("fused", ATTENTION[1]), Case("credit", ATTENTION[2])]
+    yield Round(
+        "keys",
+        product(attention__KEYS=(64, 32, 128), attention__STAGES=(4, 3, 5), attention__WARPS=(4, 8)),
+        read[:2],
+    )
+    grids = product(
+        attention__PROGRAMS=(8, 4, 16), attention__MOST_SPLIT=(16, 64), attention__REGISTERS=(168, 128, 255)
+    )
+    yield Round("grid", grids, read)
+    sweeps = [Case(what, shape) for what in ("sweep", "gae") for shape in SWEEPS]
+    sweeps += [Case("sweep", shape) for shape in LONG]
+    settings = product(attention__CHUNK=(512, 256, 1024), rewards__REGISTERS=(168, 128, 96))
+    yield Round("sweep", settings, sweeps)
+    whitening = product(whiten__BLOCK=(2048, 1024, 4096), whiten__PROGRAMS=(8, 4, 16))
+    yield Round("whitening", whitening, [Case("whiten", SWEEPS[0]), Case("whiten", SWEEPS[1])])
+    yield Round("small", product(attention__PROGRAMS=(8, 4, 2)), [Case("fused", SMALL)])
+    widths = (512, 1024, 2048, 4096, 8192)
+    fused = [Case("fused", Shape(batch, n, 2 * n)) for batch in (8, 64) for n in widths]
+    yield Round("one launch", product(attention__ONE_LAUNCH=(1 << 30, 0)), fused)
+    rows = [Shape(b, n) for b in (1, 32, 132, 396, 1024) for n in (1024, 4096, 16384)]
+    ways = product(rewards__in_chunks=(always, never))
+    yield Round("steps", ways, [Case("sweep", shape) for shape in rows])
+
+
+def always(*_: Any, **__: Any) -> bool:
+    return True
+
+
+def never(*_: Any, **__: Any) -> bool:
+    return False
+
+
+def named(constants: Constants) -> str:
+    return ", ".join(f"{name} {getattr(x, '__name__', x)}" for name, x in constants.items())
+
+
+def items(machine: Machine) -> Iterator[Item]:
+    for each in rounds():
+        for case in each.cases:
+            for constants in each.settings:
+                name = f"{each.name}: {named(constants)}: {case.name}"
+                ask = functools.partial(tried, name=each.name, case=case, constants=constants)
+                yield Item(name, ask, 40)
+
+
+@contextlib.contextmanager
+def injected(constants: Constants) -> Iterator[None]:
+    """With other constants in their modules."""
+    before = []
+    for name, value in constants.items():
+        module, _, attribute = name.rpartition(".")
+        of = importlib.import_module(ROOM + module)
+        before.append((of, attribute, getattr(of, attribute)))
+        setattr(of, attribute, value)
+    try:
+        yield
+    finally:
+        for of, attribute, value in before:
+            setattr(of, attribute, value)
+
+
+def tried(worker: Worker, name: str, case: Case, constants: Constants) -> dict[str, Any]:
+    """One setting on one case: first whether it computes the same, then how long it takes."""
+    machine = worker.machine
+    arguments = worker.arguments(case)
+    line: dict[str, Any] = {"round": name, "case": case.name, "constants": plain(constants)}
+    with injected(constants):
+        with worker.watched() as ran:
+            try:
+                machine.call(case, arguments[0])
+            except Exception as error:
+                if "OutOfResources" not in type(error).__name__:
+                    raise
+                return line | {"status": "refused", "error": str(error)[:200]}
+        line |= worker.error(lambda: check(case, arguments[0], "vectorized"))
+        timings = machine.time(
+            {"ours": [functools.partial(machine.call, case, x) for x in arguments]}, SECONDS
+        )
+    return line | {"us": spread(timings["ours"].samples), "kernels": ran}
+
+
+def plain(constants: Constants) -> dict[str, Any]:
+    return {name: getattr(x, "__name__", x) for name, x in constants.items()}
