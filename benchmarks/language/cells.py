@@ -15,6 +15,7 @@ Source: TypeAlias = Literal[
     "ABC shuffled",
     "norm-weighted rollout",
     "gradient x value, signed",
+    "value-weighted last row, signed",
     "incremental, signed",
     "leave-one-out, signed",
 ]
@@ -98,7 +99,8 @@ def _cells() -> list[Cell]:
         add(loop, ("leave-one-out, signed",), SCRATCH, first)
     add("ppo", ("plain", "ABC"), SCRATCH, first, lam=0.95)
     add("grpo", ceiling, TUNED, first)
-    add("grpo", ("gradient x value, signed",), SCRATCH + TUNED, first)
+    for source in ("value-weighted last row, signed", "gradient x value, signed"):
+        add("grpo", (source,), TUNED + SCRATCH, first)
     for loop in ("grpo", "ppo"):
         add(loop, controls, SCRATCH, first)
     add("ppo", ceiling, TUNED, first)

@@ -24,6 +24,7 @@ COLORS = {
     "ABC shuffled": "#edae49",
     "leave-one-out, signed": "#3a7d44",
     "gradient x value, signed": "#c05299",
+    "value-weighted last row, signed": "#00798c",
     "norm-weighted rollout": "#8d6a9f",
     "incremental, signed": "#9d8df1",
 }
