@@ -99,8 +99,9 @@ def _cells() -> list[Cell]:
         add(loop, ("leave-one-out, signed",), SCRATCH, first)
     add("ppo", ("plain", "ABC"), SCRATCH, first, lam=0.95)
     add("grpo", ceiling, TUNED, first)
-    for source in ("value-weighted last row, signed", "gradient x value, signed"):
-        add("grpo", (source,), TUNED + SCRATCH, first)
+    for seed in SEEDS:
+        add("grpo", ("value-weighted last row, signed",), TUNED + SCRATCH, seed)
+    add("grpo", ("gradient x value, signed",), SCRATCH + TUNED, first)
     for loop in ("grpo", "ppo"):
         add(loop, controls, SCRATCH, first)
     add("ppo", ceiling, TUNED, first)

@@ -99,11 +99,16 @@ def _like_leave_one_out(sources: dict[str, Any]) -> str:
     return max(cheap(sources), key=lambda name: sources[name]["with_leave_one_out"])
 
 
+def _below_the_last(sources: dict[str, Any]) -> str:
+    return "row below the last" if "row below the last" in sources else "last row"
+
+
 RULES: dict[str, Callable[[dict[str, Any]], str]] = {
     "audit": audited,
     "like leave-one-out": _like_leave_one_out,
     "always the last row": lambda _sources: "last row",
     "always gradient x value": lambda _sources: "gradient x value",
+    "always the row below the last": _below_the_last,
 }
 """What picks a source for one model without labels."""
 
