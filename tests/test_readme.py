@@ -145,7 +145,7 @@ def test_a_framework_s_numbers(names: dict[str, Any]) -> None:
 
 def test_groups_without_a_critic(names: dict[str, Any]) -> None:
     names |= {"score": torch.tensor([1.0, 0.0, 0.5, 0.5]), "credit": torch.rand(B, R)}
-    exec(block("GroupConfig.grpo("), names)
+    exec(block("shaped.completion"), names)
     a = 0.5 / (0.5**0.5 + 1e-4)
     torch.testing.assert_close(names["shaped"].completion, torch.tensor([a, -a, 0.0, 0.0]))
     torch.testing.assert_close(names["shaped"].advantages.mean(1), names["shaped"].completion)

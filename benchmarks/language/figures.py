@@ -13,9 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from attnshape.demo import plots
-from benchmarks.language.cells import Cell
+from benchmarks.language.cells import DENSE_SHARE, LAM, LR, Cell
 from benchmarks.language.page import SHOWN
-from benchmarks.language.summary import gold_lead, setting_of
+from benchmarks.language.summary import FEWEST, gold_lead, setting_of
 
 COLORS = {
     "plain": plots.COLORS["sparse"],
@@ -74,52 +74,68 @@ def credit(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 def leads(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Each pair's lead over the plain estimator, by the gold judge."""
-    values: dict[tuple[str, ...], dict[tuple[str, int], float]] = defaultdict(dict)
+    values: dict[str, dict[str, dict[tuple[str, int], float]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         cell = Cell(**record["cell"])
-        lam = f", lam {cell.lam:g}" if cell.loop == "ppo" else ""
-        where = f"{cell.loop}{lam}\n{setting_of(cell.reward_model)}"
-        values[where, cell.source if cell.dense_share == 0.8 else f"{cell.source} at {cell.dense_share:g}"][
-            cell.reward_model, cell.seed
-        ] = gold_lead(record)
-    places = sorted({where for where, _ in values})
-    figure, axes = _figure(max(1, len(places)), 9.0, 3.6)
-    for one, where in zip(axes, places, strict=False):
-        base = values.get((where, "plain"), {})
-        names = sorted(source for place, source in values if place == where and source != "plain")
-        for x, name in enumerate(names):
-            found = values[where, name]
-            ys = [found[pair] - base[pair] for pair in found if pair in base]
+        name = cell.source if cell.lr == LR else f"{cell.source}, lr {cell.lr:g}"
+        if cell.dense_share != DENSE_SHARE:
+            name += f" at {cell.dense_share:g}"
+        values[_where(cell)][name][cell.reward_model, cell.seed] = gold_lead(record)
+    pairs: dict[str, dict[str, list[float]]] = {}
+    for where, found in sorted(values.items()):
+        base = found.get("plain", {})
+        ys = {n: [x[p] - base[p] for p in x if p in base] for n, x in found.items() if n != "plain"}
+        if kept := {n: y for n, y in ys.items() if len(y) >= FEWEST}:
+            pairs[where] = kept
+    names = sorted({name for found in pairs.values() for name in found}, reverse=True)
+    figure, axes = _figure(max(1, len(pairs)), 9.0, 3.2)
+    for one, (where, found) in zip(axes, pairs.items(), strict=False):
+        for y, name in enumerate(names):
+            xs = found.get(name, [])
             color = COLORS.get(name.split(" at ")[0], "gray")
-            one.plot([x] * len(ys), ys, "o", color=color, alpha=0.7, markersize=4)
-            if ys:
-                one.plot([x - 0.2, x + 0.2], [statistics.fmean(ys)] * 2, color=color, linewidth=2)
-        one.axhline(0, color="gray", linewidth=1, linestyle=":")
-        one.set_xticks(range(len(names)), [n.replace(", ", ",\n") for n in names], fontsize="x-small")
-        one.set_title(where, fontsize="small")
-    axes[0].set_ylabel("gold judge: lead over plain")
+            one.plot(xs, [y] * len(xs), "o", color=color, alpha=0.7, markersize=4)
+            if xs:
+                one.plot([statistics.fmean(xs)] * 2, [y - 0.3, y + 0.3], color=color, linewidth=2)
+        one.axvline(0, color="gray", linewidth=1, linestyle=":")
+        one.set_yticks(range(len(names)), names if one is axes[0] else [], fontsize="small")
+        one.set_ylim(-0.5, len(names) - 0.5)
+        one.set_title(where, fontsize="x-small")
+    figure.supxlabel("gold judge: lead over plain, a point for each pair", fontsize="small")
     figure.savefig(path, dpi=150)
+
+
+def _where(cell: Cell) -> str:
+    lam = f", lam {cell.lam:g}" if cell.loop == "ppo" else ""
+    return f"{cell.loop}{lam}\n{setting_of(cell.reward_model)}"
 
 
 def frontier(records: Sequence[dict[str, Any]], path: Path) -> None:
     """The gold judge's mean score against KL, over all runs of a method."""
-    loops = sorted({r["cell"]["loop"] for r in records}) or ["ppo"]
-    figure, axes = _figure(len(loops), 9.0, 3.4)
-    for one, loop in zip(axes, loops, strict=True):
-        by_source: dict[str, list[list[tuple[float, float]]]] = defaultdict(list)
-        for record in records:
-            cell = Cell(**record["cell"])
-            if cell.loop == loop and cell.lam == 1.0:
-                kl = record["curves"]["kl"]
-                by_source[cell.source].append([(kl[int(at)], gold) for at, gold, _ in record["gold"]])
-        for source, runs in by_source.items():
+    by_place: dict[str, dict[str, list[list[tuple[float, float]]]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        cell = Cell(**record["cell"])
+        if cell.lam == LAM and cell.lr == LR and cell.dense_share == DENSE_SHARE:
+            kl = record["curves"]["kl"]
+            runs = by_place[_where(cell)][cell.source]
+            runs.append([(kl[int(at)], gold) for at, gold, _ in record["gold"]])
+    kept = {
+        where: {source: runs for source, runs in found.items() if len(runs) >= FEWEST}
+        for where, found in sorted(by_place.items())
+    }
+    places = {where: found for where, found in kept.items() if len(found) > 1}
+    figure, axes = _figure(max(1, len(places)), 9.0, 3.8)
+    handles: dict[str, Any] = {}
+    for one, (where, found) in zip(axes, places.items(), strict=False):
+        for source, runs in sorted(found.items()):
             length = min(map(len, runs))
             xs = [statistics.fmean(run[i][0] for run in runs) for i in range(length)]
             ys = [statistics.fmean(run[i][1] for run in runs) for i in range(length)]
             color = COLORS.get(source, "gray")
-            one.plot(xs, ys, "o-", color=color, markersize=3, label=f"{source} ({len(runs)})")
-        one.set_xlabel("KL to the initial policy, nats a completion")
-        one.set_title(loop, fontsize="small")
-        one.legend(frameon=False, fontsize="x-small")
+            (handles[source],) = one.plot(xs, ys, "o-", color=color, markersize=3)
+        one.set_title(where, fontsize="x-small")
     axes[0].set_ylabel("gold judge")
+    figure.legend(
+        handles.values(), handles, loc="outside upper center", ncols=4, frameon=False, fontsize="x-small"
+    )
+    figure.supxlabel("KL to the initial policy, nats a completion", fontsize="small")
     figure.savefig(path, dpi=150)
