@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from attnshape.demo import plots
 from benchmarks.language.cells import DENSE_SHARE, LAM, LR, Cell
 from benchmarks.language.page import SHOWN
-from benchmarks.language.summary import FEWEST, gold_lead, setting_of
+from benchmarks.language.summary import FEWEST, gold_lead, method_of, setting_of
 
 COLORS = {
     "plain": plots.COLORS["sparse"],
@@ -77,7 +77,7 @@ def leads(records: Sequence[dict[str, Any]], path: Path) -> None:
     values: dict[str, dict[str, dict[tuple[str, int], float]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         cell = Cell(**record["cell"])
-        name = cell.source if cell.lr == LR else f"{cell.source}, lr {cell.lr:g}"
+        name = method_of(cell)
         if cell.dense_share != DENSE_SHARE:
             name += f" at {cell.dense_share:g}"
         values[_where(cell)][name][cell.reward_model, cell.seed] = gold_lead(record)

@@ -168,6 +168,11 @@ def over_optimised(record: Record) -> bool:
     return rises and max(smooth) - smooth[-1] > FALL
 
 
+def method_of(cell: Cell) -> str:
+    """Its source; of a learning rate that is not the study's, that too."""
+    return cell.source if cell.lr == LR else f"{cell.source}, lr {cell.lr:g}"
+
+
 def comparisons(records: Iterable[Record], measure: Callable[[Record], float | None]) -> list[dict[str, Any]]:
     """Every source against ``plain`` of the same loop and lambda, by kind of reward model.
 
@@ -179,8 +184,7 @@ def comparisons(records: Iterable[Record], measure: Callable[[Record], float | N
     for record in records:
         cell = Cell(**record["cell"])
         share = None if cell.source == "plain" else cell.dense_share
-        source = cell.source if cell.lr == LR else f"{cell.source}, lr {cell.lr:g}"
-        key = (cell.loop, cell.lam, setting_of(cell.reward_model), cell.steps, source, share)
+        key = (cell.loop, cell.lam, setting_of(cell.reward_model), cell.steps, method_of(cell), share)
         found = measure(record)
         if found is not None:
             values[key][cell.reward_model, cell.seed] = found
