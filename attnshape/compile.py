@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from attnshape.config import GroupConfig, ShapingConfig, Whitening
+from attnshape.plans import Repeating
 from attnshape.types import (
     KL,
     Advantages,
@@ -173,15 +174,20 @@ def operator(
         )
         registered.register_fake(fake)
 
+        def without_gradient(*args: P.args, **kwargs: P.kwargs) -> T:
+            grad = torch.is_grad_enabled()
+            torch._C._set_grad_enabled(False)  # a tenth of what `torch.no_grad` costs
+            try:
+                return function(*args, **kwargs)
+            finally:
+                torch._C._set_grad_enabled(grad)
+
+        repeating = Repeating(without_gradient)
+
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
             if not is_traced():
-                grad = torch.is_grad_enabled()
-                torch._C._set_grad_enabled(False)  # a tenth of what `torch.no_grad` costs
-                try:
-                    return function(*args, **kwargs)
-                finally:
-                    torch._C._set_grad_enabled(grad)
+                return repeating(*args, **kwargs)  # type: ignore[no-any-return]
             given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
             if prepare is not None:
                 prepare(given)

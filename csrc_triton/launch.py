@@ -21,6 +21,15 @@ def registers(most: int) -> dict[str, int]:
     return {} if torch.version.hip else {"maxnreg": most}
 
 
+class _Watched(threading.local):
+    """Who notes what a thread launches, to repeat it: see ``csrc_triton.plan``."""
+
+    by: Any = None
+
+
+WATCHED = _Watched()
+
+
 class Launcher:
     """Starts a kernel with what was compiled for arguments of the same kinds.
 
@@ -57,7 +66,10 @@ class Launcher:
             target = triton.runtime.driver.active.get_current_target()
             compiled = triton.compile(self.source(arguments), target=target, options=options)
             self.compiled[key] = compiled
-        compiled[(programs, 1, 1)](*values)
+        start = compiled[(programs, 1, 1)]
+        if WATCHED.by is not None:
+            WATCHED.by.launched(self, start, arguments)
+        start(*values)
 
     def key(self, arguments: dict[str, Any], options: dict[str, Any]) -> tuple[Any, ...]:
         """What arguments have in common that are served by one compilation."""
@@ -210,6 +222,12 @@ class Counters:
 
     def take(self, device: torch.device, count: int) -> Tensor:
         """At least ``count`` counters for the next launch on the current stream."""
+        counters = self._take(device, count)
+        if WATCHED.by is not None:
+            WATCHED.by.taken(counters, count)
+        return counters
+
+    def _take(self, device: torch.device, count: int) -> Tensor:
         on_gpu = device.type == "cuda"
         stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else threading.get_ident()
         if on_gpu and torch.cuda.is_current_stream_capturing():

@@ -16,6 +16,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from attnshape import plans
 from attnshape.bench.cases import Case, Shape
 from attnshape.bench.measure import check
 from benchmarks.cases import ATTENTION, LONG, SMALL, SWEEPS
@@ -100,9 +101,11 @@ def injected(constants: Constants) -> Iterator[None]:
         of = importlib.import_module(ROOM + module)
         before.append((of, attribute, getattr(of, attribute)))
         setattr(of, attribute, value)
+    plans.forget()
     try:
         yield
     finally:
+        plans.forget()
         for of, attribute, value in before:
             setattr(of, attribute, value)
 

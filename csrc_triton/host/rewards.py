@@ -130,7 +130,9 @@ def sweep(
     if kl is not None:
         estimator = "given"
     names = [x for x in outputs if x != "kl" or estimator is not None]
-    shaped = _new(names if layers is None else ["credit", *names], response.mask, where.n_rows)
+    if layers is not None and "credit" not in names:
+        names.append("credit")
+    shaped = _new(names, response.mask, where.n_rows)
     if where.n_rows == 0:
         # Tokens of no row.
         return Shaped(*(None if x is None else x.zero_() for x in shaped))

@@ -16,7 +16,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def launches(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("driver")
     environment = {
         "CUDA_LOG": str(folder / "log"),
@@ -26,6 +26,17 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     }
     printed = compiling("support.driver", str(folder), **environment)
     return [json.loads(line) for line in printed.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def launches(lines: list[dict]) -> list[dict]:
+    return [line for line in lines if "kernel" in line]
+
+
+@pytest.fixture(scope="module")
+def repeats(lines: list[dict]) -> list[dict]:
+    """The third call of each layout."""
+    return [line for line in lines if "repeated" in line]
 
 
 def test_every_parameter_is_what_was_passed(launches: list[dict]) -> None:
@@ -58,3 +69,31 @@ def test_numbers_keep_their_kinds(launches: list[dict]) -> None:
     assert ["fp32", "i32", "fp32"] in kinds
     assert kinds[6] == ["i32", "i32"]
     assert kinds[7] == kinds[8] == ["i64", "fp32"]
+
+
+def test_a_repeated_call_passes_what_the_same_call_made_anew_passes(repeats: list[dict]) -> None:
+    """On every launch path; outputs and memory between launches lie elsewhere, apart from each other."""
+    assert [call for call in repeats if call["wrong"]] == []
+    assert {"attend", "rows", "chunks", "columns", "rollout", "whiten", "fused"} < {
+        x["call"] for x in repeats
+    }
+    for call in repeats:
+        assert call["repeated"] == [True], call
+        assert call["launched"] >= 1
+
+
+def test_a_repeated_call_makes_its_outputs_and_one_allocation_more(repeats: list[dict]) -> None:
+    for call in repeats:
+        made = call["operators"].pop("aten::empty_strided")
+        assert made == call["outputs"] + (call["between"] > 0), call
+        zeroed = {"aten::slice", "aten::as_strided", "aten::zero_"} if call["call"] == "rollout" else set()
+        views = {"aten::as_strided"} if call["call"] == "fused" else set()  # numbers per row
+        assert call["operators"].keys() == zeroed | views, call
+
+
+def test_a_repeated_call_enters_few_functions(repeats: list[dict]) -> None:
+    """What it costs a thread, counted; Triton's launcher enters 7 of them."""
+    entered = {call["call"]: call["functions"] for call in repeats}
+    anew, again = entered["fused"]
+    assert again < 60
+    assert 3 * again < anew

@@ -7,6 +7,7 @@ what of its grid, its threads and its parameters' bytes is not what the call pas
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import struct
@@ -70,11 +71,33 @@ def leaves(x: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield name, x
 
 
-def recorded(log: Path, call: Callable[[], Any]) -> Iterator[dict[str, Any]]:
-    """What a call launched, against what reached the driver."""
+class Started(NamedTuple):
+    """A launch, as the launcher was asked for it."""
+
+    how: str
+    compiled: Any
+    arguments: dict[str, Any]
+    programs: int
+
+    def parameters(self) -> dict[str, tuple[str, Any]]:
+        """Kinds and values of what is passed, by name."""
+        kinds = dict(x for name, kind in self.compiled.src.signature.items() for x in leaves(kind, name))
+        passed = dict(x for name, value in self.arguments.items() for x in leaves(value, name))
+        return {name: (kind, passed[name]) for name, kind in kinds.items() if kind != "constexpr"}
+
+
+def reached(log: Path, call: Callable[[], Any]) -> tuple[Any, list[dict[str, Any]]]:
+    """What a call returns, and the launches that reached the driver."""
+    seen = len(log.read_text().splitlines()) if log.exists() else 0
+    result = call()
+    return result, [json.loads(line) for line in log.read_text().splitlines()[seen:]]
+
+
+def noted(log: Path, call: Callable[[], Any]) -> tuple[Any, list[dict[str, Any]], list[Started]]:
+    """The same, and what the launcher was asked for."""
     from csrc_triton.launch import Launcher
 
-    started: list[tuple[str, Any, dict[str, Any], int]] = []
+    started: list[Started] = []
     launch = Launcher.__call__
 
     def launch_and_note(self: Any, programs: int, options: dict[str, int], **arguments: Any) -> None:
@@ -82,41 +105,44 @@ def recorded(log: Path, call: Callable[[], Any]) -> Iterator[dict[str, Any]]:
         launch(self, programs, options, **arguments)
         compiled = self.compiled[self.key(arguments, options)]
         how = "again" if len(self.compiled) == before else "compiled"
-        started.append((how, compiled, arguments, programs))
+        started.append(Started(how, compiled, arguments, programs))
 
-    seen = len(log.read_text().splitlines()) if log.exists() else 0
     Launcher.__call__ = launch_and_note  # type: ignore[method-assign]
     try:
-        call()
+        result, launches = reached(log, call)
     finally:
         Launcher.__call__ = launch  # type: ignore[method-assign]
-    launches = [json.loads(line) for line in log.read_text().splitlines()[seen:]]
     assert len(launches) == len(started), (len(launches), len(started))
-    for reached, (how, compiled, arguments, programs) in zip(launches, started, strict=True):
-        kinds = dict(x for name, kind in compiled.src.signature.items() for x in leaves(kind, name))
-        passed = dict(x for name, value in arguments.items() for x in leaves(value, name))
-        kinds = {name: kind for name, kind in kinds.items() if kind != "constexpr"}
-        want = [bytes_of(kind, passed[name]) for name, kind in kinds.items()] + SCRATCH
-        names = [*kinds, *("scratch" for _ in SCRATCH)]
+    return result, launches, started
+
+
+def recorded(log: Path, call: Callable[[], Any]) -> Iterator[dict[str, Any]]:
+    """What a call launched, against what reached the driver."""
+    _, launches, started = noted(log, call)
+    for got, asked in zip(launches, started, strict=True):
+        parameters = asked.parameters()
+        want = [bytes_of(*x) for x in parameters.values()] + SCRATCH
+        names = [*parameters, *("scratch" for _ in SCRATCH)]
         wrong = [
-            f"{name}: got {got}, want {expected}"
-            for name, got, expected in zip(names, reached["parameters"], want, strict=True)
-            if got != expected
+            f"{name}: got {found}, want {expected}"
+            for name, found, expected in zip(names, got["parameters"], want, strict=True)
+            if found != expected
         ]
-        if reached["grid"] != [programs, 1, 1]:
-            wrong.append(f"grid: got {reached['grid']}, want {programs}")
-        if reached["threads"] != 32 * compiled.metadata.num_warps:
-            wrong.append(f"threads: got {reached['threads']}, want {compiled.metadata.num_warps} warps")
-        numbers = [kind for kind in kinds.values() if not kind.startswith("*")]
-        yield {"kernel": reached["name"], "how": how, "wrong": wrong, "numbers": numbers}
+        if got["grid"] != [asked.programs, 1, 1]:
+            wrong.append(f"grid: got {got['grid']}, want {asked.programs}")
+        if got["threads"] != 32 * asked.compiled.metadata.num_warps:
+            wrong.append(f"threads: got {got['threads']}, want {asked.compiled.metadata.num_warps} warps")
+        numbers = [kind for kind, _ in parameters.values() if not kind.startswith("*")]
+        yield {"kernel": got["name"], "how": asked.how, "wrong": wrong, "numbers": numbers}
 
 
-def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
+def calls() -> Iterator[tuple[str, functools.partial[Any]]]:
     """Every launch path of the package, by one call or a few that may share what was compiled."""
     import torch
 
+    import attnshape
     import csrc_triton
-    from attnshape import AttentionInputs, Response
+    from attnshape import KL, AttentionInputs, Response, triton_backend
 
     half = torch.float16
 
@@ -130,9 +156,9 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     def sweep(width: int, batch: int, outputs: tuple[str, ...], **given: Any) -> Callable[[], Any]:
         tokens = torch.empty(batch, width)
         place = response(width, batch)
-        return lambda: csrc_triton.sweep(
-            place, outputs, token_rewards=tokens, values=tokens, min_mass=1e-30, **given
-        )
+        # One tensor as two inputs, too.
+        given |= {"token_rewards": tokens, "values": tokens, "min_mass": 1e-30}
+        return functools.partial(csrc_triton.sweep, place, outputs, **given)
 
     everything = ("rewards", "advantages", "returns", "credit", "status", "stats", "moments")
     scores = {batch: torch.empty(batch) for batch in (1, 2)}
@@ -145,17 +171,22 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "rows", sweep(30, 2, ("advantages", "returns"), gl=gl)
     for width in (1300, 1400):
         yield "chunks", sweep(width, 1, everything, score=scores[1], credit="uniform", gl=0.95)
-    yield "terms, mean", lambda: csrc_triton.attention_row([layer(2100)])
+    yield "terms, mean", functools.partial(csrc_triton.attention_row, [layer(2100)])
     yield (
         "columns",
-        lambda: csrc_triton.column_credit_raw(layer(40), response(20), variant="mean", shift=0),
+        functools.partial(csrc_triton.column_credit_raw, layer(40), response(20), variant="mean", shift=0),
     )
     norms = {"value_norms": [torch.empty(2, 4, 40)], "residual_norms": [torch.empty(2, 40)]}
-    yield "rollout", lambda: csrc_triton.rollout_raw([layer(40)], response(20), **norms)
-    yield "whiten", lambda: csrc_triton.whiten(torch.empty(3, 50), torch.ones(3, 50))
-    many = torch.ones(5000, 3)
-    yield "whiten, many parts", lambda: csrc_triton.whiten(torch.empty(3, 50), torch.ones(3, 50), many)
-    yield from mixed_calls()
+    yield "rollout", functools.partial(csrc_triton.rollout_raw, [layer(40)], response(20), **norms)
+    given = torch.empty(3, 50), torch.ones(3, 50)
+    yield "whiten", functools.partial(csrc_triton.whiten, *given)
+    # The public function, checks and all.
+    scored = (scores[2], layer(40), response(20))
+    tokens = {"values": torch.empty(2, 20), "kl": KL(torch.empty(2, 20), torch.empty(2, 20), 0.5)}
+    triton_backend.unsupported = lambda *_: None
+    shape_rewards = attnshape.shape_rewards.__wrapped__
+    yield "fused", functools.partial(shape_rewards, *scored, **tokens, backend="triton")
+    yield "whiten, many parts", functools.partial(csrc_triton.whiten, *given, torch.ones(5000, 3))
 
 
 class Mixed(NamedTuple):
@@ -207,9 +238,14 @@ def mixed_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def main(log: Path) -> None:
-    for name, call in calls():
+    from support.repeats import repeated
+
+    given = list(calls())
+    for name, call in [*given, *mixed_calls()]:
         for launch in recorded(log, call):
             print(json.dumps({"call": name, **launch}))
+    for name, call in given:
+        print(json.dumps({"call": name, **repeated(log, call)}))
 
 
 if __name__ == "__main__":

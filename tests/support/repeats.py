@@ -1,0 +1,122 @@
+"""Whether a repeated call passes to the driver what the same call made anew does, and what it takes."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from support.driver import noted, reached
+from torch import Tensor
+
+from attnshape import plans
+from attnshape.problems import mapped
+from csrc_triton.launch import COUNTERS
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+COEFFICIENTS = itertools.count(0.125)
+"""Of a KL penalty, another in each call."""
+
+
+def repeated(log: Path, call: functools.partial[Any]) -> dict[str, Any]:
+    """The third call of a layout, beside the same call made anew."""
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        result = call.func(*args, **kwargs)
+        return Pair(*result) if type(result) is tuple else result
+
+    plans.is_on_current_gpu = lambda *_: True
+    repeating = plans.Repeating(function)
+    for _ in range(2):
+        others = again(call)
+        repeating(*others.args, **others.keywords)
+    given = again(call)
+    inputs: set[int] = set()
+    mapped([*given.args, given.keywords], lambda x: inputs.add(x.data_ptr()) or x)
+    inputs |= {x.data_ptr() for x in COUNTERS._of_stream.values()}
+    anew = functools.partial(function, *given.args, **given.keywords)
+    repeat = functools.partial(repeating, *given.args, **given.keywords)
+
+    want, launches, started = noted(log, anew)
+    got, launched = reached(log, repeat)
+    memory: dict[int, int] = {}  # from where it lies in a call made anew to where it lies in the repeated one
+    sizes: dict[int, int] = {}
+    for x, y in zip(*map(outputs, (want, got)), strict=True):
+        assert (x.dtype, x.shape, x.stride()) == (y.dtype, y.shape, y.stride())
+        memory[x.untyped_storage().data_ptr()] = y.untyped_storage().data_ptr()
+        sizes[y.untyped_storage().data_ptr()] = y.untyped_storage().nbytes()
+    wrong = []
+    for expected, found, asked in zip(launches, launched, started, strict=True):
+        wrong += [key for key in ("name", "grid", "threads") if expected[key] != found[key]]
+        parameters = asked.parameters()
+        for (name, (_, value)), *both in zip(
+            parameters.items(), expected["parameters"], found["parameters"], strict=False
+        ):
+            if isinstance(value, Tensor) and value.data_ptr() not in inputs:
+                before, now = (int.from_bytes(bytes.fromhex(x), "little") for x in both)
+                if memory.setdefault(before, now) != now:
+                    wrong.append(f"{name}: got {now:x}, want {memory[before]:x}")
+                sizes[now] = max(sizes.get(now, 0), value.nbytes)
+            elif both[0] != both[1]:
+                wrong.append(f"{name}: got {both[1]}, want {both[0]}")
+    spans = sorted(sizes.items())
+    for (begin, size), (after, _) in itertools.pairwise(spans):
+        if begin + size > after:
+            wrong.append(f"{size} bytes at {begin:x} reach to {after:x}")
+    owners = len({x.untyped_storage().data_ptr() for x in outputs(got)})
+    with torch.autograd.profiler.profile() as profile:
+        repeat()
+    return {
+        "repeated": [isinstance(x, plans.Known) for x in repeating.known.values()],
+        "wrong": wrong,
+        "launched": len(launched),
+        "outputs": owners,
+        "between": len(sizes) - owners,
+        "operators": collections.Counter(e.name for e in profile.function_events or ()),
+        "functions": [functions(anew), functions(repeat)],
+    }
+
+
+def again(call: functools.partial[Any]) -> functools.partial[Any]:
+    """The call with tensors of its own; one that was given twice is one again."""
+    copies: dict[int, Tensor] = {}
+
+    def copied(x: Tensor) -> Tensor:
+        return copies.setdefault(id(x), x.clone())
+
+    args, keywords = mapped([*call.args], copied), mapped(call.keywords, copied)
+    if "kl" in keywords:
+        keywords["kl"] = dataclasses.replace(keywords["kl"], coef=next(COEFFICIENTS))
+    return functools.partial(call.func, *args, **keywords)
+
+
+def outputs(result: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    plans.structure_of(result, found)
+    return found
+
+
+def functions(call: Callable[[], Any]) -> int:
+    """Functions of Python that a call enters."""
+    entered = [0]
+
+    def count(frame: Any, event: str, _: Any) -> None:
+        entered[0] += event == "call"
+
+    sys.setprofile(count)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return entered[0]

@@ -1,0 +1,266 @@
+"""Calls that repeat: what makes two calls alike, and what may not be repeated."""
+
+import ctypes
+import dataclasses
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from attnshape import KL, AttentionInputs, Response, ShapingConfig, plans
+from attnshape.plans import Known, Layout, Repeating
+from csrc_triton import launch, plan
+from csrc_triton.launch import COUNTERS, Launcher
+
+EMPTY = torch.empty
+"""As it is: tests fill what it makes, which is more than a call that is repeated may do."""
+
+
+class Outputs(NamedTuple):
+    p_twice: Any
+    p_between: Any
+    p_counters: Any = None
+
+
+class Settings(NamedTuple):
+    p_in: Any
+    kl_coef: Any
+    n: Any
+
+
+def adding_kernel(out, settings, BLOCK: tl.constexpr) -> None:
+    """``twice = between + kl_coef``, with ``between = 2 * in``."""
+
+
+def add(out: Any, settings: Any, BLOCK: int) -> None:
+    """What it computes, on the host, of tensors or addresses."""
+    p_in, coef, n = settings
+    twice, between, source = (floats_at(x, n) for x in (*out[:2], p_in))
+    for i in range(n):
+        between[i] = 2 * source[i]
+        twice[i] = between[i] + coef
+
+
+def floats_at(x: Any, n: int) -> Any:
+    return (ctypes.c_float * n).from_address(x.data_ptr() if isinstance(x, Tensor) else x)
+
+
+@pytest.fixture
+def adding(monkeypatch: pytest.MonkeyPatch) -> Launcher:
+    """A kernel that is there already, compiled to a function of the host's."""
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(plans, "is_on_current_gpu", lambda *_: True)
+    kernel = SimpleNamespace(fn=adding_kernel, __name__="adding_kernel")
+    launcher = Launcher(kernel)
+    compiled = {(1, 1, 1): add}
+    monkeypatch.setattr(Launcher, "key", lambda *_: "the only one")
+    launcher.compiled["the only one"] = compiled
+    return launcher
+
+
+class Result(NamedTuple):
+    twice: Tensor
+    every_other: Tensor
+    nothing: None = None
+
+
+def twice_of(launcher: Launcher, **changes: Callable[[], Any]) -> Callable[..., Any]:
+    """A function that launches it, and what else it may do."""
+
+    def function(x: Tensor, kl: KL | None = None, other: Any = None) -> Result:
+        coef = 0.0 if kl is None else float(kl.coef)
+        made = changes.get("make", lambda: EMPTY(4))()
+        out = Outputs(made, EMPTY(4))
+        launcher(1, {}, out=out, settings=Settings(changes.get("given", lambda: x)(), coef, 4), BLOCK=16)
+        changes.get("then", lambda: None)()
+        return Result(made, made[::2])
+
+    return function
+
+
+def test_calls_are_repeated_from_the_third_on(adding: Launcher) -> None:
+    called = []
+    repeating = Repeating(twice_of(adding, then=lambda: called.append(1)))
+    results = [repeating(torch.full((4,), float(i)), kl=KL(None, None, i)) for i in range(5)]
+    for i, (twice, every_other, nothing) in enumerate(results):
+        assert twice.tolist() == [3 * i] * 4
+        assert every_other.tolist() == [3 * i] * 2
+        assert nothing is None
+    assert len(called) == 2
+    # A result is the caller's own.
+    results[-1].twice.zero_()
+    assert results[-1].every_other.tolist() == [0, 0]
+    assert results[-2].twice.tolist() == [9] * 4
+
+
+def test_a_call_of_another_layout_is_made_anew(adding: Launcher) -> None:
+    called = []
+    repeating = Repeating(twice_of(adding, then=lambda: called.append(1)))
+    for _ in range(3):
+        repeating(torch.ones(4))
+    assert repeating(torch.ones(8)[::2]).twice.tolist() == [2] * 4
+    assert len(called) == 3
+
+
+def test_the_oldest_layout_is_forgotten(adding: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "MOST", 2)
+    repeating = Repeating(twice_of(adding))
+    for n in (4, 5, 6):
+        repeating(torch.ones(n))
+    shapes = [key[3] for key in repeating.known]
+    assert shapes == [(5,), (6,)]
+    plans.forget()
+    assert not repeating.known
+
+
+ONE = torch.ones(4)
+
+
+ONE = torch.ones(4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"then": lambda: ONE + 1},
+        {"then": lambda: ONE[0].item()},
+        {"make": lambda: torch.zeros(4)},
+        {"given": lambda: ONE},
+        {"make": lambda: EMPTY(2 * plan.MOST + 1)[:4]},
+    ],
+    ids=["computes", "reads", "zeros", "unknown", "much"],
+)
+def test_a_call_that_does_more_is_made_anew(adding: Launcher, changes: dict[str, Callable[[], Any]]) -> None:
+    repeating = Repeating(twice_of(adding, **changes))
+    for _ in range(4):
+        assert repeating(torch.ones(4)).twice.tolist() == [2] * 4
+    assert list(repeating.known.values()) == [plans.NEVER]
+
+
+def test_a_part_of_an_input_may_be_another_input(adding: Launcher) -> None:
+    """Where one begins within another, an address does not say whose it is."""
+    x = torch.arange(8.0)
+
+    def function(whole: Tensor, part: Tensor) -> Tensor:
+        out = Outputs(EMPTY(4), EMPTY(4))
+        adding(1, {}, out=out, settings=Settings(whole[4:], 0.0, 4), BLOCK=16)
+        return out.p_twice
+
+    repeating = Repeating(function)
+    for _ in range(3):
+        assert repeating(x, x[4:]).tolist() == [8, 10, 12, 14]
+    assert list(repeating.known.values()) == [plans.NEVER]
+
+
+def test_a_call_that_looks_at_values_is_made_anew(adding: Launcher) -> None:
+    """What it finds is another thing each time; on a CPU it could not be seen to look."""
+    repeating = Repeating(lambda x, validate: twice_of(adding)(x))
+    repeating(ONE, validate=True)
+    assert not repeating.known
+    repeating(ONE, validate=False)
+    assert repeating.known
+
+
+def test_a_call_that_raises_is_not_known(adding: Launcher) -> None:
+    def refuse() -> Tensor:
+        raise ValueError("got this, want that")
+
+    repeating = Repeating(twice_of(adding, given=refuse))
+    for _ in range(3):
+        with pytest.raises(ValueError, match="got this"):
+            repeating(torch.ones(4))
+    assert not repeating.known
+
+
+def test_counters_of_a_launch_that_breaks_off_are_discarded(adding: Launcher) -> None:
+    """In a repeated call as in one that is made anew."""
+    device, broken = torch.device("cpu"), []
+
+    def start(*arguments: Any) -> None:
+        if broken:
+            raise RuntimeError("out of memory")
+        add(*arguments)
+
+    adding.compiled["the only one"][1, 1, 1] = start
+
+    def function(x: Tensor) -> Tensor:
+        out = Outputs(EMPTY(4), EMPTY(4), COUNTERS.take(device, 3))
+        adding(1, {}, out=out, settings=Settings(x, 0.0, 4), BLOCK=16)
+        return out.p_twice
+
+    repeating = Repeating(function)
+    for _ in range(3):
+        repeating(ONE)
+    assert [type(x) for x in repeating.known.values()] == [Known]
+    counters = COUNTERS.take(device, 3)
+    broken.append(True)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        repeating(ONE)
+    assert COUNTERS.take(device, 3) is not counters
+
+
+def test_a_launch_that_is_looked_at_is_not_repeated(
+    adding: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repeating, seen = Repeating(twice_of(adding)), []
+    for _ in range(3):
+        repeating(ONE)
+    launched = Launcher.__call__
+
+    def looked_at(*args: Any, **kwargs: Any) -> None:
+        seen.append(1)
+        launched(*args, **kwargs)
+
+    monkeypatch.setattr(Launcher, "__call__", looked_at)
+    assert repeating(ONE).twice.tolist() == [2] * 4
+    assert len(seen) == 1
+
+
+def key(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    return Layout(args, kwargs).key
+
+
+X = torch.zeros(2, 64)
+CONFIG = ShapingConfig(lam=0.5)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (X, torch.zeros(2, 65)),
+        (X, X.half()),
+        (X, torch.zeros(64, 2).T),
+        (X, X.to("meta")),
+        (torch.zeros(129)[1:], torch.zeros(129)[:-1]),
+        (1, 1.0),
+        (1, True),
+        (None, 0),
+        ([X, X], [X, torch.zeros(2, 64)]),
+        (Response(X), X),
+        (Response(X, start=X[0]), Response(X, index=X[0])),
+        (AttentionInputs(X, X, 0.5), AttentionInputs(X, X, 0.25)),
+        (AttentionInputs(X, X, 0.5, softcap=50), AttentionInputs(X, X, 0.5, softcap=50.0)),
+        (KL(X, X, 0.5), KL(X, X, math.nan)),
+        (KL(X, X, 0.5), KL(X, X, True)),
+        (KL(X, X, 0.5), KL(X, X, X[0, 0])),
+        (KL.given(X, 0.5), KL(X, None, 0.5)),
+        (CONFIG, ShapingConfig(lam=0.25)),
+        (CONFIG, dataclasses.replace(CONFIG, lam=X[:, 0])),
+    ],
+)
+def test_calls_that_differ_are_not_alike(one: Any, other: Any) -> None:
+    assert key(one) == key(one)
+    assert key(one) != key(other)
+
+
+def test_calls_are_alike_whose_numbers_a_launch_takes_as_they_come() -> None:
+    assert key(KL(X, X, 0.5)) == key(KL(X, X, 1))
+    assert Layout((KL(X, X, 1),), {}).own[-1] == 1.0
+    assert key(CONFIG) == key(ShapingConfig(lam=0.5))  # adapters make it anew for each call
+    assert key(X, X[1:]) == key(torch.ones(2, 64), torch.ones(1, 64))
+    assert key(X, config=CONFIG) != key(X, CONFIG)
