@@ -204,6 +204,38 @@ def test_counters_of_a_launch_that_breaks_off_are_discarded(adding: Launcher) ->
     assert COUNTERS.take(device, 3) is not counters
 
 
+def test_launches_have_counters_of_their_own_where_they_are_given_such(
+    adding: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a graph that is captured."""
+    given, used = list[Tensor](), list[int]()
+
+    def take(device: torch.device, count: int) -> Tensor:
+        given.append(torch.zeros(count))
+        return given[-1]
+
+    def start(out: Any, settings: Any, BLOCK: int) -> None:
+        p_counters = out[2]
+        used.append(p_counters if isinstance(p_counters, int) else p_counters.data_ptr())
+
+    monkeypatch.setattr(COUNTERS, "_take", take)
+    adding.compiled["the only one"][1, 1, 1] = start
+
+    def function(x: Tensor) -> Tensor:
+        made = EMPTY(4)
+        for count in (3, 5):
+            out = Outputs(made, None, COUNTERS.take(x.device, count))
+            adding(1, {}, out=out, settings=Settings(x, 0.0, 4), BLOCK=16)
+        return made
+
+    repeating = Repeating(function)
+    for _ in range(3):
+        repeating(ONE)
+    assert [type(x) for x in repeating.known.values()] == [Known]
+    assert used == [x.data_ptr() for x in given]
+    assert [len(x) for x in given] == [3, 5] * 3
+
+
 def test_a_launch_that_is_looked_at_is_not_repeated(
     adding: Launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,11 +65,13 @@ def repeated(log: Path, call: functools.partial[Any]) -> dict[str, Any]:
         ):
             if isinstance(value, Tensor) and value.data_ptr() not in inputs:
                 before, now = (int.from_bytes(bytes.fromhex(x), "little") for x in both)
-                if memory.setdefault(before, now) != now:
+                if memory.setdefault(before, now) != now or (now % 16 and not before % 16):
                     wrong.append(f"{name}: got {now:x}, want {memory[before]:x}")
                 sizes[now] = max(sizes.get(now, 0), value.nbytes)
             elif both[0] != both[1]:
                 wrong.append(f"{name}: got {both[1]}, want {both[0]}")
+    if len(set(memory.values())) < len(memory):
+        wrong.append("what lies apart in one lies at one place in the other")
     spans = sorted(sizes.items())
     for (begin, size), (after, _) in itertools.pairwise(spans):
         if begin + size > after:
