@@ -69,6 +69,7 @@ def test_costs_on_the_page_are_those_that_were_counted() -> None:
         "signed rollout": "signed rollout",
         "gradient x value": "gradient × value, first layer",
         "gradient x embedding": "gradient × embedding",
+        "relevance": "relevance, first layer",
     }
     for source in {row["source"] for row in counted["rows"]}:
         rows = sorted(
