@@ -18,41 +18,29 @@ from torch.utils.hooks import RemovableHandle
 from attnshape.types import compute_dtype
 
 
-class Norm(NamedTuple):
-    """``bias + A d / |d|``, with a linear ``A``; ``d`` is a token, or what of it differs from its mean."""
-
-    centers: bool
-    bias: Tensor
-    """``[hidden]``."""
-
-    def along(self, x: Tensor) -> Tensor:
-        """``d`` of tokens ``[..., hidden]``."""
-        return x - x.mean(-1, keepdim=True) if self.centers else x
-
-    def size(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``d`` as a constant, and 1, ``[..., 1]``, with the gradient of how many times as long it is."""
-        d = self.along(x.to(compute_dtype(x)))
-        still = d.detach()
-        share = (still * d).sum(-1, keepdim=True) / still.square().sum(-1, keepdim=True).clamp(min=1e-30)
-        return still, share - share.detach() + 1
+def along(x: Tensor, centers: bool) -> Tensor:
+    """``d`` of tokens ``[..., hidden]``: the part of a token whose size its norm divides by."""
+    return x - x.mean(-1, keepdim=True) if centers else x
 
 
-_norms: WeakKeyDictionary[nn.Module, Norm | None] = WeakKeyDictionary()
+_centers: WeakKeyDictionary[nn.Module, bool | None] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def norm_of(module: nn.Module, like: Tensor) -> Norm | None:
-    """What a module does to a token, if that is a norm: found by trying it, whatever its class is called.
+def centers_of(module: nn.Module, like: Tensor) -> bool | None:
+    """Of a norm, ``bias + A d / |d|`` with a linear ``A``: whether ``d`` is a token less its mean.
+
+    None for any other module. Found by trying it, whatever its class is called.
 
     Args:
         like: what it is called with, ``[..., hidden]``.
     """
-    if module not in _norms:
-        _norms[module] = _tried(module, like)
-    return _norms[module]
+    if module not in _centers:
+        _centers[module] = _tried(module, like)
+    return _centers[module]
 
 
-def _tried(module: nn.Module, like: Tensor) -> Norm | None:
+def _tried(module: nn.Module, like: Tensor) -> bool | None:
     generator = torch.Generator().manual_seed(0)
     # Far from a mean of 0, where a norm that centres its tokens differs from one that does not.
     probe = (torch.randn(2, like.shape[-1], generator=generator) + 1).to(like)
@@ -64,15 +52,20 @@ def _tried(module: nn.Module, like: Tensor) -> Norm | None:
     if not isinstance(given, Tensor) or given.numel() != probe.numel():
         return None
     found, x = given.view(probe.shape).double(), probe.double()
-    bias = found[3]
     for centers in (False, True):
-        norm = Norm(centers, given.view(probe.shape)[3])
         # Less its bias and times the size of d, a norm is linear in the token; a linear map is not.
-        one, other, both = ((found - bias) * norm.along(x).norm(dim=-1, keepdim=True))[:3]
+        one, other, both = ((found - found[3]) * along(x, centers).norm(dim=-1, keepdim=True))[:3]
         close = max(8 * torch.finfo(like.dtype).eps, 1e-3) * both.abs().max()
         if both.any() and (one + other - both).abs().max() <= close:
-            return norm
+            return centers
     return None
+
+
+class _Held(NamedTuple):
+    """A norm that runs: its bias ``[hidden]``, and 1 ``[..., 1]`` with the gradient of the size of ``d``."""
+
+    bias: Tensor
+    size: Tensor
 
 
 class FixedNorms:
@@ -86,35 +79,45 @@ class FixedNorms:
         self._modules = [m for m in model.modules() if not any(True for _ in m.children())]
         self._is_watched = is_watched
         self._handles: list[RemovableHandle] = []
-        self._sizes: dict[nn.Module, Tensor] = {}
+        self._held: dict[nn.Module, _Held] = {}
         self.seen = 0
 
     def open(self) -> None:
         for module in self._modules:
-            # Before it runs: sharded models have its weights at hand then.
-            self._handles.append(module.register_forward_pre_hook(self._on_call))
+            self._handles.append(module.register_forward_pre_hook(self._on_call, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._on_return))
 
     def close(self) -> None:
         while self._handles:
             self._handles.pop().remove()
-        self._sizes.clear()
+        self._held.clear()
 
-    def _on_call(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not (len(args) == 1 and isinstance(args[0], Tensor) and args[0].is_floating_point()):
+    def _on_call(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Tensor], dict[str, Any]] | None:
+        given = (*args, *kwargs.values())
+        x = given[0] if len(given) == 1 else None
+        if not (isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 and self._is_watched()):
             return None
-        norm = norm_of(module, args[0]) if self._is_watched() else None
-        if norm is None:
+        # Before it runs: sharded models have its weights at hand then.
+        centers = centers_of(module, x)
+        if centers is None:
             return None
+        with torch.no_grad():
+            bias = module.forward(x.new_zeros(*[1] * (x.ndim - 1), x.shape[-1]))
+        d = along(x.to(compute_dtype(x)), centers)
+        still = d.detach()
+        share = (still * d).sum(-1, keepdim=True) / still.square().sum(-1, keepdim=True).clamp(min=1e-30)
+        size = share - share.detach() + 1
+        self._held[module] = _Held(bias, size)
         # Along d the module's own gradient is next to nothing, as it divides by |d|; it becomes none at all.
-        still, self._sizes[module] = norm.size(args[0])
-        return (args[0] + (still * (1 - self._sizes[module])).to(args[0].dtype),)
+        return (x + (still * (1 - size)).to(x.dtype),), {}
 
     def _on_return(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        size, norm = self._sizes.pop(module, None), _norms.get(module)
-        if size is None or norm is None:
+        held = self._held.pop(module, None)
+        if held is None:
             return output
         self.seen += 1
         # Instead all that the norm gives, apart from its bias, grows with d.
-        whole = output.detach().to(size.dtype) - norm.bias.to(size.dtype)
-        return output + (whole * (size - 1)).to(output.dtype)
+        whole = output.detach().to(held.size.dtype) - held.bias.to(held.size.dtype)
+        return output + (whole * (held.size - 1)).to(output.dtype)

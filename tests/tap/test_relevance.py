@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from attnshape import Response
 from attnshape.credit import gradient_weights
 from attnshape.tap import AttentionTap
-from attnshape.tap.relevance import norm_of
+from attnshape.tap.relevance import centers_of
 
 ENCODER = "bert"
 
@@ -86,6 +86,25 @@ def test_relevance_is_the_gradient_of_a_model_held_fixed(name, layer, held_fixed
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
+def test_a_model_that_is_trained_on_is_read_as_it_is_now():
+    """What is kept of a norm is its kind, not its weights."""
+    ids, mask = batch("right")
+    response = Response(mask, start=torch.zeros(3, dtype=torch.int64))
+
+    def relevance(model):
+        with AttentionTap(model, source="relevance") as tap:
+            score = model(ids, attention_mask=mask).logits[:, 0]
+        return gradient_weights(score, tap.take(), response)
+
+    used, fresh = make("gpt2"), make("gpt2")
+    relevance(used)
+    for model in (used, fresh):
+        for path, parameter in model.named_parameters():
+            if "ln_" in path:
+                parameter.data += 0.5
+    assert torch.equal(relevance(used), relevance(fresh))
+
+
 @pytest.mark.parametrize("name", [ENCODER, "llama", "gemma2", "gpt2"])
 @pytest.mark.parametrize("layer", [0, -1])
 def test_without_what_is_not_linear_the_tokens_sum_to_the_score(name, layer):
@@ -102,6 +121,29 @@ def test_without_what_is_not_linear_the_tokens_sum_to_the_score(name, layer):
     weights = gradient_weights(score, tap.take(), Response(mask, start=torch.zeros(3, dtype=torch.int64)))
     assert score.abs().min() > 1e-3
     torch.testing.assert_close(weights.sum(1), score.detach(), rtol=1e-3, atol=1e-4)
+
+
+class ByName(nn.Module):
+    def __init__(self, norm, name):
+        super().__init__()
+        self.norm, self.name = norm, name
+
+    def forward(self, x):
+        return self.norm(**{self.name: x})
+
+
+def test_a_norm_that_is_called_by_name_is_held_fixed_too():
+    ids, mask = batch("right")
+    weights = []
+    for wrap in (False, True):
+        model = build("llama")
+        if wrap:
+            model.model.norm = ByName(model.model.norm, "hidden_states")
+        with AttentionTap(model, source="relevance") as tap:
+            score = model(ids, attention_mask=mask).logits[:, 0]
+        response = Response(mask, start=torch.zeros(3, dtype=torch.int64))
+        weights.append(gradient_weights(score, tap.take(), response))
+    assert torch.equal(*weights)
 
 
 def test_a_norm_in_a_head_around_the_model_is_held_fixed_too():
@@ -151,11 +193,7 @@ def test_norms_are_found_by_what_they_do(make_norm, centers, dtype):
     module = make_norm().to(dtype)
     for parameter in module.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
-    norm = norm_of(module, torch.randn(2, 3, 32, dtype=dtype))
-    assert norm is not None
-    assert norm.centers == centers
-    bias = getattr(module, "bias", None)
-    torch.testing.assert_close(norm.bias, torch.zeros(32, dtype=dtype) if bias is None else bias.detach())
+    assert centers_of(module, torch.randn(2, 3, 32, dtype=dtype)) is centers
 
 
 @pytest.mark.parametrize(
@@ -176,7 +214,7 @@ def test_norms_are_found_by_what_they_do(make_norm, centers, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_modules_are_no_norms(module, dtype):
     torch.manual_seed(0)
-    assert norm_of(module.to(dtype), torch.randn(2, 3, 32, dtype=dtype)) is None
+    assert centers_of(module.to(dtype), torch.randn(2, 3, 32, dtype=dtype)) is None
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")
