@@ -53,6 +53,9 @@ _ROLLOUTS = ("rollout", "signed_rollout")
 _NO_OTHER_MIXING = ("rollout", "signed_rollout", "gradient_value", "relevance")
 _GRADIENTS = ("gradient_value", "gradient_embedding", "relevance")
 _ONE_LAYER = ("gradient_value", "relevance")
+RELEVANCE_UP = 3
+"""``"relevance"`` is taken where a third of the layers are below. The words that people call positive or
+negative are found best there (``benchmarks/language``): they have met their neighbours and not yet moved on."""
 _CHECKS = ("first", "always", "never")
 _POSITIONS = ("pooled", "last_visible", "last_response", "mean", "all")
 _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q")
@@ -76,9 +79,9 @@ class AttentionTap:
             ``attention_rollout``. ``"signed_rollout"``: for ``credit.signed_rollout``. ``"gradient_value"``:
             the values of the first layer, or of ``layer``, and ``"gradient_embedding"``: the token
             embeddings, for ``credit.gradient_weights``. ``"relevance"``: for the same, the hidden states that
-            enter the first layer, or ``layer``; the forward's gradient then holds attention and norms fixed
-            (arXiv 2202.07304), so it is for credit, not for training. Only ``"attention"`` works in compiled
-            models.
+            enter ``layer``, by default the one with a third of them below; the forward's gradient then holds
+            attention and norms fixed (arXiv 2202.07304), so it is for credit, not for training. Only
+            ``"attention"`` works in compiled models.
         query_position: the query that is read; may be assigned between forwards. ``"pooled"``: the token
             whose hidden state gave the score, which is the sequence-classification head's choice, or the
             last visible key where there is no such head. ``"last_visible"``. Int ``[B]``: these positions.
@@ -547,6 +550,8 @@ def _layer_of(source: Source, layer: int | Sequence[int] | None, layers: int) ->
         if layer is not None:
             raise ValueError(f"layer: got {layer!r}, want none for source={source!r}")
         return range(layers) if source in _ROLLOUTS else 0
+    if layer is None and source == "relevance":
+        return layers // RELEVANCE_UP
     if layer is None:
         return -1 if source == "attention" else 0
     if source in _ONE_LAYER and not isinstance(layer, int):

@@ -67,15 +67,6 @@ def _incremental(model: Any, ids: Tensor, mask: Tensor, inside: Tensor) -> tuple
     return scores[rows, last], torch.nn.functional.pad(added, (1, 0))
 
 
-def _relevance_up(model: Any, ids: Tensor, mask: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the hidden states that enter the layer a third of the way up."""
-    layer = model.config.num_hidden_layers // 3
-    with torch.enable_grad(), AttentionTap(model, layer, source="relevance") as tap:
-        score = model(input_ids=ids, attention_mask=mask).logits[:, 0]
-    start = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
-    return score.detach(), credit.gradient_weights(score, tap.take(), Response(inside, start=start))
-
-
 SIGNED = (
     "signed rollout",
     "gradient x embedding",
@@ -100,10 +91,10 @@ def sources_of(model: Any) -> dict[str, Weigh]:
     if layers > 1:
         found["row below the last"] = partial(_row, layers - 2)
     found |= {"columns of layer 0": partial(_columns, 0), "plain rollout": _plain_rollout}
-    deep = ["value-weighted last row", "gradient x embedding", "gradient x value", "relevance"]
+    deep = ["value-weighted last row", "gradient x embedding", "gradient x value"]
+    deep += ["relevance", "relevance a third up"]
     deep += ["norm-weighted rollout", "signed rollout"] * causal
     found |= {name: partial(_deep, name) for name in deep}
-    found["relevance a third up"] = _relevance_up
     return found | {"incremental": _incremental} if causal else found
 
 

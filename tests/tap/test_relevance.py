@@ -123,6 +123,14 @@ def test_without_what_is_not_linear_the_tokens_sum_to_the_score(name, layer):
     torch.testing.assert_close(weights.sum(1), score.detach(), rtol=1e-3, atol=1e-4)
 
 
+def test_it_is_taken_a_third_of_the_way_up():
+    model = build("llama", num_hidden_layers=6)
+    ids, mask = batch("right")
+    with AttentionTap(model, source="relevance") as tap:
+        hidden = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    assert torch.equal(tap.take(), hidden[2])
+
+
 class ByName(nn.Module):
     def __init__(self, norm, name):
         super().__init__()
