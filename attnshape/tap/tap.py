@@ -55,7 +55,7 @@ _GRADIENTS = ("gradient_value", "gradient_embedding", "relevance")
 _ONE_LAYER = ("gradient_value", "relevance")
 RELEVANCE_UP = 3
 """``"relevance"`` is taken where a third of the layers are below. The words that people call positive or
-negative are found best there (``benchmarks/language``): they have met their neighbours and not yet moved on."""
+negative are found best there (``benchmarks/language``): they know their neighbours and have not moved on."""
 _CHECKS = ("first", "always", "never")
 _POSITIONS = ("pooled", "last_visible", "last_response", "mean", "all")
 _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q")
