@@ -130,46 +130,38 @@ def errors(problem: Problem, got: ShapedRewards, want: ShapedRewards) -> dict[st
 
     ``status`` is compared exactly: its bound is 0.
     """
-    config, largest = problem.config, problem.max_score
-    live = problem.response.mask != 0
+    config, largest, kl = problem.config, problem.max_score, problem.given.get("kl")
+    padded, score = problem.padded, problem.score[:, None].double()
+    live = padded(problem.response.mask) != 0
     log_ratio = torch.zeros(live.shape, dtype=torch.float64)
-    kl = problem.given.get("kl")
     if kl is not None and kl.logprobs is not None:
-        log_ratio = (kl.logprobs.double() - kl.ref_logprobs.double()).masked_fill(~live, 0.0)
-    found: dict[str, list[Worst]] = {}
+        log_ratio = (padded(kl.logprobs).double() - padded(kl.ref_logprobs).double()).masked_fill(~live, 0.0)
+    found: dict[str, Worst] = {}
 
     def add(name: str, actual: Tensor, expected: Tensor, bound: Tensor) -> None:
-        found.setdefault(name, []).append(Worst.of(actual, expected, bound))
+        found[name] = Worst.of(actual, expected, bound)
 
-    rows = {
-        name: (problem.rows(getattr(got, name)), problem.rows(getattr(want, name)))
-        for name in ("credit", "kl", "rewards", "advantages", "returns")
-        if getattr(want, name) is not None
-    }
-    ratios = problem.rows(log_ratio)
-    sums_to_one = want.status & int(Status.EMPTY | Status.OUT_OF_RANGE | Status.NONFINITE) == 0
-    sums_to_one &= want.status & int(Status.SCORE_MASKED) == 0
-    for b, score in enumerate(problem.score):
-        if not ratios[b].numel():
-            continue
-        actual, credit = rows["credit"][0][b], rows["credit"][1][b]
-        of_weights = credit_bound(credit, largest)
-        add("credit", actual, credit, of_weights)
-        if config.normalization == "sum_to_one" and sums_to_one[b]:
-            one = torch.ones((), dtype=torch.float64)
-            add("credit sum", actual.double().sum(), one, CREDIT_SUM * one)
-        terms = [score * credit, *_summands(problem, b)]
-        if kl is not None:
-            estimate, coef = rows["kl"][1][b], float(kl.coef)
-            add("kl", rows["kl"][0][b], estimate, kl_bound(estimate, ratios[b]))
-            terms += [coef * ratios[b], coef * estimate]
-        expected = rows["rewards"][1][b]
-        add("rewards", rows["rewards"][0][b], expected, reward_bound(expected, *terms, max_logit=largest))
-        for name, lam in (("advantages", config.lam), ("returns", config.lam_value)):
-            lam = config.lam if lam is None else lam
-            lam = lam[b].item() if isinstance(lam, Tensor) else lam
-            expected = rows[name][1][b]
-            add(name, rows[name][0][b], expected, gae_bound(expected, config.gamma, lam))
+    credit = padded(want.credit)
+    actual = padded(got.credit)
+    add("credit", actual, credit, credit_bound(credit, largest))
+    if config.normalization == "sum_to_one":
+        other = Status.EMPTY | Status.OUT_OF_RANGE | Status.NONFINITE | Status.SCORE_MASKED
+        sums = actual.double().sum(1)[want.status & int(other) == 0]
+        one = torch.ones_like(sums)
+        add("credit sum", sums, one, CREDIT_SUM * one)
+    terms = [score * credit, *_summands(problem, live)]
+    if kl is not None:
+        assert want.kl is not None
+        assert got.kl is not None
+        estimate, coef = padded(want.kl), float(kl.coef)
+        add("kl", padded(got.kl), estimate, kl_bound(estimate, log_ratio))
+        terms += [coef * log_ratio, coef * estimate]
+    expected = padded(want.rewards)
+    add("rewards", padded(got.rewards), expected, reward_bound(expected, *terms, max_logit=largest))
+    for name, lam in (("advantages", config.lam), ("returns", config.lam_value)):
+        expected = padded(getattr(want, name))
+        bound = gae_bound(expected, config.gamma, config.lam if lam is None else lam)
+        add(name, padded(getattr(got, name)), expected, bound)
     usable = want.status & int(Status.NONFINITE) == 0
     for name, statistic in vars(want.row_stats).items():
         if statistic is not None:
@@ -180,19 +172,17 @@ def errors(problem: Problem, got: ShapedRewards, want: ShapedRewards) -> dict[st
     moments = want.moments[usable]
     add("moments", got.moments.cpu()[usable], moments, STATISTIC * (1 + moments.abs()))
     add("status", got.status, want.status, torch.zeros(want.status.shape))
-    return {name: max(of_rows, key=lambda worst: worst.fraction) for name, of_rows in found.items()}
+    return found
 
 
-def _summands(problem: Problem, b: int) -> list[Tensor]:
-    """What a reward of row ``b`` is a sum of, beside its credit and its KL."""
-    live, config, given = problem.rows(problem.response.mask)[b] != 0, problem.config, problem.given
-    index = config.score_index
-    if isinstance(index, Tensor):
-        at = int(index[b])
-    else:
-        at = int(live.nonzero().max()) if index == "last_unmasked" and live.any() else len(live) - 1
-    on_score = finite(problem.score[b]).abs()
+def _summands(problem: Problem, live: Tensor) -> list[Tensor]:
+    """What a reward is a sum of, beside its credit and its KL: each ``[B, R]``."""
+    index, given, t = problem.config.score_index, problem.given, torch.arange(live.shape[1])
+    if not isinstance(index, Tensor):
+        last = live if index == "last_unmasked" else problem.padded(torch.ones_like(problem.response.mask))
+        index = (last * t).amax(1) if len(t) else t.new_zeros(len(live))
+    on_score = finite(problem.score).abs()
     if "terminal_reward" in given:
-        on_score = on_score + finite(given["terminal_reward"][b]).abs()
-    terms = [torch.where(torch.arange(len(live)) == at, on_score, 0.0)]
-    return terms + [problem.rows(given[name])[b] for name in ("token_rewards",) if name in given]
+        on_score = on_score + finite(given["terminal_reward"]).abs()
+    terms = [torch.where(t == index[:, None], on_score[:, None], 0.0)]
+    return terms + [problem.padded(given[name]) for name in ("token_rewards",) if name in given]

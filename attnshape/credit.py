@@ -364,13 +364,17 @@ def gradient_weights(
     of a layer, the first if not told otherwise: its attention is the first to mix tokens, so those are the
     last that belong to one token each. At the last layer this is the last row's attention, each head's weight
     times how far the value it moves carries the score. ``source="gradient_embedding"`` takes the embeddings.
+    ``source="relevance"`` takes the hidden states that enter a layer, a third of the way up, of a forward in
+    which attention and norms are constants (arXiv 2202.07304): a norm's own gradient leaves out what points
+    along the token.
 
     Costs a backward pass from the score down to the inputs, without gradients of parameters, whose ``.grad``
     is left alone; the forward must have kept its graph, and this frees it. Keys are padded.
 
     Args:
         score: ``[B]``, from a forward with gradients enabled.
-        inputs: what ``take()`` returned: values ``[B, Hkv, S, D]`` or embeddings ``[B, S, hidden]``.
+        inputs: what ``take()`` returned: values ``[B, Hkv, S, D]``, or embeddings or hidden states
+            ``[B, S, hidden]``.
         response, validate: as for ``attention_credit``.
 
     Returns:

@@ -62,6 +62,13 @@ class Problem:
         """The rows of a response tensor, padded or packed."""
         return [x[row] for row in response_rows(self.response)[0]]
 
+    def padded(self, x: Tensor) -> Tensor:
+        """The same as ``[B, R]``, 0 past a row's end."""
+        if self.response.cu_seqlens is None:
+            return x
+        rows = self.rows(x)
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows else x.new_zeros(0, 0)
+
     @property
     def inputs(self) -> AttentionInputs:
         assert isinstance(self.credit, AttentionInputs)
@@ -72,8 +79,11 @@ class Problem:
         """Bound on ``|s|``, the attention scores; 0 without attention."""
         if not isinstance(self.credit, AttentionInputs):
             return 0.0
-        q, k = finite(self.inputs.query), finite(self.inputs.key)
-        return float(q.norm(dim=-1).amax() * k.norm(dim=-1).amax() * abs(self.inputs.scaling))
+        of_queries, of_keys = (
+            finite(torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)).amax()
+            for x in (self.inputs.query, self.inputs.key)
+        )
+        return float(of_queries * of_keys * abs(self.inputs.scaling))
 
 
 def make_problem(
@@ -107,7 +117,7 @@ def make_problem(
         return torch.randint(0, max(high, 1), shape, generator=g)
 
     key = normal(batch, keys, kv_heads, head_dim).transpose(1, 2)
-    query = normal(batch, heads, keys, head_dim) * 2
+    query = normal(batch, heads, keys if whole_query else 1, head_dim) * 2
     lengths = below(width + 1, batch)
     slack = keys - width
     pad = below(slack // 2 + 1, batch) if left_padding else torch.zeros(batch, dtype=torch.long)
@@ -154,12 +164,13 @@ def make_problem(
         layer |= {"key_start": pad.int(), "query_position": position.int()}
     else:
         layer["attention_mask"] = attended.long()
-    row = query.transpose(1, 2)[torch.arange(batch), position]
-    if whole_query and attention_mask:
+    if not whole_query:
+        query = query[:, :, 0]
+    elif attention_mask:
         layer["query_position"] = position
     if layer.pop("lse", False):
-        layer["lse"] = log_sum_exp(query if whole_query else row, key, attended, layer)
-    inputs = AttentionInputs((query if whole_query else row).to(dtype), key.to(dtype), SCALING, **layer)
+        layer["lse"] = log_sum_exp(query, key, attended, layer)
+    inputs = AttentionInputs(query.to(dtype), key.to(dtype), SCALING, **layer)
     return Problem(normal(batch), inputs, response, given, config or ShapingConfig())
 
 

@@ -95,9 +95,8 @@ def error_fraction(actual: Tensor, expected: Tensor, bound: Tensor) -> Tensor:
         raise ValueError(f"actual {tuple(actual.shape)} and expected {tuple(expected.shape)} differ in shape")
     actual, expected = actual.to("cpu", torch.float64), expected.to("cpu", torch.float64)
     same = (actual == expected) | (actual.isnan() & expected.isnan())
-    finite = actual.isfinite() & expected.isfinite()
-    fraction = torch.where(finite, (actual - expected).abs() / bound.to("cpu", torch.float64), torch.inf)
-    return torch.where(same, 0.0, fraction)
+    fraction = (actual - expected).abs() / bound.to("cpu", torch.float64)
+    return torch.where(same, 0.0, fraction.nan_to_num(nan=torch.inf, posinf=torch.inf))
 
 
 def _finite_abs(x: Tensor) -> Tensor:

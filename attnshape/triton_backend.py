@@ -191,8 +191,7 @@ def spread(
 ) -> GroupAdvantages:
     """One launch, one more for each further layer; of several rewards or signed weights only attention."""
     if len(credits) > 1 or config.signed:
-        weights, invalid = groups.with_weights(credits, response, shape_rewards)
-        return groups.spread(parts, weights, response, config, invalid)
+        return groups.spread(parts, credits, response, config, shape_rewards)
     (credit,) = credits
     swept: Any = csrc_triton.sweep(
         response,

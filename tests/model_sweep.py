@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import attnshape
 from attnshape.credit import gradient_weights
 from attnshape.tap import AttentionTap
-from attnshape.tap.find import attention_layers, lookups, top_layer
+from attnshape.tap.find import attention_layers, layers_around, lookups
 from tests.support import zoo
 
 ROOT = Path(__file__).parents[1]
@@ -164,7 +164,7 @@ def scored_positions(model: Any, inputs: dict[str, Tensor]) -> list[list[int]]:
         streams.append(stream)
         return (stream, *output[1:]) if isinstance(output, tuple) else stream
 
-    layer = top_layer(model, list(attention_of(model).values())[-1])
+    layer = layers_around(model, list(attention_of(model).values())[-1])[0][-1]
     handle = layer.register_forward_hook(leaf)
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(scores(model, inputs).sum(), streams[-1])

@@ -80,8 +80,8 @@ def credit(
 ) -> None:
     """Score completions with a reward model and write each token's credit.
 
-    Sources with signs (signed_rollout, gradient_value, gradient_embedding, leave_one_out) give token rewards
-    in its place, which sum to zero beside a score that is spread evenly.
+    Sources with signs (signed_rollout, gradient_value, gradient_embedding, relevance, leave_one_out) give
+    token rewards in its place, which sum to zero beside a score that is spread evenly.
 
     Lines that cannot be read or scored are named with their number and skipped; the exit status is then 1.
     Ctrl-C keeps what is written, in a file of its own whose name is said.

@@ -18,20 +18,22 @@ from attnshape.cpu.arithmetic import exp, fold, log
 from attnshape.cpu.blocks import fill, load, load_index, load_mask, start_of, store
 from attnshape.cpu.jit import called, entry, inner
 from attnshape.cpu.lanes import WIDTH, get, put, splat, where
-from attnshape.cpu.layout import BLOCK, bounds_of
+from attnshape.cpu.layout import BLOCK, NO_BOUNDS, bounds_of, extent
 from attnshape.cpu.memory import (
     ADDRESS,
     BF16,
+    ELEMENT,
     F16,
     F32,
     F64,
     HEAD,
     KIND,
-    KINDS,
-    OTHER,
     ROW,
     TOKEN,
+    counted,
     integers_at,
+    place_along,
+    place_of,
     places_at,
     scratch_at,
     widened,
@@ -41,7 +43,7 @@ from attnshape.types import AttentionInputs, Response, compute_dtype
 
 # Rows of a layer's table of places; then of the response's.
 QUERY, KEY, KEY_MASK, MASK_ROW, LSE, KEY_START, POSITION = range(7)
-MASK, START, INDEX, OUT = range(4)
+MASK, INDEX, START, OUT = range(4)
 # What a layer is, in integers and in numbers.
 HEADS, KEY_HEADS, HEAD_WIDTH, LENGTH, WINDOW, CAUSAL, AT = range(7)
 SCALING, SOFTCAP = range(2)
@@ -53,7 +55,7 @@ NONE_VISIBLE, LOST = -1, -2
 WORK = 1 << 6
 """Products of a query's and a key's element that take about as long as a token of the loop over rows."""
 Array: TypeAlias = Any
-NO_BOUNDS, NO_SINKS, NO_INDICES = np.empty((0, 2), np.int64), np.empty(0), np.empty(0, np.int64)
+NO_SINKS, NO_INDICES = np.empty(0), np.empty(0, np.int64)
 
 
 # A row --------------------------------------------------------------------------------------------------
@@ -113,9 +115,9 @@ def dots_of(
         key: index of the element where the head's keys begin.
         tile: memory for ``TILE`` keys.
     """
-    keys, kind, step = places[KEY, ADDRESS], places[KEY, KIND], places[KEY, OTHER]
+    keys, kind, step = places[KEY, ADDRESS], places[KEY, KIND], places[KEY, TOKEN]
     padded = width + -width % lanes.LANES
-    copied = width != padded or places[KEY, TOKEN] != 1
+    copied = width != padded or places[KEY, ELEMENT] != 1
     size = padded * (8 if kind == F64 else 4)
     if copied and kind != F64:
         kind = F32
@@ -207,10 +209,10 @@ def attend_row(
         count = 0
         while done + count < len(heads) and heads[done + count] // group == g:
             h = heads[done + count]
-            q = b * places[QUERY, ROW] + h * places[QUERY, HEAD] + (base + p) * places[QUERY, OTHER]
+            q = b * places[QUERY, ROW] + h * places[QUERY, HEAD] + (base + p) * places[QUERY, TOKEN]
             widened(places, QUERY, q, width, padded, queries + count * padded * size)
             count += 1
-        key = b * places[KEY, ROW] + g * places[KEY, HEAD] + base * places[KEY, OTHER]
+        key = b * places[KEY, ROW] + g * places[KEY, HEAD] + base * places[KEY, TOKEN]
         dots_of(
             places, count, width, key, numbers[SCALING], first, end, queries, tile, s, scores, apart
         )  # fmt: skip
@@ -234,7 +236,7 @@ def attend_row(
                     s[seen + t] = 0.0
             factor = share
             if places[LSE, ADDRESS] != 0:
-                at = b * places[LSE, ROW] + h * places[LSE, HEAD] + (base + p) * places[LSE, OTHER]
+                at = b * places[LSE, ROW] + h * places[LSE, HEAD] + (base + p) * places[LSE, TOKEN]
                 load(places, LSE, at, 1, s, sums)
                 lse = s[sums] if len(sinks) == 0 else log_add_exp(s[sums], sinks[h])
                 exponentials(lse, first, end, s, x)
@@ -267,9 +269,7 @@ def attend(
     tile = typed.ctypes.data
     queries = tile + 8 * TILE * (layer[HEAD_WIDTH] + lanes.LANES)
     for b in range(low, high):
-        base, length = 0, layer[LENGTH]
-        if len(bounds) > 0:
-            base, length = bounds[b, 0], bounds[b, 1]
+        base, length = extent(bounds, b, layer[LENGTH])
         p, first, end = visible_keys(places, layer, b, base, length, last[b] if len(last) > 0 else -1, s)
         if p == LOST:
             lost[b] = 1
@@ -290,9 +290,7 @@ def write_rows(places: Any, bounds: Any, lost: Any, length: int, means: Any, low
     """Rows ``low:high`` to the output; NaN where lost."""
     s, places = scratch_at(means, 0), places_at(places, 0)
     for b in range(low, high):
-        base, n = 0, length
-        if len(bounds) > 0:
-            base, n = bounds[b, 0], bounds[b, 1]
+        base, n = extent(bounds, b, length)
         at = start_of(places, OUT, b, base)
         if lost[b] != 0:
             fill(places, OUT, at, n, np.nan)
@@ -323,11 +321,8 @@ def write_responses(
     s, out, places = scratch_at(scratch, 0), scratch_at(means, 0), places_at(places, 0)
     lowest = -1 if places[INDEX, ADDRESS] != 0 else 0
     for b in range(low, high):
-        base, n, limit = 0, length, keys
-        if len(bounds) > 0:
-            base, n = bounds[b, 0], bounds[b, 1]
-        if len(of_keys) > 0:
-            limit = of_keys[b, 1]
+        base, n = extent(bounds, b, length)
+        _, limit = extent(of_keys, b, keys)
         outside, any_live = False, False
         for t in range(0, n, BLOCK):
             m = min(BLOCK, n - t)
@@ -350,9 +345,7 @@ def last_keys(places: Any, bounds: Any, length: int, scratch: Any, out: Any) -> 
     """Key position of each row's last unmasked response token, -1 where there is none."""
     s, places = scratch_at(scratch, 0), places_at(places, 0)
     for b in range(len(out)):
-        base, n = 0, length
-        if len(bounds) > 0:
-            base, n = bounds[b, 0], bounds[b, 1]
+        base, n = extent(bounds, b, length)
         out[b] = -1
         for i in range(n):
             t = n - 1 - i
@@ -364,50 +357,32 @@ def last_keys(places: Any, bounds: Any, length: int, scratch: Any, out: Any) -> 
 # What the loops are told --------------------------------------------------------------------------------
 
 
-def _place(x: Tensor | None, *axes: int | None) -> tuple[int, ...]:
-    """A place whose strides along ``ROW``, ``TOKEN``, ``HEAD`` and ``OTHER`` are those of these axes."""
-    if x is None:
-        return (0,) * 6
-    return x.data_ptr(), KINDS[x.dtype], *(0 if axis is None else x.stride(axis) for axis in axes)
-
-
-def _counted(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.dtype in KINDS else x != 0
-
-
 class Layer:
     """One layer as the loop takes it."""
 
     def __init__(self, x: AttentionInputs) -> None:
-        packed, whole = x.packed, x.has_all_queries
-        rows, keys_axis = (None, 0) if packed else (0, 2)
-        tokens, heads_axis = (0, 1) if packed else (1, 1)
-        mask, position = _counted(x.attention_mask), x.query_position
+        mask = None if x.attention_mask is None else counted(x.attention_mask)
+        given = x.query_position if isinstance(x.query_position, Tensor) else None
         self.held = (x, mask)
-        given = position if isinstance(position, Tensor) else None
+        tokens, whole, masked = ("T", "THD", "TH") if x.packed else ("BT", "BHTD", "BHT")
+        query = whole if x.has_all_queries else "BHD"
         row = x.mask_row
-        by_head = row is not None and row.ndim > (1 if packed else 2)
-        query_rows = None if packed and whole else 0
-        query_tokens = (0 if packed else 2) if whole else None
-        lse_tokens = query_tokens
-        mask_heads = heads_axis if by_head else None
-        mask_tokens = 0 if packed else (2 if by_head else 1)
         self.places = np.array(
             [
-                _place(x.query, query_rows, x.query.ndim - 1, 1, query_tokens),
-                _place(x.key, rows, x.key.ndim - 1, 1, keys_axis),
-                _place(mask, rows, tokens, None, None),
-                _place(row, rows, mask_tokens, mask_heads, None),
-                _place(x.lse, query_rows, None, 1, lse_tokens),
-                _place(x.key_start, None, 0, None, None),
-                _place(given, None, 0, None, None),
+                place_along(x.query, query),
+                place_along(x.key, whole),
+                place_along(mask, tokens),
+                place_along(row, tokens if row is None or row.ndim == len(tokens) else masked),
+                place_along(x.lse, query[:-1]),
+                place_along(x.key_start, "T"),
+                place_along(given, "T"),
             ],
             np.int64,
         )
         heads, self.width = x.query.shape[1], x.key.shape[-1]
-        self.keys = x.key.shape[0] if packed else x.key.shape[2]
+        self.keys = x.key.shape[whole.index("T")]
         self.group = heads // x.key.shape[1]
-        at = GIVEN if given is not None else LAST_VISIBLE if position is None else LAST_RESPONSE
+        at = GIVEN if given is not None else LAST_VISIBLE if x.query_position is None else LAST_RESPONSE
         self.choices = np.array(
             [heads, x.key.shape[1], self.width, self.keys, x.sliding_window or 0, x.causal, at], np.int64
         )
@@ -448,13 +423,10 @@ def _over_rows(layers: Sequence[Layer], last: Array, finish: Any) -> Array:
 
 def attention_row(inputs: Sequence[AttentionInputs]) -> Tensor:
     first = inputs[0]
-    dtype = compute_dtype(*(x for layer in inputs for x in (layer.query, layer.key)))
-    layers = [Layer(x) for x in inputs]
+    dtype, layers = compute_dtype(*[x.key for x in inputs]), [Layer(x) for x in inputs]
     shape = first.key.shape[:1] if first.packed else (first.key.shape[0], first.key.shape[2])
     out = (torch.zeros if first.packed else torch.empty)(shape, dtype=dtype)
-    places = np.array(
-        [(0,) * 6] * OUT + [_place(out, None if first.packed else 0, out.ndim - 1, None, None)], np.int64
-    )
+    places = np.array([place_of(out)] * (OUT + 1), np.int64)  # the others are not looked at
 
     def finish(lost: Array, means: Array, low: int, high: int, held: object = out) -> None:
         write_rows(places, layers[0].bounds, lost, layers[0].keys, means, low, high)
@@ -466,19 +438,11 @@ def attention_row(inputs: Sequence[AttentionInputs]) -> Tensor:
 def raw_credit(inputs: Sequence[AttentionInputs], response: Response, bounds: Array, out: Tensor) -> Array:
     """Writes the attention row at the response tokens to ``out``; rows out of range, uint8 ``[B]``."""
     layers = [Layer(x) for x in inputs]
-    mask = response.mask if response.mask.dtype in KINDS else response.mask != 0
+    mask = counted(response.mask)
     held = (mask, response.index, response.start, out)
-    rows = 0 if mask.ndim == 2 else None
-    tokens = mask.ndim - 1
-    places = np.array(
-        [
-            _place(mask, rows, tokens, None, None),
-            _place(response.start, None, 0, None, None),
-            _place(response.index, rows, tokens, None, None),
-            _place(out, rows, tokens, None, None),
-        ],
-        np.int64,
-    )
+    tokens = "BT" if mask.ndim == 2 else "T"
+    axes = (tokens, tokens, "T", tokens)
+    places = np.array([place_along(x, of) for x, of in zip(held, axes, strict=True)], np.int64)
     width = mask.shape[-1]
     last = NO_INDICES
     if any(isinstance(x.query_position, str) for x in inputs):

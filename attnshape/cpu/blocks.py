@@ -6,49 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from attnshape.cpu import lanes, memory
 from attnshape.cpu.jit import called, inner
-from attnshape.cpu.lanes import (
-    ALIGNED,
-    WIDTH,
-    absolute,
-    all_of,
-    all_true,
-    get,
-    put,
-    read_f32s,
-    splat,
-    write_f32s,
-    write_f32s_past,
-    write_f64s,
-)
-from attnshape.cpu.memory import (
-    ADDRESS,
-    BF16,
-    F16,
-    F32,
-    F32_PAST,
-    F64,
-    I8,
-    I64,
-    KIND,
-    OVERFLOW_F32,
-    ROW,
-    SIZES,
-    TOKEN,
-    as_f32,
-    fetch,
-    half,
-    ones,
-    read_f32,
-    read_f64,
-    read_i8,
-    read_i16,
-    read_i32,
-    read_i64,
-    read_word,
-    write_f32,
-    write_f64,
-)
+from attnshape.cpu.lanes import WIDTH, get, put, splat
+from attnshape.cpu.memory import ADDRESS, KIND, ROW, TOKEN
 
 LINE = 64
 """Bytes that memory is fetched by."""
@@ -67,25 +28,25 @@ def load(places: Any, name: int, start: int, n: int, s: Any, o: int) -> None:
     if address == 0:
         for t in range(n):
             s[o + t] = 0.0
-    elif kind == F32 and stride == 1:
+    elif kind == memory.F32 and stride == 1:
         whole = n - n % WIDTH
         for t in range(whole, n):
-            s[o + t] = read_f32(address, start + t)
+            s[o + t] = memory.read_f32(address, start + t)
         for i in range(0, whole, WIDTH):  # backwards, as a row is read
             t = whole - WIDTH - i
-            put(s, o + t, read_f32s(address, start + t))
-    elif kind == F32:
+            put(s, o + t, lanes.read_f32s(address, start + t))
+    elif kind == memory.F32:
         for t in range(n):
-            s[o + t] = read_f32(address, start + t * stride)
-    elif kind == F64:
+            s[o + t] = memory.read_f32(address, start + t * stride)
+    elif kind == memory.F64:
         for t in range(n):
-            s[o + t] = read_f64(address, start + t * stride)
-    elif kind == BF16:
+            s[o + t] = memory.read_f64(address, start + t * stride)
+    elif kind == memory.BF16:
         for t in range(n):
-            s[o + t] = as_f32(np.int32(read_i16(address, start + t * stride)) << 16)
+            s[o + t] = memory.as_f32(np.int32(memory.read_i16(address, start + t * stride)) << 16)
     else:
         for t in range(n):
-            s[o + t] = half(read_i16(address, start + t * stride))
+            s[o + t] = memory.half(memory.read_i16(address, start + t * stride))
 
 
 # Masks -----------------------------------------------------------------------------------------------
@@ -105,7 +66,7 @@ def _mask_loader(read: Any) -> Any:
 
 
 _load_i8, _load_i16, _load_i32, _load_i64 = (
-    _mask_loader(read) for read in (read_i8, read_i16, read_i32, read_i64)
+    _mask_loader(read) for read in (memory.read_i8, memory.read_i16, memory.read_i32, memory.read_i64)
 )
 
 
@@ -113,8 +74,8 @@ _load_i8, _load_i16, _load_i32, _load_i64 = (
 def load_mask(places: Any, name: int, start: int, n: int, s: Any, o: int) -> Any:
     """``s[o : o + n]`` becomes 1 where the mask is not zero, else 0; how many are 1."""
     address, kind, stride = places[name, ADDRESS], places[name, KIND], places[name, TOKEN]
-    size, bits = SIZES[kind], -1
-    if kind <= F16:  # a zero may have a sign
+    size, bits = memory.SIZES[kind], -1
+    if kind <= memory.F16:  # a zero may have a sign
         bits = 0x7FFFFFFFFFFFFFFF >> 8 * (8 - size)
     if size == 1:
         return _load_i8(address, start, stride, n, bits, s, o)
@@ -128,14 +89,14 @@ def load_mask(places: Any, name: int, start: int, n: int, s: Any, o: int) -> Any
 @called
 def count_live(places: Any, name: int, start: int, n: int, s: Any, o: int) -> Any:
     """How many of ``n`` tokens are unmasked; ``s[o : o + n]`` is of no use afterwards."""
-    if places[name, KIND] != I8 or places[name, TOKEN] != 1:
+    if places[name, KIND] != memory.I8 or places[name, TOKEN] != 1:
         return load_mask(places, name, start, n, s, o)
     address, count, whole = places[name, ADDRESS], 0, n - n % 8
     for t in range(0, whole, 8):  # the highest bit of each byte that is not 0
-        x = read_word(address, start + t)
-        count += ones(((x & 0x7F7F7F7F7F7F7F7F) + 0x7F7F7F7F7F7F7F7F | x) & -0x7F7F7F7F7F7F7F80)
+        x = memory.read_word(address, start + t)
+        count += memory.ones(((x & 0x7F7F7F7F7F7F7F7F) + 0x7F7F7F7F7F7F7F7F | x) & -0x7F7F7F7F7F7F7F80)
     for t in range(whole, n):
-        count += read_i8(address, start + t) != 0
+        count += memory.read_i8(address, start + t) != 0
     return count
 
 
@@ -143,9 +104,9 @@ def count_live(places: Any, name: int, start: int, n: int, s: Any, o: int) -> An
 def load_index(places: Any, name: int, row: int, token: int) -> Any:
     """Element of a tensor of int32 or int64, ``[B]`` or ``[B, R]``."""
     at = start_of(places, name, row, token)
-    if places[name, KIND] == I64:
-        return read_i64(places[name, ADDRESS], at)
-    return np.int64(read_i32(places[name, ADDRESS], at))
+    if places[name, KIND] == memory.I64:
+        return memory.read_i64(places[name, ADDRESS], at)
+    return np.int64(memory.read_i32(places[name, ADDRESS], at))
 
 
 @called
@@ -153,16 +114,16 @@ def fetch_block(places: Any, name: int, row: int, token: int, n: int) -> None:
     """Asks for tokens that lie side by side before they are needed."""
     if places[name, ADDRESS] == 0 or places[name, TOKEN] != 1:
         return
-    size = SIZES[places[name, KIND]]
+    size = memory.SIZES[places[name, KIND]]
     first = places[name, ADDRESS] + size * start_of(places, name, row, token)
     for at in range(first, first + n * size, LINE):
-        fetch(at)
+        memory.fetch(at)
 
 
 @inner
 def highest(places: Any, name: int) -> float:
     """What is smaller than this is finite once it is written."""
-    return np.inf if places[name, KIND] == F64 else OVERFLOW_F32
+    return np.inf if places[name, KIND] == memory.F64 else memory.OVERFLOW_F32
 
 
 @called
@@ -172,31 +133,31 @@ def store(places: Any, name: int, start: int, n: int, s: Any, o: int) -> bool:
     Whether what was written is finite.
     """
     address, whole = places[name, ADDRESS], n - n % WIDTH
-    limit, fine, lost = highest(places, name), all_true(), 0
+    limit, fine, lost = highest(places, name), lanes.all_true(), 0
     for t in range(whole, n):
         store_one(places, name, start + t, s[o + t])
         lost += not abs(s[o + t]) < limit
-    is_f64 = places[name, KIND] == F64
-    past = places[name, KIND] == F32_PAST and (address + 4 * start) % ALIGNED == 0
+    is_f64 = places[name, KIND] == memory.F64
+    past = places[name, KIND] == memory.F32_PAST and (address + 4 * start) % lanes.ALIGNED == 0
     for i in range(0, whole, WIDTH):
         t = whole - WIDTH - i
         x = get(s, o + t)
         if is_f64:
-            write_f64s(address, start + t, x)
+            lanes.write_f64s(address, start + t, x)
         elif past:
-            write_f32s_past(address, start + t, x)
+            lanes.write_f32s_past(address, start + t, x)
         else:
-            write_f32s(address, start + t, x)
-        fine = fine & (absolute(x) < splat(limit))
-    return lost == 0 and all_of(fine)
+            lanes.write_f32s(address, start + t, x)
+        fine = fine & (lanes.absolute(x) < splat(limit))
+    return lost == 0 and lanes.all_of(fine)
 
 
 @inner
 def store_one(places: Any, name: int, index: int, x: float) -> None:
-    if places[name, KIND] == F64:
-        write_f64(places[name, ADDRESS], index, x)
+    if places[name, KIND] == memory.F64:
+        memory.write_f64(places[name, ADDRESS], index, x)
     else:
-        write_f32(places[name, ADDRESS], index, np.float32(x))
+        memory.write_f32(places[name, ADDRESS], index, np.float32(x))
 
 
 @called
@@ -204,9 +165,9 @@ def fill(places: Any, name: int, start: int, n: int, x: float) -> None:
     address = places[name, ADDRESS]
     if address == 0:
         return
-    if places[name, KIND] == F64:
+    if places[name, KIND] == memory.F64:
         for t in range(n):
-            write_f64(address, start + t, x)
+            memory.write_f64(address, start + t, x)
     else:
         for t in range(n):
-            write_f32(address, start + t, np.float32(x))
+            memory.write_f32(address, start + t, np.float32(x))

@@ -26,9 +26,26 @@ F = TypeVar("F", bound=Callable[..., Any])
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": False}
 
 
-def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that is given as the code of the compiler."""
-    return extending.intrinsic(function)  # type: ignore[no-any-return]
+def operation(function: Any, result: types.Type, *of: types.Type) -> Callable[..., Any]:
+    """Decorates ``build(builder, *values)``: what it builds is ``function`` of these, an operator too."""
+    signature = templates.signature(result, *of)
+    template = templates.make_concrete_template(f"{function} {of}", function, [signature])
+    templates.builtin_registry.register_global(function, types.Function(template))
+
+    def decorate(build: Callable[..., Any]) -> Callable[..., Any]:
+        def lowered(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            found = build(builder, *values)
+            return context.get_dummy_value() if result is types.void else found
+
+        extending.lower_builtin(function, *of)(lowered)
+        return build
+
+    return decorate
+
+
+def intrinsic(result: types.Type, *of: types.Type) -> Callable[..., Any]:
+    """The same for a function that is not there yet: in compiled code the decorated one is, of ``values``."""
+    return lambda build: operation(build, result, *of)(build)
 
 
 class _Part(codegen.JITCodeLibrary):  # type: ignore[misc]
@@ -87,24 +104,6 @@ def inner(function: F, made_by: type[_PartCompiler] = _PartCompiler) -> F:
 def called(function: F) -> F:
     """``inner``, of code that is long beside a call of it."""
     return inner(function, _CalledCompiler)
-
-
-def operation(function: Any, result: types.Type, *of: types.Type) -> Callable[..., Any]:
-    """``function``, an operator too, of arguments of these types is what the decorated code builds."""
-    template = templates.make_concrete_template(
-        f"{function} {of}", function, [templates.signature(result, *of)]
-    )
-    templates.builtin_registry.register_global(function, types.Function(template))
-
-    def decorate(build: Callable[..., Any]) -> Callable[..., Any]:
-        def lowered(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            found = build(builder, *arguments)
-            return context.get_dummy_value() if result is types.void else found
-
-        extending.lower_builtin(function, *of)(lowered)
-        return build
-
-    return decorate
 
 
 def entry(function: F) -> F:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnshape.cpu.arithmetic import least, most
 from attnshape.cpu.blocks import count_live, load_mask, start_of
-from attnshape.cpu.jit import called
+from attnshape.cpu.jit import called, inner
 
 BLOCK = 128
 """Tokens that are held at once, as float64, while a row is swept; counted from its first unmasked token."""
@@ -26,6 +26,8 @@ SUM, SUM_2 = 6 * BLOCK, 7 * BLOCK  # sums over blocks, in lanes
 FACTOR, ADDEND_VALUE = 8 * BLOCK, 10 * BLOCK  # factors of both recurrences; what that of returns adds
 HELD = 11 * BLOCK
 """Numbers held of a row."""
+NO_BOUNDS = np.empty((0, 2), np.int64)
+"""Those of padded rows."""
 
 
 def bounds_of(cu_seqlens: Tensor, total: int) -> tuple[np.ndarray, np.ndarray]:
@@ -40,6 +42,14 @@ def bounds_of(cu_seqlens: Tensor, total: int) -> tuple[np.ndarray, np.ndarray]:
     lost = (low < 0) | (low > high) | (high > total) | (highest_before > low) | (lowest_after < high)
     first, end = (x.clip(0, total) for x in (np.minimum(low, high), np.maximum(low, high)))
     return np.stack([first, end - first], 1), lost.astype(np.uint8)
+
+
+@inner
+def extent(bounds: Any, b: int, length: int) -> tuple[int, int]:
+    """First token and number of tokens of a row; padded rows have no bounds."""
+    if len(bounds) > 0:
+        return bounds[b, 0], bounds[b, 1]
+    return 0, length
 
 
 @called

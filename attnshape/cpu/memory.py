@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
+from numba import extending
 from numba.core import cgutils, types
 from numba.core.types.containers import UniTuple
 from numba.extending import models, register_model
@@ -20,9 +21,8 @@ from torch import Tensor
 
 from attnshape.cpu.jit import called, inner, intrinsic, operation
 
-ADDRESS, KIND, ROW, TOKEN, HEAD, OTHER = 0, 1, 2, 3, 4, 5
-"""Columns of a table of places: where the first element is, its dtype, and strides in elements. The last two
-are those of queries and keys."""
+ADDRESS, KIND, ROW, TOKEN, HEAD, ELEMENT = 0, 1, 2, 3, 4, 5
+"""Columns of a table of places: where the first element is, its dtype, and strides in elements."""
 
 F32, F64, BF16, F16, I8, I16, I32, I64, F32_PAST = 1, 2, 3, 4, 5, 6, 7, 8, 9
 """Floats first. ``F32_PAST``: of an output, which is written past the caches."""
@@ -58,6 +58,19 @@ def place_of(x: Tensor) -> tuple[int, ...]:
     return x.data_ptr(), kind, strides[0], strides[1], 0, 0
 
 
+def place_along(x: Tensor | None, axes: str) -> tuple[int, ...]:
+    """A place of a tensor whose axes are, in order, B: rows, T: tokens, H: heads, D: a head's elements."""
+    if x is None:
+        return (0,) * COLUMNS
+    strides = dict(zip(axes, x.stride(), strict=True))
+    return x.data_ptr(), KINDS[x.dtype], *(strides.get(axis, 0) for axis in "BTHD")
+
+
+def counted(mask: Tensor) -> Tensor:
+    """A mask of a dtype that the loops read."""
+    return mask if mask.dtype in KINDS else mask != 0
+
+
 def goes_past(size: int) -> bool:
     """Whether a call's outputs, of so many bytes, are written past the caches."""
     return size >= PAST
@@ -67,106 +80,73 @@ def table_of(tensors: Sequence[Tensor]) -> np.ndarray:
     return np.array([place_of(x) for x in tensors], np.int64)
 
 
-def _pointer_access(dtype: Any, element: ir.Type) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def pointer(builder: Any, address: Any, index: Any, element: ir.Type, stored: ir.Type | None = None) -> Any:
+    """Where the element at an index is; with ``stored``, as that of such a value, which begins there."""
+    base = builder.inttoptr(address, ir.PointerType(element))
+    at = builder.gep(base, [index], inbounds=True)
+    return at if stored is None else builder.bitcast(at, ir.PointerType(stored))
+
+
+def _access(dtype: Any, element: ir.Type) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """``read(address, index)`` and ``write(address, index, value)`` of elements of a dtype."""
 
-    def pointer(builder: Any, address: Any, index: Any) -> Any:
-        base = builder.inttoptr(address, ir.PointerType(element))
-        return builder.gep(base, [index], inbounds=True)
+    @intrinsic(dtype, types.int64, types.int64)
+    def read(builder: Any, address: Any, index: Any) -> Any:
+        return builder.load(pointer(builder, address, index, element))
 
-    @intrinsic
-    def read(typingctx: Any, address: Any, index: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return builder.load(pointer(builder, *arguments))
-
-        return dtype(types.int64, types.int64), codegen
-
-    @intrinsic
-    def write(typingctx: Any, address: Any, index: Any, value: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            address, index, value = arguments
-            builder.store(value, pointer(builder, address, index))
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, dtype), codegen
+    @intrinsic(types.void, types.int64, types.int64, dtype)
+    def write(builder: Any, address: Any, index: Any, value: Any) -> None:
+        builder.store(value, pointer(builder, address, index, element))
 
     return read, write
 
 
-read_f32, write_f32 = _pointer_access(types.float32, ir.FloatType())
-read_f64, write_f64 = _pointer_access(types.float64, ir.DoubleType())
-read_i8, _ = _pointer_access(types.int8, ir.IntType(8))
-read_i16, _ = _pointer_access(types.int16, ir.IntType(16))
-read_i32, write_i32 = _pointer_access(types.int32, ir.IntType(32))
-read_i64, _ = _pointer_access(types.int64, ir.IntType(64))
+read_f32, write_f32 = _access(types.float32, ir.FloatType())
+read_f64, write_f64 = _access(types.float64, ir.DoubleType())
+read_i8, _ = _access(types.int8, ir.IntType(8))
+read_i16, _ = _access(types.int16, ir.IntType(16))
+read_i32, write_i32 = _access(types.int32, ir.IntType(32))
+read_i64, _ = _access(types.int64, ir.IntType(64))
 
 
-@intrinsic
-def as_f32(typingctx: Any, bits: Any) -> Any:
+@intrinsic(types.float32, types.int32)
+def as_f32(builder: Any, bits: Any) -> Any:
     """The float32 of these bits."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.int32), codegen
+    return builder.bitcast(bits, ir.FloatType())
 
 
-@intrinsic
-def as_f64(typingctx: Any, bits: Any) -> Any:
+@intrinsic(types.float64, types.int64)
+def as_f64(builder: Any, bits: Any) -> Any:
     """The float64 of these bits."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.DoubleType())
-
-    return types.float64(types.int64), codegen
+    return builder.bitcast(bits, ir.DoubleType())
 
 
-@intrinsic
-def bits_of(typingctx: Any, x: Any) -> Any:
+@intrinsic(types.int64, types.float64)
+def bits_of(builder: Any, x: Any) -> Any:
     """The bits of a float64."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.IntType(64))
-
-    return types.int64(types.float64), codegen
+    return builder.bitcast(x, ir.IntType(64))
 
 
-@intrinsic
-def read_word(typingctx: Any, address: Any, index: Any) -> Any:
+@intrinsic(types.int64, types.int64, types.int64)
+def read_word(builder: Any, address: Any, index: Any) -> Any:
     """Eight bytes, from the one at ``index`` on."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address, index = arguments
-        base = builder.inttoptr(address, ir.PointerType(ir.IntType(8)))
-        at = builder.bitcast(builder.gep(base, [index], inbounds=True), ir.PointerType(ir.IntType(64)))
-        return builder.load(at, align=1)
-
-    return types.int64(types.int64, types.int64), codegen
+    return builder.load(pointer(builder, address, index, ir.IntType(8), ir.IntType(64)), align=1)
 
 
-@intrinsic
-def fetch(typingctx: Any, address: Any) -> Any:
+@intrinsic(types.void, types.int64)
+def fetch(builder: Any, address: Any) -> None:
     """Asks for the memory at an address, which need not be there, before it is read or written."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        i32, byte = ir.IntType(32), ir.PointerType(ir.IntType(8))
-        known = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
-        function = cgutils.get_or_insert_function(builder.module, known, "llvm.prefetch.p0")
-        choices = [ir.Constant(i32, x) for x in (0, 3, 1)]  # to read, to keep, of data
-        builder.call(function, [builder.inttoptr(arguments[0], byte), *choices])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
+    i32, byte = ir.IntType(32), ir.PointerType(ir.IntType(8))
+    known = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+    function = cgutils.get_or_insert_function(builder.module, known, "llvm.prefetch.p0")
+    choices = [ir.Constant(i32, x) for x in (0, 3, 1)]  # to read, to keep, of data
+    builder.call(function, [builder.inttoptr(address, byte), *choices])
 
 
-@intrinsic
-def ones(typingctx: Any, x: Any) -> Any:
+@intrinsic(types.int64, types.int64)
+def ones(builder: Any, x: Any) -> Any:
     """How many bits are 1."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.ctpop(arguments[0])
-
-    return types.int64(types.int64), codegen
+    return builder.ctpop(x)
 
 
 @inner
@@ -185,8 +165,8 @@ def half(bits: Any) -> Any:
 
 @called
 def widened(places: Any, name: int, start: int, n: int, padded: int, out: int) -> None:
-    """Elements along ``TOKEN`` to the memory at ``out``, then zeros: float32, of float64 float64."""
-    address, kind, stride = places[name, ADDRESS], places[name, KIND], places[name, TOKEN]
+    """A head's elements to the memory at ``out``, then zeros: float32, of float64 float64."""
+    address, kind, stride = places[name, ADDRESS], places[name, KIND], places[name, ELEMENT]
     if kind == F64:
         for t in range(n):
             write_f64(out, t, read_f64(address, start + t * stride))
@@ -236,7 +216,7 @@ def memory(element: Any, columns: int = 1) -> tuple[Any, Any]:
     kind = _Memory(element, columns)
     index = types.int64 if columns == 1 else UniTuple(types.int64, 2)
 
-    @intrinsic
+    @extending.intrinsic  # type: ignore[untyped-decorator]
     def view(typingctx: Any, x: Any, start: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             of, (base, first) = signature.args[0], arguments

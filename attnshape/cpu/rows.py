@@ -7,36 +7,13 @@ from typing import Any
 import numpy as np
 from numba.core import types
 
-from attnshape.cpu import layout
-from attnshape.cpu.advantages import (
-    WAYS,
-    add_moments,
-    add_term_of_memory,
-    add_terms,
-    add_terms_of_memory,
-    carry,
-    moments_of,
-    set_factors,
-    settle,
-    settle_all,
-    settle_into_memory,
-    subtract_values,
-)
+from attnshape.cpu import advantages, blocks, layout
+from attnshape.cpu.advantages import WAYS
 from attnshape.cpu.arithmetic import least, log, most
-from attnshape.cpu.blocks import (
-    fetch_block,
-    fill,
-    highest,
-    load,
-    load_index,
-    load_mask,
-    start_of,
-    store,
-    store_one,
-)
+from attnshape.cpu.blocks import start_of
 from attnshape.cpu.jit import called, entry, inner
 from attnshape.cpu.lanes import fence
-from attnshape.cpu.layout import BLOCK, HELD, LIVE, survey
+from attnshape.cpu.layout import BLOCK, HELD, LIVE, extent, survey
 from attnshape.cpu.memory import (
     ADDRESS,
     F32,
@@ -98,7 +75,7 @@ def fill_row(places: Any, b: int, token: int, n: int, x: float) -> None:
     if n <= 0:
         return
     for name in range(REWARDS, RETURNS + 1):
-        fill(places, name, start_of(places, name, b, token), n, x)
+        blocks.fill(places, name, start_of(places, name, b, token), n, x)
 
 
 @inner
@@ -114,18 +91,13 @@ def open_row(
     """Finds the row's tokens and cuts them into blocks; outputs are 0 outside."""
     at = length - 1 if choices[SCORE_AT] == LAST_TOKEN else -1
     if choices[SCORE_AT] == INDEXED:
-        at = load_index(places, SCORE_INDEX, 0, b)
+        at = blocks.load_index(places, SCORE_INDEX, 0, b)
     first, end, count, on_score = survey(places, MASK, b, base, length, at, s, i * HELD + LIVE)
     if choices[SCORE_AT] == LAST_UNMASKED:
         at, on_score = end - 1, 1
     lost = lost or (count > 0 and not 0 <= at < length)
-    row[i, BASE], row[i, WIDTH], row[i, ANCHOR], row[i, COUNT], row[i, LAST] = (
-        base,
-        length,
-        first,
-        count,
-        end - 1,
-    )
+    row[i, BASE], row[i, WIDTH], row[i, ANCHOR] = base, length, first
+    row[i, COUNT], row[i, LAST] = count, end - 1
     row[i, AT], row[i, ON_SCORE], row[i, FINITE], row[i, BLOCKS] = at, on_score, 1, 0
     row[i, FLAGS] = OUT_OF_RANGE if lost else (EMPTY if count == 0 else (0 if on_score else SCORE_MASKED))
     row[i, KEEP] = choices[KEEP_MASKED] if not lost else 0
@@ -188,7 +160,7 @@ def weigh_row(
 def close_row(places: Any, choices: Any, b: int, row: Any, of: Any, i: int, s: Any) -> None:
     """Status, stats and moments of a row that has been swept."""
     count = row[i, COUNT]
-    mean, m2 = moments_of(count, of[i, NEAR], s, i * HELD)
+    mean, m2 = advantages.moments_of(count, of[i, NEAR], s, i * HELD)
     if row[i, FINITE] == 0:
         row[i, FLAGS] |= NONFINITE
         if choices[ZERO_LOST] != 0:
@@ -197,11 +169,11 @@ def close_row(places: Any, choices: Any, b: int, row: Any, of: Any, i: int, s: A
     if places[STATUS, ADDRESS] != 0:
         write_i32(places[STATUS, ADDRESS], b, row[i, FLAGS])
         for j in range(4):
-            store_one(places, STATS, 4 * b + j, of[i, STATS_OF + j])
+            blocks.store_one(places, STATS, 4 * b + j, of[i, STATS_OF + j])
     if places[MOMENTS, ADDRESS] != 0:
-        store_one(places, MOMENTS, 3 * b, count)
-        store_one(places, MOMENTS, 3 * b + 1, mean)
-        store_one(places, MOMENTS, 3 * b + 2, m2)
+        blocks.store_one(places, MOMENTS, 3 * b, count)
+        blocks.store_one(places, MOMENTS, 3 * b + 1, mean)
+        blocks.store_one(places, MOMENTS, 3 * b + 2, m2)
 
 
 # A block of a row's tokens ------------------------------------------------------------------------------
@@ -222,10 +194,10 @@ def write_block(places: Any, first: int, last: int, b: int, t: int, n: int, row:
     for name in range(first, last + 1):
         if places[name, ADDRESS] == 0:
             continue
-        finite = store(places, name, start_of(places, name, b, row[i, BASE] + t), n, s, o + FIELDS[name])
-        if not finite:
+        start = start_of(places, name, b, row[i, BASE] + t)
+        if not blocks.store(places, name, start, n, s, o + FIELDS[name]):
             for j in range(n):
-                if s[o + LIVE + j] != 0.0 and not abs(s[o + FIELDS[name] + j]) < highest(places, name):
+                if s[o + LIVE + j] != 0.0 and not abs(s[o + FIELDS[name] + j]) < blocks.highest(places, name):
                     row[i, FINITE] = 0
 
 
@@ -238,7 +210,7 @@ def open_block(
     weighted = choices[SOURCE] == WEIGHTS and row[i, FLAGS] & FALLBACK == 0
     for name in range(RAW, TOKEN_REWARDS + 1):
         if name == TOKEN_REWARDS or (places[name, ADDRESS] != 0 and (name != RAW or weighted)):
-            load(places, name, start_of(places, name, b, token), n, s, o + FIELDS[name])
+            blocks.load(places, name, start_of(places, name, b, token), n, s, o + FIELDS[name])
     if choices[SHAPED] == 0:
         for j in range(n):
             s[o + layout.REWARDS + j] = s[o + layout.REWARDS + j] if s[o + LIVE + j] != 0.0 else 0.0
@@ -267,7 +239,7 @@ def open_mask(places: Any, choices: Any, b: int, t: int, n: int, row: Any, of: A
     if row[i, DENSE] == 2:
         return  # as in the block before
     if row[i, DENSE] == 0:
-        load_mask(places, MASK, start_of(places, MASK, b, row[i, BASE] + t), n, s, live)
+        blocks.load_mask(places, MASK, start_of(places, MASK, b, row[i, BASE] + t), n, s, live)
     else:
         row[i, DENSE] = 2 if n == BLOCK else 1
         for j in range(n):
@@ -276,17 +248,17 @@ def open_mask(places: Any, choices: Any, b: int, t: int, n: int, row: Any, of: A
         s[live + j] = 0.0
     for k in range(1 + choices[DECOUPLED]):
         gl, factor = of[i, GIVEN + GL + k], layout.FACTOR + k * BLOCK
-        set_factors(n, gl, 1.0 if skip else gl, factor, s, o)
+        advantages.set_factors(n, gl, 1.0 if skip else gl, factor, s, o)
 
 
 @inner
 def link_block(choices: Any, gamma: float, of: Any, i: int, s: Any) -> None:
     """What the recurrence adds at each token of a block, once its rewards are written."""
     o = i * HELD
-    add_terms(gamma, of[i, GIVEN + GL], layout.ADDEND, s, o)
+    advantages.add_terms(gamma, of[i, GIVEN + GL], layout.ADDEND, s, o)
     if choices[DECOUPLED] != 0:
-        add_terms(gamma, of[i, GIVEN + GL_VALUE], layout.ADDEND_VALUE, s, o)
-    subtract_values(s, o)
+        advantages.add_terms(gamma, of[i, GIVEN + GL_VALUE], layout.ADDEND_VALUE, s, o)
+    advantages.subtract_values(s, o)
 
 
 @inner
@@ -297,9 +269,10 @@ def add_block_of_memory(
     token, last, o, gl = row[i, BASE] + t, row[i, LAST] - t, i * HELD, of[i, GIVEN + GL]
     rewards, at_reward = places[TOKEN_REWARDS, ADDRESS], start_of(places, TOKEN_REWARDS, b, token)
     values, at_value = places[VALUES, ADDRESS], start_of(places, VALUES, b, token)
-    add_terms_of_memory(gamma, gl, rewards, at_reward, values, at_value, n, s, o)
-    if last < n and of[i, AFTER] != 0.0:
-        add_term_of_memory(gamma, gl, rewards, at_reward, values, at_value, of[i, AFTER], last, s, o)
+    advantages.add_terms_of_memory(gamma, gl, rewards, at_reward, values, at_value, n, s, o)
+    more = of[i, AFTER]
+    if last < n and more != 0.0:
+        advantages.add_term_of_memory(gamma, gl, rewards, at_reward, values, at_value, more, last, s, o)
 
 
 @called
@@ -312,7 +285,7 @@ def close_block(
     if 0 <= last < n:
         of[i, NEAR] = s[o + layout.REWARDS + last] + s[o + layout.ADDEND + last]
     if row[i, DIRECT] != 0:
-        finite = settle_into_memory(
+        finite = advantages.settle_into_memory(
             places[ADVANTAGES, KIND] == F32_PAST, places[ADVANTAGES, ADDRESS], places[RETURNS, ADDRESS],
             start_of(places, ADVANTAGES, b, token), places[VALUES, ADDRESS],
             start_of(places, VALUES, b, token), n, of[i, NEAR], s, o,
@@ -320,13 +293,13 @@ def close_block(
         row[i, FINITE] = row[i, FINITE] if finite else 0
         return
     if row[i, KEEP] != 0:
-        of[i, LATER], of[i, LATER + 1] = settle_all(
+        of[i, LATER], of[i, LATER + 1] = advantages.settle_all(
             n, of_returns, choices[SKIP] != 0, of[i, LATER], of[i, LATER + 1], s, o
         )
     else:
-        settle(of_returns, s, o)
+        advantages.settle(of_returns, s, o)
     write_block(places, ADVANTAGES, RETURNS, b, t, n, row, i, s)
-    add_moments(of[i, NEAR], s, o)
+    advantages.add_moments(of[i, NEAR], s, o)
 
 
 @called
@@ -349,13 +322,13 @@ def sweep_rows(
             else:
                 if step + 1 < row[i, BLOCKS]:
                     for name in range(MASK if row[i, DENSE] == 0 else RAW, TOKEN_REWARDS + 1):
-                        fetch_block(places, name, b + i, row[i, BASE] + t - BLOCK, BLOCK)
+                        blocks.fetch_block(places, name, b + i, row[i, BASE] + t - BLOCK, BLOCK)
                 open_block(places, choices, numbers, b + i, t, n, row, of, i, s)
                 if chains > 0:
                     link_block(choices, numbers[GAMMA], of, i, s)
         for k in range(chains):
             addend = layout.ADDEND if k == 0 else layout.ADDEND_VALUE
-            carry(layout.FACTOR + k * BLOCK, addend, s, CHAINS + k * WAYS)
+            advantages.carry(layout.FACTOR + k * BLOCK, addend, s, CHAINS + k * WAYS)
         for i in range(ways):
             if chains > 0 and step < row[i, BLOCKS]:
                 t, n = tokens_of(row, i, step)
@@ -386,14 +359,12 @@ def sweep(
         for t in range(CHAINS, INTEGERS):
             s[t] = 0.0
         for i in range(ways):
-            base, length = 0, choices[LENGTH]
-            if len(bounds) > 0:
-                base, length = bounds[b + i, 0], bounds[b + i, 1]
+            base, length = extent(bounds, b + i, choices[LENGTH])
             bad = len(lost) > 0 and lost[b + i] != 0
             of[i, GIVEN + GL], of[i, GIVEN + GL_VALUE] = numbers[GL_ALL], numbers[GL_VALUE_ALL]
             for name in range(SCORE, GL_VALUE + 1):
                 if places[name, ADDRESS] != 0:
-                    load(places, name, start_of(places, name, 0, b + i), 1, s, i * HELD)
+                    blocks.load(places, name, start_of(places, name, 0, b + i), 1, s, i * HELD)
                     of[i, GIVEN + name] = s[i * HELD]
             of[i, AFTER] = numbers[GAMMA] * of[i, GIVEN + BOOTSTRAP]
             open_row(places, choices, b + i, base, length, bad, row, i, s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from array import array
 from collections.abc import Sequence
 
@@ -9,19 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnshape.config import GroupConfig, Normalization, ShapingConfig
+from attnshape.config import Normalization, ShapingConfig
 from attnshape.cpu import rewards, rows
 from attnshape.cpu.advantages import WAYS
 from attnshape.cpu.attention import raw_credit
-from attnshape.cpu.layout import bounds_of
-from attnshape.cpu.memory import COLUMNS, F32_PAST, KIND, KINDS, goes_past, place_of
+from attnshape.cpu.layout import NO_BOUNDS, bounds_of
+from attnshape.cpu.memory import COLUMNS, F32_PAST, KIND, counted, goes_past, place_of
 from attnshape.cpu.threads import over_rows, scratch
 from attnshape.types import (
     KL,
     Advantages,
     AttentionInputs,
     CreditName,
-    GroupAdvantages,
     Response,
     RowStats,
     ShapedRewards,
@@ -36,7 +36,7 @@ NORMALIZATIONS = {"sum_to_one": rows.TO_ONE, "sum_to_length": rows.TO_LENGTH, "n
 ESTIMATORS = {"k1": rewards.K1, "abs": rewards.ABS, "k2": rewards.K2, "k3": rewards.K3}
 SOURCES = {"uniform": rows.UNIFORM, "sparse": rows.SPARSE}
 SCORE_PLACES = {"last_unmasked": rows.LAST_UNMASKED, "last_token": rows.LAST_TOKEN}
-NO_BOUNDS, NO_ROWS = np.empty((0, 2), np.int64), np.empty(0, np.uint8)
+NO_ROWS = np.empty(0, np.uint8)
 
 
 class Call:
@@ -44,7 +44,7 @@ class Call:
 
     def __init__(self, response: Response, dtype: torch.dtype) -> None:
         mask, self.response = response.mask, response
-        self.mask = mask if mask.dtype in KINDS else mask != 0
+        self.mask = counted(mask)
         self.dtype = dtype
         self.tensors: dict[int, Tensor] = {rows.MASK: self.mask}
         self.choices = [0] * 10
@@ -107,13 +107,6 @@ class Call:
         self.lost = lost if self.lost is NO_ROWS else lost | self.lost
         return out
 
-    def normalized(self, credit: Tensor, normalization: Normalization) -> Tensor:
-        self.choices[rows.SHAPED] = 1
-        self.choices[rows.NORMALIZATION] = NORMALIZATIONS[normalization]
-        self.tensors[rows.SCORE] = torch.zeros(self.batch)
-        self.run()
-        return credit
-
     def run(self) -> None:
         tensors = self.tensors
         flat = [0] * (COLUMNS * rows.PLACES)
@@ -136,8 +129,13 @@ class Call:
 def attention_credit(
     inputs: Sequence[AttentionInputs], response: Response, normalization: Normalization
 ) -> Tensor:
-    call = Call(response, compute_dtype(*(x for layer in inputs for x in (layer.query, layer.key))))
-    return call.normalized(call.attended(inputs), normalization)
+    call = Call(response, compute_dtype(*[x.key for x in inputs]))
+    credit = call.attended(inputs)
+    call.choices[rows.SHAPED] = 1
+    call.choices[rows.NORMALIZATION] = NORMALIZATIONS[normalization]
+    call.read(rows.SCORE, torch.zeros(call.batch))
+    call.run()
+    return credit
 
 
 def shape_rewards(
@@ -147,20 +145,12 @@ def shape_rewards(
     response: Response,
     config: ShapingConfig,
 ) -> ShapedRewards:
-    given = [score, *tokens.floating]
+    raw = credit if isinstance(credit, Tensor) else None
+    layers = [] if isinstance(credit, Tensor | str) else credit
     kl = tokens.kl or KL(None, None, 0.0)
-    attention = not isinstance(credit, Tensor | str)
-    if isinstance(credit, Tensor):
-        given.append(credit)
-    elif not isinstance(credit, str):
-        given += [x for layer in credit for x in (layer.query, layer.key)]
-    call = Call(response, compute_dtype(*given))
-    if isinstance(credit, Tensor):
-        call.read(rows.RAW, credit)
-    if isinstance(credit, Tensor | str):
-        credited = call.tokens(rows.CREDIT)
-    else:
-        credited = call.attended(credit)
+    call = Call(response, compute_dtype(score, raw, *tokens.floating, *[x.key for x in layers]))
+    credited = call.attended(layers) if layers else call.tokens(rows.CREDIT)
+    call.read(rows.RAW, raw)
     call.read(rows.SCORE, score)
     call.read(rows.TERMINAL, tokens.terminal_reward)
     call.read(rows.TOKEN_REWARDS, tokens.token_rewards)
@@ -191,14 +181,14 @@ def shape_rewards(
     call.run()
     entropy, last_share, share, error = stats.unbind(1)
     return ShapedRewards(
-        rewards=out,
-        advantages=advantages,
-        returns=returns,
-        credit=credited,
-        kl=penalty,
-        status=status,
-        moments=moments,
-        row_stats=RowStats(entropy, last_share, share if attention else None, error),
+        out,
+        advantages,
+        returns,
+        credited,
+        penalty,
+        status,
+        moments,
+        RowStats(entropy, last_share, share if layers else None, error),
     )
 
 
@@ -216,8 +206,4 @@ def gae(
     return out
 
 
-def spread(
-    parts: Tensor, credits: Sequence[groups.Weights], response: Response, config: GroupConfig
-) -> GroupAdvantages:
-    weights, invalid = groups.with_weights(credits, response, shape_rewards)
-    return groups.spread(parts, weights, response, config, invalid)
+spread = functools.partial(groups.spread, shape_rewards=shape_rewards)

@@ -16,7 +16,7 @@ from attnshape.cpu.blocks import load, load_mask, start_of, store
 from attnshape.cpu.jit import entry, inner
 from attnshape.cpu.lanes import WIDTH, fence, get, put, splat, where
 from attnshape.cpu.layout import BLOCK, HELD, LIVE, REWARDS, SUM, SUM_2
-from attnshape.cpu.memory import F32_PAST, KIND, KINDS, goes_past, places_at, scratch_at, table_of
+from attnshape.cpu.memory import F32_PAST, KIND, counted, goes_past, places_at, scratch_at, table_of
 from attnshape.cpu.threads import over_rows, scratch
 from attnshape.types import compute_dtype
 
@@ -117,9 +117,8 @@ def whiten(
     gather: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
     shape = (1, x.numel()) if x.ndim < 2 or not x.numel() else (-1, x.shape[-1])
-    mask = mask if mask.dtype in KINDS else mask != 0
     out = torch.empty(x.shape, dtype=compute_dtype(x))
-    tensors = [mask.reshape(shape), x.reshape(shape), out.view(shape)]
+    tensors = [counted(mask).reshape(shape), x.reshape(shape), out.view(shape)]
     places = table_of(tensors)
     if out.dtype == torch.float32 and goes_past(out.nbytes):
         places[OUT, KIND] = F32_PAST

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,32 +25,38 @@ from attnshape.types import (
 )
 
 
-def _recurrence(
-    rewards: Tensor,  # [R], bootstrap already in the last unmasked one
-    values: Tensor,  # [R]
-    live: Tensor,
+def _walk(
+    rewards: Sequence[float],  # [R], bootstrap already in the last unmasked one
+    values: Sequence[float],  # [R]
+    live: Sequence[bool],
+    out: list[float],
     gamma: float,
     gl: float,
     mask_semantics: MaskSemantics,
     carry_masked: bool,
-) -> Tensor:
-    """``A`` of one row, ``[R]``; the loop runs in float64 whatever the dtype.
+) -> None:
+    """Writes ``A`` of one row, ``[R]``, to ``out``.
 
     ``W_t = gl W_{t+1} + gl r_t + (gamma - gl) V_t`` and ``A_t = r_t - V_t + W_{t+1}``: with
     ``W_t = gamma V_t + gl A_t`` this is ``A_t = r_t + gamma V_{t+1} - V_t + gl A_{t+1}``.
     """
-    w, a, out = 0.0, 0.0, []
-    for r, v, m in zip(
-        reversed(rewards.tolist()), reversed(values.tolist()), reversed(live.tolist()), strict=True
-    ):
+    w = a = 0.0
+    for t in range(len(rewards) - 1, -1, -1):
+        r, v, m = rewards[t], values[t], live[t]
         if m or mask_semantics == "zero":
             a = r - v + w
-        out.append(a if m or carry_masked else 0.0)
+        out[t] = a if m or carry_masked else 0.0
         if m:
             w = gl * w + gl * r + (gamma - gl) * v
         elif mask_semantics == "zero":
             w = gl * w
-    return torch.tensor(out[::-1], dtype=torch.float64, device=rewards.device).to(rewards.dtype)
+
+
+def _recurrence(rewards: Tensor, values: Tensor, live: Tensor, *settings: Any) -> Tensor:
+    """``A`` of one row, ``[R]``; the loop runs in float64 whatever the dtype."""
+    out = [0.0] * len(live)
+    _walk(rewards.tolist(), values.tolist(), live.tolist(), out, *settings)
+    return torch.tensor(out, dtype=torch.float64, device=rewards.device).to(rewards.dtype)
 
 
 def _lam_of_row(lam: float | Tensor, gamma: float, b: int) -> float:
@@ -58,16 +65,14 @@ def _lam_of_row(lam: float | Tensor, gamma: float, b: int) -> float:
     return float32_rounded(gamma * value)
 
 
-def gae(
+def gae_of_rows(
     rewards: Tensor,
     values: Tensor | None,
-    response: Response | Tensor,
-    config: ShapingConfig | None = None,
-    *,
-    bootstrap: Tensor | None = None,
-) -> Advantages:
-    """Advantages, returns, and the moments of the advantages."""
-    config, response = config or ShapingConfig(), Response.of(response)
+    response: Response,
+    config: ShapingConfig,
+    bootstrap: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns."""
     semantics, carry = config.mask_semantics, config.carry_masked
     dtype = compute_dtype(rewards, values, bootstrap)
     advantages = torch.zeros(response.mask.shape, dtype=dtype, device=rewards.device)
@@ -92,6 +97,20 @@ def gae(
         advantages[row] = _recurrence(r, v, live, gamma32, gl, semantics, carry)
         returns[row] = _recurrence(r, v, live, gamma32, gl_value, semantics, carry)
         returns[row] += values[row].to(dtype) if carry and semantics == "skip" else v
+    return advantages, returns
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor | None,
+    response: Response | Tensor,
+    config: ShapingConfig | None = None,
+    *,
+    bootstrap: Tensor | None = None,
+) -> Advantages:
+    """Advantages, returns, and the moments of the advantages."""
+    config, response = config or ShapingConfig(), Response.of(response)
+    advantages, returns = gae_of_rows(rewards, values, response, config, bootstrap)
     return Advantages(advantages, returns, row_moments(advantages, response))
 
 

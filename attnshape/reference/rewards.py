@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnshape.config import KLEstimator, Normalization, ScoreIndex, ShapingConfig
-from attnshape.reference.advantages import gae
+from attnshape.reference.advantages import gae_of_rows
 from attnshape.reference.attention import normalize_row, raw_credit
 from attnshape.reference.layout import response_rows
 from attnshape.reference.whiten import row_moments
@@ -155,14 +155,16 @@ def shape_rewards(
             shaped = shaped - torch.as_tensor(kl.coef).to(shaped) * penalty[row]
         rewards[row] = torch.where(live, shaped, 0.0)
 
-    advantages, returns, _ = gae(rewards, values, response, config, bootstrap=bootstrap)
+    advantages, returns = gae_of_rows(rewards, values, response, config, bootstrap)
     outputs = [x for x in (rewards, advantages, returns, weights, penalty) if x is not None]
     for b, row in enumerate(rows):
         if status[b] & int(Status.OUT_OF_RANGE):
             for x in outputs:
                 x[row] = torch.where(mask[row] != 0, math.nan, 0.0)
-        live = mask[row] != 0  # masked tokens may hold anything under ``carry_masked``
-        if not all(x[row][live].isfinite().all() for x in outputs):
+    # Masked tokens may hold anything under ``carry_masked``.
+    sound = torch.stack(outputs).isfinite().all(0) | (mask == 0)
+    for b, row in enumerate(rows):
+        if not sound[row].all():
             status[b] |= int(Status.NONFINITE)
             if config.on_nan == "zero_row":
                 for x in outputs:

@@ -101,13 +101,13 @@ def attention_layers(model: nn.Module, models: Mapping[str, PreTrainedModel]) ->
     return names
 
 
-def top_layer(model: nn.Module, attention: nn.Module) -> nn.Module:
-    """The last of the list of layers that an attention module stands in."""
+def layers_around(model: nn.Module, attention: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
+    """The list of layers that an attention module stands in, and the one of them that has it."""
     parts = next(name for name, module in model.named_modules() if module is attention).split(".")
     for depth in range(len(parts) - 1, 0, -1):
         layers = model.get_submodule(".".join(parts[:depth]))
         if isinstance(layers, nn.ModuleList):
-            return layers[-1]
+            return layers, layers[int(parts[depth])]
     raise ValueError(f"{type(attention).__name__} is in no list of layers")
 
 

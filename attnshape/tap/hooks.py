@@ -35,7 +35,7 @@ class Watcher(Protocol):
         value: Tensor,
         mask: Mask,
         options: dict[str, Any],
-    ) -> Tensor: ...
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
     def on_attended(self, index: int, value: Tensor, output: Any) -> None: ...
 
 
@@ -123,7 +123,9 @@ def _watched(function: AttentionFunction) -> AttentionFunction:
             return function(module, query, key, value, attention_mask, **options)
         probes = getattr(module, _PROBES, ())
         for probe in probes:
-            value = probe.tap.on_attention(probe.index, function, query, key, value, attention_mask, options)
+            query, key, value = probe.tap.on_attention(
+                probe.index, function, query, key, value, attention_mask, options
+            )
         output = function(module, query, key, value, attention_mask, **options)
         for probe in probes:
             probe.tap.on_attended(probe.index, value, output)

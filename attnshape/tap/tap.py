@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -34,20 +34,28 @@ from attnshape.tap.find import (
     has_method,
     is_compiled,
     is_inside,
+    layers_around,
 )
 from attnshape.tap.flow import Flow, Norms, Pulls
 from attnshape.tap.hooks import Entry, in_trial, unwatch, watch
+from attnshape.tap.relevance import FixedNorms
 from attnshape.tap.trial import SCORED, Scored, mixes_elsewhere, scored_tokens
 from attnshape.types import AttentionInputs, SignedInputs
 
-Source: TypeAlias = Literal["attention", "rollout", "signed_rollout", "gradient_value", "gradient_embedding"]
+Source: TypeAlias = Literal[
+    "attention", "rollout", "signed_rollout", "gradient_value", "gradient_embedding", "relevance"
+]
 Check: TypeAlias = Literal["first", "always", "never"]
 Taken: TypeAlias = AttentionInputs | SignedInputs | Tensor
 
-_SOURCES = ("attention", "rollout", "signed_rollout", "gradient_value", "gradient_embedding")
+_SOURCES = get_args(Source)
 _ROLLOUTS = ("rollout", "signed_rollout")
-_NO_OTHER_MIXING = ("rollout", "signed_rollout", "gradient_value")
-_GRADIENTS = ("gradient_value", "gradient_embedding")
+_NO_OTHER_MIXING = ("rollout", "signed_rollout", "gradient_value", "relevance")
+_GRADIENTS = ("gradient_value", "gradient_embedding", "relevance")
+_ONE_LAYER = ("gradient_value", "relevance")
+RELEVANCE_UP = 3
+"""``"relevance"`` is taken where a third of the layers are below. The words that people call positive or
+negative are found best there (``benchmarks/language``): they know their neighbours and have not moved on."""
 _CHECKS = ("first", "always", "never")
 _POSITIONS = ("pooled", "last_visible", "last_response", "mean", "all")
 _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q")
@@ -64,12 +72,16 @@ class AttentionTap:
         model: a Hugging Face model whose attention goes through transformers' ``AttentionInterface``, or an
             eager GPT-J, or a module around one (value head, PEFT, data parallel, ``torch.compile``).
         layer: which of the model's attention layers, negative from the last; or several. One only for
-            ``"gradient_value"``; none for rollouts, which read every layer, nor for embeddings.
+            ``"gradient_value"`` and ``"relevance"``; none for rollouts, which read every layer, nor for
+            embeddings.
         source: what ``take`` hands out. ``"attention"``: queries and keys, of the last layer if no ``layer``
             is given. ``"rollout"``: those of every layer with the norms of what they move, for
             ``attention_rollout``. ``"signed_rollout"``: for ``credit.signed_rollout``. ``"gradient_value"``:
             the values of the first layer, or of ``layer``, and ``"gradient_embedding"``: the token
-            embeddings, for ``credit.gradient_weights``. Only ``"attention"`` works in compiled models.
+            embeddings, for ``credit.gradient_weights``. ``"relevance"``: for the same, the hidden states that
+            enter ``layer``, by default the one with a third of them below; the forward's gradient then holds
+            attention and norms fixed (arXiv 2202.07304), so it is for credit, not for training. Only
+            ``"attention"`` works in compiled models.
         query_position: the query that is read; may be assigned between forwards. ``"pooled"``: the token
             whose hidden state gave the score, which is the sequence-classification head's choice, or the
             last visible key where there is no such head. ``"last_visible"``. Int ``[B]``: these positions.
@@ -122,6 +134,8 @@ class AttentionTap:
             chosen = _layer_of(source, layer, len(names))
             self._single = isinstance(chosen, int)
             read = choose(names, chosen)
+            if source == "relevance":
+                read = names[names.index(read[0]) :]  # those above have their attention held fixed
         self._layers = [_Layer(name, modules[name]) for name in read]
         self._is_compiled = any(is_compiled(m) for m in modules.values())
         for tapped in self._layers:
@@ -141,6 +155,7 @@ class AttentionTap:
             for n, m in models.items()
             if any(is_inside(t.name, n) for t in self._layers)
         ]
+        self._norms = FixedNorms(model, self._has_entered) if source == "relevance" else None
         self._head = classifier([m.module for m in self._models])
         self._scored: Scored | str | None = None
         self._mixes: bool | str = False
@@ -187,6 +202,10 @@ class AttentionTap:
         for flow in self._flows:
             flow.open()
         self._handles = [m.register_forward_hook(self._on_embedding) for m in self._embeddings]
+        if self._norms is not None:
+            _, block = layers_around(self._models[-1].module, self._layers[0].module)
+            self._handles.append(block.register_forward_pre_hook(self._on_block, with_kwargs=True))
+            self._norms.open()
         if self._source in _GRADIENTS:
             lists = [m for m in self._models[-1].module.modules() if isinstance(m, nn.ModuleList)]
             self._handles += [m.register_forward_pre_hook(self._on_layer) for layers in lists for m in layers]
@@ -198,6 +217,8 @@ class AttentionTap:
         unwatch(*self._watched(), self, self._entries)
         for flow in self._flows:
             flow.close()
+        if self._norms is not None:
+            self._norms.close()
         while self._handles:
             self._handles.pop().remove()
         self._thread = None
@@ -219,7 +240,7 @@ class AttentionTap:
 
             Rollouts give a tuple of every layer, the lowest first: ``AttentionInputs`` with norms, or
             ``SignedInputs``. A gradient source gives the tensor that the score is to be differentiated by, in
-            its graph: values ``[B, Hkv, S, D]`` or embeddings ``[B, S, hidden]``.
+            its graph: values ``[B, Hkv, S, D]``, or embeddings or hidden states ``[B, S, hidden]``.
 
         Raises:
             RuntimeError: no forward ran since the last ``take``, or more than one.
@@ -229,6 +250,7 @@ class AttentionTap:
         attended = [layer.attended for layer in self._layers]
         forwards = [layer.forwards for layer in self._layers]
         moved = [flow.moved for flow in self._flows] or [None] * len(attended)
+        norms = None if self._norms is None else self._norms.seen
         halved = self._embeddings and self._models[0].module.config.is_encoder_decoder
         halved = halved and not self._layers[0].again
         self._reset()
@@ -250,6 +272,8 @@ class AttentionTap:
             for trouble in (found, flow):
                 if isinstance(trouble, Exception):
                     raise _told(layer.name, trouble)
+            if self._source == "relevance" and taken:
+                continue
             if isinstance(found, Tensor):
                 taken.append(found)
             elif isinstance(found, Attended) and not self._flows:
@@ -258,6 +282,11 @@ class AttentionTap:
                 taken.append(found.with_flow(found.take(layer.name, always=always), flow))
             else:
                 raise ValueError(f"layer: what {layer.name!r} moves was not seen; want source='attention'")
+        if norms == 0:
+            raise ValueError(
+                "source: the model called no module that divides a token by its size (LayerNorm, RMSNorm), "
+                "so what 'relevance' holds fixed was not seen; want source='gradient_embedding'"
+            )
         return taken[0] if self._single else tuple(taken)
 
     def _refuse_other_mixing(self) -> None:
@@ -289,6 +318,8 @@ class AttentionTap:
             layer.forwards, layer.attended, layer.again = 0, None, False
         for flow in self._flows:
             flow.moved = None
+        if self._norms is not None:
+            self._norms.seen = 0
 
     def on_call(self, level: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A model is called: a forward begins, or reaches a model inside the one that began it."""
@@ -318,20 +349,22 @@ class AttentionTap:
         value: Tensor,
         mask: Mask,
         options: dict[str, Any],
-    ) -> Tensor:
-        """A tapped layer is about to call its attention function; returns the values to call it with."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A tapped layer is about to call its attention function; returns what to call it with."""
         call = self._call
         if call is None or self._is_other_thread() or self._source == "gradient_embedding":
-            return value
+            return query, key, value
         layer = self._layers[index]
         if call.seen[index]:
             layer.attended = ValueError(f"layer: {layer.name!r} attends more than once in a forward")
-            return value
+            return query, key, value
         call.seen[index] = True
         layer.forwards += 1
+        if self._source == "relevance":
+            return query.detach(), key.detach(), value
         layer.attended = None
         if layer.forwards > 1:
-            return value
+            return query, key, value
         # The forward goes on, whatever happens; take() says why there is nothing to give.
         try:
             if self._source == "gradient_value":
@@ -352,7 +385,7 @@ class AttentionTap:
                 )
         except Exception as error:
             layer.attended = _kept(error)
-        return value
+        return query, key, value
 
     def _position(
         self, input_ids: Tensor | None, query: Tensor
@@ -416,13 +449,43 @@ class AttentionTap:
             layer.attended = _kept(error)
         return output
 
+    def _on_block(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The lowest layer of ``"relevance"`` runs; it goes on with the hidden states that are taken."""
+        layer = self._layers[0]
+        if not self._is_watched() or in_trial() or layer.attended is not None:
+            return None
+        try:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+                raise ValueError(
+                    f"source: {type(module).__name__} carries no one residual stream [B, S, hidden]; want "
+                    "source='gradient_embedding'"
+                )
+            layer.attended = differentiable(hidden)
+            passed_on = layer.attended.clone()  # some layers add to it in place
+        except Exception as error:
+            layer.attended = _kept(error)
+            return None
+        return ((passed_on, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": passed_on})
+
+    def _has_entered(self) -> bool:
+        """Whether the lowest layer of ``"relevance"`` has begun: all that runs then leads to the score."""
+        return not self._is_other_thread() and not in_trial() and isinstance(self._layers[0].attended, Tensor)
+
     def _on_layer(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A layer of the model runs: if without gradients, they show a part of what moves the score (HRM)."""
         layer = self._layers[0]
         if not isinstance(layer.attended, Tensor) or not self._is_watched() or in_trial():
             return
         checkpointed = getattr(module, "gradient_checkpointing", False) and module.training
-        if not torch.is_grad_enabled() and not checkpointed:
+        if checkpointed and self._source == "relevance":
+            layer.attended = ValueError(
+                "source: 'relevance' holds attention and norms fixed while the model runs, and gradient "
+                "checkpointing runs it again later; want model.eval()"
+            )
+        elif not torch.is_grad_enabled() and not checkpointed:
             layer.attended = ValueError(
                 f"source: the model runs a {type(module).__name__} without gradients, so that "
                 f"{self._source!r} would be of a part of it; want source='attention'"
@@ -487,8 +550,10 @@ def _layer_of(source: Source, layer: int | Sequence[int] | None, layers: int) ->
         if layer is not None:
             raise ValueError(f"layer: got {layer!r}, want none for source={source!r}")
         return range(layers) if source in _ROLLOUTS else 0
+    if layer is None and source == "relevance":
+        return layers // RELEVANCE_UP
     if layer is None:
         return -1 if source == "attention" else 0
-    if source == "gradient_value" and not isinstance(layer, int):
+    if source in _ONE_LAYER and not isinstance(layer, int):
         raise TypeError(f"layer: got {layer!r}, want int for source={source!r}")
     return layer

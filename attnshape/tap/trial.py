@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from attnshape.tap.capture import Pooling
-from attnshape.tap.find import top_layer
+from attnshape.tap.find import layers_around
 from attnshape.tap.hooks import trial
 
 Scored: TypeAlias = Pooling | Literal["last_non_pad"]
@@ -65,7 +65,7 @@ def scored_tokens(head: PreTrainedModel, attention: nn.Module) -> Scored | str |
     is read. A sentence where the model cannot be tried.
     """
     scored: Scored | str | None = _once(
-        _scored, head, lambda: _scored_tokens(head, top_layer(head, attention))
+        _scored, head, lambda: _scored_tokens(head, layers_around(head, attention)[0][-1])
     )
     return scored
 

@@ -30,6 +30,7 @@ SOURCES = (
     CreditSource("signed_rollout"),
     CreditSource("gradient_value"),
     CreditSource("gradient_embedding"),
+    CreditSource("relevance"),
 )
 DRAWS = 4
 """Random deletions of each completion."""

@@ -34,6 +34,7 @@ SourceName: TypeAlias = Literal[
     "signed_rollout",
     "gradient_value",
     "gradient_embedding",
+    "relevance",
     "leave_one_out",
 ]
 """Where credit is read from, see ``CreditSource``."""

@@ -23,7 +23,7 @@ from attnshape.text.score_fn import ScoreFn
 from attnshape.types import Response
 
 FIRST_LOGIT = ScoreFn(((1.0, 0),))
-_LAYERED = ("attention", "columns", "gradient_value")
+_LAYERED = ("attention", "columns", "gradient_value", "relevance")
 _WHOLE = ("attention", "columns")
 
 
@@ -34,8 +34,9 @@ class CreditSource:
     Args:
         name: ``"attention"``: the row of the token that is scored; ``"columns"``: the attention among the
             response's own tokens; ``"rollout"``: attention carried down through all layers; and with signs
-            ``"signed_rollout"``, ``"gradient_value"``, ``"gradient_embedding"``, and ``"leave_one_out"``,
-            which scores the text again without each token. The documentation's page on sources compares them.
+            ``"signed_rollout"``, ``"gradient_value"``, ``"gradient_embedding"``, ``"relevance"``, and
+            ``"leave_one_out"``, which scores the text again without each token. The documentation's page on
+            sources compares them.
         layer: which attention layer, negative from the last, as for ``AttentionTap``; several, or ``"all"``,
             are averaged (``"attention"`` and ``"columns"``).
         span: of ``"leave_one_out"``: how many tokens are deleted together; each gets an equal share.
@@ -86,7 +87,7 @@ class CreditSource:
     @property
     def differentiates(self) -> bool:
         """Whether the forward is one with gradients."""
-        return self.name in ("gradient_value", "gradient_embedding")
+        return self.name in ("gradient_value", "gradient_embedding", "relevance")
 
     def tap(
         self,

@@ -93,7 +93,8 @@ def gae(
     rows = Rows.of(response)
     mask, dtype = Mask(rows.live), compute_dtype(rewards, values, bootstrap)
     padded = torch.where(rows.live, rows.padded(rewards).to(dtype), 0.0)
-    advantages, returns = gae_of_rows(padded, rows.pad(values), mask, config, bootstrap)
+    values = None if values is None else rows.padded(values)
+    advantages, returns = gae_of_rows(padded, values, mask, config, bootstrap)
     lost = rows.live & rows.invalid[:, None]
     advantages, returns = (x.masked_fill(lost, math.nan) for x in (advantages, returns))
     moments = moments_of(mask.select(advantages), mask).to(dtype)

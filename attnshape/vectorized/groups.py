@@ -19,8 +19,9 @@ from attnshape.types import (
     TokenInputs,
     compute_dtype,
 )
-from attnshape.vectorized.attention import normalize, raw_credit
+from attnshape.vectorized.attention import normalize
 from attnshape.vectorized.layout import Mask, Rows
+from attnshape.vectorized.rewards import shape_rewards
 from attnshape.vectorized.whiten import moments_of
 
 Weights = Tensor | Sequence[AttentionInputs] | None
@@ -35,7 +36,7 @@ def completion_advantages(
     given = parts.isfinite()
     parts = torch.where(given, parts if weights is None else parts * weights.double(), 0.0)
     scored = given.any(1, keepdim=True)
-    of_group, of_batch = _sums_over(group, len(parts), parts.device)
+    of_group = _sums_of_groups(group, parts.device)
     count = of_group(scored.double())
     lone = count == 1
     if config.baseline == "leave_one_out":
@@ -43,12 +44,12 @@ def completion_advantages(
     elif config.baseline == "mean":
         baseline = (of_group(parts) / count.clamp(min=1)).masked_fill(lone, 0.0)
     elif config.baseline == "batch":
-        baseline = of_batch(parts) / of_batch(scored.double()).clamp(min=1)
+        baseline = _sum_of_batch(parts) / _sum_of_batch(scored.double()).clamp(min=1)
     else:
         baseline = torch.zeros_like(parts)
     out = parts - baseline
     if config.scale != "none":
-        sums = of_group if config.scale == "group" else of_batch
+        sums = of_group if config.scale == "group" else _sum_of_batch
         total, n = parts.sum(1, keepdim=True), sums(scored.double()).clamp(min=1)
         deviation = torch.where(scored, total - sums(total) / n, 0.0)
         std = (sums(deviation.square()) / (n - int(config.bessel)).clamp(min=1)).sqrt()
@@ -60,27 +61,17 @@ def completion_advantages(
     return out.masked_fill(~scored, 0.0)
 
 
-def _sums_over(
-    group: int | Tensor, batch: int, device: torch.device
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """From ``[B, K]`` to the sum over each row's group, and over the batch, both ``[B, K]``."""
+def _sums_of_groups(group: int | Tensor, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """From ``[B, K]`` to the sum over each row's group, ``[B, K]``."""
+    if isinstance(group, Tensor):
+        together = (group[:, None] == group).to(device, torch.float64)  # [B, B]: no synchronisation
+        return lambda x: together @ x
+    return lambda x: x.view(-1, group, x.shape[1]).sum(1).repeat_interleave(group, 0)
 
-    def of_batch(x: Tensor) -> Tensor:
-        return x.sum(0, keepdim=True).expand_as(x)
 
-    if isinstance(group, int):
-        size = group
-
-        def of_equal_groups(x: Tensor) -> Tensor:
-            return x.view(-1, size, x.shape[1]).sum(1).repeat_interleave(size, 0)
-
-        return of_equal_groups, of_batch
-    together = (group[:, None] == group).to(device, torch.float64)  # [B, B]: no synchronisation
-
-    def of_groups(x: Tensor) -> Tensor:
-        return together @ x
-
-    return of_groups, of_batch
+def _sum_of_batch(x: Tensor) -> Tensor:
+    """``[B, K]`` to ``[1, K]``."""
+    return x.sum(0, keepdim=True)
 
 
 def turned(weights: Tensor, rows: Tensor, response: Response) -> Tensor:
@@ -90,59 +81,47 @@ def turned(weights: Tensor, rows: Tensor, response: Response) -> Tensor:
     return layout.restore(torch.where(rows[:, None], -padded, padded))
 
 
-def with_weights(
-    credits: Sequence[Weights], response: Response, shape_rewards: Callable[..., ShapedRewards]
-) -> tuple[list[Tensor | None], Tensor]:
-    """The same sources with a backend's raw attention in place of queries and keys; rows out of range."""
-    score = torch.zeros(response.batch_size, device=response.mask.device)
-    invalid, weights = torch.zeros_like(score, dtype=torch.bool), []
-    for x in credits:
-        if x is None or isinstance(x, Tensor):
-            weights.append(x)
-            continue
-        shaped = shape_rewards(score, x, TokenInputs(), response, ShapingConfig(normalization="none"))
-        weights.append(shaped.credit)
-        invalid |= shaped.status & int(Status.OUT_OF_RANGE) != 0
-    return weights, invalid
-
-
 def spread(
     parts: Tensor,
     credits: Sequence[Weights],
     response: Response,
     config: GroupConfig,
-    invalid: Tensor | None = None,
+    shape_rewards: Callable[..., ShapedRewards] = shape_rewards,
 ) -> GroupAdvantages:
-    """Each of ``parts [B, K]`` over the tokens of its completion, by its own weights."""
+    """Each of ``parts [B, K]`` over the tokens of its completion, by its own weights.
+
+    Attention is read by ``shape_rewards``, some backend's.
+    """
     rows = Rows.of(response)
     live, mask = rows.live, Mask(rows.live)
     count = mask.count.double()[:, None]
-    invalid = rows.invalid if invalid is None else rows.invalid | invalid
-    dtype = compute_dtype(parts, *[x for x in credits if isinstance(x, Tensor)])
+    weights, invalid = [], rows.invalid
+    for x in credits:
+        if x is not None and not isinstance(x, Tensor):
+            score = torch.zeros(len(live), device=live.device)
+            shaped = shape_rewards(score, x, TokenInputs(), response, ShapingConfig(normalization="none"))
+            invalid = invalid | (shaped.status & int(Status.OUT_OF_RANGE) != 0)
+            x = shaped.credit
+        weights.append(x)
+    dtype = compute_dtype(parts, *weights)
     advantages = torch.zeros(live.shape, dtype=torch.float64, device=live.device)
     first = torch.zeros_like(advantages)
     status = torch.zeros(len(live), dtype=torch.int32, device=live.device)
-    for k, weights in enumerate(credits):
+    for k, given in enumerate(weights):
         share = (live / count.clamp(min=1)).to(torch.float64)  # uniform
-        if weights is not None:
-            if isinstance(weights, Tensor):
-                padded = rows.pad(weights)
-                assert padded is not None
-                raw = padded.double()
-            else:
-                found, outside = raw_credit(weights, rows)
-                raw, invalid = found.double(), invalid | outside
+        if given is not None:
+            raw = rows.padded(given).double()
             if config.signed:
                 w = mask.select(raw)
                 mass = w.abs().sum(1)
                 fallback, negative = mass < MIN_MASS, torch.zeros_like(mass, dtype=torch.bool)
                 w = w / mass[:, None]
-                given = torch.where(live, w - w.sum(1, keepdim=True) / count + 1 / count, 0.0)
+                credit = torch.where(live, w - w.sum(1, keepdim=True) / count + 1 / count, 0.0)
             else:
                 nowhere = torch.zeros_like(status, dtype=torch.bool)
-                given, mass, fallback = normalize(raw, mask, mask.last, nowhere, "sum_to_one")
+                credit, mass, fallback = normalize(raw, mask, mask.last, nowhere, "sum_to_one")
                 negative = mass == -math.inf
-            share = torch.where(fallback[:, None], share, given)
+            share = torch.where(fallback[:, None], share, credit)
             status |= fallback * int(Status.FALLBACK) | negative * int(Status.NEGATIVE)
         if k == 0:
             first = share

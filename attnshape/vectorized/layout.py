@@ -110,9 +110,6 @@ class Rows:
         """``[B, R]`` bool."""
         return self.mask.bool().contiguous()
 
-    def pad(self, x: Tensor | None) -> Tensor | None:
-        return None if x is None else self.padded(x)
-
     def padded(self, x: Tensor) -> Tensor:
         # Of other strides sums would run in another order.
         return x.contiguous() if self.packing is None else self.packing.pad(x)

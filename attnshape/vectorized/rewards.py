@@ -103,7 +103,8 @@ def shape_rewards(
         outputs.append(kl)
         rewards = rewards - kl * torch.as_tensor(tokens.kl.coef, dtype=dtype, device=kl.device)
     rewards = mask.select(rewards)
-    advantages, returns = gae_of_rows(rewards, rows.pad(tokens.values), mask, config, tokens.bootstrap)
+    values = None if tokens.values is None else rows.padded(tokens.values)
+    advantages, returns = gae_of_rows(rewards, values, mask, config, tokens.bootstrap)
     unknown = torch.where(rows.live, math.nan, 0.0).to(dtype)
     outputs = [torch.where(invalid[:, None], unknown, x) for x in (rewards, advantages, returns, *outputs)]
     lost = ~torch.stack([mask.select(x).isfinite().all(1) for x in outputs]).all(0)
@@ -126,21 +127,18 @@ def shape_rewards(
     entropy = -torch.where(p == 0, 0.0, p * p.log()).sum(1)
     last_share = p.gather(1, at_column(mask.last, width)).sum(1)
     entropy, last_share = (torch.where(whole == 0, 0.0, x) for x in (entropy, last_share))
-    stats = [torch.where(usable, x.to(dtype), 0.0) for x in (entropy, last_share, mass, error)]
+    entropy, last_share, share, error = (
+        torch.where(usable, x.to(dtype), 0.0) for x in (entropy, last_share, mass, error)
+    )
     moments = moments_of(mask.select(outputs[1]), mask)
-    restored = [rows.restore(x) for x in outputs]
+    rewards, advantages, returns, weights, *kls = (rows.restore(x) for x in outputs)
     return ShapedRewards(
-        rewards=restored[0],
-        advantages=restored[1],
-        returns=restored[2],
-        credit=restored[3],
-        kl=restored[4] if len(restored) == 5 else None,
-        status=status,
-        moments=moments,
-        row_stats=RowStats(
-            entropy=stats[0],
-            last_share=stats[1],
-            response_share=stats[2] if attention else None,
-            score_error=stats[3],
-        ),
+        rewards,
+        advantages,
+        returns,
+        weights,
+        kls[0] if kls else None,
+        status,
+        moments,
+        RowStats(entropy, last_share, share if attention else None, error),
     )

@@ -16,6 +16,7 @@ Source: TypeAlias = Literal[
     "norm-weighted rollout",
     "gradient x value, signed",
     "value-weighted last row, signed",
+    "relevance a third up, signed",
     "incremental, signed",
     "leave-one-out, signed",
 ]
@@ -101,26 +102,32 @@ def _cells() -> list[Cell]:
     add("grpo", ceiling, TUNED, first)
     for seed in SEEDS:
         add("grpo", ("value-weighted last row, signed",), TUNED + SCRATCH, seed)
+    for seed in SEEDS:
+        add("grpo", ("relevance a third up, signed",), TUNED + SCRATCH, seed)
     add("grpo", ("gradient x value, signed",), SCRATCH + TUNED, first)
     for loop in ("grpo", "ppo"):
         add(loop, controls, SCRATCH, first)
     add("ppo", ceiling, TUNED, first)
+    for source in ("relevance a third up, signed", "value-weighted last row, signed"):
+        add("ppo", (source,), TUNED + SCRATCH, first)
     add("grpo", ("plain",), SCRATCH + TUNED, first, lr=HIGH_LR)
     for models in (TUNED, SCRATCH):
         for loop in ("grpo", "ppo"):
             add(loop, ("plain", "ABC"), models, second)
     add("ppo", ("gradient x value, signed",), SCRATCH + TUNED, first)
     add("ppo", ("plain", "ABC"), TUNED, first, lam=0.95)
+    add("grpo", ("leave-one-out, signed",), TUNED + SCRATCH, second)
+    for share in DENSE_SHARES:
+        add("grpo", ("relevance a third up, signed",), TUNED, first, dense_share=share)
+        add("grpo", ("leave-one-out, signed",), SCRATCH, first, dense_share=share)
+    add("rloo", ceiling, SCRATCH, first)
+    add("grpo", ("ABC shuffled",), TUNED, first)
+    add("ppo", controls, TUNED, first)
     for loop in ("grpo", "ppo"):
-        add(loop, controls, TUNED, first)
         add(loop, others, SCRATCH + TUNED, first)
     add("ppo", ("leave-one-out, signed", *controls), SCRATCH, first, lam=0.95)
     add("ppo", ("plain", "ABC"), SCRATCH, second, lam=0.95)
-    for loop in ("grpo", "ppo"):
-        add(loop, (*ceiling, *controls), SCRATCH + TUNED, second)
-    for share in DENSE_SHARES:
-        add("grpo", ("ABC", "leave-one-out, signed"), SCRATCH, first, dense_share=share)
-    add("rloo", ceiling, SCRATCH, first)
+    add("ppo", ("leave-one-out, signed",), SCRATCH + TUNED, second)
     return list(dict.fromkeys(cells))
 
 

@@ -21,6 +21,8 @@ SHOWN = (
     "value-weighted last row",
     "gradient x value",
     "gradient x embedding",
+    "relevance",
+    "relevance a third up",
     "signed rollout",
     "incremental",
     "lexicon",

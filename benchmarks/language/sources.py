@@ -72,6 +72,8 @@ SIGNED = (
     "gradient x embedding",
     "gradient x value",
     "value-weighted last row",
+    "relevance",
+    "relevance a third up",
     "incremental",
     "leave-one-out",
     "integrated gradients",
@@ -90,6 +92,7 @@ def sources_of(model: Any) -> dict[str, Weigh]:
         found["row below the last"] = partial(_row, layers - 2)
     found |= {"columns of layer 0": partial(_columns, 0), "plain rollout": _plain_rollout}
     deep = ["value-weighted last row", "gradient x embedding", "gradient x value"]
+    deep += ["relevance", "relevance a third up"]
     deep += ["norm-weighted rollout", "signed rollout"] * causal
     found |= {name: partial(_deep, name) for name in deep}
     return found | {"incremental": _incremental} if causal else found

@@ -90,7 +90,7 @@ def audited(sources: dict[str, Any]) -> str:
 
 def _passes(name: str) -> int:
     """Order of cost: rows and increments, rollouts, the last layer's backward, the whole backward."""
-    if "gradient" in name:
+    if "gradient" in name or "relevance" in name:
         return 3
     return 2 if name == "value-weighted last row" else int("rollout" in name)
 
@@ -109,6 +109,8 @@ RULES: dict[str, Callable[[dict[str, Any]], str]] = {
     "always the last row": lambda _sources: "last row",
     "always gradient x value": lambda _sources: "gradient x value",
     "always the row below the last": _below_the_last,
+    "always relevance": lambda _sources: "relevance",
+    "always relevance a third up": lambda _sources: "relevance a third up",
 }
 """What picks a source for one model without labels."""
 

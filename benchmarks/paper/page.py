@@ -276,6 +276,8 @@ def credit(groups: dict[str, Any], unit: str = "layer") -> str:
     rows.append(["seeds", *[str(x["n"]) for x in columns]])
     rows.append(["chance", *[f"{x['chance']:.2f}" for x in columns]])
     for name in SOURCES:
+        if not all(name in x["sources"] for x in columns):
+            continue
         cells = []
         for x in columns:
             found = x["sources"][name]

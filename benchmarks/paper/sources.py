@@ -122,5 +122,9 @@ SOURCES: dict[str, Source] = {
         _gradient(source="gradient_embedding"), signed=True, backward="every layer"
     ),
     "gradient x value": Source(_gradient(source="gradient_value"), signed=True, backward="every layer"),
+    "relevance": Source(_gradient(source="relevance", layer=0), signed=True, backward="every layer"),
+    "relevance a third up": Source(
+        _gradient(source="relevance"), signed=True, backward="the upper two thirds"
+    ),
     "incremental (R3HF)": Source(_incremental, signed=True),
 }

@@ -32,6 +32,14 @@ def credit(name: str, **rocs: float) -> dict[str, Any]:
             "lexicon": 0.99,
         }.items()
     }
+    for source in ("relevance", "relevance a third up"):
+        sources[source] = {
+            "roc": 0.5,
+            "roc_matched": 0.5,
+            "fell": 0.2,
+            "with_leave_one_out": 0.0,
+            "moved": 0.5,
+        }
     sources["random"] = {"roc": 0.5, "fell": 0.1}
     return {"name": name, "sources": sources}
 

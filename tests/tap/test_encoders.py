@@ -308,7 +308,7 @@ HYBRIDS = [
 def test_hybrids_have_a_row_and_no_rollout(name):
     model = zoo.build(name)
     ids, mask = batch("left")
-    for source in ("rollout", "signed_rollout", "gradient_value"):
+    for source in ("rollout", "signed_rollout", "gradient_value", "relevance"):
         with AttentionTap(model, source=source) as tap:
             model(ids, attention_mask=mask)
         match = f"'{source}' takes it that attention alone.*other modules that do.*gradient_embedding"

@@ -68,7 +68,7 @@ def check_sources(by: str, **root: Any) -> None:
                     assert torch.equal(model(ids, attention_mask=mask).logits, bare)
                 rolled.append(of(tap.take(), response_of(mask)))
         torch.testing.assert_close(*rolled)
-    for source in ("gradient_value", "gradient_embedding"):
+    for source in ("gradient_value", "gradient_embedding", "relevance"):
         weights = []
         for model in (whole, parts):
             with AttentionTap(model, source=source) as tap:

@@ -28,7 +28,8 @@ def no_grad():
         yield
 
 
-SOURCES = ["rollout", "signed_rollout", "gradient_value", "gradient_embedding"]
+GRADIENTS = ["gradient_value", "gradient_embedding", "relevance"]
+SOURCES = ["rollout", "signed_rollout", *GRADIENTS]
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -80,7 +81,7 @@ def test_sources_through_wrappers(source):
         assert torch.equal(*taken)
 
 
-@pytest.mark.parametrize("source", ["gradient_value", "gradient_embedding"])
+@pytest.mark.parametrize("source", GRADIENTS)
 def test_gradients_are_those_of_a_row_alone(source):
     model = build("llama")
     ids, mask = batch("right")
@@ -116,7 +117,7 @@ def test_training_goes_on_through_what_is_taken(source):
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
-@pytest.mark.parametrize("source", ["gradient_value", "gradient_embedding"])
+@pytest.mark.parametrize("source", GRADIENTS)
 def test_a_gradient_source_needs_a_graph(source):
     model = build("llama")
     ids, mask = batch("left")
@@ -182,6 +183,7 @@ def test_other_sources_than_attention_refuse_compiled_models(source, compile_):
         ("signed_rollout", [0, 1], "layer: got"),
         ("gradient_embedding", 0, "layer: got 0, want none"),
         ("gradient_value", [0], r"layer: got \[0\], want int"),
+        ("relevance", [0, 1], r"layer: got \[0, 1\], want int"),
         ("gradient_value", 2, "layer: got 2, the model has 2"),
     ],
 )
@@ -190,7 +192,7 @@ def test_sources_and_layers_that_do_not_fit(source, layer, message):
         AttentionTap(build("llama"), layer, source=source)
 
 
-@pytest.mark.parametrize("source", ["gradient_value", "gradient_embedding"])
+@pytest.mark.parametrize("source", GRADIENTS)
 def test_layers_that_run_without_gradients_are_refused(source):
     model = build("llama")
     before = []

@@ -93,7 +93,7 @@ def by_hand(world: World, source: str, ids: list[int]) -> tuple[Tensor, Tensor]:
 def test_every_source_is_its_own_function(world: World, source: SourceName) -> None:
     judge = CreditModel(world.reward, source=source)
     out = judge([""] * 3, world.ids, world.policy)
-    signed = ("signed_rollout", "gradient_value", "gradient_embedding", "leave_one_out")
+    signed = ("signed_rollout", "gradient_value", "gradient_embedding", "relevance", "leave_one_out")
     assert judge.signed == (source in signed)
     for i, ids in enumerate(world.ids):
         score, expected = by_hand(world, source, ids)
