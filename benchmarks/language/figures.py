@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from attnshape.demo import plots
 from benchmarks.language.cells import DENSE_SHARE, LAM, LR, Cell
 from benchmarks.language.page import SHOWN
+from benchmarks.language.rewards import PRETRAINED
 from benchmarks.language.summary import FEWEST, gold_lead, method_of, setting_of
 
 COLORS = {
@@ -25,6 +26,7 @@ COLORS = {
     "leave-one-out, signed": "#3a7d44",
     "gradient x value, signed": "#c05299",
     "value-weighted last row, signed": "#00798c",
+    "relevance a third up, signed": "#1b1b1b",
     "norm-weighted rollout": "#8d6a9f",
     "incremental, signed": "#9d8df1",
 }
@@ -41,6 +43,13 @@ def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Axes
     return figure, axes
 
 
+def _kind(name: str) -> str:
+    """Of the study's own reward models what they began from; of a user's its name."""
+    if name.startswith(PRETRAINED):
+        return "a pretrained encoder"
+    return "from scratch" if name.startswith("lm-") else setting_of(name)
+
+
 def _points(records: Sequence[dict[str, Any]], source: str, measure: str) -> list[float]:
     found = [r["sources"].get(source, {}).get(measure) for r in records]
     return [x for x in found if x is not None]
@@ -50,7 +59,7 @@ def credit(records: Sequence[dict[str, Any]], path: Path) -> None:
     """A point for each training: are people's words found, and does the score fall without a source's own?"""
     by_setting: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in records:
-        by_setting[setting_of(record["name"])].append(record)
+        by_setting[_kind(record["name"])].append(record)
     sources = [s for s in SHOWN if s != "random"][::-1]
     figure, (people, model) = _figure(2, 9.0, 4.6)
     for axes, measure in ((people, "roc_matched"), (model, "fell")):

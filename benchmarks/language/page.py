@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.language.cells import CELLS, DENSE_SHARE, LAM
+from benchmarks.language.cells import CELLS, DENSE_SHARE, LAM, SCRATCH, TUNED
 from benchmarks.language.rewards import study_models
-from benchmarks.language.summary import AS_GOOD, RULES, Estimate, cheap
+from benchmarks.language.summary import AS_GOOD, RULES, Estimate, cheap, setting_of
 
 MEASURES = {"roc": "ROC", "roc_matched": "matched", "signed": "sign", "fell": "fall"}
 SHOWN = (
@@ -58,9 +58,15 @@ def accuracy(summary: dict[str, Any]) -> str:
     return _table(["reward model", "trainings", *names.values()], rows)
 
 
+def _main(summary: dict[str, Any]) -> list[str]:
+    """The settings whose models RL uses; all of a study without those."""
+    used = {setting_of(name) for name in (*SCRATCH, *TUNED)}
+    return [s for s in summary["credit"] if s in used] or list(summary["credit"])
+
+
 def credit(summary: dict[str, Any]) -> str:
     """Sources against people's labels: ROC, correlation of signs, and the fall of the score."""
-    settings = list(summary["credit"])
+    settings = _main(summary)
     rows = []
     for source in SHOWN:
         row = [source]
@@ -72,9 +78,24 @@ def credit(summary: dict[str, Any]) -> str:
     return _table(["source", *(f"{s} ({n})" for s, n in zip(settings, counts, strict=True))], rows)
 
 
+def every_setting(summary: dict[str, Any]) -> str:
+    """ROC among words as rare, correlation of signs with people's, and of sizes with leave-one-out's."""
+    settings = summary["credit"]
+    rows = []
+    for source in SHOWN:
+        row = [source]
+        for setting in settings:
+            found = settings[setting].get(source, {})
+            numbers = [found.get(m) for m in ("roc_matched", "signed", "with_leave_one_out")]
+            row.append(" / ".join("–" if x is None else f"{x.mean:.2f}" for x in numbers) if found else "")
+        rows.append(row)
+    heads = [f"{s.replace('_', ' ')} ({settings[s]['last row']['roc'].n})" for s in settings]
+    return _table(["source", *heads], rows)
+
+
 def signs(summary: dict[str, Any]) -> str:
     """Share of short polar phrases whose summed weight has the label's sign: all, and those turned around."""
-    settings = list(summary["credit"])
+    settings = _main(summary)
     rows = []
     for source in SHOWN:
         found = [summary["credit"][setting].get(source, {}) for setting in settings]
@@ -96,16 +117,17 @@ def state(summary: dict[str, Any]) -> str:
 
 
 def rules(summary: dict[str, Any]) -> str:
-    """Share of the best source's lift that each rule's choice has."""
+    """Share of the best source's lift that each rule's choice has, and what was chosen where that differs."""
     rows = []
-    for name in RULES:
-        row = [name]
-        for setting in summary["rules"]:
-            found = summary["rules"][setting][name]
-            holds = "**" if found["share"].mean >= AS_GOOD else ""
-            row.append(f"{holds}{found['share']}{holds} ({', '.join(found['picked'])})")
+    for setting, found in summary["rules"].items():
+        row = [setting]
+        for name in RULES:
+            share, picked = found[name]["share"], found[name]["picked"]
+            holds = "**" if share.mean >= AS_GOOD else ""
+            chose = "" if name.startswith("always") else f" ({', '.join(picked)})"
+            row.append(f"{holds}{share.mean:.2f}{_error(share, 2)}{holds}{chose}")
         rows.append(row)
-    return _table(["rule", *summary["rules"]], rows)
+    return _table(["reward model", *RULES], rows)
 
 
 def leads(summary: dict[str, Any]) -> str:
@@ -160,8 +182,8 @@ def _lead(row: dict[str, Any] | None) -> str:
     return f"{row['lead'].mean:+.3f}{_error(row['lead'])} ({row['ahead']} of {row['pairs']})"
 
 
-def _error(found: Estimate) -> str:
-    return "" if found.two_se is None else f" ± {found.two_se:.3f}"
+def _error(found: Estimate, digits: int = 3) -> str:
+    return "" if found.two_se is None else f" ± {found.two_se:.{digits}f}"
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -173,6 +195,7 @@ def tables(summary: dict[str, Any]) -> dict[str, str]:
         "state": state(summary),
         "accuracy": accuracy(summary),
         "credit": credit(summary),
+        "every setting": every_setting(summary),
         "signs": signs(summary),
         "rules": rules(summary),
         "leads": leads(summary),
