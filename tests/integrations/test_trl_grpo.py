@@ -311,7 +311,7 @@ def test_a_completion_without_a_score_costs_no_other(world: World, source: Any) 
     assert trainer._metrics["train"]["credit/fallback"] == [0.25]
 
 
-@pytest.mark.parametrize("source", ["gradient_value", "leave_one_out"])
+@pytest.mark.parametrize("source", ["gradient_value", "relevance", "leave_one_out"])
 def test_signed_weights_keep_the_mean_and_punish_what_lowered_the_score(world: World, source: Any) -> None:
     inputs = world.inputs()
     judge = CreditModel(world.reward, source=source)

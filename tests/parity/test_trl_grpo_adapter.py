@@ -325,7 +325,7 @@ def test_truncated_completions_that_are_masked(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["columns", "rollout", "signed_rollout", "gradient_value", "leave_one_out"]
+    "source", ["columns", "rollout", "signed_rollout", "gradient_value", "relevance", "leave_one_out"]
 )
 def test_other_sources(world: World, source: str) -> None:
     """The forward of TRL gives what a forward of one's own gives, and the same score."""
