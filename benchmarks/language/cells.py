@@ -114,6 +114,7 @@ def _cells() -> list[Cell]:
     for models in (TUNED, SCRATCH):
         for loop in ("grpo", "ppo"):
             add(loop, ("plain", "ABC"), models, second)
+    add("ppo", ("relevance a third up, signed",), TUNED + SCRATCH, second)
     add("ppo", ("gradient x value, signed",), SCRATCH + TUNED, first)
     add("ppo", ("plain", "ABC"), TUNED, first, lam=0.95)
     add("grpo", ("leave-one-out, signed",), TUNED + SCRATCH, second)
