@@ -9,6 +9,15 @@ from benchmarks.language.cells import CELLS, DENSE_SHARE, LAM, SCRATCH, TUNED
 from benchmarks.language.rewards import study_models
 from benchmarks.language.summary import AS_GOOD, RULES, Estimate, setting_of
 
+CLAIMED = {
+    "relevance a third up, signed": "relevance, signed",
+    "leave-one-out, signed": "signed leave-one-out",
+    "value-weighted last row, signed": "the value-weighted last row, signed",
+    "gradient x value, signed": "gradient × value, signed",
+    "ABC": "attention credit (ABC)",
+}
+LOOPS = {("grpo", LAM): "GRPO", ("ppo", LAM): "PPO at `lam` 1", ("ppo", 0.95): "PPO at `lam` .95"}
+HERE = {"faster": "holds", "slower": "fails", "no difference shown": "not shown", "too few": "too few runs"}
 MEASURES = {"roc": "ROC", "roc_matched": "matched", "signed": "sign", "fell": "fall"}
 SHOWN = (
     "leave-one-out",
@@ -41,6 +50,24 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _cell(found: Estimate | None) -> str:
     return "" if found is None else str(found)
+
+
+def claims(summary: dict[str, Any]) -> str:
+    """Who learns faster with which source, at the study's own dense share, by the gold judge."""
+    found = {_key(row): row for row in summary["gold"]}
+    kinds = {"encoder": setting_of(TUNED[0]), "from scratch": setting_of(SCRATCH[0])}
+    rows = []
+    for (loop, lam), name in LOOPS.items():
+        for source, words in CLAIMED.items():
+            claim = f"{name} learns faster with {words}"
+            for kind, setting in kinds.items():
+                row = found.get((loop, lam, setting, source, DENSE_SHARE))
+                if row is not None:
+                    lead = f"{row['lead'].mean:+.2f}{_error(row['lead'], 2)}"
+                    pairs = f"{row['ahead']} of {row['pairs']}"
+                    rows.append([claim, kind, f"**{HERE[row['verdict']]}**", lead, pairs])
+                    claim = ""
+    return _table(["claim", "reward model", "here", "lead by the gold judge", "pairs ahead"], rows)
 
 
 def accuracy(summary: dict[str, Any]) -> str:
@@ -192,6 +219,7 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def tables(summary: dict[str, Any]) -> dict[str, str]:
     return {
+        "claims": claims(summary),
         "state": state(summary),
         "accuracy": accuracy(summary),
         "credit": credit(summary),
