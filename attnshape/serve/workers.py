@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 POLL = 0.2
 """Seconds between a waiting thread's looks at its process and at the wish to stop."""
 LONGEST_DELAY = 30.0
-"""Seconds between attempts to load a model again that could not be; the first is after one."""
+"""Seconds between attempts at a process that could not be started, or could not load its model; the first is
+after one."""
 
 
 class State(StrEnum):
@@ -39,7 +40,7 @@ class State(StrEnum):
 
 
 class LoadError(Exception):
-    """A worker cannot load its model."""
+    """A worker has no process, or one that cannot load its model."""
 
 
 class Died(Exception):
@@ -88,22 +89,24 @@ class Worker(threading.Thread):
 
     @contextmanager
     def _process(self) -> Iterator[tuple[BaseProcess, Connection]]:
-        pipe, end = multiprocessing.Pipe()
-        # A forked process could not use a GPU, and would hold the other workers' pipes open.
-        process = multiprocessing.get_context("spawn").Process(target=self.target, args=(end,), daemon=True)
         self.state = State.LOADING
-        try:
-            process.start()
-            self.pid = process.pid
+        with ExitStack() as pipes:
+            try:
+                pipe, end = (pipes.enter_context(x) for x in multiprocessing.Pipe())
+                # A forked process could not use a GPU, and would hold the other workers' pipes open.
+                context = multiprocessing.get_context("spawn")
+                process = context.Process(target=self.target, args=(end,), daemon=True)
+                process.start()
+            except Exception as error:
+                raise LoadError(f"{self.device}: no process can be started: {error}") from error
             end.close()
-            yield process, pipe
-        finally:
-            self.pid = None
-            if process.pid is not None:
+            self.pid = process.pid
+            try:
+                yield process, pipe
+            finally:
+                self.pid = None
                 process.kill()
                 process.join()
-            end.close()
-            pipe.close()
 
     def _await_load(self, process: BaseProcess, pipe: Connection) -> None:
         while not pipe.poll(POLL):
@@ -167,8 +170,8 @@ class Pool:
     Args:
         targets: the device of each worker, which names it, and what its process runs.
         batch_timeout: seconds after which a worker that does not answer is killed.
-        on_failure: called from a worker's thread when it cannot load its model at the start; ``failure`` then
-            says why.
+        on_failure: called from a worker's thread when it has no process or no model at the start;
+            ``failure`` then says why.
         on_ready: called from a worker's thread whenever it is ready.
     """
 

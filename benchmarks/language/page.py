@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.language.cells import CELLS, DENSE_SHARE, LAM
 from benchmarks.language.rewards import study_models
-from benchmarks.language.summary import AS_GOOD, RULES, Estimate, cheap
+from benchmarks.language.summary import AS_GOOD, RULES, Estimate
 
 MEASURES = {"roc": "ROC", "roc_matched": "matched", "signed": "sign", "fell": "fall"}
 SHOWN = (
@@ -177,12 +177,4 @@ def tables(summary: dict[str, Any]) -> dict[str, str]:
         "rules": rules(summary),
         "leads": leads(summary),
         "at equal KL": at_equal_kl(summary),
-    }
-
-
-def best_cheap(summary: dict[str, Any]) -> dict[str, str]:
-    """Of each setting, the source of one pass with the highest mean ROC among words as rare as each other."""
-    return {
-        setting: max(cheap(found), key=lambda name: found[name]["roc_matched"].mean)
-        for setting, found in summary["credit"].items()
     }

@@ -117,6 +117,25 @@ def test_workers(method: str, three_threads: None, monkeypatch: pytest.MonkeyPat
     assert total() == here
 
 
+def meet() -> int:
+    """How many threads take rows, each of which waits for the others."""
+    met, here = threading.Barrier(3), set()
+
+    def compute(low: int, high: int) -> None:
+        here.add(threading.get_ident())
+        met.wait(60)
+
+    threads.over_rows(compute, 3, 16 * threads.TOKENS)
+    return len(here)
+
+
+def test_a_forked_child_has_threads_of_its_own(three_threads: None) -> None:
+    """Without them it would compute alone, the parent's threads being counted as idle."""
+    assert meet() == 3
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply_async(meet).get(timeout=120) == 3
+
+
 def test_an_interrupt_ends_a_call_and_spoils_nothing() -> None:
     """Nor does the end of the process."""
     program = """

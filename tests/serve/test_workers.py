@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -112,6 +113,41 @@ def test_a_worker_that_cannot_load_at_the_start_fails_the_pool(
             put(pool, Act.ANSWER).result(PATIENCE)
         wait_for(lambda: failures)
     assert pool.failure == reason
+
+
+def test_a_process_that_cannot_be_started_fails_the_pool() -> None:
+    failures: list[bool] = []
+    targets = [("cpu", lambda pipe: None)]  # a process that is spawned cannot be given it
+    with Pool(targets, BatchQueue(100), Metrics(), on_failure=lambda: failures.append(True)) as pool:
+        wait_for(lambda: failures)
+    assert (pool.failure or "").startswith("cpu: no process can be started: ")
+    assert pool.workers[0].restarts == 0
+
+
+def test_attempts_to_start_a_process_again_come_ever_less_often(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait_for(lambda: pool.count(State.READY))
+    waits: list[float] = []
+    stopping = pool.stopping
+
+    def wait(seconds: float) -> bool:
+        waits.append(seconds)
+        return stopping.wait(0.01)
+
+    def no_pipe() -> None:
+        raise OSError("too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "stopping", SimpleNamespace(wait=wait, is_set=stopping.is_set))
+        patch.setattr(multiprocessing, "Pipe", no_pipe)
+        killed = put(pool, Act.DIE)
+        with pytest.raises(Unavailable, match="cpu: no process can be started: too many open files"):
+            killed.result(PATIENCE)
+        wait_for(lambda: len(waits) > 7)
+    assert waits[:7] == [0.0, 1.0, 3.0, 7.0, 15.0, 30.0, 30.0]
+    wait_for(lambda: pool.count(State.READY))
+    assert put(pool, Act.ANSWER).result(PATIENCE) == "answered"
 
 
 def test_a_pool_that_stops_answers_what_its_workers_held(tmp_path: Path) -> None:
