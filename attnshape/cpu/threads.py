@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 TOKENS = 1 << 15
-"""Work that a thread takes at once, at least: some 50 us, which is what it takes to wake one. None is woken for
-less than twice as much each."""
+"""Work that a thread takes at once, at least: some 50 us, as long as waking one takes. None is woken for less
+than twice as much each."""
 
 # glibc keeps free memory up to twice the largest block that it has seen freed; more goes to the system.
 # Before that a call's outputs would be mapped anew each time, page by page: more than computing them costs.
