@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from attnshape.config import GroupConfig, ShapingConfig
+from attnshape.config import GroupConfig, ShapingConfig, Whitening
 from attnshape.types import KL, AttentionInputs, Response
 
 MOST = 256
@@ -28,7 +28,7 @@ class Layout:
     """What a call's arguments have in common with those of calls like it, and what is this call's own.
 
     Raises:
-        TypeError, RuntimeError: an argument that cannot be compared, or a tensor without memory.
+        TypeError, RuntimeError: an argument of another type, or a tensor without memory.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -75,15 +75,22 @@ class Layout:
                 self._add(item)
         elif kind is ShapingConfig or kind is GroupConfig:
             parts.append(_settings(x))
+        elif kind in PLAIN:
+            parts += (kind, x)
         else:
-            parts += (kind, x)  # 1 is True is 1.0
+            raise TypeError(f"got {kind.__name__}, which a key would keep alive")
+
+
+PLAIN = {type(None), str, bool, int, float, Whitening}
 
 
 @functools.lru_cache(MOST)
-def _settings(config: ShapingConfig | GroupConfig) -> Any:
-    """Their values; themselves, where one is a tensor, which no plan reads."""
+def _settings(config: ShapingConfig | GroupConfig) -> tuple[Any, ...]:
     values = tuple(vars(config).values())
-    return config if any(isinstance(x, Tensor) for x in values) else (*map(type, values), *values)
+    kinds = tuple(map(type, values))  # 1 is True is 1.0
+    if any(isinstance(x, Tensor) for x in values):
+        raise TypeError("got settings with a tensor, which no plan reads")
+    return kinds + values
 
 
 class Known(NamedTuple):
@@ -134,8 +141,6 @@ class Repeating:
         with kernels.Watch(layout.own) as watch:
             result = self.function(*args, **kwargs)
         structure = structure_of(result, filled)
-        if any(isinstance(x, ShapingConfig) for x in layout.parts):  # it holds a tensor
-            return result, NEVER
         try:
             return result, Known(kernels.Plan(watch, filled), structure)
         except ValueError:
