@@ -197,9 +197,14 @@ def begin() -> None:
 
 
 def commit() -> str:
-    """Whose cases these are, as far as git knows."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    """Whose cases these are, as far as git knows; the results themselves may have changed."""
+
+    def git(*of: str) -> str:
+        ran = subprocess.run(["git", "-C", str(ROOT), *of], capture_output=True, text=True, check=False)
+        return ran.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ".", f":!{RESULTS.relative_to(ROOT)}")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def main() -> None:

@@ -11,22 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from attnshape.cpu import lanes
 from attnshape.cpu.arithmetic import fold
 from attnshape.cpu.jit import called, inner
-from attnshape.cpu.lanes import (
-    ALIGNED,
-    WIDTH,
-    absolute,
-    all_of,
-    all_true,
-    get,
-    put,
-    read_f32s,
-    splat,
-    where,
-    write_f32s,
-    write_f32s_past,
-)
+from attnshape.cpu.lanes import ALIGNED, WIDTH, get, put, splat, where
 from attnshape.cpu.layout import ADDEND, BLOCK, HELD, LIVE, REWARDS, SUM, SUM_2, VALUES
 from attnshape.cpu.memory import OVERFLOW_F32, fetch, read_f32, write_f32
 
@@ -49,7 +37,7 @@ def add_terms(gamma: float, gl: float, addend: int, s: Any, o: int) -> None:
 @inner
 def add_terms_of_memory(
     gamma: float, gl: float, rewards: int, at_reward: int, values: int, at_value: int, n: int, s: Any, o: int
-) -> None:  # fmt: skip
+) -> None:
     """The same of unmasked tokens that lie in memory as float32; rewards become rewards without values.
 
     Backwards, as a row is read, and asks for the block before: more rows are in flight than a CPU foresees.
@@ -60,7 +48,7 @@ def add_terms_of_memory(
         if t % LINE == 0:
             fetch(rewards + 4 * (at_reward + t - BLOCK))
             fetch(values + 4 * (at_value + t - BLOCK))
-        r, v = read_f32s(rewards, at_reward + t), read_f32s(values, at_value + t)
+        r, v = lanes.read_f32s(rewards, at_reward + t), lanes.read_f32s(values, at_value + t)
         put(s, o + ADDEND + t, by_reward * r + by_value * v)
         put(s, o + REWARDS + t, r - v)
     for t in range(whole, n):
@@ -151,7 +139,7 @@ def settle_into_memory(
 
     ``past``: what is written goes past the caches. Whether all of it is finite.
     """
-    base, limit, fine, whole = splat(near), splat(OVERFLOW_F32), all_true(), n - n % WIDTH
+    base, limit, fine, whole = splat(near), splat(OVERFLOW_F32), lanes.all_true(), n - n % WIDTH
     lost = 0
     for t in range(whole, n):
         a = s[o + REWARDS + t] + s[o + ADDEND + t]
@@ -167,20 +155,20 @@ def settle_into_memory(
     for i in range(0, whole, WIDTH):
         t = whole - WIDTH - i
         a = get(s, o + REWARDS + t) + get(s, o + ADDEND + t)
-        r = a + read_f32s(values, at_value + t)
+        r = a + lanes.read_f32s(values, at_value + t)
         if past:
-            write_f32s_past(advantages, start + t, a)
-            write_f32s_past(returns, start + t, r)
+            lanes.write_f32s_past(advantages, start + t, a)
+            lanes.write_f32s_past(returns, start + t, r)
         else:
-            write_f32s(advantages, start + t, a)
-            write_f32s(returns, start + t, r)
-        fine = fine & (absolute(a) < limit) & (absolute(r) < limit)
+            lanes.write_f32s(advantages, start + t, a)
+            lanes.write_f32s(returns, start + t, r)
+        fine = fine & (lanes.absolute(a) < limit) & (lanes.absolute(r) < limit)
         d = a - base
         total = total + d
         squares = squares + d * d
     put(s, o + SUM, total)
     put(s, o + SUM_2, squares)
-    return lost == 0 and all_of(fine)
+    return lost == 0 and lanes.all_of(fine)
 
 
 @called

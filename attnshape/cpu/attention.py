@@ -13,31 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnshape.cpu import lanes
+from attnshape.cpu import lanes, memory
 from attnshape.cpu.arithmetic import exp, fold, log
 from attnshape.cpu.blocks import fill, load, load_index, load_mask, start_of, store
 from attnshape.cpu.jit import called, entry, inner
 from attnshape.cpu.lanes import WIDTH, get, put, splat, where
 from attnshape.cpu.layout import BLOCK, NO_BOUNDS, bounds_of, extent
-from attnshape.cpu.memory import (
-    ADDRESS,
-    BF16,
-    ELEMENT,
-    F16,
-    F32,
-    F64,
-    HEAD,
-    KIND,
-    ROW,
-    TOKEN,
-    counted,
-    integers_at,
-    place_along,
-    place_of,
-    places_at,
-    scratch_at,
-    widened,
-)
+from attnshape.cpu.memory import ADDRESS, ELEMENT, HEAD, KIND, TOKEN, integers_at, places_at, scratch_at
 from attnshape.cpu.threads import over_rows
 from attnshape.types import AttentionInputs, Response, compute_dtype
 
@@ -61,10 +43,16 @@ NO_SINKS, NO_INDICES = np.empty(0), np.empty(0, np.int64)
 # A row --------------------------------------------------------------------------------------------------
 
 
+@inner
+def head_of(places: Any, name: int, row: int, head: int, token: int) -> Any:
+    """Index of a token's first element of a head."""
+    return start_of(places, name, row, token) + head * places[name, HEAD]
+
+
 @called
 def visible_keys(
     places: Any, layer: Any, b: int, base: int, length: int, last_response: int, s: Any
-) -> tuple[int, int, int]:  # fmt: skip
+) -> tuple[int, int, int]:
     """Position of the query, first visible key and the one after the last; ``s[t]`` is 1 where it is visible.
 
     The position is ``LOST`` where an index is out of range, ``NONE_VISIBLE`` where there is nothing to see.
@@ -77,7 +65,6 @@ def visible_keys(
     else:
         for t in range(length):
             s[t] = 1.0
-    p = -1
     if layer[AT] == GIVEN:
         p = load_index(places, POSITION, 0, b)
     elif layer[AT] == LAST_RESPONSE:
@@ -118,21 +105,21 @@ def dots_of(
     keys, kind, step = places[KEY, ADDRESS], places[KEY, KIND], places[KEY, TOKEN]
     padded = width + -width % lanes.LANES
     copied = width != padded or places[KEY, ELEMENT] != 1
-    size = padded * (8 if kind == F64 else 4)
-    if copied and kind != F64:
-        kind = F32
+    size = padded * (8 if kind == memory.F64 else 4)
+    if copied and kind != memory.F64:
+        kind = memory.F32
     for t in range(first, end, TILE):
         n, k = min(TILE, end - t), key + t * step
         if copied:
             for j in range(n):
-                widened(places, KEY, k + j * step, width, padded, tile + j * size)
+                memory.widened(places, KEY, k + j * step, width, padded, tile + j * size)
         at, i, between = (tile, 0, padded) if copied else (keys, k, step)
         to = o + t
-        if kind == BF16:
+        if kind == memory.BF16:
             lanes.products_bf16(queries, padded, count, at, i, between, n, padded, scaling, s, to, apart)
-        elif kind == F32:
+        elif kind == memory.F32:
             lanes.products_f32(queries, padded, count, at, i, between, n, padded, scaling, s, to, apart)
-        elif kind == F16:
+        elif kind == memory.F16:
             lanes.products_f16(queries, padded, count, at, i, between, n, padded, scaling, s, to, apart)
         else:
             lanes.products_f64(queries, padded, count, at, i, between, n, padded, scaling, s, to, apart)
@@ -199,7 +186,7 @@ def attend_row(
 ) -> None:  # fmt: skip
     """Adds ``share`` times the mean over heads of the attention row to ``out[o + t]``."""
     apart, width = layer[LENGTH] + WIDTH, layer[HEAD_WIDTH]  # eight numbers at once may go past the end
-    padded, size = width + -width % lanes.LANES, 8 if places[KEY, KIND] == F64 else 4
+    padded, size = width + -width % lanes.LANES, 8 if places[KEY, KIND] == memory.F64 else 4
     seen_by_head, sums, scores = apart, 2 * apart, 2 * apart + BLOCK
     group, done = layer[HEADS] // layer[KEY_HEADS], 0
     mask_kind = places[MASK_ROW, ADDRESS] != 0
@@ -209,25 +196,19 @@ def attend_row(
         count = 0
         while done + count < len(heads) and heads[done + count] // group == g:
             h = heads[done + count]
-            q = b * places[QUERY, ROW] + h * places[QUERY, HEAD] + (base + p) * places[QUERY, TOKEN]
-            widened(places, QUERY, q, width, padded, queries + count * padded * size)
+            q = head_of(places, QUERY, b, h, base + p)
+            memory.widened(places, QUERY, q, width, padded, queries + count * padded * size)
             count += 1
-        key = b * places[KEY, ROW] + g * places[KEY, HEAD] + base * places[KEY, TOKEN]
-        dots_of(
-            places, count, width, key, numbers[SCALING], first, end, queries, tile, s, scores, apart
-        )  # fmt: skip
+        key = head_of(places, KEY, b, g, base)
+        dots_of(places, count, width, key, numbers[SCALING], first, end, queries, tile, s, scores, apart)
         for i in range(count):
             h, x, seen = heads[done + i], scores + i * apart, 0
             if numbers[SOFTCAP] > 0.0:
                 softcapped(numbers[SOFTCAP], first, end, s, x)
             if mask_kind:
                 seen = seen_by_head
-                added = (
-                    b * places[MASK_ROW, ROW]
-                    + h * places[MASK_ROW, HEAD]
-                    + (base + first) * places[MASK_ROW, TOKEN]
-                )
-                load(places, MASK_ROW, added, end - first, s, seen + first)
+                at = head_of(places, MASK_ROW, b, h, base + first)
+                load(places, MASK_ROW, at, end - first, s, seen + first)
                 for t in range(first, end):
                     hidden = s[seen + t] == -np.inf
                     s[x + t] += s[seen + t]
@@ -236,8 +217,7 @@ def attend_row(
                     s[seen + t] = 0.0
             factor = share
             if places[LSE, ADDRESS] != 0:
-                at = b * places[LSE, ROW] + h * places[LSE, HEAD] + (base + p) * places[LSE, TOKEN]
-                load(places, LSE, at, 1, s, sums)
+                load(places, LSE, head_of(places, LSE, b, h, base + p), 1, s, sums)
                 lse = s[sums] if len(sinks) == 0 else log_add_exp(s[sums], sinks[h])
                 exponentials(lse, first, end, s, x)
             else:
@@ -295,8 +275,7 @@ def write_rows(places: Any, bounds: Any, lost: Any, length: int, means: Any, low
         if lost[b] != 0:
             fill(places, OUT, at, n, np.nan)
         else:
-            o = (b - low) * length
-            store(places, OUT, at, n, s, o)
+            store(places, OUT, at, n, s, (b - low) * length)
 
 
 @inner
@@ -361,7 +340,7 @@ class Layer:
     """One layer as the loop takes it."""
 
     def __init__(self, x: AttentionInputs) -> None:
-        mask = None if x.attention_mask is None else counted(x.attention_mask)
+        mask = None if x.attention_mask is None else memory.counted(x.attention_mask)
         given = x.query_position if isinstance(x.query_position, Tensor) else None
         self.held = (x, mask)
         tokens, whole, masked = ("T", "THD", "TH") if x.packed else ("BT", "BHTD", "BHT")
@@ -369,13 +348,13 @@ class Layer:
         row = x.mask_row
         self.places = np.array(
             [
-                place_along(x.query, query),
-                place_along(x.key, whole),
-                place_along(mask, tokens),
-                place_along(row, tokens if row is None or row.ndim == len(tokens) else masked),
-                place_along(x.lse, query[:-1]),
-                place_along(x.key_start, "T"),
-                place_along(given, "T"),
+                memory.place_along(x.query, query),
+                memory.place_along(x.key, whole),
+                memory.place_along(mask, tokens),
+                memory.place_along(row, tokens if row is None or row.ndim == len(tokens) else masked),
+                memory.place_along(x.lse, query[:-1]),
+                memory.place_along(x.key_start, "T"),
+                memory.place_along(given, "T"),
             ],
             np.int64,
         )
@@ -426,7 +405,7 @@ def attention_row(inputs: Sequence[AttentionInputs]) -> Tensor:
     dtype, layers = compute_dtype(*[x.key for x in inputs]), [Layer(x) for x in inputs]
     shape = first.key.shape[:1] if first.packed else (first.key.shape[0], first.key.shape[2])
     out = (torch.zeros if first.packed else torch.empty)(shape, dtype=dtype)
-    places = np.array([place_of(out)] * (OUT + 1), np.int64)  # the others are not looked at
+    places = np.array([memory.place_of(out)] * (OUT + 1), np.int64)  # the others are not looked at
 
     def finish(lost: Array, means: Array, low: int, high: int, held: object = out) -> None:
         write_rows(places, layers[0].bounds, lost, layers[0].keys, means, low, high)
@@ -438,11 +417,11 @@ def attention_row(inputs: Sequence[AttentionInputs]) -> Tensor:
 def raw_credit(inputs: Sequence[AttentionInputs], response: Response, bounds: Array, out: Tensor) -> Array:
     """Writes the attention row at the response tokens to ``out``; rows out of range, uint8 ``[B]``."""
     layers = [Layer(x) for x in inputs]
-    mask = counted(response.mask)
+    mask = memory.counted(response.mask)
     held = (mask, response.index, response.start, out)
     tokens = "BT" if mask.ndim == 2 else "T"
     axes = (tokens, tokens, "T", tokens)
-    places = np.array([place_along(x, of) for x, of in zip(held, axes, strict=True)], np.int64)
+    places = np.array([memory.place_along(x, of) for x, of in zip(held, axes, strict=True)], np.int64)
     width = mask.shape[-1]
     last = NO_INDICES
     if any(isinstance(x.query_position, str) for x in inputs):

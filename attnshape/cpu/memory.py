@@ -7,7 +7,7 @@ blocks are float64. What is read is upcast, which is exact; what is written is r
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -69,15 +69,6 @@ def place_along(x: Tensor | None, axes: str) -> tuple[int, ...]:
 def counted(mask: Tensor) -> Tensor:
     """A mask of a dtype that the loops read."""
     return mask if mask.dtype in KINDS else mask != 0
-
-
-def goes_past(size: int) -> bool:
-    """Whether a call's outputs, of so many bytes, are written past the caches."""
-    return size >= PAST
-
-
-def table_of(tensors: Sequence[Tensor]) -> np.ndarray:
-    return np.array([place_of(x) for x in tensors], np.int64)
 
 
 def pointer(builder: Any, address: Any, index: Any, element: ir.Type, stored: ir.Type | None = None) -> Any:
@@ -206,7 +197,7 @@ class _MemoryModel(models.PrimitiveModel):  # type: ignore[misc]
         super().__init__(dmm, fe_type, ir.PointerType(ELEMENTS[fe_type.element]))
 
 
-def memory(element: Any, columns: int = 1) -> tuple[Any, Any]:
+def indexed(element: Any, columns: int = 1) -> tuple[Any, Any]:
     """A type, and the function that makes it: of an array, or of the scratch memory from an index on.
 
     Its indices are taken as they are, none counts from the end: only then are loops with sums of several
@@ -244,6 +235,6 @@ def memory(element: Any, columns: int = 1) -> tuple[Any, Any]:
     return kind, view
 
 
-SCRATCH, scratch_at = memory(types.float64)
-_, integers_at = memory(types.int64)
-_, places_at = memory(types.int64, COLUMNS)
+SCRATCH, scratch_at = indexed(types.float64)
+_, integers_at = indexed(types.int64)
+_, places_at = indexed(types.int64, COLUMNS)

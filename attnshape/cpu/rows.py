@@ -7,26 +7,14 @@ from typing import Any
 import numpy as np
 from numba.core import types
 
-from attnshape.cpu import advantages, blocks, layout
+from attnshape.cpu import advantages, blocks, layout, memory
 from attnshape.cpu.advantages import WAYS
 from attnshape.cpu.arithmetic import least, log, most
 from attnshape.cpu.blocks import start_of
 from attnshape.cpu.jit import called, entry, inner
 from attnshape.cpu.lanes import fence
 from attnshape.cpu.layout import BLOCK, HELD, LIVE, extent, survey
-from attnshape.cpu.memory import (
-    ADDRESS,
-    F32,
-    F32_PAST,
-    F64,
-    KIND,
-    TOKEN,
-    integers_at,
-    memory,
-    places_at,
-    scratch_at,
-    write_i32,
-)
+from attnshape.cpu.memory import ADDRESS, KIND, TOKEN, integers_at, places_at, scratch_at
 from attnshape.cpu.rewards import clamp, credit_of, entropy_of, kl_of, mass_of, rewards_of
 from attnshape.types import MIN_MASS, Status
 
@@ -58,8 +46,8 @@ LAST_UNMASKED, LAST_TOKEN, INDEXED = 0, 1, 2  # SCORE_AT
 ) = range(16)  # fmt: skip
 SCALE, HOT, SCORE_SHARE, SCORE_TOKEN, AFTER, NEAR, STATS_OF, LATER, GIVEN = *range(7), 10, 12
 ROW_INTEGERS, ROW_NUMBERS = 16, 32
-_, row_at = memory(types.int64, ROW_INTEGERS)
-_, of_row_at = memory(types.float64, ROW_NUMBERS)
+_, row_at = memory.indexed(types.int64, ROW_INTEGERS)
+_, of_row_at = memory.indexed(types.float64, ROW_NUMBERS)
 # The scratch memory: blocks; what enters them, of advantages and of returns; what is known of rows.
 CHAINS, NUMBERS, INTEGERS = (WAYS * x for x in (HELD, HELD + 2, HELD + 2 + ROW_NUMBERS))
 ROOM = INTEGERS + WAYS * ROW_INTEGERS
@@ -81,7 +69,7 @@ def fill_row(places: Any, b: int, token: int, n: int, x: float) -> None:
 @inner
 def lies_as_it_is(places: Any, name: int) -> Any:
     """Whether a tensor is float32 and a row's tokens are neighbours."""
-    return places[name, KIND] == F32 and places[name, TOKEN] == 1
+    return places[name, KIND] == memory.F32 and places[name, TOKEN] == 1
 
 
 @called
@@ -108,7 +96,7 @@ def open_row(
     row[i, DENSE] = count == row[i, END] - row[i, BEGIN]
     # 1: values are read, and advantages and returns written, where they lie; 2: token rewards are too.
     whole = row[i, DENSE] != 0 and row[i, KEEP] == 0 and not lost and choices[DECOUPLED] == 0
-    whole = whole and lies_as_it_is(places, VALUES) and places[ADVANTAGES, KIND] != F64
+    whole = whole and lies_as_it_is(places, VALUES) and places[ADVANTAGES, KIND] != memory.F64
     row[i, DIRECT] = whole
     if whole and choices[SHAPED] == 0 and lies_as_it_is(places, TOKEN_REWARDS):
         row[i, DIRECT] = 2
@@ -117,9 +105,7 @@ def open_row(
 
 
 @called
-def weigh_row(
-    places: Any, choices: Any, numbers: Any, b: int, row: Any, of: Any, i: int, s: Any
-) -> None:  # fmt: skip
+def weigh_row(places: Any, choices: Any, numbers: Any, b: int, row: Any, of: Any, i: int, s: Any) -> None:
     """From the row's raw weights to the factors that give each token's credit and share of the score."""
     count, on_score = row[i, COUNT], row[i, ON_SCORE] != 0
     total = 1.0 * count if choices[NORMALIZATION] == TO_LENGTH else 1.0
@@ -127,7 +113,7 @@ def weigh_row(
     if source == WEIGHTS:
         mass, xlogx, last = mass_of(
             places, MASK, RAW, b, row[i, BASE], row[i, ANCHOR], row[i, LAST] + 1, s, i * HELD
-        )  # fmt: skip
+        )
         if mass == -np.inf:
             row[i, FLAGS] |= NEGATIVE
         if mass == -np.inf or (choices[NORMALIZATION] != AS_IS and mass < MIN_MASS):
@@ -167,7 +153,7 @@ def close_row(places: Any, choices: Any, b: int, row: Any, of: Any, i: int, s: A
             fill_row(places, b, row[i, BASE], row[i, WIDTH], 0.0)
             mean = m2 = 0.0
     if places[STATUS, ADDRESS] != 0:
-        write_i32(places[STATUS, ADDRESS], b, row[i, FLAGS])
+        memory.write_i32(places[STATUS, ADDRESS], b, row[i, FLAGS])
         for j in range(4):
             blocks.store_one(places, STATS, 4 * b + j, of[i, STATS_OF + j])
     if places[MOMENTS, ADDRESS] != 0:
@@ -204,7 +190,7 @@ def write_block(places: Any, first: int, last: int, b: int, t: int, n: int, row:
 @called
 def open_block(
     places: Any, choices: Any, numbers: Any, b: int, t: int, n: int, row: Any, of: Any, i: int, s: Any
-) -> None:  # fmt: skip
+) -> None:
     """Reads a block, computes and writes its credit, KL and rewards."""
     o, at, token = i * HELD, row[i, AT] - t, row[i, BASE] + t
     weighted = choices[SOURCE] == WEIGHTS and row[i, FLAGS] & FALLBACK == 0
@@ -264,7 +250,7 @@ def link_block(choices: Any, gamma: float, of: Any, i: int, s: Any) -> None:
 @inner
 def add_block_of_memory(
     places: Any, gamma: float, b: int, t: int, n: int, row: Any, of: Any, i: int, s: Any
-) -> None:  # fmt: skip
+) -> None:
     """``open_block`` and ``link_block`` where rewards and values are taken as they lie in memory."""
     token, last, o, gl = row[i, BASE] + t, row[i, LAST] - t, i * HELD, of[i, GIVEN + GL]
     rewards, at_reward = places[TOKEN_REWARDS, ADDRESS], start_of(places, TOKEN_REWARDS, b, token)
@@ -276,9 +262,7 @@ def add_block_of_memory(
 
 
 @called
-def close_block(
-    places: Any, choices: Any, b: int, t: int, n: int, row: Any, of: Any, i: int, s: Any
-) -> None:  # fmt: skip
+def close_block(places: Any, choices: Any, b: int, t: int, n: int, row: Any, of: Any, i: int, s: Any) -> None:
     """Advantages and returns of a block, once the chains have run over it."""
     o, last, token = i * HELD, row[i, LAST] - t, row[i, BASE] + t
     of_returns = layout.ADDEND_VALUE if choices[DECOUPLED] != 0 else layout.ADDEND
@@ -286,8 +270,8 @@ def close_block(
         of[i, NEAR] = s[o + layout.REWARDS + last] + s[o + layout.ADDEND + last]
     if row[i, DIRECT] != 0:
         finite = advantages.settle_into_memory(
-            places[ADVANTAGES, KIND] == F32_PAST, places[ADVANTAGES, ADDRESS], places[RETURNS, ADDRESS],
-            start_of(places, ADVANTAGES, b, token), places[VALUES, ADDRESS],
+            places[ADVANTAGES, KIND] == memory.F32_PAST, places[ADVANTAGES, ADDRESS],
+            places[RETURNS, ADDRESS], start_of(places, ADVANTAGES, b, token), places[VALUES, ADDRESS],
             start_of(places, VALUES, b, token), n, of[i, NEAR], s, o,
         )  # fmt: skip
         row[i, FINITE] = row[i, FINITE] if finite else 0
@@ -303,9 +287,7 @@ def close_block(
 
 
 @called
-def sweep_rows(
-    places: Any, choices: Any, numbers: Any, b: int, ways: int, row: Any, of: Any, s: Any
-) -> None:  # fmt: skip
+def sweep_rows(places: Any, choices: Any, numbers: Any, b: int, ways: int, row: Any, of: Any, s: Any) -> None:
     """The blocks of rows ``b : b + ways`` that have been opened, side by side, each row's last one first."""
     chains = 0 if places[ADVANTAGES, ADDRESS] == 0 else 1 + choices[DECOUPLED]
     steps = 0
@@ -338,7 +320,7 @@ def sweep_rows(
 @entry
 def sweep(
     places: Any, bounds: Any, lost: Any, choices: Any, numbers: Any, scratch: Any, low: int, high: int
-) -> None:  # fmt: skip
+) -> None:
     """Rows ``low:high``, ``WAYS`` of them side by side; each is read from its last block to its first.
 
     Args:
@@ -348,7 +330,11 @@ def sweep(
         choices, numbers: by the names above.
         scratch: ``ROOM`` numbers. The caller holds all of these: here nothing would.
     """
-    places, choices, numbers = places_at(places, 0), integers_at(choices, 0), scratch_at(numbers, 0)
+    places, choices, numbers = (
+        places_at(places, 0),
+        integers_at(choices, 0),
+        scratch_at(numbers, 0),
+    )
     s, of, row = scratch_at(scratch, 0), of_row_at(scratch, NUMBERS), row_at(scratch, INTEGERS)
     for i in range(WAYS):  # what is not read stays 0
         for field in (layout.VALUES, layout.KL, layout.SUM, layout.SUM_2):

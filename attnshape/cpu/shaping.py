@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from attnshape.config import Normalization, ShapingConfig
-from attnshape.cpu import rewards, rows
+from attnshape.cpu import memory, rewards, rows
 from attnshape.cpu.advantages import WAYS
 from attnshape.cpu.attention import raw_credit
 from attnshape.cpu.layout import NO_BOUNDS, bounds_of
-from attnshape.cpu.memory import COLUMNS, F32_PAST, KIND, counted, goes_past, place_of
+from attnshape.cpu.memory import COLUMNS, F32_PAST, KIND, counted, place_of
 from attnshape.cpu.threads import over_rows, scratch
 from attnshape.types import (
     KL,
@@ -113,7 +113,7 @@ class Call:
         for name, x in tensors.items():
             flat[COLUMNS * name : COLUMNS * name + COLUMNS] = place_of(x)
         written = rows.WRITTEN & tensors.keys()
-        if self.dtype == torch.float32 and goes_past(4 * len(written) * self.mask.numel()):
+        if self.dtype == torch.float32 and 4 * len(written) * self.mask.numel() >= memory.PAST:
             for name in written:
                 flat[COLUMNS * name + KIND] = F32_PAST
         places = np.frombuffer(array("q", flat), np.int64).reshape(-1, COLUMNS)

@@ -12,8 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-TOKENS = 1 << 16
-"""Work that a thread takes at once, at least, and below which one thread is enough: some 100 us."""
+TOKENS = 1 << 15
+"""Work that a thread takes at once, at least: some 50 us, as long as waking one takes. None is woken for less
+than twice as much each."""
 
 # glibc keeps free memory up to twice the largest block that it has seen freed; more goes to the system.
 # Before that a call's outputs would be mapped anew each time, page by page: more than computing them costs.
@@ -60,10 +61,10 @@ def over_rows(compute: Callable[[int, int], None], rows: int, work: int, multipl
         multiple: of rows, that are taken at once.
     """
     threads = torch.get_num_threads()
-    size = min(max(rows * work // (16 * threads), TOKENS), 8 * TOKENS)  # few takings
+    size = min(max(rows * work // (16 * threads), TOKENS), 16 * TOKENS)  # few takings
     step = max(size // max(work, 1) // multiple, 1) * multiple
     pieces = -(-rows // step)
-    threads = min(threads, pieces)
+    threads = min(threads, pieces, rows * work // (2 * TOKENS))
     if threads <= 1:
         compute(0, rows)
         return

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from attnshape.config import Whitening
+from attnshape.cpu import memory
 from attnshape.cpu.advantages import add_moments, moments_of
 from attnshape.cpu.arithmetic import least
-from attnshape.cpu.blocks import load, load_mask, start_of, store
+from attnshape.cpu.blocks import count_live, fill, load, load_mask, start_of, store
 from attnshape.cpu.jit import entry, inner
 from attnshape.cpu.lanes import WIDTH, fence, get, put, splat, where
 from attnshape.cpu.layout import BLOCK, HELD, LIVE, REWARDS, SUM, SUM_2
-from attnshape.cpu.memory import F32_PAST, KIND, counted, goes_past, places_at, scratch_at, table_of
+from attnshape.cpu.memory import F32_PAST, KIND, counted, place_of, places_at, scratch_at
 from attnshape.cpu.threads import over_rows, scratch
 from attnshape.types import compute_dtype
 
@@ -97,12 +98,18 @@ def apply(
         row, first, length = chunk_of(unit, width)
         for t in range(first, first + length, BLOCK):
             n = least(BLOCK, first + length - t)
-            load(places, X, start_of(places, X, row, t), n, s, REWARDS)
+            mask, live = start_of(places, MASK, row, t), n
             if not whiten_masked:
-                load_mask(places, MASK, start_of(places, MASK, row, t), n, s, LIVE)
+                live = count_live(places, MASK, mask, n, s, LIVE)
+            if live == 0:
+                fill(places, OUT, start_of(places, OUT, row, t), n, 0.0)
+                continue
+            if live < n:
+                load_mask(places, MASK, mask, n, s, LIVE)
+            load(places, X, start_of(places, X, row, t), n, s, REWARDS)
             for j in range(0, BLOCK, WIDTH):
                 x = (get(s, REWARDS + j) - centre) * factor + kept
-                if not whiten_masked:
+                if live < n:
                     x = where(get(s, LIVE + j) != none, x, none)
                 put(s, REWARDS + j, x)
             store(places, OUT, start_of(places, OUT, row, t), n, s, REWARDS)
@@ -119,8 +126,8 @@ def whiten(
     shape = (1, x.numel()) if x.ndim < 2 or not x.numel() else (-1, x.shape[-1])
     out = torch.empty(x.shape, dtype=compute_dtype(x))
     tensors = [counted(mask).reshape(shape), x.reshape(shape), out.view(shape)]
-    places = table_of(tensors)
-    if out.dtype == torch.float32 and goes_past(out.nbytes):
+    places = np.array([place_of(x) for x in tensors], np.int64)
+    if out.dtype == torch.float32 and out.nbytes >= memory.PAST:
         places[OUT, KIND] = F32_PAST
     rows, width = tensors[1].shape
     units = rows * -(-width // CHUNK)

@@ -187,15 +187,12 @@ def positions_in_range(rows: Rows, positions: Tensor, lowest: int, lengths: Tens
     return ~(outside & rows.live).any(1)
 
 
-def lowest_position(rows: Rows) -> int:
-    return -1 if rows.start is None else 0
-
-
 def at_response(
     column: Tensor, rows: Rows, positions: Tensor, invalid: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Weights over keys ``[B, S]`` read at the response tokens ``[B, R]``, and the invalid rows."""
-    invalid = rows.invalid | invalid | ~positions_in_range(rows, positions, lowest_position(rows), lengths)
+    lowest = -1 if rows.start is None else 0  # only an index may say that a token has no key
+    invalid = rows.invalid | invalid | ~positions_in_range(rows, positions, lowest, lengths)
     column = torch.cat([column, column.new_zeros(len(column), 1)], 1)  # position -1 is nowhere
     nowhere = column.shape[1] - 1
     inside = (positions >= 0) & (positions < nowhere)
