@@ -121,7 +121,7 @@ def _cells() -> list[Cell]:
     for share in DENSE_SHARES:
         add("grpo", ("relevance a third up, signed",), TUNED, first, dense_share=share)
         add("grpo", ("leave-one-out, signed",), SCRATCH, first, dense_share=share)
-    add("rloo", ceiling, SCRATCH, first)
+    add("rloo", ("plain", "relevance a third up, signed", *ceiling[1:]), SCRATCH, first)
     add("grpo", ("ABC shuffled",), TUNED, first)
     add("ppo", controls, TUNED, first)
     for loop in ("grpo", "ppo"):
