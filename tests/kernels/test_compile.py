@@ -122,7 +122,7 @@ def test_a_warp_sweeps_512_tokens_with_a_third_of_the_instructions_of_four(
     assert gae["longest_wide"] == 4 * (2 + 2)
     # sm_120 computes float64 in more. Barriers of one warp keep memory in order; nobody waits.
     assert sweep["longest_loop"] <= (1450 if target == "sm_120" else 1100), described(sweep)
-    assert gae["longest_loop"] <= (1000 if target == "sm_120" else 650), described(gae)
+    assert gae["longest_loop"] <= (1050 if target == "sm_120" else 650), described(gae)
     assert max(sweep["longest_barriers"], gae["longest_barriers"]) <= 2
     assert by_case["sweep, 4096x511"]["wide_loads"] == by_case["gae, 4096x511"]["wide_loads"] == 0
     # Few rows, or narrow ones: four warps, with 128 tokens each.
@@ -150,7 +150,10 @@ def test_credit_is_written_before_it_is_read_again(compiled: tuple[str, list[dic
     for x in alone:
         # And before statistics read what was stored, and before rows become NaN or 0.
         reading = "out.p_stats" in x["used"] and x["constants"].get("CREDIT") is not None
-        assert x["barriers"] == (x in making) + reading + 1, described(x)
+        constants = x["constants"]
+        filling = x in making or constants["ZERO_NONFINITE"] or constants["SCORE_INDEX"] == "explicit"
+        filling |= bool({"response.p_cu", "inputs.p_row_status"} & set(x["used"]))
+        assert x["barriers"] == (x in making) + reading + filling, described(x)
 
 
 # Hand-offs between programs of one launch
