@@ -71,3 +71,16 @@ def test_whiten(backend: str, bessel: bool, eps_mode: str, shift_mean: bool, cou
     config = dataclasses.replace(config, whiten_masked=True)
     want = reference.whiten(x.double(), mask, config)
     torch.testing.assert_close(whitened(x, config).double(), want, rtol=1e-6, atol=1e-6)
+
+
+@each_backend
+def test_whiten_long_rows(backend: str) -> None:
+    """Of whole stretches that are masked, that are not, and that are in part; NaN where masked."""
+    g = torch.Generator().manual_seed(0)
+    ends = torch.tensor([[400], [0], [131], [256], [300]])
+    mask = torch.arange(400) < ends
+    mask[4, 130:140] = False
+    x = torch.where(mask, torch.randn(5, 400, generator=g) + 10, float("nan"))
+    want = reference.whiten(x.double(), mask, Whitening())
+    got = here(attnshape.whiten(there(x), there(mask), backend=backend))
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
