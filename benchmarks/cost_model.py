@@ -13,7 +13,7 @@ import torch
 from attnshape.bench.cases import Case
 from benchmarks.cases import budget_cases
 from csrc_triton.host.attention import CHUNK, KEYS, ONE_LAUNCH, chunks_per_program
-from csrc_triton.host.rewards import in_chunks
+from csrc_triton.host.rewards import in_chunks, warps_of
 from csrc_triton.launch import ceil_div
 
 
@@ -46,8 +46,10 @@ HANDOFF = 2 * TRIP  # stores made visible and a counter raised, then loads of wh
 PROGRAM = (
     3.5e-6  # of a program that reads keys, what is not keys: bounds, the query, the first tiles, the end
 )
-STEP = 3e-6  # one chunk of a row by a program that has it to itself: loads, scan, carry
+STEP = 3e-6  # one chunk of a row by a program of four warps that has it to itself: loads, scan, carry
+WARP_CYCLES = 8  # from one instruction to the next of a warp that sweeps a row, its loads waited for
 SHARED_STEP = 4e-6  # each of the two tasks of a chunk whose row is shared
+SHARING = 300  # more instructions of a warp for a chunk whose row is shared
 COMPOSE = 20e-9  # one link of the chain of carries
 AVERAGING = 6e-6  # more for a chunk whose heads are averaged by the second launch, eight key heads in turn
 
@@ -61,8 +63,9 @@ FOLD = 128  # partials folded at once
 class Code(NamedTuple):
     """What the compiler made of a kernel, for sm_90 (docs/kernels.md)."""
 
-    instructions: float  # of its four warps together, per chunk
+    instructions: float  # of its warps together, per chunk
     programs: int  # that a multiprocessor holds
+    warps: int = 4
 
 
 READ = {
@@ -72,8 +75,11 @@ READ = {
     "terms": Code(4 * 239, 4),
 }
 """Per chunk of 64 keys."""
-SWEPT = {"sweep": Code(4 * (916 + 118), 3), "gae": Code(4 * (524 + 83), 6)}
-"""Per 512 tokens."""
+SWEPT = {
+    "sweep": {1: Code(1079 + 221, 12, 1), 4: Code(4 * (458 + 122), 3)},
+    "gae": {1: Code(637 + 130, 12, 1), 4: Code(4 * (333 + 51), 5)},
+}
+"""Per 512 tokens, by warps of a program."""
 
 
 class Estimate(NamedTuple):
@@ -91,7 +97,7 @@ class Estimate(NamedTuple):
 
 def issue_seconds(chunks: float, code: Code, gpu: Gpu) -> float:
     """A multiprocessor issues four instructions a cycle at most, and one for each warp every ``CYCLES``."""
-    a_cycle = min(4.0, 4 * code.programs / CYCLES)
+    a_cycle = min(4.0, code.warps * code.programs / CYCLES)
     return chunks * code.instructions / (a_cycle * gpu.processors * gpu.clock)
 
 
@@ -111,19 +117,26 @@ def estimate(case: Case, gpu: Gpu) -> Estimate:
     return Estimate(2 if case.what == "whiten" else 1, transfer, 0.0, 0.0, 0.0, 0.0)
 
 
-def _swept(case: Case, code: Code, gpu: Gpu, averaging: bool) -> tuple[float, float]:
+def _swept(case: Case, codes: dict[int, Code], gpu: Gpu, averaging: bool) -> tuple[float, float]:
     """Seconds to issue a sweep's instructions, and of its steps."""
-    s, at_once = case.shape, code.programs * gpu.processors
+    s = case.shape
     longest = ceil_div(s.response, CHUNK)
     n_chunks = sum(ceil_div(n, CHUNK) for n in s.lengths) if s.packed else s.batch * longest
     live = sum(ceil_div(n, CHUNK) for n in s.lengths) if s.lengths else n_chunks
-    issue = issue_seconds(live, code, gpu)
     more = AVERAGING if averaging else 0.0
-    if not in_chunks(s.batch, longest, n_chunks, gpu.processors, averaging):
-        return issue, ceil_div(s.batch, at_once) * longest * (STEP + more)
+    alone = not averaging and not s.packed and s.response % 4 == 0
+    if not in_chunks(s.batch, longest, n_chunks, gpu.processors, averaging, alone):
+        code = codes[warps_of(s.batch, gpu.processors, alone)["num_warps"]]
+        step = STEP + more if code.warps > 1 else WARP_CYCLES * code.instructions / gpu.clock
+        issue = issue_seconds(live, code, gpu)
+        return issue, ceil_div(s.batch, code.programs * gpu.processors) * longest * step
+    code = codes[warps_of(2 * n_chunks, gpu.processors, alone)["num_warps"]]
+    shared = code._replace(instructions=code.instructions + SHARING * code.warps)
+    issue = issue_seconds(live, shared, gpu)
     # Facts, everybody's facts, the carry of a group, and of the groups before.
     chain = 3 * HANDOFF + COMPOSE * (GROUP + ceil_div(longest, GROUP))
-    return issue, ceil_div(2 * n_chunks, at_once) * (SHARED_STEP + more / 2) + chain
+    waves = ceil_div(2 * n_chunks, code.programs * gpu.processors)
+    return issue, waves * (SHARED_STEP + more / 2) + chain
 
 
 def _of_keys(case: Case, gpu: Gpu) -> Estimate:

@@ -7,7 +7,8 @@ know, some two seconds each, and prints how many there are. With ``all`` it comp
 The rest is what the tests ask, in a process of its own, since Triton's interpreter leaves nothing to compile:
 ``found`` prints what is found, ``anew`` the lines for ``kernels.jsonl`` without a look at what it knows, both
 for every target and case or as in ``found sm_90,gfx942 "^sweep"``. ``kinds sm_90`` prints which
-specialisations 200 random shapes need, and how many stand behind each key of a launcher.
+specialisations 200 random shapes need, and how many stand behind each key of a launcher. ``summed sm_90``
+prints how many numbers each reduction adds up where rows are swept.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from benchmarks.kernel_facts import (
     gpu_of,
     leaves,
     read,
+    representation,
     written,
 )
 
@@ -95,8 +97,10 @@ class Launch(NamedTuple):
     def variant(self, target: Any) -> Variant:
         from triton.compiler import make_backend
 
+        from csrc_triton.launch import fitted
+
         source = self.launcher.source(self.arguments)
-        options = make_backend(target).parse_options(dict(self.options))
+        options = make_backend(target).parse_options(fitted(dict(self.options), target))
         return Variant(self.launcher.kernel, source, vars(options))
 
 
@@ -432,6 +436,24 @@ def specialisations(target: str) -> dict[str, Any]:
     return {"needed": list(needed.values()), "behind": [len(keys) for keys in behind.values()]}
 
 
+def summed(target: str) -> list[dict[str, Any]]:
+    """Of each sweep of tokens, how many floats its reductions and scans put together, before any layout."""
+    reduction = re.compile(r'"tt\.(reduce|scan)".*?axis = (\d+) : i32.*?\}\) : \((.*?)\)', re.DOTALL)
+    found = {}
+    for launch in captured_launches(calls()):
+        variant = launch.variant(gpu_of(target))
+        if variant.kernel.__name__ not in ("rows_kernel", "chunks_kernel") or variant.key in found:
+            continue
+        sizes = set()
+        for kind, axis, operands in reduction.findall(representation(variant, target)):
+            for shape, dtype in re.findall(r"tensor<((?:\d+x)+)(\w+)", operands):
+                if dtype.startswith("f"):
+                    sizes.add((kind, int(shape.split("x")[int(axis)])))
+        case = {"case": launch.case, "kernel": variant.kernel.__name__, "warps": launch.options["num_warps"]}
+        found[variant.key] = case | {"source": variant.constants.get("SOURCE"), "sizes": sorted(sizes)}
+    return list(found.values())
+
+
 # The table
 
 WORST: dict[str, Callable[[Iterable[Any]], Any]] = {
@@ -509,6 +531,7 @@ def main() -> None:
         "found": lambda of=every, *wanted: measured(read(), of.split(","), *wanted)[0],
         "anew": lambda of=every, *wanted: written(measured({}, of.split(","), *wanted)[1]),
         "kinds": specialisations,
+        "summed": summed,
     }
     match sys.argv[1:]:
         case [what, *arguments] if what in apart:

@@ -259,10 +259,12 @@ class Rules(NamedTuple):
     NORMALIZATION: str = "none"
     SCORE_INDEX: str = "last_unmasked"
     KL_ESTIMATOR: str | None = None
+    KL_CLIPPED: bool = False
     SKIP: bool = True  # whether a masked token is the identity
     UNIT: bool = False  # whether every coefficient of the recurrence is 1
     TWO_RECURRENCES: bool = False
     ZERO_NONFINITE: bool = False
+    LG2: bool = False  # whether the GPU has PTX's lg2.approx
 
 
 class Tiles(NamedTuple):

@@ -72,10 +72,13 @@ def _compile(place: int, capability: int) -> tuple[str, float, str]:
     import triton
     from triton.backends.compiler import GPUTarget
 
+    from csrc_triton.launch import fitted
+
     begun, (item, source, options) = time.monotonic(), _TO_COMPILE[place]
     error = ""
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        target = GPUTarget("cuda", capability, 32)
+        compiled = triton.compile(source, target=target, options=fitted(options, target))
         # Older Tritons compile a launcher in C for each signature.
         from triton.backends.nvidia.driver import CudaLauncher
 

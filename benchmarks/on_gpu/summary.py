@@ -153,25 +153,33 @@ def steps(each: dict[str, Any]) -> list[str]:
     shared, alone = by_way["always"], by_way["never"]
     cases = {case: tuple(map(int, case.split(", ")[1].split("x"))) for case in shared if case in alone}
 
-    def lost(of_alone: float, of_shared: float, last: float) -> float:
+    def lost(steps: Sequence[float]) -> float:
+        of_row, of_row_by_warp, of_shared, last = steps
         loss = 0.0
         for case, (batch, width) in cases.items():
             chunks = -(-width // 512)
-            of_rows = of_alone * chunks * max(1.0, batch / (3 * 132))
-            of_chunks = last + of_shared * max(1.0, 2 * batch * chunks / (3 * 132))
-            chosen = shared[case] if of_chunks < of_rows else alone[case]
-            loss += math.log(chosen / min(shared[case], alone[case]))
+            step, waves = (of_row, batch / 396) if batch < 792 else (of_row_by_warp, batch / 1584)
+            tasks = 2 * batch * chunks
+            of_chunks = last + of_shared * max(1.0, tasks / (396 if tasks < 792 else 1584))
+            chosen = shared if of_chunks < step * chunks * max(1.0, waves) else alone
+            loss += math.log(chosen[case] / min(shared[case], alone[case]))
         return loss
 
+    names = ("of_row", "of_row_by_warp", "shared", "last")
     choices = [
-        (a, b, c) for a in (1, 1.5, 2, 3, 4, 6) for b in (1, 1.5, 2, 3, 4, 6, 8) for c in (2, 4, 8, 12)
+        (a, a * b, c, d)
+        for a in (1, 1.5, 2, 3, 4, 6)
+        for b in (1.5, 2, 3)
+        for c in (1, 1.5, 2, 3, 4, 6, 8)
+        for d in (2, 4, 8, 12)
     ]
-    now = (3.0, 4.0, 4.0)
-    best = min(choices, key=lambda x: lost(*x))
-    if lost(*best) > lost(*now) - ENOUGH:
-        loses = math.expm1(lost(*now) / len(cases))
+    now = (3.0, 6.0, 4.0, 4.0)
+    best = min(choices, key=lost)
+    if lost(best) > lost(now) - ENOUGH:
+        loses = math.expm1(lost(now) / len(cases))
         return [f"# steps: what stands there chooses as well as any, and loses {loses:.1%} on average"]
-    return ["csrc_triton/host/rewards.py: Steps: alone {:g}, shared {:g}, last {:g}".format(*best)]
+    chosen = ", ".join(f"{name} {x:g}" for name, x in zip(names, best, strict=True))
+    return [f"csrc_triton/host/rewards.py: Steps: {chosen}"]
 
 
 # To be read

@@ -60,6 +60,7 @@ def rounds() -> Iterator[Round]:
     sweeps += [Case("sweep", shape) for shape in LONG]
     settings = product(attention__CHUNK=(512, 256, 1024), rewards__REGISTERS=(168, 128, 96))
     yield Round("sweep", settings, sweeps)
+    yield Round("warps", product(rewards__FILLED=(6, 0, 1 << 20)), sweeps)
     whitening = product(whiten__BLOCK=(2048, 1024, 4096), whiten__PROGRAMS=(8, 4, 16))
     yield Round("whitening", whitening, [Case("whiten", SWEEPS[0]), Case("whiten", SWEEPS[1])])
     yield Round("small", product(attention__PROGRAMS=(8, 4, 2)), [Case("fused", SMALL)])

@@ -9,30 +9,33 @@ import triton
 import triton.language as tl
 
 from csrc_triton.device.handoff import publish
+from csrc_triton.device.layout import chosen
 from csrc_triton.device.scan import (
     GROUP,
     advance,
     affine_scan,
+    carry_of,
+    carry_of_groups,
     compose_affine,
-    composed_group,
-    look_back,
+    composed_right,
+    least_coefficient,
 )
 
 # What the programs of a row leave on its board, per chunk: float64
 MASS = tl.constexpr(0)
 AGGREGATE = tl.constexpr(1)  # a, b, then its group's a, b; then the same of the second recurrence
 ENTROPY = tl.constexpr(9)
-SHARE = tl.constexpr(10)
-SPREAD = tl.constexpr(11)
-FIRST_MOMENT = tl.constexpr(12)
-SECOND_MOMENT = tl.constexpr(13)
-NONFINITE_TOKENS = tl.constexpr(14)
-DOUBLES = 15
+SPREAD = tl.constexpr(10)
+FIRST_MOMENT = tl.constexpr(11)
+SECOND_MOMENT = tl.constexpr(12)
+DOUBLES = 13
 # int32
 COUNT = tl.constexpr(0)
 LAST = tl.constexpr(1)
 OUTSIDE = tl.constexpr(2)
-INTS = 3
+COUNT_SHAPED = tl.constexpr(3)
+NONFINITE_OUTPUT = tl.constexpr(4)
+INTS = 5
 FLAGS = tl.constexpr(4)
 """Per recurrence: chunks, and groups, whose aggregates are there."""
 
@@ -49,36 +52,37 @@ class Board(NamedTuple):
 
 
 @triton.jit
-def recurrence(reward, value, live, inside, gl, gamma, WITH_VALUES: tl.constexpr, rules: tl.constexpr):
-    """The recurrence of a chunk as far as it needs no carry: what ``affine_scan`` gives."""
+def recurrence(reward, value, bits, gl, gamma, WITH_VALUES: tl.constexpr, rules: tl.constexpr):
+    """The recurrence of a chunk as far as it needs no carry: what ``affine_scan`` gives.
+
+    Behind a row's end the carry is 0, whatever the coefficients are.
+    """
+    a = tl.full(bits.shape, 0.0, tl.float32) + gl
     if rules.SKIP:
-        decays = live
-    else:
-        decays = inside
-    added = gl * reward
+        a = chosen(bits, a, tl.full([], 1.0, tl.float32))
+    b = gl * reward
     if WITH_VALUES:
-        added += (gamma - gl) * value
-    return affine_scan(tl.where(decays, gl, 1.0), tl.where(live, added, 0.0), rules.UNIT)
+        b += (gamma - gl) * value
+    return affine_scan(a, b, least_coefficient(gl), rules.UNIT)
 
 
 @triton.jit
-def carried(board, state, a, b, k, n_chunks, UNIT: tl.constexpr, SECOND: tl.constexpr):
-    """The carry into the ``k``-th chunk from the right, which composes to ``a`` and ``b``, and into the next.
+def carried(board, state, composed, k, n_chunks, gl, SECOND: tl.constexpr):
+    """The carry into the ``k``-th chunk from the right, ``composed`` as it is, and into the next.
 
     It is in ``state``, or on the ``board`` where other programs shape the other chunks.
     """
-    if UNIT:
-        a = tl.full([], 1.0, tl.float64)
+    floor = least_coefficient(gl)
     if board is None:
-        carry = state.carry
-        state = advance(state, a, b, k)
+        carry = carry_of(state)
+        state = advance(state, composed.whole_a, composed.whole_b, k, floor)
     else:
-        carry = carry_into(board, a, b, k, n_chunks, SECOND)
+        carry = carry_into(board, composed.whole_a, composed.whole_b, k, n_chunks, floor, SECOND)
     return carry, state
 
 
 @triton.jit
-def carry_into(board, a, b, k, n_chunks, SECOND: tl.constexpr):
+def carry_into(board, a, b, k, n_chunks, floor, SECOND: tl.constexpr):
     """The carry into this chunk, whose aggregate is published, and its group's if it is the last of one."""
     right = n_chunks - 1
     p_a = board.p_doubles + (AGGREGATE + 4 * SECOND) * board.slots + right
@@ -90,11 +94,12 @@ def carry_into(board, a, b, k, n_chunks, SECOND: tl.constexpr):
     tl.store(p_a - k, a)
     tl.store(p_b - k, b)
     publish(p_flags - k)
+    right_a, right_b = composed_right(p_a, p_b, p_flags, k, floor)
     if k % GROUP == GROUP - 1:
         # Before this program waits for other groups, or each would wait for the one before it.
-        group_a, group_b = composed_group(p_a, p_b, p_flags, k)
-        group_a, group_b = compose_affine(group_a, group_b, a, b)
+        group_a, group_b = compose_affine(right_a, right_b, a, b, floor)
         tl.store(p_group_a - k, group_a)
         tl.store(p_group_b - k, group_b)
         publish(p_group_flags - k)
-    return look_back(p_a, p_b, p_flags, p_group_a, p_group_b, p_group_flags, k)
+    group = carry_of_groups(p_group_a, p_group_b, p_group_flags, k // GROUP)
+    return right_a * group + right_b

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from triton.runtime.jit import constexpr_function
 
 # Bits of a row's status
 FALLBACK = tl.constexpr(1)
@@ -200,9 +201,16 @@ def is_outside(response, keys, live, t):
     return live & outside
 
 
-# Chunks of tokens in tensors of [B, R] or [M]. Their layout, and with it the order of additions, is that of
-# tensors whose rows begin at multiples of 16 bytes, whether they do or not. How wide they are read and
-# written follows from their bound, of which only ``WIDE`` says that 4 divides it.
+# Chunks of tokens in tensors of [B, R] or [M], of which a thread has four neighbours: so it is said that rows
+# begin at multiples of as many bytes, whether they do or not. How wide they are read and written follows from
+# their bound, of which only ``WIDE`` says that 4 divides it.
+
+
+@constexpr_function
+def bytes_of_four(dtype: Any) -> int:
+    """Of as many tokens as a thread reads at once, whatever size they have; 16 at most."""
+    size: int = 4 * dtype.primitive_bitwidth // 8
+    return min(16, size)
 
 
 @triton.jit
@@ -215,16 +223,40 @@ def is_inside(place, j, WIDE: tl.constexpr):
 
 @triton.jit
 def token_input(p_x, stride, place, j, inside):
-    """One input at tokens ``j`` of a row, float32. Masked ones are read too: a mask is no bound."""
-    p_row = tl.multiple_of(p_x + first_token(place, stride), 16)
-    return tl.load(p_row + j, mask=inside, other=0.0).to(tl.float32)
+    """One input at tokens ``j`` of a row, float32; anything at masked ones, since a mask is no bound."""
+    p_row = tl.multiple_of(p_x + first_token(place, stride), bytes_of_four(p_x.dtype.element_ty))
+    return tl.load(p_row + j, mask=inside).to(tl.float32)
 
 
 @triton.jit
-def live_tokens(response, place, j, inside):
-    """Whether tokens ``j`` of a row are unmasked."""
-    p_row = tl.multiple_of(response.p_mask + first_token(place, response.stride_mask), 16)
-    return inside & (tl.load(p_row + j, mask=inside, other=0) != 0)
+def live_bits(response, place, j, inside):
+    """-1 where tokens ``j`` of a row are unmasked, 0 where masked."""
+    p_mask = response.p_mask
+    p_row = p_mask + first_token(place, response.stride_mask)
+    p_row = tl.multiple_of(p_row, bytes_of_four(p_mask.dtype.element_ty))
+    mask = tl.load(p_row + j, mask=inside, other=0)
+    if mask.dtype == tl.uint8:
+        bits = (0 - (mask.to(tl.int32) << 16)) >> 24
+    else:
+        bits = tl.where(mask != 0, -1, 0)
+    return bits
+
+
+# Selections by bits: a thread has 16 tokens, and registers for seven conditions.
+
+
+@triton.jit
+def kept(bits, x):
+    """``x`` (float32) where ``bits`` are -1, 0 where they are 0."""
+    return (x.to(tl.int32, bitcast=True) & bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def chosen(bits, x, y):
+    """``x`` (float32) where ``bits`` are -1, ``y`` where they are 0."""
+    x = x.to(tl.int32, bitcast=True)
+    y = y.to(tl.int32, bitcast=True)
+    return ((x & bits) | (y & ~bits)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

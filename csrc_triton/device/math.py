@@ -6,6 +6,7 @@ import triton.language as tl
 
 INF = tl.constexpr(float("inf"))
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 LN2_HIGH = tl.constexpr(0.693359375)  # few bits: a multiple of it by a small integer is exact
 LN2_LOW = tl.constexpr(-2.1219444005469057e-4)
 TINY = tl.constexpr(2.0**-126)
@@ -27,6 +28,18 @@ def number(p_x):
 @triton.jit
 def is_finite(x):
     return tl.abs(x) <= MAX_FINITE
+
+
+@triton.jit
+def log2(x, LG2: tl.constexpr):
+    """Of positive ``x``, not subnormal; with ``LG2`` to 2**-22, absolute within [0.5, 2], else relative."""
+    if LG2:
+        y = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1
+        )
+    else:
+        y = tl.log2(x)
+    return y
 
 
 @triton.jit

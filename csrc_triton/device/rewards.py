@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 
 from csrc_triton.device.attention import attention_at
-from csrc_triton.device.layout import first_token, is_inside, live_tokens, store_tokens, token_input
-from csrc_triton.device.math import clamp, expm1_residual, is_finite, number
-from csrc_triton.device.scan import two_sums
+from csrc_triton.device.layout import first_token, is_inside, kept, live_bits, store_tokens, token_input
+from csrc_triton.device.math import clamp, expm1_residual, number
+from csrc_triton.device.scan import not_finite, smallest, sum_of
 
 
 class Numbers(NamedTuple):
@@ -49,7 +49,7 @@ class Job(NamedTuple):
 class Facts(NamedTuple):
     """What the tokens of a row say together."""
 
-    count: Any  # of unmasked tokens
+    count: Any  # of unmasked tokens; 0 where no credit asks for it
     last: Any  # of them; -1 if there is none
     mass: Any  # of the weights, float64
     invalid: Any
@@ -58,21 +58,21 @@ class Facts(NamedTuple):
 class CreditRule(NamedTuple):
     """How weights become credit."""
 
-    at: Any  # the score's token
+    at: Any  # the score's token; -1 where it is masked
     at_live: Any
     total: Any  # what the credit adds up to
     divisor: Any  # what makes shares of it
     mass: Any
-    mass_divisor: Any
+    scale: Any  # from weights to credit
     each: Any
     fallback: Any
 
 
 class Read(NamedTuple):
-    """Inputs of a chunk of tokens, [N], 0 where masked or where there are none."""
+    """Inputs of a chunk of tokens, [N]; 0 where there are none, and values where masked."""
 
     inside: Any
-    live: Any
+    bits: Any  # -1 where unmasked, else 0
     weight: Any
     kl: Any  # given, or the log-ratio
     token_reward: Any
@@ -85,7 +85,7 @@ class ChunkRewards(NamedTuple):
     reward: Any
     credit: Any
     spread: Any  # what a token got of the score
-    nonfinite: Any  # whether an output is not finite
+    bad: Any  # NaN where a credit is not finite that no reward shows, [N / 4]
 
 
 @triton.jit
@@ -129,7 +129,8 @@ def row_at(place, inputs, settings):
 def chunk_facts(row, attended, job, i_c, mean: tl.constexpr, rules: tl.constexpr, SOURCE: tl.constexpr):
     """Unmasked tokens of a chunk, the last of them, the sum of their weights, whether one is out of range.
 
-    Weights that are made here are left where the credit will be.
+    They are not counted where no credit asks for it. Weights that are made here are left where the credit
+    will be.
     """
     place = row.place
     j = i_c * rules.CHUNK + tl.arange(0, rules.CHUNK)
@@ -141,25 +142,30 @@ def chunk_facts(row, attended, job, i_c, mean: tl.constexpr, rules: tl.constexpr
         # Read again, as given weights are: so they are added in the same order, by whichever threads.
         tl.debug_barrier()
     inside = is_inside(place, j, rules.WIDE)
-    live = live_tokens(job.response, place, j, inside)
-    weights = tl.full(j.shape, 0.0, tl.float32)
+    bits = live_bits(job.response, place, j, inside)
+    mass = tl.full([], 0.0, tl.float32)
     if SOURCE is not None:
         weights = token_input(job.inputs.p_weights, job.inputs.stride_weights, place, j, inside)
-        weights = tl.where(live, tl.where(weights < 0.0, -float("inf"), weights), 0.0)  # whose row falls back
-    mass, count = two_sums(weights, live.to(tl.float32))
-    return count.to(tl.int32), tl.max(tl.where(live, j, -1)), mass, outside
+        weights = kept(bits, weights)
+        mass = sum_of(weights)
+        negative = tl.max((smallest(weights) < 0.0).to(tl.int32)) != 0
+        mass = tl.where(negative, mass - float("inf"), mass)  # whose row falls back
+    count = 0
+    if rules.CREDIT is not None:
+        count = -tl.sum(bits)
+    return count, tl.max(j | ~bits), mass, outside
 
 
 @triton.jit
 def facts_of_row(row, count, last, mass, outside):
-    return Facts(count, last, mass, row.lost | ((count != 0) & (outside != 0)))
+    return Facts(count, last, mass, row.lost | ((last >= 0) & (outside != 0)))
 
 
 @triton.jit
 def credit_rule(row, response, facts, rules: tl.constexpr):
     """How this row's weights become credit, and the row's facts, the score's token considered."""
     length = row.place.length
-    empty = facts.count == 0
+    empty = facts.last < 0
     invalid = facts.invalid
     at = facts.last
     if rules.SCORE_INDEX == "last_token":
@@ -188,13 +194,13 @@ def credit_rule(row, response, facts, rules: tl.constexpr):
             fallback = (facts.mass < row.numbers.min_mass) & (empty == 0)
             weight_sum = tl.where(fallback & (at_live == 0), 0.0, total)
     rule = CreditRule(
-        at,
+        tl.where(at_live, at, -1),
         at_live,
         total,
         # Divisors whose quotients are selected away.
         tl.where(weight_sum == 0.0, 1.0, weight_sum),
         mass,
-        tl.where(fallback | empty, 1.0, mass),
+        total / tl.where(fallback | empty, 1.0, mass),
         total / tl.maximum(facts.count, 1).to(tl.float32),
         fallback,
     )
@@ -203,7 +209,7 @@ def credit_rule(row, response, facts, rules: tl.constexpr):
 
 @triton.jit
 def kl_estimate(log_ratio, input_clip, output_clip, ESTIMATOR: tl.constexpr):
-    k1 = clamp(log_ratio, -input_clip, input_clip)
+    k1 = log_ratio if input_clip is None else clamp(log_ratio, -input_clip, input_clip)
     if ESTIMATOR == "k1":
         kl = k1
     elif ESTIMATOR == "abs":
@@ -212,7 +218,7 @@ def kl_estimate(log_ratio, input_clip, output_clip, ESTIMATOR: tl.constexpr):
         kl = k1 * k1 * 0.5
     else:
         kl = expm1_residual(-k1)
-    return clamp(kl, -output_clip, output_clip)
+    return kl if output_clip is None else clamp(kl, -output_clip, output_clip)
 
 
 @triton.jit
@@ -248,40 +254,35 @@ def read_tokens(job, place, j, rules: tl.constexpr):
         token_reward = token_input(inputs.p_token_rewards, inputs.stride_token_rewards, place, j, inside)
     if inputs.p_values is not None:
         value = token_input(inputs.p_values, inputs.stride_values, place, j, inside)
-    live = live_tokens(job.response, place, j, inside)
+    bits = live_bits(job.response, place, j, inside)
     return Read(
         inside,
-        live,
-        tl.where(live, weight, 0.0),
-        tl.where(live, kl, 0.0),
-        tl.where(live, token_reward, 0.0),
-        tl.where(live, value, 0.0),
+        bits,
+        weight,
+        kl,
+        token_reward,
+        kept(bits, value),
     )
 
 
 @triton.jit
-def credit_at(facts, rule, weight, live, on_score, rules: tl.constexpr):
+def credit_at(rule, weight, bits, on_score, rules: tl.constexpr):
     """Credit of tokens; 0 where masked."""
     one_hot = tl.where(on_score, rule.total, 0.0)
     if rules.CREDIT == "given":
         credit = weight
         if rules.NORMALIZATION != "none":
-            credit = credit / rule.mass_divisor * rule.total
-        if rules.EVEN:
-            credit = tl.where(rule.fallback, rule.each, credit)
-        else:
-            credit = tl.where(rule.fallback, one_hot, credit)
+            credit = credit * rule.scale
+        if rule.fallback:  # seldom: not a selection at each token
+            if rules.EVEN:
+                credit = tl.full(bits.shape, 0.0, tl.float32) + rule.each
+            else:
+                credit = one_hot
     elif rules.CREDIT == "uniform":
-        credit = tl.full(live.shape, 0.0, tl.float32) + rule.each
+        credit = tl.full(bits.shape, 0.0, tl.float32) + rule.each
     else:
         credit = one_hot
-    return lost_or_masked(credit, live, facts)
-
-
-@triton.jit
-def lost_or_masked(x, live, facts):
-    """``x`` where unmasked, NaN in a row out of range."""
-    return tl.where(live, tl.where(facts.invalid, float("nan"), x), 0.0)
+    return kept(bits, credit)
 
 
 @triton.jit
@@ -291,37 +292,38 @@ def chunk_rewards(row, facts, rule, job, read, j, rules: tl.constexpr):
     out = job.out
     place = row.place
     numbers = row.numbers
-    live = read.live
+    bits = read.bits
     credit = tl.full(j.shape, 0.0, tl.float32)
     reward = credit
     spread = credit
-    nonfinite = live & (place.length < 0)
+    bad = tl.full([rules.CHUNK // 4], 0.0, tl.float32)
     if rules.CREDIT is not None:
-        on_score = live & (j == rule.at)
-        credit = credit_at(facts, rule, read.weight, live, on_score, rules)
-        nonfinite |= is_finite(credit) == 0
+        on_score = j == rule.at
+        credit = credit_at(rule, read.weight, bits, on_score, rules)
+        if inputs.p_score is None:
+            bad = not_finite(credit, bad)
         store_tokens(out.p_credit, place.lo, j, credit, read.inside)
         if inputs.p_score is not None:
             if rules.EVEN:
-                spread = even_score(numbers, facts, rule, credit)
+                spread = kept(bits, even_score(numbers, facts, rule, credit))
             else:
                 spread = redistributed_score(numbers.score, credit, on_score, numbers.dense_share)
-            spread = tl.where(live, spread, 0.0)
             reward = spread
         if inputs.p_terminal is not None:
             reward = tl.where(on_score, reward + numbers.terminal, reward)
     if inputs.p_token_rewards is not None:
-        reward += read.token_reward
+        reward = read.token_reward if rules.CREDIT is None else reward + read.token_reward
     if rules.KL_ESTIMATOR is not None:
         kl = read.kl
         if rules.KL_ESTIMATOR != "given":
             estimator: tl.constexpr = rules.KL_ESTIMATOR  # Triton 3.6 passes no plain string
-            kl = kl_estimate(kl, numbers.kl_input_clip, numbers.kl_output_clip, estimator)
-        kl = lost_or_masked(kl, live, facts)
-        nonfinite |= is_finite(kl) == 0
+            if rules.KL_CLIPPED:
+                kl = kl_estimate(kl, numbers.kl_input_clip, numbers.kl_output_clip, estimator)
+            else:
+                kl = kl_estimate(kl, None, None, estimator)
+        kl = kept(bits, kl)
         store_tokens(out.p_kl, place.lo, j, kl, read.inside)
         reward -= numbers.kl_coef * kl
-    reward = lost_or_masked(reward, live, facts)
-    nonfinite |= is_finite(reward) == 0
+    reward = kept(bits, reward)
     store_tokens(out.p_rewards, place.lo, j, reward, read.inside)
-    return ChunkRewards(reward, credit, spread, nonfinite)
+    return ChunkRewards(reward, credit, spread, bad)

@@ -11,76 +11,180 @@ import triton.language as tl
 from csrc_triton.device.handoff import wait_for
 from csrc_triton.device.math import TINY
 
-LANES = tl.constexpr(128)
+LANES = tl.constexpr(32)
 """Chunks whose sums are added together."""
+AT_ONCE = tl.constexpr(256)
+"""Chunks about which what other programs left is on its way at once."""
 GROUP = tl.constexpr(16)
 """Chunks whose recurrences are composed before they meet the carry."""
 
 
 @triton.jit
-def compose_affine(a1, b1, a2, b2):
-    # A positive coefficient must not underflow: 0 * inf is NaN where the serial recurrence has inf.
-    a = tl.maximum(a1 * a2, tl.minimum(tl.minimum(a1, a2), TINY))
-    return a, a2 * b1 + b2
+def compose_affine(a1, b1, a2, b2, floor):
+    """The step ``a1, b1``, then the step ``a2, b2``; ``floor`` is what ``least_coefficient`` says."""
+    return tl.maximum(a1 * a2, floor), a2 * b1 + b2
 
 
 @triton.jit
-def affine_scan(a, b, UNIT: tl.constexpr):
-    """``w_i = a_i * w_{i+1} + b_i`` as ``w_i = A_i * carry + B_i``: A and B ([N]), from the right.
+def least_coefficient(gl):
+    """What no product of coefficients, each ``gl`` or 1, falls below.
 
-    ``UNIT``: every ``a`` is 1.
+    A positive one must not underflow: 0 * inf is NaN where the serial recurrence has inf.
     """
-    if UNIT:
-        b = tl.cumsum(b, axis=0, reverse=True)
-    else:
-        a, b = tl.associative_scan((a, b), axis=0, combine_fn=compose_affine, reverse=True)
-    return a, b
+    return tl.minimum(gl, TINY)
+
+
+# A chunk is cut into runs of 16 tokens, four groups of four: what a thread holds where a warp has 512. All
+# additions are of two numbers that are written out here, so that their order is not the layout's.
+
+
+class Composed(NamedTuple):
+    """What the recurrence over a chunk comes to before its carry is known."""
+
+    tokens: Any  # last three of each group, from the right: a, b, a, b, a, b; [N / 4] each
+    groups: Any  # of each run, composed, likewise; [N / 16] each
+    a: Any  # of all runs right of each, composed, [N / 16]
+    b: Any
+    whole_a: Any  # of the chunk
+    whole_b: Any
 
 
 @triton.jit
-def affine_before(a, b, carry, UNIT: tl.constexpr):
-    """``w_{i+1}`` in float32, of what ``affine_scan`` returns and a float64 carry from the right."""
+def quarters(x):
+    """``x`` ([N]) as four times [N / 4]: the first of each four neighbours, the second, and so on."""
+    N: tl.constexpr = x.shape[0]
+    even, odd = tl.split(tl.reshape(x, [N // 4, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def interleaved(first, second, third, fourth):
+    """What ``quarters`` took apart."""
+    N: tl.constexpr = 4 * first.shape[0]
+    return tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), [N])
+
+
+@triton.jit
+def composed_quarters(a, b, floor, UNIT: tl.constexpr):
+    """Of each four neighbours the last three, and all four composed."""
+    a0, a1, a2, a3 = quarters(a)
+    b0, b1, b2, b3 = quarters(b)
+    if UNIT:
+        b = ((b3 + b2) + b1) + b0
+        a = a3
+    else:
+        a, b = compose_affine(a3, b3, a2, b2, floor)
+        a, b = compose_affine(a, b, a1, b1, floor)
+        a, b = compose_affine(a, b, a0, b0, floor)
+    return (a3, b3, a2, b2, a1, b1), a, b
+
+
+@triton.jit
+def affine_scan(a, b, floor, UNIT: tl.constexpr):
+    """``w_i = a_i * w_{i+1} + b_i`` ([N]) as far as it needs no carry. ``UNIT``: every ``a`` is 1."""
+    tokens, a, b = composed_quarters(a, b, floor, UNIT)
+    groups, a, b = composed_quarters(a, b, floor, UNIT)
     N: tl.constexpr = b.shape[0]
+    o = tl.arange(0, N)
+    for i in tl.static_range(16):
+        if 1 << i < N:
+            right_b = from_right(b, o, 1 << i, 0.0)
+            if UNIT:
+                b += right_b
+            else:
+                a, b = compose_affine(from_right(a, o, 1 << i, 1.0), right_b, a, b, floor)
+    whole_b = element(b, o, 0).to(tl.float64)
+    whole_a = tl.full([], 1.0, tl.float64)
+    if not UNIT:
+        whole_a = element(a, o, 0).to(tl.float64)
+        a = from_right(a, o, 1, 1.0)
+    return Composed(tokens, groups, a, from_right(b, o, 1, 0.0), whole_a, whole_b)
+
+
+@triton.jit
+def from_right(x, o, N: tl.constexpr, other):
+    """``x`` of the N-th to the right; ``other`` where there is none."""
+    last: tl.constexpr = x.shape[0] - 1
+    return tl.where(o + N <= last, tl.gather(x, tl.minimum(o + N, last), axis=0), other)
+
+
+@triton.jit
+def element(x, o, i):
+    """One element of ``x`` (float32), by its bits."""
+    bits = tl.where(o == i, x.to(tl.int32, bitcast=True), -(2**31))
+    return tl.max(bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def affine_before(composed, carry, UNIT: tl.constexpr):
+    """``w_{i+1}`` in float32, of what ``affine_scan`` returns and a float64 carry from the right."""
     if UNIT:
-        w = b.to(tl.float64) + carry
+        right = carry + composed.b
     else:
-        w = a.to(tl.float64) * carry + b
-    o_i = tl.arange(0, N)
-    before = tl.gather(w.to(tl.float32), tl.minimum(o_i + 1, N - 1), axis=0)
-    return tl.where(o_i == N - 1, carry.to(tl.float32), before)
+        right = composed.a.to(tl.float64) * carry + composed.b
+    first, second, third, fourth = expanded(composed.groups, right, UNIT)
+    groups = interleaved(
+        first.to(tl.float32), second.to(tl.float32), third.to(tl.float32), fourth.to(tl.float32)
+    )
+    first, second, third, fourth = expanded(composed.tokens, groups, UNIT)
+    return interleaved(first, second, third, fourth)
 
 
 @triton.jit
-def first_two(a, b):
-    """The first elements of two times [N], float64: sums of one element and zeros, so exact."""
-    first = tl.arange(0, a.shape[0]) == 0
-    return two_sums(tl.where(first, a, 0.0), tl.where(first, b, 0.0))
-
-
-# Several sums by one reduction, whose threads then wait for each other once.
-
-
-@triton.jit
-def two_sums(a, b):
-    """Sums of two times [N], float32, as float64."""
-    a, b = tl.split(tl.sum(tl.join(neighbours(a), neighbours(b)), axis=0).to(tl.float64))
-    return a, b
-
-
-@triton.jit
-def four_sums(a, b, c, d):
-    """Sums of four times [N], float64."""
-    pairs = tl.join(tl.join(neighbours(a), neighbours(b)), tl.join(neighbours(c), neighbours(d)))
-    first, second = tl.split(tl.sum(pairs, axis=0))
-    a, b = tl.split(first)
-    c, d = tl.split(second)
-    return a, b, c, d
+def expanded(steps, carry, UNIT: tl.constexpr):
+    """``w`` right of each of four neighbours, from that right of all four."""
+    a3, b3, a2, b2, a1, b1 = steps
+    if UNIT:
+        third = carry + b3
+        second = third + b2
+        first = second + b1
+    else:
+        third = a3 * carry + b3
+        second = a2 * third + b2
+        first = a1 * second + b1
+    return first, second, third, carry
 
 
 @triton.jit
-def neighbours(x):
-    """Sums of four neighbours, [N / 4], which one thread holds."""
-    return tl.sum(tl.reshape(x, [x.shape[0] // 4, 4]), axis=1)
+def sum_of(x):
+    """Sum of [N]: of neighbours, then of the quarters, then of halves."""
+    return sum_of_groups(group_sums(x))
+
+
+@triton.jit
+def group_sums(x):
+    """Sums of four neighbours, [N / 4]."""
+    first, second, third, fourth = quarters(x)
+    return (first + second) + (third + fourth)
+
+
+@triton.jit
+def sum_of_groups(x):
+    N: tl.constexpr = x.shape[0]
+    even, odd = tl.split(tl.permute(tl.reshape(x, [2, 2, N // 4]), (2, 0, 1)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    x = (first + second) + (third + fourth)
+    for _ in tl.static_range(16):
+        if x.shape[0] > 1:
+            x = tl.sum(tl.reshape(x, [2, x.shape[0] // 2]), axis=0)
+    return tl.sum(x, axis=0)
+
+
+@triton.jit
+def smallest(x):
+    """Of four neighbours, [N / 4]; NaN is none of them."""
+    first, second, third, fourth = quarters(x)
+    return tl.minimum(tl.minimum(first, second), tl.minimum(third, fourth))
+
+
+@triton.jit
+def not_finite(x, bad):
+    """NaN where ``bad`` is, or one of four neighbours in ``x`` is not finite; else 0, [N / 4]."""
+    first, second, third, fourth = quarters(x)
+    return tl.fma(first, 0.0, tl.fma(second, 0.0, tl.fma(third, 0.0, tl.fma(fourth, 0.0, bad))))
 
 
 # The carry of the recurrence from chunk to chunk, right to left: GROUP chunks are composed, then meet the
@@ -91,8 +195,7 @@ def neighbours(x):
 class Carry(NamedTuple):
     """All float64."""
 
-    carry: Any  # into the next chunk
-    group: Any  # into its group
+    group: Any  # into the group of the next chunk
     a: Any  # of its group's chunks so far, composed
     b: Any
 
@@ -100,67 +203,60 @@ class Carry(NamedTuple):
 @triton.jit
 def no_carry():
     zero = tl.full([], 0.0, tl.float64)
-    return Carry(zero, zero, zero + 1.0, zero)
+    return Carry(zero, zero + 1.0, zero)
 
 
 @triton.jit
-def advance(state, a, b, k):
-    """The carry after the ``k``-th chunk from the right, ``w = a * carry + b``."""
-    carry = a * state.carry + b
-    composed_a, composed_b = compose_affine(state.a, state.b, a, b)
+def carry_of(state):
+    """Into the next chunk."""
+    return state.a * state.group + state.b
+
+
+@triton.jit
+def advance(state, a, b, k, floor):
+    """After the ``k``-th chunk from the right, ``w = a * carry + b``."""
+    a, b = compose_affine(state.a, state.b, a, b, floor)
     full = k % GROUP == GROUP - 1
-    group = tl.where(full, composed_a * state.group + composed_b, state.group)
-    return Carry(
-        tl.where(full, group, carry),
-        group,
-        tl.where(full, 1.0, composed_a),
-        tl.where(full, 0.0, composed_b),
-    )
+    group = tl.where(full, a * state.group + b, state.group)
+    return Carry(group, tl.where(full, 1.0, a), tl.where(full, 0.0, b))
 
 
 @triton.jit
-def composed_group(p_a, p_b, p_flags, k):
-    """The chunks of the ``k``-th chunk's group right of it, composed; ``k`` is the last of its group."""
+def composed_right(p_a, p_b, p_flags, k, floor):
+    """The chunks of the ``k``-th chunk's group right of it, composed, once others have published them."""
     o_g = tl.arange(0, GROUP)
     start = k // GROUP * GROUP
     wait_for(p_flags - start - o_g, start + o_g < k, k - start)
     composed_a = tl.full([], 1.0, tl.float64)
     composed_b = tl.full([], 0.0, tl.float64)
     for i in tl.static_range(GROUP - 1):
-        a = tl.load(p_a - start - i, cache_modifier=".cg")
-        b = tl.load(p_b - start - i, cache_modifier=".cg")
-        composed_a, composed_b = compose_affine(composed_a, composed_b, a, b)
+        there = start + i < k
+        a = tl.load(p_a - start - i, mask=there, other=1.0, cache_modifier=".cg")
+        b = tl.load(p_b - start - i, mask=there, other=0.0, cache_modifier=".cg")
+        a, b = compose_affine(composed_a, composed_b, a, b, floor)
+        composed_a = tl.where(there, a, composed_a)
+        composed_b = tl.where(there, b, composed_b)
     return composed_a, composed_b
 
 
 @triton.jit
-def look_back(p_a, p_b, p_flags, p_group_a, p_group_b, p_group_flags, k):
-    """The carry into the ``k``-th chunk from the right, from what the chunks right of it published.
+def carry_of_groups(p_a, p_b, p_flags, n_groups):
+    """The carry into the chunk after so many groups, from what these published.
 
-    Pointers are at the row's rightmost chunk; the next chunk to the left is one below. A group's are at its
-    leftmost chunk.
+    Pointers are at the row's rightmost chunk; a group's are at its leftmost.
     """
     o_g = tl.arange(0, GROUP)
-    n_groups = k // GROUP
     group = tl.full([], 0.0, tl.float64)
     for first in range(0, n_groups, GROUP):
         ends = (first + o_g) * GROUP + GROUP - 1
-        wait_for(p_group_flags - ends, first + o_g < n_groups, tl.minimum(n_groups - first, GROUP))
+        wait_for(p_flags - ends, first + o_g < n_groups, tl.minimum(n_groups - first, GROUP))
         for i in tl.static_range(GROUP):
             end = (first + i) * GROUP + GROUP - 1
             there = first + i < n_groups
-            a = tl.load(p_group_a - end, mask=there, other=1.0, cache_modifier=".cg")
-            b = tl.load(p_group_b - end, mask=there, other=0.0, cache_modifier=".cg")
+            a = tl.load(p_a - end, mask=there, other=1.0, cache_modifier=".cg")
+            b = tl.load(p_b - end, mask=there, other=0.0, cache_modifier=".cg")
             group = tl.where(there, a * group + b, group)
-    start = n_groups * GROUP
-    wait_for(p_flags - start - o_g, start + o_g < k, k - start)
-    carry = group
-    for i in tl.static_range(GROUP - 1):
-        there = start + i < k
-        a = tl.load(p_a - start - i, mask=there, other=1.0, cache_modifier=".cg")
-        b = tl.load(p_b - start - i, mask=there, other=0.0, cache_modifier=".cg")
-        carry = tl.where(there, a * carry + b, carry)
-    return carry
+    return group
 
 
 # Sums over the chunks of a row, in an order that does not depend on who adds: chunk i goes to lane i % LANES.
@@ -173,10 +269,10 @@ def add_to_lane(acc, i, x):
 
 
 @triton.jit
-def lane_sums(p_x, n, LANES: tl.constexpr):
-    """Sums of ``n`` numbers that other programs left, by lane, in the order of ``add_to_lane``."""
-    acc = tl.zeros([LANES], tl.float64)
-    for start in range(0, n, LANES):
-        i = start + tl.arange(0, LANES)
-        acc += tl.load(p_x + i, mask=i < n, other=0.0, cache_modifier=".cg")
+def add_lanes(acc, p_x, start, n):
+    """``AT_ONCE`` numbers from ``start`` on of ``n`` that other programs left, in ``add_to_lane``'s order."""
+    N: tl.constexpr = acc.shape[0]
+    for i in tl.static_range(AT_ONCE // N):
+        o = start + i * N + tl.arange(0, N)
+        acc += tl.load(p_x + o, mask=o < n, other=0.0, cache_modifier=".cg").to(acc.dtype)
     return acc

@@ -13,15 +13,15 @@ import triton.language as tl
 
 from csrc_triton.device.advantages import (
     COUNT,
+    COUNT_SHAPED,
     ENTROPY,
     FIRST_MOMENT,
     FLAGS,
     LAST,
     MASS,
-    NONFINITE_TOKENS,
+    NONFINITE_OUTPUT,
     OUTSIDE,
     SECOND_MOMENT,
-    SHARE,
     SPREAD,
     carried,
     recurrence,
@@ -34,31 +34,34 @@ from csrc_triton.device.layout import (
     NONFINITE,
     OUT_OF_RANGE,
     SCORE_MASKED,
+    is_inside,
+    kept,
+    live_bits,
     store_tokens,
     zero_tokens,
 )
-from csrc_triton.device.math import clamp, is_finite
+from csrc_triton.device.math import LN2, TINY, clamp, log2
 from csrc_triton.device.rewards import chunk_facts, chunk_rewards, credit_rule, facts_of_row, read_tokens
 from csrc_triton.device.scan import (
+    AT_ONCE,
     LANES,
+    add_lanes,
     add_to_lane,
     affine_before,
-    first_two,
-    four_sums,
-    lane_sums,
     no_carry,
-    two_sums,
+    not_finite,
+    sum_of,
 )
 
 
 class Sums(NamedTuple):
-    """Over some tokens of a row, float64."""
+    """Over some tokens of a row."""
 
-    nonfinite: Any  # tokens with an output that is not finite
-    entropy: Any  # of the credit
-    last_share: Any  # of it, on the last unmasked token
+    count: Any  # of unmasked tokens where the facts do not say it, int32
+    nonfinite: Any  # whether an output is not finite, int32
+    entropy: Any  # of the credit, in bits
     spread: Any  # of the redistributed score
-    first_moment: Any  # of the advantages
+    first_moment: Any  # of the advantages, float64
     second_moment: Any
 
 
@@ -66,100 +69,130 @@ class Sums(NamedTuple):
 def shape_tokens(row, facts, rule, job, board, state, state_value, k, n_chunks, rules: tl.constexpr):
     """Everything of the ``k``-th of a row's chunks from the right; what it adds to the row, and the carries.
 
-    Loads first, then what is of each token, then sums, which wait for all threads: four at a time.
+    All loads first. What is not finite makes all that follows from it so: only the last of that is looked at.
     """
     out = job.out
     place = row.place
     numbers = row.numbers
     j = (n_chunks - 1 - k) * rules.CHUNK + tl.arange(0, rules.CHUNK)
     read = read_tokens(job, place, j, rules)
-    live = read.live
+    bits = read.bits
     found = chunk_rewards(row, facts, rule, job, read, j, rules)
-    bad = found.nonfinite
+    entropy = tl.full([], 0.0, tl.float32)
+    spread = entropy
+    if out.p_stats is not None:
+        share = found.credit
+        if rules.NORMALIZATION == "none":
+            share = share / rule.divisor
+        elif rules.NORMALIZATION == "sum_to_length":
+            share = share * (1.0 / rule.divisor)
+        surprise = share * -log2(tl.maximum(share, TINY), rules.LG2)
+        entropy = sum_of(surprise)
+        spread = sum_of(found.spread)
+    bad = found.bad
     advantage = found.reward
+    last = found.reward
     if (out.p_advantages is not None) or (out.p_returns is not None):
         valued: tl.constexpr = job.inputs.p_values is not None
         reward = found.reward
         if job.inputs.p_bootstrap is not None:
             reward = tl.where(j == facts.last, reward + numbers.gamma * numbers.bootstrap, reward)
         step = reward - read.value
-        a, b = recurrence(reward, read.value, live, read.inside, numbers.gl, numbers.gamma, valued, rules)
-        of_a, of_b = first_two(a, b)
-        carry, state = carried(board, state, of_a, of_b, k, n_chunks, rules.UNIT, 0)
-        advantage = tl.where(live, step + affine_before(a, b, carry, rules.UNIT), 0.0)
-        bad |= is_finite(advantage) == 0
+        composed = recurrence(reward, read.value, bits, numbers.gl, numbers.gamma, valued, rules)
+        carry, state = carried(board, state, composed, k, n_chunks, numbers.gl, 0)
+        advantage = kept(bits, step + affine_before(composed, carry, rules.UNIT))
         store_tokens(out.p_advantages, place.lo, j, advantage, read.inside)
         returned = advantage
         if rules.TWO_RECURRENCES:
+            bad = not_finite(advantage, bad)
             gl = numbers.gl_value
-            a, b = recurrence(reward, read.value, live, read.inside, gl, numbers.gamma, valued, rules)
-            of_a, of_b = first_two(a, b)
-            carry, state_value = carried(board, state_value, of_a, of_b, k, n_chunks, rules.UNIT, 1)
-            returned = tl.where(live, step + affine_before(a, b, carry, rules.UNIT), 0.0)
+            composed = recurrence(reward, read.value, bits, gl, numbers.gamma, valued, rules)
+            carry, state_value = carried(board, state_value, composed, k, n_chunks, gl, 1)
+            returned = kept(bits, step + affine_before(composed, carry, rules.UNIT))
         returned += read.value
-        bad |= is_finite(returned) == 0
+        last = returned
         store_tokens(out.p_returns, place.lo, j, returned, read.inside)
-    nothing = tl.full(j.shape, 0.0, tl.float64)
-    exact = nothing
+    first = tl.full([], 0.0, tl.float64)
+    second = first
     if out.p_moments is not None:
         exact = advantage.to(tl.float64)
-    n_bad, first, second, spread = four_sums(
-        bad.to(tl.float64), exact, exact * exact, found.spread.to(tl.float64)
-    )
-    entropy = tl.full([], 0.0, tl.float64)
-    last_share = entropy
-    if out.p_stats is not None:
-        share = tl.where(found.credit == 0.0, 0.0, found.credit / rule.divisor)
-        surprise = -share * tl.log(tl.where(share == 0.0, 1.0, share))
-        entropy, last_share = two_sums(surprise, tl.where(j == facts.last, share, 0.0))
-    return Sums(n_bad, entropy, last_share, spread, first, second), state, state_value
+        first = sum_of(exact)
+        second = sum_of(exact * exact)
+    bad = not_finite(last, bad)
+    count = 0
+    if rules.CREDIT is None:
+        count = -tl.sum(bits)
+    added = Sums(count, tl.max((bad != bad).to(tl.int32)), entropy, spread, first, second)
+    return added, state, state_value
 
 
 @triton.jit
-def finish_row(row, facts, rule, sums, job, rules: tl.constexpr):
-    """Status and statistics of a row whose tokens are done."""
-    i_b = row.place.row
-    nonfinite = sums.nonfinite != 0.0
-    empty = facts.count == 0
-    if job.out.p_status is not None:
-        tl.store(job.out.p_status + i_b, status_of(facts, rule, nonfinite, rules))
+def begin_row(row, facts, rule, job, rules: tl.constexpr):
+    """Its status before its tokens are looked at, and its mass: to keep more takes registers from them."""
     if job.out.p_stats is not None:
-        dropped = empty | facts.invalid
-        error = tl.full([], 0.0, tl.float64)
-        if job.inputs.p_score is not None:
-            error = tl.abs(sums.spread - row.numbers.score)
-        p_stats = job.out.p_stats + i_b * 4
-        tl.store(p_stats, tl.where(dropped, 0.0, sums.entropy.to(tl.float32)))
-        tl.store(p_stats + 1, tl.where(dropped, 0.0, sums.last_share.to(tl.float32)))
-        tl.store(p_stats + 2, tl.where(dropped, 0.0, rule.mass))
-        tl.store(p_stats + 3, tl.where(dropped, 0.0, error.to(tl.float32)))
-    zeroed = nonfinite & rules.ZERO_NONFINITE
-    if job.out.p_moments is not None:
-        count = facts.count.to(tl.float64)
-        mean = sums.first_moment / tl.maximum(count, 1.0)
-        m2 = clamp(sums.second_moment - mean * sums.first_moment, 0.0, float("inf"))
-        p_moments = job.out.p_moments + i_b * 3
-        tl.store(p_moments, facts.count.to(tl.float32))
-        tl.store(p_moments + 1, tl.where(zeroed, 0.0, mean.to(tl.float32)))
-        tl.store(p_moments + 2, tl.where(zeroed, 0.0, m2.to(tl.float32)))
-    if rules.ZERO_NONFINITE:  # noqa: SIM102
-        if zeroed:
-            tl.debug_barrier()
-            zero_tokens(job.out, row.place.lo, row.place.length, rules.CHUNK, rules.WIDE)
-
-
-@triton.jit
-def status_of(facts, rule, nonfinite, rules: tl.constexpr):
-    empty = facts.count == 0
-    status = tl.where(facts.invalid, OUT_OF_RANGE, tl.where(empty, EMPTY, 0))
+        mass = tl.where((facts.last < 0) | facts.invalid, 0.0, rule.mass)
+        tl.store(job.out.p_stats + row.place.row * 4 + 2, mass)
+    status = tl.where(facts.invalid, OUT_OF_RANGE, tl.where(facts.last < 0, EMPTY, 0))
     if rules.CREDIT is not None:
-        alive = (empty == 0) & (facts.invalid == 0)
+        alive = (facts.last >= 0) & (facts.invalid == 0)
         status |= tl.where(alive & (rule.at_live == 0), SCORE_MASKED, 0)
         status |= tl.where(alive & rule.fallback, FALLBACK, 0)
         status |= tl.where(alive & rule.fallback & (rule.mass == -float("inf")), NEGATIVE, 0)
+    return status
+
+
+@triton.jit
+def finish_row(row, facts, rule, status, sums, job, rules: tl.constexpr):
+    """Status and statistics of a row whose tokens are done."""
+    i_b = row.place.row
+    empty = facts.last < 0
+    lost = facts.invalid & (empty == 0)
+    nonfinite = lost | (sums.nonfinite != 0)
+    zeroed = nonfinite & rules.ZERO_NONFINITE
+    nan = float("nan")
+    if job.out.p_status is not None:
+        seen = nonfinite
         if rules.EVEN:
-            nonfinite = nonfinite & alive
-    return status | tl.where(nonfinite, NONFINITE, 0)
+            seen = nonfinite & (empty == 0) & (facts.invalid == 0)
+        tl.store(job.out.p_status + i_b, status | tl.where(seen, NONFINITE, 0))
+    if job.out.p_stats is not None:
+        dropped = empty | facts.invalid
+        error = tl.full([], 0.0, tl.float32)
+        if job.inputs.p_score is not None:
+            error = tl.abs(sums.spread - row.numbers.score)
+        last = tl.full([], 0.0, tl.float32)
+        if rules.CREDIT is not None:
+            tl.debug_barrier()
+            p_last = job.out.p_credit + row.place.lo + facts.last
+            last = tl.load(p_last, mask=facts.last >= 0, other=0.0, cache_modifier=".cg")
+        p_stats = job.out.p_stats + i_b * 4
+        tl.store(p_stats, tl.where(dropped, 0.0, sums.entropy * LN2))
+        tl.store(p_stats + 1, tl.where(dropped, 0.0, last / rule.divisor))
+        tl.store(p_stats + 3, tl.where(dropped, 0.0, error))
+    if job.out.p_moments is not None:
+        count = (facts.count + sums.count).to(tl.float64)
+        mean = sums.first_moment / tl.maximum(count, 1.0)
+        m2 = clamp(sums.second_moment - mean * sums.first_moment, 0.0, float("inf"))
+        p_moments = job.out.p_moments + i_b * 3
+        tl.store(p_moments, count.to(tl.float32))
+        tl.store(p_moments + 1, tl.where(zeroed, 0.0, tl.where(lost, nan, mean.to(tl.float32))))
+        tl.store(p_moments + 2, tl.where(zeroed, 0.0, tl.where(lost, nan, m2.to(tl.float32))))
+    if zeroed | lost:
+        tl.debug_barrier()
+        fill_row(row.place, job, tl.where(zeroed, 0.0, nan), rules)
+
+
+@triton.jit
+def fill_row(place, job, x, rules: tl.constexpr):
+    """``x`` at the row's unmasked tokens, of which all else is written."""
+    for start in range(0, place.length, rules.CHUNK):
+        j = start + tl.arange(0, rules.CHUNK)
+        live = live_bits(job.response, place, j, is_inside(place, j, rules.WIDE)) != 0
+        store_tokens(job.out.p_rewards, place.lo, j, x, live)
+        store_tokens(job.out.p_advantages, place.lo, j, x, live)
+        store_tokens(job.out.p_returns, place.lo, j, x, live)
+        store_tokens(job.out.p_credit, place.lo, j, x, live)
+        store_tokens(job.out.p_kl, place.lo, j, x, live)
 
 
 @triton.jit
@@ -187,25 +220,31 @@ def shape_row(row, attended, job, mean: tl.constexpr, rules: tl.constexpr, SOURC
     last = -1
     outside = row.outside
     masses = tl.zeros([LANES], tl.float64)
-    for i_c in range(n_chunks):
-        n, latest, mass, off = chunk_facts(row, attended, job, i_c, mean, rules, SOURCE)
-        count += n
-        last = tl.maximum(last, latest)
-        masses = add_to_lane(masses, i_c, mass)
-        outside |= off
-    facts = facts_of_row(row, count, last, tl.sum(masses), outside)
+    if rules.CREDIT is None:
+        i_c = n_chunks
+        while (i_c > 0) & (last < 0):
+            i_c -= 1
+            _, last, _, _ = chunk_facts(row, attended, job, i_c, mean, rules, SOURCE)
+    else:
+        for i_c in range(n_chunks):
+            n, latest, mass, off = chunk_facts(row, attended, job, i_c, mean, rules, SOURCE)
+            count += n
+            last = tl.maximum(last, latest)
+            masses = add_to_lane(masses, i_c, mass)
+            outside |= off
+    facts = facts_of_row(row, count, last, sum_of(masses), outside)
     rule, facts = credit_rule(row, job.response, facts, rules)
 
-    # After its last unmasked token a row has nothing but zeros.
-    n_shaped = (facts.last + rules.CHUNK) // rules.CHUNK
+    status = begin_row(row, facts, rule, job, rules)
+    n_shaped = chunks_to_shape(facts, rules.CHUNK)
     begin = n_shaped * rules.CHUNK
     zero_tokens(job.out, row.place.lo + begin, row.place.length - begin, rules.CHUNK, rules.WIDE)
     state = no_carry()
     state_value = no_carry()
-    nonfinite = tl.full([], 0.0, tl.float64)
-    entropies = tl.zeros([LANES], tl.float64)
-    shares = tl.zeros([LANES], tl.float64)
-    spreads = tl.zeros([LANES], tl.float64)
+    counted = 0
+    nonfinite = 0
+    entropies = tl.zeros([LANES], tl.float32)
+    spreads = tl.zeros([LANES], tl.float32)
     firsts = tl.zeros([LANES], tl.float64)
     seconds = tl.zeros([LANES], tl.float64)
     for i_k in range(n_shaped):
@@ -213,17 +252,26 @@ def shape_row(row, attended, job, mean: tl.constexpr, rules: tl.constexpr, SOURC
         added, state, state_value = shape_tokens(
             row, facts, rule, job, None, state, state_value, k, n_shaped, rules
         )
-        nonfinite += added.nonfinite
+        counted += added.count
+        nonfinite |= added.nonfinite
         if job.out.p_stats is not None:
             entropies = add_to_lane(entropies, k, added.entropy)
-            shares = add_to_lane(shares, k, added.last_share)
             spreads = add_to_lane(spreads, k, added.spread)
         if job.out.p_moments is not None:
             firsts = add_to_lane(firsts, k, added.first_moment)
             seconds = add_to_lane(seconds, k, added.second_moment)
-    entropy, share, spread, first = four_sums(entropies, shares, spreads, firsts)
-    second = tl.sum(seconds)
-    finish_row(row, facts, rule, Sums(nonfinite, entropy, share, spread, first, second), job, rules)
+    totals = sum_of(entropies), sum_of(spreads), sum_of(firsts), sum_of(seconds)
+    sums = Sums(counted, nonfinite, *totals)
+    finish_row(row, facts, rule, status, sums, job, rules)
+
+
+@triton.jit
+def chunks_to_shape(facts, CHUNK: tl.constexpr):
+    """How many of a row's chunks have more than zeros: none after its last unmasked token.
+
+    None of a row that is out of range, all of which becomes NaN in the end.
+    """
+    return tl.where(facts.invalid, 0, (facts.last + CHUNK) // CHUNK)
 
 
 # A row by many programs
@@ -249,17 +297,19 @@ def shared_facts(row, board, n_chunks):
     count = 0
     last = -1
     outside = 0
-    for start in range(0, n_chunks, LANES):
-        o_c = start + tl.arange(0, LANES)
+    masses = tl.zeros([LANES], tl.float64)
+    for start in range(0, n_chunks, AT_ONCE):
+        o_c = start + tl.arange(0, AT_ONCE)
         there = o_c < n_chunks
         p_ints = board.p_ints + o_c
-        count += tl.sum(tl.load(p_ints + COUNT * board.slots, mask=there, other=0, cache_modifier=".cg"))
+        counts = tl.load(p_ints + COUNT * board.slots, mask=there, other=0, cache_modifier=".cg")
         latest = tl.load(p_ints + LAST * board.slots, mask=there, other=-1, cache_modifier=".cg")
-        last = tl.maximum(last, tl.max(latest))
         off = tl.load(p_ints + OUTSIDE * board.slots, mask=there, other=0, cache_modifier=".cg")
+        masses = add_lanes(masses, board.p_doubles + MASS * board.slots, start, n_chunks)
+        count += tl.sum(counts)
+        last = tl.maximum(last, tl.max(latest))
         outside |= tl.max(off)
-    mass = tl.sum(lane_sums(board.p_doubles + MASS * board.slots, n_chunks, LANES))
-    return facts_of_row(row, count, last, mass, outside)
+    return facts_of_row(row, count, last, sum_of(masses), outside)
 
 
 @triton.jit
@@ -267,16 +317,16 @@ def shape_chunk(row, board, job, i_c, n_chunks, rules: tl.constexpr):
     """The second task of a chunk: all the rest. The last one finishes the row."""
     facts = shared_facts(row, board, n_chunks)
     rule, facts = credit_rule(row, job.response, facts, rules)
-    n_shaped = (facts.last + rules.CHUNK) // rules.CHUNK
+    n_shaped = chunks_to_shape(facts, rules.CHUNK)
     if i_c < n_shaped:
         k = n_shaped - 1 - i_c
         none = no_carry()  # of its own: what it needs is on the board
         added, _, _ = shape_tokens(row, facts, rule, job, board, none, none, k, n_shaped, rules)
         p_doubles = board.p_doubles + k
-        tl.store(p_doubles + NONFINITE_TOKENS * board.slots, added.nonfinite)
-        tl.store(p_doubles + ENTROPY * board.slots, added.entropy)
-        tl.store(p_doubles + SHARE * board.slots, added.last_share)
-        tl.store(p_doubles + SPREAD * board.slots, added.spread)
+        tl.store(board.p_ints + COUNT_SHAPED * board.slots + k, added.count)
+        tl.store(board.p_ints + NONFINITE_OUTPUT * board.slots + k, added.nonfinite)
+        tl.store(p_doubles + ENTROPY * board.slots, added.entropy.to(tl.float64))
+        tl.store(p_doubles + SPREAD * board.slots, added.spread.to(tl.float64))
         tl.store(p_doubles + FIRST_MOMENT * board.slots, added.first_moment)
         tl.store(p_doubles + SECOND_MOMENT * board.slots, added.second_moment)
     else:
@@ -285,7 +335,8 @@ def shape_chunk(row, board, job, i_c, n_chunks, rules: tl.constexpr):
         zero_tokens(job.out, row.place.lo + begin, count, rules.CHUNK, rules.WIDE)
     if arrive(board.p_done) == n_chunks - 1:
         sums = sums_of_chunks(board, n_chunks, n_shaped)
-        finish_row(row, facts, rule, sums, job, rules)
+        status = begin_row(row, facts, rule, job, rules)
+        finish_row(row, facts, rule, status, sums, job, rules)
 
 
 @triton.jit
@@ -293,17 +344,28 @@ def sums_of_chunks(board, n_chunks, n_shaped):
     """Of all chunks of a row that are done, whose counters and flags are 0 then."""
     tl.store(board.p_made, 0)
     tl.store(board.p_done, 0)
-    for start in range(0, n_chunks, LANES):
-        o_c = start + tl.arange(0, LANES)
+    for start in range(0, n_chunks, AT_ONCE):
+        o_c = start + tl.arange(0, AT_ONCE)
         for i in tl.static_range(FLAGS):
             tl.store(board.p_flags + i * board.slots + o_c, 0, mask=o_c < n_chunks)
-    p_doubles = board.p_doubles
-    entropy, share, spread, first = four_sums(
-        lane_sums(p_doubles + ENTROPY * board.slots, n_shaped, LANES),
-        lane_sums(p_doubles + SHARE * board.slots, n_shaped, LANES),
-        lane_sums(p_doubles + SPREAD * board.slots, n_shaped, LANES),
-        lane_sums(p_doubles + FIRST_MOMENT * board.slots, n_shaped, LANES),
-    )
-    second = tl.sum(lane_sums(p_doubles + SECOND_MOMENT * board.slots, n_shaped, LANES))
-    nonfinite = tl.sum(lane_sums(p_doubles + NONFINITE_TOKENS * board.slots, n_shaped, LANES))
-    return Sums(nonfinite, entropy, share, spread, first, second)
+    count = 0
+    nonfinite = 0
+    entropies = tl.zeros([LANES], tl.float32)
+    spreads = tl.zeros([LANES], tl.float32)
+    firsts = tl.zeros([LANES], tl.float64)
+    seconds = tl.zeros([LANES], tl.float64)
+    for start in range(0, n_shaped, AT_ONCE):
+        o_c = start + tl.arange(0, AT_ONCE)
+        there = o_c < n_shaped
+        p_ints = board.p_ints + o_c
+        p_doubles = board.p_doubles
+        counts = tl.load(p_ints + COUNT_SHAPED * board.slots, mask=there, other=0, cache_modifier=".cg")
+        bad = tl.load(p_ints + NONFINITE_OUTPUT * board.slots, mask=there, other=0, cache_modifier=".cg")
+        entropies = add_lanes(entropies, p_doubles + ENTROPY * board.slots, start, n_shaped)
+        spreads = add_lanes(spreads, p_doubles + SPREAD * board.slots, start, n_shaped)
+        firsts = add_lanes(firsts, p_doubles + FIRST_MOMENT * board.slots, start, n_shaped)
+        seconds = add_lanes(seconds, p_doubles + SECOND_MOMENT * board.slots, start, n_shaped)
+        count += tl.sum(counts)
+        nonfinite |= tl.max(bad)
+    totals = sum_of(entropies), sum_of(spreads), sum_of(firsts), sum_of(seconds)
+    return Sums(count, nonfinite, *totals)

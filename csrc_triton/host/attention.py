@@ -47,7 +47,7 @@ KEYS = 64
 STAGES = 4
 """Chunks of keys that may be on their way at once, and one; so many buffers of shared memory, less one."""
 WARPS = 4
-"""Of a program that reads keys, and of one that sweeps: both add the tokens of a chunk in one order."""
+"""Of a program that reads keys, and sweeps the row after them."""
 PROGRAMS = 8
 """Per multiprocessor, at least, before a program reads several chunks of keys one after the other."""
 MOST_SPLIT = 16

@@ -26,6 +26,7 @@ from csrc_triton.launch import (
     Launcher,
     ceil_div,
     contiguous,
+    interpreted,
     processors,
     registers,
     row_stride,
@@ -38,13 +39,23 @@ REGISTERS = 168
 """Of a thread of the sweep, at most, where nothing spills with so few."""
 
 
-class Steps(NamedTuple):
-    """Microseconds of a chunk, whose loads wait for each other; three programs fit a multiprocessor."""
+WARPS = 4
+"""Of a program that sweeps, where such are few, or a warp would have too few registers; else it has one.
 
-    alone: float = 3  # of a program that has the row to itself
-    shared: float = 4  # of its two tasks, where programs share a row
+One warp issues a third of what four do for the same tokens; four are done sooner. Bits are the same.
+"""
+FILLED = 6
+"""Programs per multiprocessor that are not few: it holds twelve of one warp, three of four."""
+
+
+class Steps(NamedTuple):
+    """Microseconds of a chunk, whose loads wait for each other."""
+
+    of_row: float = 3  # by a program that has the row to itself
+    of_row_by_warp: float = 6
+    shared: float = 4  # of each of its two tasks, where programs share a row
     last: float = 4  # more at the end of a shared row
-    averaging_alone: float = 6  # more where heads are averaged
+    averaging_row: float = 6  # more where heads are averaged
     averaging_shared: float = 3
 
 
@@ -130,8 +141,8 @@ def sweep(
     if kl is not None:
         estimator = "given"
     names = [x for x in outputs if x != "kl" or estimator is not None]
-    if layers is not None and "credit" not in names:
-        names.append("credit")
+    if (layers is not None or "stats" in names) and "credit" not in names:
+        names.append("credit")  # which statistics are read from, as it was stored
     shaped = _new(names, response.mask, where.n_rows)
     if where.n_rows == 0:
         # Tokens of no row.
@@ -174,10 +185,12 @@ def sweep(
         NORMALIZATION=normalization,
         SCORE_INDEX=score_index if isinstance(score_index, str) else "explicit",
         KL_ESTIMATOR=estimator,
+        KL_CLIPPED=kl_input_clip is not None or kl_output_clip is not None,
         SKIP=skip_masked,
         UNIT=all(isinstance(x, float | int) and x == 1 for x in (gl, gl_value)),
         TWO_RECURRENCES=second and "returns" in outputs,
         ZERO_NONFINITE=zero_nonfinite,
+        LG2=not interpreted() and torch.version.hip is None,
     )
     job = {"response": where, "inputs": inputs, "settings": settings, "out": Outputs(*shaped), "rules": rules}
     if layers is None:
@@ -226,10 +239,12 @@ def _sweep(
     batch, packed, device = response.n_rows, response.p_cu is not None, response.p_mask.device
     n_tasks, chunks_per_row = chunks_of(response)
     longest, averaging = ceil_div(response.width, attention.CHUNK), source == "terms"
-    many = registers(255 if averaging or job["rules"].TWO_RECURRENCES else REGISTERS)
+    heavy = averaging or job["rules"].TWO_RECURRENCES
+    alone, count = job["rules"].WIDE and not heavy, processors(device)
+    options = registers(255 if heavy else REGISTERS)
     job = (read or dict.fromkeys(("axis", "layer", "left", "mean"))) | job
-    if not in_chunks(batch, longest, n_tasks, processors(device), averaging):
-        launch(ROWS, batch, many, **job, SOURCE=source)
+    if not in_chunks(batch, longest, n_tasks, count, averaging, alone):
+        launch(ROWS, batch, options | warps_of(batch, count, alone), **job, SOURCE=source)
         return
     leaders = batch if packed else 0
     grid = Grid(
@@ -240,19 +255,37 @@ def _sweep(
         p_doubles=torch.empty(DOUBLES, n_tasks, dtype=torch.float64, device=device),
         p_ints=torch.empty(INTS, n_tasks, dtype=torch.int32, device=device),
     )
-    launch(CHUNKS, 2 * n_tasks + leaders, many, **job, grid=grid, SOURCE=source)
+    programs = 2 * n_tasks
+    options |= warps_of(programs, count, alone)
+    launch(CHUNKS, programs + leaders, options, **job, grid=grid, SOURCE=source)
 
 
-def in_chunks(batch: int, longest: int, n_chunks: int, processors: int, averaging: bool = False) -> bool:
+def in_chunks(
+    batch: int, longest: int, n_chunks: int, processors: int, averaging: bool = False, alone: bool = True
+) -> bool:
     """Whether rows are swept by a program per chunk, not per row.
 
-    ``longest`` is the most chunks that a row may have. By ``STEPS``; ``averaging`` heads takes either longer.
+    ``longest`` is the most chunks that a row may have. By ``STEPS``; ``averaging`` heads takes either longer,
+    and ``alone`` is as of ``warps_of``.
     """
-    at_once = 3 * processors
-    alone = (STEPS.alone + averaging * STEPS.averaging_alone) * longest * max(1.0, batch / at_once)
-    each = STEPS.shared + averaging * STEPS.averaging_shared
-    shared = STEPS.last + each * max(1.0, 2 * n_chunks / at_once)
-    return longest > 1 and shared < alone
+    warps = warps_of(batch, processors, alone)["num_warps"]
+    step = STEPS.of_row if warps > 1 else STEPS.of_row_by_warp
+    step += averaging * STEPS.averaging_row
+    rows = step * longest * max(1.0, batch / at_once(warps, processors))
+    warps = warps_of(2 * n_chunks, processors, alone)["num_warps"]
+    step = STEPS.shared + averaging * STEPS.averaging_shared
+    chunks = STEPS.last + step * max(1.0, 2 * n_chunks / at_once(warps, processors))
+    return longest > 1 and chunks < rows
+
+
+def warps_of(programs: int, processors: int, alone: bool) -> dict[str, int]:
+    """Of each of so many programs that sweep; ``alone``: whether one has registers enough for 512 tokens."""
+    return {"num_warps": 1 if alone and programs >= FILLED * processors else WARPS}
+
+
+def at_once(warps: int, processors: int) -> int:
+    """Programs of so many warps that run at a time."""
+    return 12 // warps * processors
 
 
 def _tokens(x: Tensor | None) -> tuple[Tensor | None, int]:

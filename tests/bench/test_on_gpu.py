@@ -225,17 +225,22 @@ def test_the_longest_response_of_one_launch() -> None:
 def test_steps_by_which_the_faster_way_is_chosen() -> None:
     """Where a program that has its row takes 1 microsecond a chunk, and sharing it takes 8, and 12 more."""
     lines = []
+
+    def sharing(batch: int, chunks: int, step: float, last: float) -> float:
+        """Four warps have a task, or one where there are six or more for each of 132 multiprocessors."""
+        tasks = 2 * batch * chunks
+        return last + step * max(1.0, tasks / (396 if tasks < 792 else 1584))
+
     for batch, width in ((1, 4096), (1, 16384), (32, 4096), (32, 16384), (396, 4096)):
         chunks = width // 512
         alone = chunks * max(1.0, batch / 396)
-        shared = 12 + 8 * max(1.0, 2 * batch * chunks / 396)
+        shared = sharing(batch, chunks, 8, 12)
         for way, value in (("always", shared), ("never", alone)):
             lines.append(tried("steps", f"sweep, {batch}x{width}", value, **{"rewards.in_chunks": way}))
     [advice] = summary.to_commit(summary.tuned(lines))
-    alone, shared, last = (float(x.split()[-1]) for x in advice.split("Steps: ")[1].split(","))
-    for batch, chunks, want in ((1, 8, False), (1, 32, True), (32, 32, False)):
-        of_shared = last + shared * max(1.0, 2 * batch * chunks / 396)
-        assert (of_shared < alone * chunks * max(1.0, batch / 396)) == want
+    alone, _, shared, last = (float(x.split()[-1]) for x in advice.split("Steps: ")[1].split(","))
+    for batch, chunks, want in ((1, 8, False), (1, 32, True), (32, 8, False), (32, 32, True)):
+        assert (sharing(batch, chunks, shared, last) < alone * chunks) == want
 
 
 # What is carried, and what is asked of pytest

@@ -300,7 +300,7 @@ def test_a_group_is_published_before_another_is_waited_for(monkeypatch: pytest.M
 def carry_kernel(p_doubles, p_flags, n, k):
     board = advantages.Board(p_doubles, p_doubles, n, p_flags, p_flags, p_flags)
     half = tl.full([], 0.5, tl.float64)
-    advantages.carry_into(board, half, half, k, n, 0)
+    advantages.carry_into(board, half, half, k, n, 0.0, 0)
 
 
 @INTERPRETED
