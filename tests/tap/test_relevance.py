@@ -123,6 +123,18 @@ def test_without_what_is_not_linear_the_tokens_sum_to_the_score(name, layer):
     torch.testing.assert_close(weights.sum(1), score.detach(), rtol=1e-3, atol=1e-4)
 
 
+def test_two_taps_at_once_hold_each_norm_fixed_once():
+    model = build("llama")
+    ids, mask = batch("right")
+    response = Response(mask, start=torch.zeros(3, dtype=torch.int64))
+    with AttentionTap(model, source="relevance") as tap:
+        score = model(ids, attention_mask=mask).logits[:, 0]
+    alone = gradient_weights(score, tap.take(), response)
+    with AttentionTap(model, source="relevance") as tap, AttentionTap(model, source="relevance"):
+        score = model(ids, attention_mask=mask).logits[:, 0]
+    torch.testing.assert_close(gradient_weights(score, tap.take(), response), alone)
+
+
 def test_it_is_taken_a_third_of_the_way_up():
     model = build("llama", num_hidden_layers=6)
     ids, mask = batch("right")
