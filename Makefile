@@ -59,10 +59,10 @@ vllm: $(READY)
 # On a machine with a GPU whose PYTHON has torch, triton and numpy; pytest and hypothesis for the tests among it.
 # Nine minutes at most: what the machine is, every kernel once, budgets, other constants, races, tests. Each line
 # of OUT/results.jsonl is written when it is known, and OUT/summary.md after each part: commit both, and
-# summary.json, below benchmarks/results/CARD/.
+# summary.json, below benchmarks/results/CARD/. ONLY="facts smoke" for some parts.
 gpu:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a GPU'"
-	$(PYTHON) -m benchmarks.on_gpu $(OUT)
+	$(PYTHON) -m benchmarks.on_gpu $(OUT) first $(ONLY)
 
 # Afterwards, as far as they are there: suites of forward and memory, ncu, compute-sanitizer, the command, every
 # suite, vLLM and OpenRLHF; ONLY="memcheck ncu" for some.

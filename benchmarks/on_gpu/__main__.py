@@ -1,4 +1,4 @@
-"""``python -m benchmarks.on_gpu OUT``: what ``make gpu`` runs; ``OUT more [WORD...]``: ``make gpu-more``."""
+"""``python -m benchmarks.on_gpu OUT [first|more [WORD...]]``: what ``make gpu`` and ``make gpu-more`` run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def capability() -> int:
 
 
 def main(out: Path, what: str = "first", *only: str, start: Start = started) -> int:
-    """Of what comes afterwards (``more``) only parts whose names have one of the words."""
+    """Only parts whose names have one of the words, where there are any."""
     for name in ("TRITON_INTERPRET", "PYTHONWARNINGS"):
         os.environ.pop(name, None)
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
@@ -45,13 +45,11 @@ def main(out: Path, what: str = "first", *only: str, start: Start = started) -> 
         signal.signal(number, interrupted)
     runner.write("cache", {"said": unpacked()})
     print(runner.lines[-1]["said"], flush=True)
-    if what == "first":
-        runner.run(first(out), beside=ahead(out, capability()))
-    else:
-        parts, missing = more(out)
-        for name, why in missing.items():
-            runner.write(name, {"item": name, "status": "skipped", "error": why})
-        runner.run([part for part in parts if not only or any(word in part.name for word in only)])
+    parts, missing = (first(out), {}) if what == "first" else more(out)
+    for name, why in missing.items():
+        runner.write(name, {"item": name, "status": "skipped", "error": why})
+    asked = [part for part in parts if not only or any(word in part.name for word in only)]
+    runner.run(asked, beside=ahead(out, capability()) if what == "first" else None)
     print((out / "summary.md").read_text())
     bad = [x for x in runner.lines if x.get("status") in ("wrong", "failed", "hung", "died")]
     return int(bool(bad))

@@ -39,7 +39,7 @@ def compiler_digest() -> str:
 
 
 def manifest() -> dict[str, str]:
-    """What a cache is good for."""
+    """What a cache is good for, and the kernels it was made of."""
     return {
         "triton": metadata.version("triton"),
         "build": compiler_digest(),
@@ -58,14 +58,18 @@ def unpacked(packed: Path = PACKED) -> str:
     other = [
         f"{name} is {here[name]}, of the cache {carried.get(name)}"
         for name in here
-        if carried.get(name) != here[name]
+        if name != "source" and carried.get(name) != here[name]
     ]
     if other:
         return f"the carried cache is not used: {'; '.join(other)}"
     CACHE.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(packed / ARCHIVE) as archive:
         archive.extractall(CACHE)
-    return f"a cache of {len(list(CACHE.iterdir()))} entries was carried"
+    said = f"a cache of {len(list(CACHE.iterdir()))} entries was carried"
+    if carried["source"] != here["source"]:
+        # Triton finds an entry by all that it is made of, so what changed since is not found.
+        said += ", of other kernels: what changed is compiled here"
+    return said
 
 
 def pack(packed: Path = PACKED) -> int:

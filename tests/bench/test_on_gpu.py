@@ -56,6 +56,11 @@ def test_every_part_runs_to_its_end(folder: Path) -> None:
     assert statuses["ok"] > 300
 
 
+def test_parts_can_be_named(folder: Path) -> None:
+    ended = {line["part"] for line in lines_of(folder / "some") if "ended" in line}
+    assert ended == {"facts", "ahead"}
+
+
 def test_smoke_starts_every_kernel(folder: Path) -> None:
     smoke = by_item(lines_of(folder / "whole"), "smoke")
     assert {name for line in smoke.values() for name in line["kernels"]} == kernels()
@@ -258,10 +263,14 @@ def test_a_cache_is_used_only_where_it_was_made_for(tmp_path: Path, monkeypatch:
     assert carried.unpacked(packed) == "a cache of 1 entries was carried"
     assert {path.name for path in (tmp_path / "cache" / "entry").iterdir()} == {"a.cubin", "a.json"}
     made_for = json.loads((packed / "manifest.json").read_text())
-    (packed / "manifest.json").write_text(json.dumps(made_for | {"triton": "3.6.0", "source": "other"}))
+    (packed / "manifest.json").write_text(json.dumps(made_for | {"source": "other"}))
+    assert carried.unpacked(packed) == (
+        "a cache of 1 entries was carried, of other kernels: what changed is compiled here"
+    )
+    (packed / "manifest.json").write_text(json.dumps(made_for | {"triton": "3.6.0", "python": "other"}))
     said = carried.unpacked(packed)
     assert said.startswith("the carried cache is not used: triton is ")
-    assert f"source is {carried.source_digest()}, of the cache other" in said
+    assert f"python is {made_for['python']}, of the cache other" in said
 
 
 def test_tests_on_a_gpu_are_those_that_use_it(tmp_path: Path) -> None:
