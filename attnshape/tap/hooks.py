@@ -8,7 +8,7 @@ import threading
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ _PROBES = "_attention_probes"
 _HOOKS = "_attention_hooks"
 
 _lock = threading.Lock()
+
+
+Given: TypeAlias = tuple[Tensor, Tensor, Tensor, Mask, dict[str, Any]]
+"""Of an attention function: query, key, value, mask and options."""
 
 
 class Watcher(Protocol):
@@ -35,7 +39,7 @@ class Watcher(Protocol):
         value: Tensor,
         mask: Mask,
         options: dict[str, Any],
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    ) -> Given: ...
     def on_attended(self, index: int, value: Tensor, output: Any) -> None: ...
 
 
@@ -123,7 +127,7 @@ def _watched(function: AttentionFunction) -> AttentionFunction:
             return function(module, query, key, value, attention_mask, **options)
         probes = getattr(module, _PROBES, ())
         for probe in probes:
-            query, key, value = probe.tap.on_attention(
+            query, key, value, attention_mask, options = probe.tap.on_attention(
                 probe.index, function, query, key, value, attention_mask, options
             )
         output = function(module, query, key, value, attention_mask, **options)

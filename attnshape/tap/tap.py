@@ -37,7 +37,7 @@ from attnshape.tap.find import (
     layers_around,
 )
 from attnshape.tap.flow import Flow, Norms, Pulls
-from attnshape.tap.hooks import Entry, in_trial, unwatch, watch
+from attnshape.tap.hooks import Entry, Given, in_trial, unwatch, watch
 from attnshape.tap.relevance import FixedNorms
 from attnshape.tap.trial import SCORED, Scored, mixes_elsewhere, scored_tokens
 from attnshape.types import AttentionInputs, SignedInputs
@@ -349,22 +349,24 @@ class AttentionTap:
         value: Tensor,
         mask: Mask,
         options: dict[str, Any],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Given:
         """A tapped layer is about to call its attention function; returns what to call it with."""
         call = self._call
         if call is None or self._is_other_thread() or self._source == "gradient_embedding":
-            return query, key, value
+            return query, key, value, mask, options
         layer = self._layers[index]
         if call.seen[index]:
             layer.attended = ValueError(f"layer: {layer.name!r} attends more than once in a forward")
-            return query, key, value
+            return query, key, value, mask, options
         call.seen[index] = True
         layer.forwards += 1
         if self._source == "relevance":
-            return query.detach(), key.detach(), value
+            # Weights come of all but values; a mask too may be made of hidden states (Doge).
+            still = {name: _still(x) for name, x in options.items()}
+            return query.detach(), key.detach(), value, _still(mask), still
         layer.attended = None
         if layer.forwards > 1:
-            return query, key, value
+            return query, key, value, mask, options
         # The forward goes on, whatever happens; take() says why there is nothing to give.
         try:
             if self._source == "gradient_value":
@@ -385,7 +387,7 @@ class AttentionTap:
                 )
         except Exception as error:
             layer.attended = _kept(error)
-        return query, key, value
+        return query, key, value, mask, options
 
     def _position(
         self, input_ids: Tensor | None, query: Tensor
@@ -498,6 +500,10 @@ class AttentionTap:
     def _is_other_thread(self) -> bool:
         # A compiled graph cannot ask which thread runs it.
         return not torch.compiler.is_compiling() and threading.get_ident() != self._thread
+
+
+def _still(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
 
 
 def _kept(error: Exception) -> Exception:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.tap_models import FAMILIES, ValueHead, batch, build
+from support.tap_models import FAMILIES, SIZE, ValueHead, batch, build
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DogeConfig,
+    DogeForSequenceClassification,
+)
 
 from attnshape import Response
 from attnshape.credit import gradient_weights
@@ -14,20 +19,25 @@ from attnshape.tap import AttentionTap
 from attnshape.tap.relevance import centers_of
 
 ENCODER = "bert"
+MASK_OF_VALUES = "doge"
+"""Its attention's mask is made of the values."""
 
 
 def make(name, **options):
-    if name != ENCODER:
+    if name == ENCODER:
+        config = BertConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            num_labels=1,
+        )
+        model = BertForSequenceClassification._from_config(config)
+    elif name == MASK_OF_VALUES:
+        model = DogeForSequenceClassification._from_config(DogeConfig(**SIZE, num_labels=1))
+    else:
         return build(name, **options)
-    config = BertConfig(
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        num_labels=1,
-    )
-    model = BertForSequenceClassification._from_config(config)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.4, generator=generator)
@@ -68,7 +78,7 @@ def held_fixed(monkeypatch):
 CENTRED = (ENCODER, "gpt2", "gptj", "gpt_neox", "opt", "cohere", "starcoder2", "stablelm")
 
 
-@pytest.mark.parametrize("name", [ENCODER, *FAMILIES])
+@pytest.mark.parametrize("name", [ENCODER, MASK_OF_VALUES, *FAMILIES])
 @pytest.mark.parametrize("layer", [0, 1])
 def test_relevance_is_the_gradient_of_a_model_held_fixed(name, layer, held_fixed):
     """Norms after attention, with offset weights, on heads, beside it; MoE; both ways of eager attention."""
