@@ -1,11 +1,12 @@
 """Every causal and sequence-classification class of transformers, and what the tap gives of it.
 
-    python -m tests.model_sweep --part 1/8      # tries an eighth of the classes, but those already tried
+    python -m tests.model_sweep --part 1/8      # tries an eighth of the classes, but what was already tried
     python -m tests.model_sweep --table         # writes docs/models.md
 
 A tiny random model of each class runs on rows of 14, 9 and 5 tokens, not padded, padded left, padded right.
 What a source hands out is held to the model with eager attention (``output_attentions=True``), to what each
-head gives when the others are silenced, or to finite differences of the score.
+head gives when the others are silenced, or to finite differences of the score, for relevance with the
+attention weights and the norms' denominators of the undisturbed run (``tests/support/held_fixed.py``).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MethodType
@@ -31,14 +32,31 @@ import attnshape
 from attnshape.credit import gradient_weights
 from attnshape.tap import AttentionTap
 from attnshape.tap.find import attention_layers, layers_around, lookups
+from attnshape.tap.tap import RELEVANCE_UP
 from tests.support import zoo
+from tests.support.held_fixed import HeldFixed
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "models.md"
-RESULTS = Path.home() / ".cache" / "attnshape" / "model_sweep.jsonl"
+RESULTS = Path.home() / ".cache" / "attnshape" / f"model_sweep-{transformers.__version__}.jsonl"
 
-SOURCES = ("attention", "columns", "rollout", "signed_rollout", "gradient_value", "gradient_embedding")
+SOURCES = (
+    "attention",
+    "columns",
+    "rollout",
+    "signed_rollout",
+    "gradient_value",
+    "gradient_embedding",
+    "relevance",
+)
+GRADIENTS = {
+    "gradient_value": (1 / 64, 0.05),
+    "gradient_embedding": (1 / 64, 0.05),
+    "relevance": (1 / 1024, 0.01),
+}
+"""The larger step of their differences, and of the largest, what they may differ by."""
 LENGTH, LENGTHS = 14, (14, 9, 5)
+PADDINGS = ("none", "left", "right")
 EQUAL = "equal"
 DONE = "equal to what eager attention does, which is not all that it reports"
 
@@ -72,7 +90,7 @@ def attention_of(model: Any) -> dict[str, nn.Module]:
 
 
 def sharpen(model: Any) -> None:
-    """Attention far from uniform."""
+    """Attention far from uniform, and other modules, norms and biases whose part is not lost beside it."""
     generator = torch.Generator().manual_seed(0)
     for module in attention_of(model).values():
         for name, parameter in module.named_parameters():
@@ -80,6 +98,13 @@ def sharpen(model: Any) -> None:
                 parameter.data.normal_(0, 0.4, generator=generator)
             elif "bias" in name or "sink" in name:
                 parameter.data.normal_(0, 0.1, generator=generator)
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    done = {p for module in (*attention_of(model).values(), *embeddings) for p in module.parameters()}
+    for parameter in (p for p in model.parameters() if p not in done and p.is_floating_point()):
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = (
+            noise / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else parameter.data + 0.2 * noise
+        )
 
 
 def scores(model: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -275,65 +300,104 @@ def check_rollout(model: Any, inputs: dict[str, Tensor], source: str, *, done: b
             held("a head's norm", layer.value_norm.transpose(1, 2)[live], norms[live], rtol=1e-3, atol=1e-5)
 
 
-def differences(score: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Of the score by a factor on each token, ``[B, S]``, and where it has one (experts may change)."""
+def differences(
+    score: Callable[[Tensor], Tensor], step: float, tolerance: float
+) -> tuple[Tensor, Tensor, float]:
+    """Of the score by a factor on each token, ``[B, S]``, where they do not depend on the step, the largest.
 
-    def difference(t: int, step: float) -> Tensor:
-        factors = torch.ones(2, LENGTH, dtype=torch.float64)
-        factors[:, t] += torch.tensor([step, -step])
-        up, down = map(score, factors)
-        return (up - down) / (2 * step)
+    ``score`` is of as many copies of the rows as a row has tokens; its factors are ``[copies * B, S]``.
+    """
+    rows = len(LENGTHS)
+    own = torch.eye(LENGTH, dtype=torch.float64).repeat_interleave(rows, 0)
 
-    wide, near = (torch.stack([difference(t, step) for t in range(LENGTH)], 1) for step in (1 / 64, 1 / 128))
-    return (4 * near - wide) / 3, (near - wide).abs() < 0.02 * near.abs().max()
+    def difference(step: float) -> Tensor:
+        return (score(1 + step * own) - score(1 - step * own)).view(LENGTH, rows).T / (2 * step)
+
+    wide, near = difference(step), difference(step / 2)
+    found, unsure = (4 * near - wide) / 3, (near - wide).abs()
+    if (unsure > 0.4 * tolerance * found.abs().max()).any():  # experts change on the way, or it bends
+        wide, near = difference(step / 16), difference(step / 32)
+        finer = (near - wide).abs() < unsure
+        found = torch.where(finer, (4 * near - wide) / 3, found)
+        unsure = torch.where(finer, (near - wide).abs(), unsure)
+    largest = float(found.abs().max())
+    return found, unsure < 0.4 * tolerance * largest, largest
+
+
+@contextmanager
+def scaled(model: Any, source: str, ids: Tensor, factors: Tensor) -> Iterator[None]:
+    """What the source differentiates the score by, times factors ``[B, S]``."""
+
+    def embedded(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        own = factors
+        if args[0].shape != ids.shape:  # XLNet's, tokens first
+            own = factors.T
+        elif not torch.equal(args[0], ids):  # a decoder's, one position later
+            own = torch.cat([torch.ones_like(factors[:, :1]), factors[:, :-1]], 1)
+        return output * own[..., None].to(output)
+
+    def entered(module: nn.Module, args: Any, options: dict[str, Any]) -> Any:
+        hidden = args[0] if args else options["hidden_states"]
+        hidden = hidden * factors[..., None].to(hidden)
+        return ((hidden, *args[1:]), options) if args else (args, options | {"hidden_states": hidden})
+
+    with ExitStack() as stack:
+        if source == "gradient_value":
+            first = next(iter(attention_of(model).values()))
+            change = replaced_attention(first, lambda v, call: call(v * factors[:, None, :, None].to(v)))
+            stack.enter_context(change)
+        elif source == "relevance":
+            layers = list(attention_of(model).values())
+            _, block = layers_around(model, layers[len(layers) // RELEVANCE_UP])
+            stack.callback(block.register_forward_pre_hook(entered, with_kwargs=True).remove)
+        else:
+            embedding = model.get_input_embeddings()
+            same = (m for m in model.modules() if getattr(m, "weight", None) is embedding.weight)
+            for module in {embedding, *(m for m in same if isinstance(m, nn.Embedding))}:
+                stack.callback(module.register_forward_hook(embedded).remove)
+        yield
 
 
 def check_gradient(model: Any, inputs: dict[str, Tensor], source: str) -> None:
-    if not inputs["attention_mask"].all():
+    mask = inputs["attention_mask"]
+    if source != "relevance" and not mask.all():
         return
+    tap = AttentionTap(model, source=source)  # type: ignore[arg-type]
     try:
         with torch.enable_grad():
             weights = [p for p in model.parameters() if p.requires_grad]
             torch.autograd.grad(scores(model, inputs).sum(), weights, allow_unused=True)
     except Exception as error:
         raise ValueError("its own forward or backward raises with gradients enabled") from error
-    with torch.enable_grad(), AttentionTap(model, source=source) as tap:  # type: ignore[arg-type]
+    with torch.enable_grad(), tap:
         score = scores(model, inputs)
-    response = attnshape.Response(inputs["attention_mask"], start=torch.zeros(3, dtype=torch.int32))
+    response = attnshape.Response(mask, start=torch.zeros(3, dtype=torch.int32))
     got = gradient_weights(score, tap.take(), response)
-    ids = inputs["input_ids"]
+    step, tolerance = GRADIENTS[source]
+    copies = {name: x.repeat(LENGTH, 1) for name, x in inputs.items()}
+    constants = HeldFixed()
 
-    def scaled(factors: Tensor) -> Tensor:
-        def embedded(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            own = factors
-            if args[0].shape != ids.shape:  # XLNet's, tokens first
-                return output * own[:, None, None].to(output)
-            if not torch.equal(args[0], ids):  # a decoder's, one position later
-                own = torch.cat([torch.ones(1, dtype=torch.float64), factors[:-1]])
-            return output * own[:, None].to(output)
+    @torch.no_grad()
+    def score_of(factors: Tensor) -> Tensor:
+        with ExitStack() as stack:
+            stack.enter_context(scaled(model, source, copies["input_ids"], factors))
+            if source == "relevance":
+                for module in attention_of(model).values():
+                    stack.enter_context(replaced_attention(module, constants.attend))
+                stack.enter_context(constants)
+            return scores(model, copies).double()
 
-        with torch.no_grad(), ExitStack() as stack:
-            if source == "gradient_value":
-                module = next(iter(attention_of(model).values()))
-                change = replaced_attention(module, lambda v, call: call(v * factors[:, None].to(v)))
-                stack.enter_context(change)
-            else:
-                embedding = model.get_input_embeddings()
-                same = (m for m in model.modules() if getattr(m, "weight", None) is embedding.weight)
-                for module in {embedding, *(m for m in same if isinstance(m, nn.Embedding))}:
-                    stack.callback(module.register_forward_hook(embedded).remove)
-            return scores(model, inputs).double()
-
-    expected, smooth = differences(scaled)
+    undisturbed = score_of(torch.ones(copies["input_ids"].shape, dtype=torch.float64))[:3]
+    if not torch.allclose(undisturbed, score.detach().double(), rtol=1e-4, atol=1e-5):
+        raise ValueError("it was not compared: it gives another score when nothing is disturbed")
+    expected, smooth, largest = differences(score_of, step, tolerance)
     if smooth.double().mean() < 0.5:
-        raise ValueError("it was not compared: its score jumps at half of the tokens (experts, codes)")
-    held(
-        "the gradient",
-        got[smooth],
-        expected[smooth],
-        rtol=5e-2,
-        atol=5e-2 * float(expected.abs().max()) + 1e-9,
-    )
+        raise ValueError(
+            "it was not compared: at half of the tokens differences of its score depend on the step "
+            "(experts, codes)"
+        )
+    expected = expected.masked_fill(mask == 0, 0.0)
+    held("the gradient", got[smooth], expected[smooth], rtol=0.0, atol=tolerance * largest + 1e-9)
 
 
 # All of it ---------------------------------------------------------------------------------------------
@@ -341,7 +405,7 @@ def check_gradient(model: Any, inputs: dict[str, Tensor], source: str) -> None:
 
 def tried(model: Any, source: str) -> str:
     """``EQUAL``, or why the source is refused."""
-    if source.startswith("gradient"):
+    if source in GRADIENTS:
         return verdict(model, lambda inputs: check_gradient(model, inputs, source))
     check = {"attention": check_attention, "columns": check_columns}.get(
         source, lambda *args, **options: check_rollout(*args, source, **options)
@@ -356,7 +420,7 @@ def tried(model: Any, source: str) -> str:
 
 
 def verdict(model: Any, check: Callable[[dict[str, Tensor]], None]) -> str:
-    for padding in ("none", "left", "right"):
+    for padding in PADDINGS:
         try:
             check(batch(padding, model))
         except Differs as error:
@@ -366,14 +430,17 @@ def verdict(model: Any, check: Callable[[dict[str, Tensor]], None]) -> str:
     return EQUAL
 
 
-def in_float64(model: Any) -> None:
+def in_float64(model: Any, paddings: Iterable[str]) -> None:
     """Where its forward can do that: differences lose digits."""
     experts = getattr(model.config, "_experts_implementation", None)
     model.double().set_experts_implementation("eager")  # others know no float64
     try:
         with torch.no_grad():
-            model(**batch("none", model))
+            logits = [model(**batch(padding, model)).logits for padding in paddings]
+        fits = all(x.isfinite().all() for x in logits)  # a mask may overflow
     except Exception:
+        fits = False
+    if not fits:
         model.float().set_experts_implementation(experts)
 
 
@@ -384,8 +451,8 @@ def reason(message: str) -> str:
     return re.sub(r"[\d.e-]+ of head \d+'s attention is elsewhere, at most [\d.e-]+ is rounding", "", message)
 
 
-def sweep(name: str) -> dict[str, str]:
-    """A verdict for every source, or ``{"model": "not built: …"}``."""
+def sweep(name: str, sources: Iterable[str] = SOURCES) -> dict[str, str]:
+    """A verdict for each source, or ``{"model": "not built: …"}``."""
     try:
         model = zoo.build(name)
         sharpen(model)
@@ -396,14 +463,24 @@ def sweep(name: str) -> dict[str, str]:
     except Exception as error:
         return {"model": f"not built: {type(error).__name__}: {str(error).splitlines()[0][:100]}"}
     found = {}
-    for source in SOURCES:
-        if source == "gradient_value":
-            in_float64(model)
+    for source in sources:
+        if source in GRADIENTS:
+            in_float64(model, PADDINGS if source == "relevance" else ("none",))
         try:
             found[source] = tried(model, source)
         except Exception as error:
             found[source] = f"differs: {type(error).__name__}: {error}"
     return found
+
+
+def known_of(results: Path) -> dict[str, dict[str, str]]:
+    """What was found of each class; what was found later counts."""
+    known: dict[str, dict[str, str]] = {}
+    for line in results.read_text().splitlines() if results.exists() else ():
+        name, found = json.loads(line)
+        built = {} if "model" in known.get(name, {"model": ""}) else known[name]
+        known[name] = found if "model" in found else built | found
+    return known
 
 
 def main() -> None:
@@ -416,17 +493,17 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    known = {}
-    if given.results.exists():
-        known = dict(json.loads(line) for line in given.results.read_text().splitlines())
+    known = known_of(given.results)
     if given.table:
         TABLE.write_text(table(known))
         return
     part, of = (int(x) for x in given.part.split("/"))
     for name in given.only or list(zoo.classes())[part - 1 :: of]:
-        if name in known and not given.only:
+        tried_already = {} if given.only else known.get(name, {})
+        wanted = [source for source in SOURCES if source not in tried_already]
+        if "model" in tried_already or not wanted:
             continue
-        found = sweep(name)
+        found = sweep(name, wanted)
         given.results.parent.mkdir(parents=True, exist_ok=True)
         with given.results.open("a") as file:
             file.write(json.dumps([name, found]) + "\n")
@@ -448,7 +525,14 @@ left, padded right. **equal** is equal to the same model:
 - *rollout*: those of all layers, and what each head moves, to what a layer gives when the others are silent;
 - *signed*: the rows of all layers;
 - *value*, *embedding*: gradient × value of the first layer, × embedding, to differences of the score, within
-  5% of the largest.
+  5% of the largest;
+- *relevance*: to differences of the score by factors on the hidden states that enter the layer, within 1% of
+  the largest, where attention weights and what norms divide by stay those of the undisturbed run. Weights are
+  what the attention function gives of values that are one where the key is and zero elsewhere; what norms
+  divide by is found among the operations that run: layer norms, and roots and norms of one number per token.
+
+Differences are compared where they do not depend on the step, at half of the tokens at least: elsewhere other
+experts are chosen. Those of *value* and *embedding* are compared without padding.
 
 Numbers are reasons, of refusal mostly, below the table. **equal\\*** is equal to what eager attention does,
 where it reports something else (it leaves the sinks out).
@@ -461,7 +545,10 @@ def general(text: str) -> str:
     """A reason without the names of the model at hand."""
     text = text.removeprefix("refused: ").removeprefix("source: ").removeprefix("model: ")
     text = re.sub(r"^'\w+' takes it", "the source takes it", text)
-    return re.sub(r"\b(?!Attention(Interface|Inputs))([A-Z]\w*[a-z]\w*[A-Z]\w*|[A-Z]\w+Model)", "it", text)
+    text = re.sub(r"carries \[[\d, ]+\], not one", "carries no one", text)
+    return re.sub(
+        r"\b(?!Attention(Interface|Inputs))([A-Z]\w*[a-z]\w*[A-Z]\w*|[A-Z]\w+(Model|Attention))", "it", text
+    )
 
 
 def cells(found: dict[str, str]) -> list[str]:
@@ -474,7 +561,11 @@ def table(known: dict[str, dict[str, str]]) -> str:
     counts = Counter(cell for row in built.values() for cell in row if not cell.startswith("equal"))
     numbers = {text: str(n) for n, (text, _) in enumerate(counts.most_common(), 1)}
     lines = [HEADER.format(version=transformers.__version__, count=len(known))]
-    lines += ["", "| class | attention | columns | rollout | signed | value | embedding |", "|---" * 7 + "|"]
+    lines += [
+        "",
+        "| class | attention | columns | rollout | signed | value | embedding | relevance |",
+        "|---" * 8 + "|",
+    ]
     lines += [
         f"| {name} | {' | '.join(numbers.get(cell, cell) for cell in row)} |" for name, row in built.items()
     ]
@@ -503,12 +594,12 @@ def sentence(text: str) -> str:
     """What docs/tap.md says of the table."""
     version = re.findall(r"class of transformers ([\w.]+):", text)[0]
     found = re.findall(r"^\| \*\*equal, of (.*) \|$", text, re.M)[0]
-    built, row, columns, rollout, _, value, embedding = re.findall(r"\d+", found)
+    built, row, columns, rollout, _, value, embedding, relevance = re.findall(r"\d+", found)
     return (
         f"Of the {built} causal and sequence-classification classes of transformers {version} that could be "
         f"built small, {row} have a row equal to eager attention's, {columns} all rows, {rollout} a rollout, "
-        f"{value} gradient × value and {embedding} gradient × embedding; the table has the reason of every "
-        "other, and none differs ([the table](models.md))."
+        f"{value} gradient × value, {embedding} gradient × embedding and {relevance} relevance; the table "
+        "has the reason of every other, and none differs ([the table](models.md))."
     )
 
 

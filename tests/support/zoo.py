@@ -41,13 +41,14 @@ SIZES: list[tuple[str, int]] = [
     (r"q_lora_rank|index_\w*dim", 16),
     (r"qk_rope_head_dim|rotary_dim", 4),
     (r"qk_nope_head_dim|v_head_dim|\w*head_dim|d_kv|attention_head_size", WIDTH),
-    (r"\w*(intermediate_size|ffn_dim|d_ff|ffn_hidden_size|n_inner|mlp_dim|feed_forward_proj_dim)", 48),
+    (r"\w*(intermediate_size|ffn_dim|d_?ff|ffn_hidden_size|n_inner|mlp_dim|feed_forward_proj_dim)", 48),
     (
         r"hidden_size|d_model|n_embd|dim|embed_dim|emb_dim|embedding_size|word_embed_proj_dim|lru_width",
         HIDDEN,
     ),
     (r"\w*(sliding_window|attention_window|local_attention|window_size)", 6),
     (r"attention_chunk_size", 6),
+    (r"(mamba_)?chunk_size", 8),
 ]
 """What one field of a config becomes; fields that are not set, or no whole numbers, stay."""
 
@@ -74,6 +75,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": 64},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    "perceiver": {"d_latents": HIDDEN, "num_latents": 8, "num_self_attends_per_block": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
 }
 """What single kinds of model need besides, by model type."""

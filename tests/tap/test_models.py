@@ -7,6 +7,8 @@ import re
 import pytest
 import transformers
 
+from attnshape.tap import AttentionTap
+from attnshape.tap.relevance import FixedNorms
 from tests.model_sweep import ROOT, SOURCES, TABLE, cells, sentence, sweep
 from tests.support import zoo
 
@@ -56,3 +58,14 @@ def test_the_table_has_every_class():
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_sample_of_the_table(name):
     assert cells(sweep(name)) == [REASONS.get(cell, cell) for cell in ROWS[name]]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", ["norms", "attention"])
+def test_the_sweep_sees_what_relevance_does_not_hold_fixed(part, monkeypatch):
+    if part == "norms":
+        monkeypatch.setattr(FixedNorms, "open", lambda self: setattr(self, "seen", 1))
+    else:
+        own = AttentionTap.on_attention
+        monkeypatch.setattr(AttentionTap, "on_attention", lambda *args: own(*args) and args[3:])
+    assert sweep("LlamaForCausalLM", ["relevance"])["relevance"].startswith("differs: the gradient")
