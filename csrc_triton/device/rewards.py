@@ -135,7 +135,7 @@ def chunk_facts(row, attended, job, i_c, mean: tl.constexpr, rules: tl.constexpr
     place = row.place
     j = i_c * rules.CHUNK + tl.arange(0, rules.CHUNK)
     outside = 0
-    if SOURCE == "groups" or SOURCE == "terms":
+    if SOURCE == "groups":
         p_credit = job.out.p_credit + place.lo
         _, made, outside = attention_at(attended, job.response, place, p_credit, j, mean, SOURCE)
         tl.store(p_credit + j, made, mask=j < place.length)

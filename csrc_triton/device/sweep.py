@@ -20,7 +20,6 @@ from csrc_triton.device.advantages import (
     LAST,
     MASS,
     NONFINITE_OUTPUT,
-    OUTSIDE,
     SECOND_MOMENT,
     SPREAD,
     carried,
@@ -278,15 +277,12 @@ def chunks_to_shape(facts, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def share_facts(
-    row, attended, board, job, i_c, mean: tl.constexpr, rules: tl.constexpr, SOURCE: tl.constexpr
-):
+def share_facts(row, board, job, i_c, rules: tl.constexpr, SOURCE: tl.constexpr):
     """The first task of a chunk: its facts, for all programs of the row."""
-    count, last, mass, off = chunk_facts(row, attended, job, i_c, mean, rules, SOURCE)
+    count, last, mass, _ = chunk_facts(row, None, job, i_c, None, rules, SOURCE)
     tl.store(board.p_doubles + MASS * board.slots + i_c, mass.to(tl.float64))
     tl.store(board.p_ints + COUNT * board.slots + i_c, count)
     tl.store(board.p_ints + LAST * board.slots + i_c, last)
-    tl.store(board.p_ints + OUTSIDE * board.slots + i_c, row.outside | off)
     arrive(board.p_made)
 
 
@@ -296,7 +292,6 @@ def shared_facts(row, board, n_chunks):
     wait_for(board.p_made + only, only == 0, n_chunks)
     count = 0
     last = -1
-    outside = 0
     masses = tl.zeros([LANES], tl.float64)
     for start in range(0, n_chunks, AT_ONCE):
         o_c = start + tl.arange(0, AT_ONCE)
@@ -304,12 +299,10 @@ def shared_facts(row, board, n_chunks):
         p_ints = board.p_ints + o_c
         counts = tl.load(p_ints + COUNT * board.slots, mask=there, other=0, cache_modifier=".cg")
         latest = tl.load(p_ints + LAST * board.slots, mask=there, other=-1, cache_modifier=".cg")
-        off = tl.load(p_ints + OUTSIDE * board.slots, mask=there, other=0, cache_modifier=".cg")
         masses = add_lanes(masses, board.p_doubles + MASS * board.slots, start, n_chunks)
         count += tl.sum(counts)
         last = tl.maximum(last, tl.max(latest))
-        outside |= tl.max(off)
-    return facts_of_row(row, count, last, sum_of(masses), outside)
+    return facts_of_row(row, count, last, sum_of(masses), row.outside)
 
 
 @triton.jit
