@@ -237,9 +237,14 @@ def _sweep(job: dict[str, Any], source: Literal["weights"] | None) -> None:
     n_tasks, chunks_per_row = chunks_of(response)
     longest = ceil_div(response.width, attention.CHUNK)
     alone, count = rules.WIDE and not rules.TWO_RECURRENCES, processors(device)
+    chunked = in_chunks(batch, longest, n_tasks, count, alone)
     options = registers(255 if rules.TWO_RECURRENCES else REGISTERS)
-    if not in_chunks(batch, longest, n_tasks, count, alone):
-        launch(ROWS, batch, options | warps_of(batch, count, alone), **job, SOURCE=source)
+    options |= warps_of(2 * n_tasks if chunked else batch, count, alone)
+    # A warp alone has no registers for it.
+    ahead = options["num_warps"] > 1 and longest > 1
+    job["rules"] = rules._replace(AHEAD=ahead)
+    if not chunked:
+        launch(ROWS, batch, options, **job, SOURCE=source)
         return
     leaders = batch if packed else 0
     grid = Grid(
@@ -250,9 +255,7 @@ def _sweep(job: dict[str, Any], source: Literal["weights"] | None) -> None:
         p_doubles=torch.empty(DOUBLES, n_tasks, dtype=torch.float64, device=device),
         p_ints=torch.empty(INTS, n_tasks, dtype=torch.int32, device=device),
     )
-    programs = 2 * n_tasks
-    options |= warps_of(programs, count, alone)
-    launch(CHUNKS, programs + leaders, options, **job, grid=grid, SOURCE=source)
+    launch(CHUNKS, 2 * n_tasks + leaders, options, **job, grid=grid, SOURCE=source)
 
 
 def in_chunks(batch: int, longest: int, n_chunks: int, processors: int, alone: bool = True) -> bool:
