@@ -8,6 +8,7 @@ on the tensors given (``csrc_triton.plan``). A call that computes more, or raise
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import operator
 from collections.abc import Callable
@@ -115,7 +116,7 @@ class Repeating:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not is_on_current_gpu(*args, *kwargs.values()) or kwargs.get("validate"):
             return self.function(*args, **kwargs)
-        if _kernels().launches_are_replaced():
+        if _kernels("launch").launches_are_replaced():
             return self.function(*args, **kwargs)
         try:
             layout = Layout(args, kwargs)
@@ -137,7 +138,7 @@ class Repeating:
     def _watched(
         self, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Known | str]:
-        kernels, filled = _kernels(), list[Tensor]()
+        kernels, filled = _kernels("plan"), list[Tensor]()
         with kernels.Watch(layout.own) as watch:
             result = self.function(*args, **kwargs)
         structure = structure_of(result, filled)
@@ -165,10 +166,8 @@ def is_on_current_gpu(first: Any = None, *_: Any) -> bool:
 
 
 @functools.cache
-def _kernels() -> Any:
-    from csrc_triton import plan  # triton is there on Linux only
-
-    return plan
+def _kernels(module: str) -> Any:
+    return importlib.import_module(f"csrc_triton.{module}")  # triton is there on Linux only
 
 
 def structure_of(x: Any, tensors: list[Tensor]) -> Callable[[list[Tensor]], Any]:

@@ -107,7 +107,7 @@ def estimate(case: Case, gpu: Gpu) -> Estimate:
         return _of_keys(case, gpu)
     s, transfer = case.shape, (case.read + case.written) / gpu.bandwidth
     if case.what in ("sweep", "gae"):
-        issue, serial = _swept(case, SWEPT[case.what], gpu, averaging=False)
+        issue, serial = _swept(case, SWEPT[case.what], gpu)
         return Estimate(1, transfer, issue, serial, 0.0, 0.0)
     if case.what == "column":
         # Every response query against the keys before it, then against those of the response once more.
@@ -117,17 +117,16 @@ def estimate(case: Case, gpu: Gpu) -> Estimate:
     return Estimate(2 if case.what == "whiten" else 1, transfer, 0.0, 0.0, 0.0, 0.0)
 
 
-def _swept(case: Case, codes: dict[int, Code], gpu: Gpu, averaging: bool) -> tuple[float, float]:
+def _swept(case: Case, codes: dict[int, Code], gpu: Gpu) -> tuple[float, float]:
     """Seconds to issue a sweep's instructions, and of its steps."""
     s = case.shape
     longest = ceil_div(s.response, CHUNK)
     n_chunks = sum(ceil_div(n, CHUNK) for n in s.lengths) if s.packed else s.batch * longest
     live = sum(ceil_div(n, CHUNK) for n in s.lengths) if s.lengths else n_chunks
-    more = AVERAGING if averaging else 0.0
-    alone = not averaging and not s.packed and s.response % 4 == 0
-    if not in_chunks(s.batch, longest, n_chunks, gpu.processors, averaging, alone):
+    alone = not s.packed and s.response % 4 == 0
+    if not in_chunks(s.batch, longest, n_chunks, gpu.processors, alone):
         code = codes[warps_of(s.batch, gpu.processors, alone)["num_warps"]]
-        step = STEP + more if code.warps > 1 else WARP_CYCLES * code.instructions / gpu.clock
+        step = STEP if code.warps > 1 else WARP_CYCLES * code.instructions / gpu.clock
         issue = issue_seconds(live, code, gpu)
         return issue, ceil_div(s.batch, code.programs * gpu.processors) * longest * step
     code = codes[warps_of(2 * n_chunks, gpu.processors, alone)["num_warps"]]
@@ -136,7 +135,7 @@ def _swept(case: Case, codes: dict[int, Code], gpu: Gpu, averaging: bool) -> tup
     # Facts, everybody's facts, the carry of a group, and of the groups before.
     chain = 3 * HANDOFF + COMPOSE * (GROUP + ceil_div(longest, GROUP))
     waves = ceil_div(2 * n_chunks, code.programs * gpu.processors)
-    return issue, waves * (SHARED_STEP + more / 2) + chain
+    return issue, waves * SHARED_STEP + chain
 
 
 def _of_keys(case: Case, gpu: Gpu) -> Estimate:
@@ -147,7 +146,7 @@ def _of_keys(case: Case, gpu: Gpu) -> Estimate:
     code = READ["terms" if two else case.what]
     keys = 32 if s.width * case.dtype.itemsize >= 512 else KEYS
     chunks = ceil_div(s.keys, keys)
-    split = chunks_per_program(s.batch * chunks * s.kv_heads, gpu.processors)
+    split = chunks_per_program(s.batch * s.kv_heads, chunks, gpu.processors)
     programs = s.batch * s.kv_heads * ceil_div(chunks, split)
     of_program = split * keys * s.width * case.dtype.itemsize
     # Terms that the cache does not keep are written, and read by whoever finishes.
@@ -169,7 +168,7 @@ def _of_keys(case: Case, gpu: Gpu) -> Estimate:
     if row:
         finish = ceil_div(s.batch * longest, at_once) * (AVERAGING + TRIP)
     else:
-        finish = max(_swept(case, SWEPT["sweep"], gpu, averaging=True))
+        finish = max(_swept(case, SWEPT["sweep"], gpu))
     return Estimate(2, transfer, issue, full * alone, last, HANDOFF + folds + finish)
 
 

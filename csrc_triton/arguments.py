@@ -65,13 +65,14 @@ class Layer(NamedTuple):
 class Left(NamedTuple):
     """What the programs that read keys leave to those that finish."""
 
-    p_partials: Any  # [slots, KEYS // FEW, Hq, 2]: the largest score, and the sum of the terms
-    p_factor: Any  # [slots, KEYS // FEW, Hq]: what makes of a term its share in the mean
-    p_terms: Any  # [term slots, Hq, KEYS]
+    p_partials: Any  # [Hq, slots, 2], of FEW keys: the largest score, and the sum of the terms
+    slots: Any
+    p_heads: Any  # [B, Hq, 2]: the score that those of the row are relative to, and the share of its term
+    p_scores: Any  # [score slots, Hq, KEYS]
     p_groups: Any  # [Hkv, tokens], each key head's share of the mean at the response tokens; None: not made
-    slots_per_row: Any
-    p_term_cu: Any
-    term_slots_per_row: Any
+    slots_per_row: Any  # of KEYS
+    p_score_cu: Any
+    score_slots_per_row: Any
 
 
 class Inputs(NamedTuple):
@@ -239,13 +240,13 @@ class Product(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """How terms become a mean over heads, and of which keys they are."""
+    """How scores become a mean over heads, and of which keys they are."""
 
     CAUSAL: bool
     G: int
-    H: int  # heads added at once
+    H: int  # heads read at once
     KEYS: int  # of a chunk
-    TERM_SPARE: int
+    SPARE: int  # slots of scores of a packed row, to round up
     ADD: bool = False  # whether other layers' mean is there already
 
 
@@ -254,6 +255,7 @@ class Rules(NamedTuple):
 
     CHUNK: int  # tokens
     WIDE: bool = False  # whether rows begin at multiples of 4 tokens and 16 bytes of float32, and so end
+    AHEAD: bool = False  # whether the next chunk is read before this one is shaped
     CREDIT: str | None = None  # None: nothing is redistributed
     EVEN: bool = False  # whether the score is every token's, and what credit does not spread lies evenly
     NORMALIZATION: str = "none"

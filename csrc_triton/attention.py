@@ -37,11 +37,11 @@ def attend_kernel(
 ):  # fmt: skip
     """A split of one row's keys for one key head. The last program of a row finishes it.
 
-    ``FINISH``: ``terms`` are left to another launch; their ``mean`` is the result; or it is credit, and the
+    ``FINISH``: ``scores`` are left to another launch; their ``mean`` is the result; or it is credit, and the
     row is to ``shape``.
     """
     i_p = tl.program_id(0)
-    if (FINISH != "terms") and (response.p_cu is not None):  # noqa: SIM102
+    if (FINISH != "scores") and (response.p_cu is not None):  # noqa: SIM102
         if i_p == grid.n_tasks + grid.n_leaders:
             fill_gaps(response, out, rules.CHUNK)
             return
@@ -52,6 +52,10 @@ def attend_kernel(
     attended = Attended(axis, layer, left, keys, slots)
     finishing = (i_p >= grid.n_tasks) & (keys.whole == 0)
 
+    if (inputs.p_row_status is not None) and (FINISH != "shape") and not mean.ADD:  # noqa: SIM102
+        # The first layer: no row has been found out of range.
+        if finishing | (keys.whole & (i_part == 0) & (i_h == 0)):
+            tl.store(inputs.p_row_status + keys.row, 0)
     n_splits = tl.maximum((keys.n_chunks + grid.split - 1) // grid.split, 1)
     if keys.whole & (i_part >= 0) & (i_part < n_splits):
         heads = heads_of(layer, i_h, product)
@@ -61,14 +65,14 @@ def attend_kernel(
         if arrive(p_arrived + i_h) == n_splits - 1:
             tl.store(p_arrived + i_h, 0)
             fold_partials(attended, heads, mean.KEYS, product.FOLD)
-            if FINISH != "terms":
+            if FINISH != "scores":
                 tl.debug_barrier()
-                leave_group(attended, response, place_of_row(response, i_b), i_h, mean, rules.CHUNK)
+                leave_group(attended, response, place_of_row(response, i_b), i_h, mean, 2 * rules.CHUNK)
                 finishing = arrive(p_arrived + layer.kv_heads) == layer.kv_heads - 1
                 if finishing:
                     tl.store(p_arrived + layer.kv_heads, 0)
 
-    if FINISH != "terms":  # noqa: SIM102
+    if FINISH != "scores":  # noqa: SIM102
         if finishing:
             place = place_of_row(response, i_b)
             if FINISH == "mean":
@@ -113,7 +117,7 @@ def chunks_of_split(attended, heads, i_part, split, ONLY_KEPT: tl.constexpr):
 
 @triton.jit
 def means_kernel(axis, layer, left, response, inputs, out, grid, mean: tl.constexpr, rules: tl.constexpr):
-    """A chunk of a row's tokens: the mean over heads of the terms that another launch left."""
+    """A chunk of a row's tokens: the mean over heads of the scores that another launch left."""
     i_p = tl.program_id(0)
     if response.p_cu is not None:  # noqa: SIM102
         if i_p == grid.n_tasks + grid.n_leaders:
@@ -132,7 +136,7 @@ def means_kernel(axis, layer, left, response, inputs, out, grid, mean: tl.conste
     lost = leading & (place.whole == 0)
     stop = tl.where(owned, begin + 1, tl.where(lost, n_chunks, 0))
     p_bad = inputs.p_row_status
-    store_means(attended, response, place, out.p_credit, p_bad, begin, stop, mean, "terms", rules.CHUNK)
+    store_means(attended, response, place, out.p_credit, p_bad, begin, stop, mean, "scores", rules.CHUNK)
 
 
 @triton.jit

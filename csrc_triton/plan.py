@@ -25,7 +25,6 @@ ALIGNED = 256
 NUMBER = "settings", "kl_coef"
 """The argument that may be another number in each call."""
 
-LAUNCH = Launcher.__call__
 aten = torch.ops.aten
 EMPTY = (
     aten.empty.memory_format,
@@ -34,11 +33,6 @@ EMPTY = (
     aten.new_empty.default,
 )
 ZEROS = (aten.zeros.default, aten.zeros_like.default)
-
-
-def launches_are_replaced() -> bool:
-    """Whether somebody looks at launches one by one, as benchmarks do: none may be repeated then."""
-    return Launcher.__call__ is not LAUNCH
 
 
 class Source(NamedTuple):

@@ -1,4 +1,4 @@
-"""Kernels from credit, or from what was left of the keys, to rewards, advantages and returns."""
+"""Kernels from credit to rewards, advantages and returns."""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # mypy: disable-error-code=union-attr
 
@@ -8,36 +8,25 @@ import triton
 import triton.language as tl
 
 from csrc_triton.device.advantages import Board
-from csrc_triton.device.attention import Attended, slots_of_row
-from csrc_triton.device.layout import keys_of_row, place_of_row, row_of_slot, slot_base
+from csrc_triton.device.layout import place_of_row, row_of_slot, slot_base
 from csrc_triton.device.rewards import Job, row_at
 from csrc_triton.device.sweep import fill_gaps, shape_chunk, shape_row, share_facts
 
 
 @triton.jit
-def rows_kernel(
-    axis, layer, left, response, inputs, settings, out,
-    mean: tl.constexpr, rules: tl.constexpr, SOURCE: tl.constexpr,
-):  # fmt: skip
-    """A whole row. ``SOURCE`` of its credit: weights, or the terms that another launch left, or None."""
+def rows_kernel(response, inputs, settings, out, rules: tl.constexpr, SOURCE: tl.constexpr):
+    """A whole row. ``SOURCE`` of its credit: ``weights``, or None where nothing is read."""
     i_b = tl.program_id(0)
     if response.p_cu is not None:  # noqa: SIM102
         if i_b == response.n_rows:
             fill_gaps(response, out, rules.CHUNK)
             return
-    attended = None
-    if SOURCE == "terms":
-        keys = keys_of_row(axis, i_b, mean.CAUSAL, mean.KEYS)
-        attended = Attended(axis, layer, left, keys, slots_of_row(axis, left, response, keys, i_b, mean))
     row = row_at(place_of_row(response, i_b), inputs, settings)
-    shape_row(row, attended, Job(response, inputs, out), mean, rules, SOURCE)
+    shape_row(row, None, Job(response, inputs, out), None, rules, SOURCE)
 
 
 @triton.jit
-def chunks_kernel(
-    axis, layer, left, response, inputs, settings, out, grid,
-    mean: tl.constexpr, rules: tl.constexpr, SOURCE: tl.constexpr,
-):  # fmt: skip
+def chunks_kernel(response, inputs, settings, out, grid, rules: tl.constexpr, SOURCE: tl.constexpr):
     """A task of a chunk of a row that other programs share: its facts, or with everybody's the rest.
 
     Tasks are taken in order, so whoever waits for an earlier one waits for a program that runs.
@@ -58,10 +47,6 @@ def chunks_kernel(
     i_b, i_c = row_of_slot(i_slot, response.p_cu, response.n_rows, grid.chunks_per_row, rules.CHUNK)
     i_b = tl.where(leading, i_p - n_programs, i_b).to(tl.int32)
     i_c = i_c.to(tl.int32)
-    attended = None
-    if SOURCE == "terms":
-        keys = keys_of_row(axis, i_b, mean.CAUSAL, mean.KEYS)
-        attended = Attended(axis, layer, left, keys, slots_of_row(axis, left, response, keys, i_b, mean))
     job = Job(response, inputs, out)
     row = row_at(place_of_row(response, i_b), inputs, settings)
     n_chunks = tl.maximum((row.place.length + rules.CHUNK - 1) // rules.CHUNK, 1)
@@ -72,10 +57,10 @@ def chunks_kernel(
     p_made = grid.p_counters + 1 + 2 * row.place.row
     board = Board(grid.p_doubles + slot, grid.p_ints + slot, grid.n_tasks, p_flags + slot, p_made, p_made + 1)
     if owned & sharing:
-        share_facts(row, attended, board, job, i_c, mean, rules, SOURCE)
+        share_facts(row, board, job, i_c, rules, SOURCE)
     if owned & (sharing == 0):
         shape_chunk(row, board, job, i_c, n_chunks, rules)
     if response.p_cu is not None:  # noqa: SIM102
         if leading & row.lost:
             # A row that does not own its tokens becomes NaN, whatever its weights are.
-            shape_row(row, attended, job, mean, rules, "weights" if SOURCE == "terms" else SOURCE)
+            shape_row(row, None, job, None, rules, SOURCE)

@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -120,7 +121,24 @@ def test_the_oldest_layout_is_forgotten(adding: Launcher, monkeypatch: pytest.Mo
     assert not repeating.known
 
 
-ONE = torch.ones(4)
+def test_calls_are_repeated_once_nobody_looks_at_launches(
+    adding: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever looked had the first call of the process too."""
+    called, watched = [], []
+    repeating = Repeating(twice_of(adding, then=lambda: called.append(1)))
+    plans._kernels.cache_clear()
+    monkeypatch.delitem(sys.modules, "csrc_triton.plan")
+    with monkeypatch.context() as patch:
+        start = Launcher.__call__
+        patch.setattr(Launcher, "__call__", lambda *args, **x: (watched.append(1), start(*args, **x)))
+        for _ in range(4):
+            repeating(torch.ones(4))
+    assert len(called) == len(watched) == 4
+    for _ in range(4):
+        assert repeating(torch.ones(4)).twice.tolist() == [2] * 4
+    assert len(called) == 6
+    plans._kernels.cache_clear()
 
 
 ONE = torch.ones(4)

@@ -54,9 +54,9 @@ def paths() -> Iterator[Path]:
     yield Path("credit", Case("credit", Shape(3, 200, 300, **HEADS)))
     yield Path("a row of attention", Case("row", Shape(3, 200, 300, **HEADS)))
     yield Path("a row of attention, long", Case("row", Shape(2, 100, 2600, **HEADS)))
-    yield Path("terms, then programs share a row", Case("fused", Shape(2, 2600, 3000, **HEADS)))
+    yield Path("scores, then programs share a row", Case("fused", Shape(2, 2600, 3000, **HEADS)))
     yield Path(
-        "terms, then a program sweeps a row", Case("credit", Shape(600, 2100, 2200, heads=2, kv_heads=1))
+        "scores, then a program sweeps a row", Case("credit", Shape(600, 2100, 2200, heads=2, kv_heads=1))
     )
     yield Path("whitening", Case("whiten", Shape(30, 701)))
     yield Path("columns", Case("column", Shape(2, 200, 300, **HEADS)))

@@ -47,27 +47,35 @@ def product(**choices: Sequence[Any]) -> list[dict[str, Any]]:
 
 def rounds() -> Iterator[Round]:
     read = [Case("fused", ATTENTION[0]), Case("fused", ATTENTION[1]), Case("credit", ATTENTION[2])]
+    tiles = [(64, 4), (64, 3), (64, 5), (32, 4), (32, 6), (128, 3), (128, 2)]
     yield Round(
         "keys",
-        product(attention__KEYS=(64, 32, 128), attention__STAGES=(4, 3, 5), attention__WARPS=(4, 8)),
+        [
+            {"attention.KEYS": keys, "attention.STAGES": stages, "attention.WARPS": warps}
+            for warps in (4, 8)
+            for keys, stages in tiles
+        ],
         read[:2],
     )
-    grids = product(
-        attention__PROGRAMS=(8, 4, 16), attention__MOST_SPLIT=(16, 64), attention__REGISTERS=(168, 128, 255)
-    )
+    grids = [
+        {"attention.REGISTERS": registers, "attention.PROGRAMS": programs, "attention.MOST_SPLIT": split}
+        for registers, programs in ((128, 4), (168, 3), (96, 5))
+        for split in (16, 4, 8, 32, 64)
+    ]
     yield Round("grid", grids, read)
     sweeps = [Case(what, shape) for what in ("sweep", "gae") for shape in SWEEPS]
     sweeps += [Case("sweep", shape) for shape in LONG]
-    settings = product(attention__CHUNK=(512, 256, 1024), rewards__REGISTERS=(168, 128, 96))
-    yield Round("sweep", settings, sweeps)
-    yield Round("warps", product(rewards__FILLED=(6, 0, 1 << 20)), sweeps)
+    yield Round("sweep", product(rewards__REGISTERS=(168, 144, 128, 96)), sweeps)
+    yield Round("warps", product(rewards__FILLED=(6, 0, 1 << 20), rewards__WARPS=(4, 2, 8)), sweeps)
     whitening = product(whiten__BLOCK=(2048, 1024, 4096), whiten__PROGRAMS=(8, 4, 16))
     yield Round("whitening", whitening, [Case("whiten", SWEEPS[0]), Case("whiten", SWEEPS[1])])
-    yield Round("small", product(attention__PROGRAMS=(8, 4, 2)), [Case("fused", SMALL)])
+    yield Round(
+        "small", product(attention__MOST_SPLIT=(16, 1, 2), attention__WARPS=(4, 8)), [Case("fused", SMALL)]
+    )
     widths = (512, 1024, 2048, 4096, 8192)
     fused = [Case("fused", Shape(batch, n, 2 * n)) for batch in (8, 64) for n in widths]
     yield Round("one launch", product(attention__ONE_LAUNCH=(1 << 30, 0)), fused)
-    rows = [Shape(b, n) for b in (1, 32, 132, 396, 1024) for n in (1024, 4096, 16384)]
+    rows = [Shape(b, n) for b in (1, 32, 132, 512, 1024, 2048) for n in (1024, 4096, 16384)]
     ways = product(rewards__in_chunks=(always, never))
     yield Round("steps", ways, [Case("sweep", shape) for shape in rows])
 

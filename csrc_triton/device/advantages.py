@@ -32,10 +32,9 @@ DOUBLES = 13
 # int32
 COUNT = tl.constexpr(0)
 LAST = tl.constexpr(1)
-OUTSIDE = tl.constexpr(2)
-COUNT_SHAPED = tl.constexpr(3)
-NONFINITE_OUTPUT = tl.constexpr(4)
-INTS = 5
+COUNT_SHAPED = tl.constexpr(2)
+NONFINITE_OUTPUT = tl.constexpr(3)
+INTS = 4
 FLAGS = tl.constexpr(4)
 """Per recurrence: chunks, and groups, whose aggregates are there."""
 

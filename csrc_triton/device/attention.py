@@ -27,8 +27,8 @@ class Slots(NamedTuple):
     """Where what the programs of a row leave to each other lies."""
 
     first: Any  # of the row's first chunk
-    term: Any  # of its first kept chunk
-    kept: Any  # the first chunk whose terms are kept
+    score: Any  # of its first kept chunk
+    kept: Any  # the first chunk whose scores are kept
     n_kept: Any  # how many may be
 
 
@@ -55,18 +55,20 @@ class Attended(NamedTuple):
 @triton.jit
 def slots_of_row(axis, left, response, keys, i_b, mean: tl.constexpr):
     first = slot_base(axis.p_cu, i_b, left.slots_per_row, 1, mean.KEYS)
-    spare = mean.TERM_SPARE
-    term = slot_base(left.p_term_cu, i_b, left.term_slots_per_row, spare, mean.KEYS)
-    n_kept = slot_base(left.p_term_cu, i_b + 1, left.term_slots_per_row, spare, mean.KEYS) - term
+    spare = mean.SPARE
+    score = slot_base(left.p_score_cu, i_b, left.score_slots_per_row, spare, mean.KEYS)
+    n_kept = slot_base(left.p_score_cu, i_b + 1, left.score_slots_per_row, spare, mean.KEYS) - score
     kept = keys.first * 0
+    # A row that does not own its tokens does not own slots either.
+    whole = keys.whole
     if response.p_cu is not None:
-        # A row that does not own its tokens does not own slots either.
-        whole = bounds_of_row(response.p_cu, response.n_rows, response.width, i_b).whole
-        n_kept = tl.where(whole, n_kept, 0)
+        whole = whole & bounds_of_row(response.p_cu, response.n_rows, response.width, i_b).whole
+    n_kept = tl.where(whole, n_kept, 0)
+    score = tl.where(whole, score, 0)
     if response.p_start is not None:
         start = tl.load(response.p_start + i_b).to(tl.int64)
         kept = tl.maximum(start - keys.first, 0) // mean.KEYS
-    return Slots(first, term, kept, n_kept)
+    return Slots(first, score, kept, n_kept)
 
 
 @triton.jit
@@ -181,18 +183,17 @@ def add_product(
 
 
 @triton.jit
-def softmax_partial(scores, visible):
-    """Per FEW keys and head the largest visible score and the sum of ``exp2(score - largest)``; its terms.
+def softmax_partial(scores):
+    """Per FEW keys and head the largest score and the sum of ``exp2(score - largest)``: [N / FEW, M].
 
-    [N / FEW, M] and [N, M]. So few keys lie in one warp, which then waits for no other.
+    So few keys lie in one warp, which then waits for no other.
     """
     N: tl.constexpr = scores.shape[0]
     M: tl.constexpr = scores.shape[1]
-    scores = tl.reshape(tl.where(visible[:, None], scores, -INF), [N // FEW, FEW, M])
-    seen = tl.reshape(tl.broadcast_to(visible[:, None], [N, M]), [N // FEW, FEW, M])
+    scores = tl.reshape(scores, [N // FEW, FEW, M])
     largest = tl.max(scores, axis=1)
-    terms = tl.where(seen, tl.exp2(scores - finite_reference(largest)[:, None, :]), 0.0)
-    return largest, tl.sum(terms, axis=1), tl.reshape(terms, [N, M])
+    terms = tl.exp2(scores - finite_reference(largest)[:, None, :])
+    return largest, tl.sum(terms, axis=1)
 
 
 @triton.jit
@@ -203,7 +204,7 @@ def finite_reference(largest):
 
 @triton.jit
 def attend(attended, heads, begin, stop, product: tl.constexpr, CHUNK: tl.constexpr):
-    """Softmax partials of the chunks from ``begin`` to ``stop``, and the terms of those that are kept."""
+    """Softmax partials of the chunks from ``begin`` to ``stop``, and the scores of those that are kept."""
     layer = attended.layer
     left = attended.left
     keys = attended.keys
@@ -231,51 +232,61 @@ def attend(attended, heads, begin, stop, product: tl.constexpr, CHUNK: tl.conste
             added = mask_values(attended, o_h[None, :], i[:, None], visible[:, None] & m_h[None, :])
             # -inf hides a key, whatever its score.
             scores = tl.where(added == -INF, -INF, scores + added * LOG2E)
-        largest, sums, found = softmax_partial(scores, visible)
-        at = (slot * (CHUNK // FEW) + tl.arange(0, CHUNK // FEW))[:, None] * heads.n + o_h[None, :]
-        p_partial = left.p_partials + (at[:, :, None] * 2 + tl.arange(0, 2)[None, None, :])
+        scores = tl.where(visible[:, None], scores, -INF)
+        largest, sums = softmax_partial(scores)
+        few = slot * (CHUNK // FEW) + tl.arange(0, CHUNK // FEW)
+        p_partial = partials_of_head(left, o_h)[None, :] + few[:, None] * 2
+        p_partial = p_partial[:, :, None] + tl.arange(0, 2)[None, None, :]
         tl.store(p_partial, tl.join(largest, sums), mask=m_h[None, :, None])
         kept = (i_c >= slots.kept) & (i_c - slots.kept < slots.n_kept)
-        p_kept = left.p_terms + (slots.term + i_c - slots.kept) * heads.n * CHUNK
-        tl.store(p_kept + (o_h[None, :] * CHUNK + o_n[:, None]), found, mask=m_h[None, :] & kept)
+        p_kept = left.p_scores + (slots.score + i_c - slots.kept) * heads.n * CHUNK
+        tl.store(p_kept + (o_h[None, :] * CHUNK + o_n[:, None]), scores, mask=m_h[None, :] & kept)
+
+
+@triton.jit
+def partials_of_head(left, o_h):
+    return tl.multiple_of(left.p_partials, 16) + o_h.to(tl.int64) * left.slots * 2
 
 
 @triton.jit
 def fold_partials(attended, heads, CHUNK: tl.constexpr, FOLD: tl.constexpr):
-    """Stores, per FEW keys and head, what makes of a term its share in the mean over heads."""
+    """Stores, per head, what makes of a score its share in the mean over heads."""
     layer = attended.layer
-    p_partials = attended.left.p_partials
-    slot = attended.slots.first * (CHUNK // FEW)
-    n = attended.keys.n_chunks * (CHUNK // FEW)
+    left = attended.left
     sink = tl.full([heads.o_h.shape[0]], -INF, tl.float32)
     if layer.p_sinks is not None:
         sink = tl.load(layer.p_sinks + heads.o_h, mask=heads.m_h, other=0.0).to(tl.float32) * LOG2E
     if layer.p_lse is None:
+        n = attended.keys.n_chunks * (CHUNK // FEW)
+        # A head that is not there reads the first one's: no load depends on a condition of its own.
+        p_head = partials_of_head(left, tl.where(heads.m_h, heads.o_h, heads.i_h))
+        p_head += attended.slots.first * (CHUNK // FEW) * 2
         highest = tl.full([heads.o_h.shape[0], FOLD], -INF, tl.float32)
-        for start in range(0, n, FOLD):
-            at, inside = partials_of(slot, start, n, heads, FOLD)
-            chunk = tl.load(p_partials + at * 2, mask=inside, other=-INF, cache_modifier=".cg")
-            highest = tl.maximum(highest, chunk)
-        largest = tl.maximum(sink, tl.max(highest, axis=1))
-        reference = finite_reference(largest)
         terms = tl.zeros([heads.o_h.shape[0], FOLD], tl.float32)
         for start in range(0, n, FOLD):
-            at, inside = partials_of(slot, start, n, heads, FOLD)
-            chunk = tl.load(p_partials + at * 2, mask=inside, other=-INF, cache_modifier=".cg")
-            sums = tl.load(p_partials + at * 2 + 1, mask=inside, other=0.0, cache_modifier=".cg")
-            terms += sums * chunk_factor(chunk, reference)
-        total = tl.exp2(sink - reference) + tl.sum(terms, axis=1)
+            o_f = start + tl.arange(0, FOLD)
+            p_few = p_head[:, None] + tl.minimum(o_f, n - 1)[None, :] * 2
+            p_pair = p_few[:, :, None] + tl.arange(0, 2)[None, None, :]
+            largest, sums = tl.split(tl.load(p_pair, cache_modifier=".cg"))
+            largest = tl.where((o_f < n)[None, :], largest, -INF)
+            higher = tl.maximum(highest, largest)
+            reference = finite_reference(higher)
+            terms = terms * tl.exp2(highest - reference) + sums * tl.exp2(largest - reference)
+            highest = higher
+        largest = tl.maximum(sink, tl.max(highest, axis=1))
+        reference = finite_reference(largest)
+        total = tl.sum(terms * tl.exp2(highest - reference[:, None]), axis=1)
+        total += tl.exp2(sink - reference)
     else:
         lse = known_lse(attended, heads)
-        reference = finite_reference(tl.maximum(sink, lse))
+        largest = tl.maximum(sink, lse)
+        reference = finite_reference(largest)
         total = tl.exp2(sink - reference) + tl.exp2(lse - reference)
-    share = tl.where(heads.weight > 0.0, heads.weight / total, 0.0)
-    for start in range(0, n, FOLD):
-        at, inside = partials_of(slot, start, n, heads, FOLD)
-        chunk = tl.load(p_partials + at * 2, mask=inside, other=-INF, cache_modifier=".cg")
-        factor = chunk_factor(chunk, reference) * share[:, None]
-        chosen = (heads.weight > 0.0)[:, None]
-        tl.store(attended.left.p_factor + at, tl.where(chosen, factor, 0.0), mask=inside)
+    counting = (heads.weight > 0.0) & (largest != -INF)  # a head that sees nothing has no mean
+    share = tl.where(counting, heads.weight / total, 0.0)
+    p_head = left.p_heads + (attended.keys.row * heads.n + heads.o_h) * 2
+    p_head = p_head[:, None] + tl.arange(0, 2)[None, :]
+    tl.store(p_head, tl.join(reference, share), mask=heads.m_h[:, None])
 
 
 @triton.jit
@@ -289,51 +300,41 @@ def known_lse(attended, heads):
 
 
 @triton.jit
-def chunk_factor(largest, reference):
-    """From terms relative to each chunk's largest score ([M, FOLD]) to the row's; 0 of chunks without any."""
-    return tl.where(largest == -INF, 0.0, tl.exp2(largest - reference[:, None]))
-
-
-@triton.jit
-def partials_of(slot, start, n, heads, FOLD: tl.constexpr):
-    """Where FOLD partials from ``start`` on lie, [M, FOLD], and which of them are there."""
-    o_c = start + tl.arange(0, FOLD)
-    return (slot + o_c)[None, :] * heads.n + heads.o_h[:, None], (o_c < n)[None, :] & heads.m_h[:, None]
-
-
-@triton.jit
 def mean_of_group(attended, live, t, i_h, mean: tl.constexpr):
-    """What the heads of key head ``i_h`` add to the mean over heads at positions ``t``, [N]."""
+    """What the heads of key head ``i_h`` add to the mean over heads at positions ``t``, [N].
+
+    What is not seen reads the row's first score, and selects it away: all loads are on their way at once,
+    since none depends on a condition of its own.
+    """
     left = attended.left
     keys = attended.keys
     slots = attended.slots
-    seen = live & (t >= keys.first) & (t < keys.end)
+    seen = (t >= keys.first) & (t < keys.end)
     i = tl.where(seen, t - keys.first, 0).to(tl.int32)
-    kept = slots.kept.to(tl.int32)
-    seen = is_attended(attended, i, seen) & (i // mean.KEYS - kept < slots.n_kept)
+    i_c = i // mean.KEYS - slots.kept.to(tl.int32)
+    seen = seen & (i_c >= 0) & (i_c < slots.n_kept)
     heads = attended.layer.kv_heads * mean.G
     first = i_h * mean.G
-    p_terms = left.p_terms + (slots.term * heads + first) * mean.KEYS
-    p_factor = left.p_factor + slots.first * (mean.KEYS // FEW) * heads + first
-    at_term = (i // mean.KEYS - kept) * heads * mean.KEYS + i % mean.KEYS
-    out = tl.zeros(i.shape, dtype=tl.float32)
-    for start in range(0, mean.G, mean.H):
-        o_g = start + tl.arange(0, mean.H)
-        read = (o_g < mean.G)[:, None] & seen[None, :]
-        p_term = p_terms + (at_term[None, :] + o_g[:, None] * mean.KEYS)
-        terms = tl.load(p_term, mask=read, other=0.0, cache_modifier=".cg")  # [H, N]
-        p_few = p_factor + ((i // FEW)[None, :] * heads + o_g[:, None])
-        factor = tl.load(p_few, mask=read, other=0.0, cache_modifier=".cg")
-        if attended.layer.p_mask_row is not None:
-            hidden = mask_values(attended, (first + o_g)[:, None], i[None, :], read) == -INF
-            factor = tl.where(hidden, 0.0, factor)
-        # A head that is not chosen must not spread a NaN.
-        out += tl.sum(tl.where(factor == 0.0, 0.0, terms * factor), axis=0)
-    return out
+    at = tl.where(seen, i_c * (heads * mean.KEYS) + i % mean.KEYS, 0)
+    p_scores = left.p_scores + (slots.score * heads + first) * mean.KEYS
+    p_heads = left.p_heads + (keys.row * heads + first) * 2
+    out = tl.zeros(at.shape, dtype=tl.float32)
+    H: tl.constexpr = mean.H
+    for start in range(0, mean.G, H):
+        for k in tl.static_range(H):
+            g = tl.minimum(start + k, mean.G - 1)
+            score = tl.load(p_scores + g * mean.KEYS + at, cache_modifier=".cg")
+            reference = tl.load(p_heads + g * 2, cache_modifier=".cg")
+            share = tl.load(p_heads + g * 2 + 1, cache_modifier=".cg")
+            share = tl.where(start + k < mean.G, share, 0.0)
+            # A head that is not chosen must not spread a NaN, nor a row's NaN reach a key that is hidden.
+            term = tl.where(score == -INF, 0.0, tl.exp2(score - reference) * share)
+            out += tl.where(share == 0.0, 0.0, term)
+    return tl.where(live & seen, out, 0.0)
 
 
 @triton.jit
-def mean_of_terms(attended, live, t, mean: tl.constexpr):
+def mean_of_scores(attended, live, t, mean: tl.constexpr):
     """Mean over heads at positions ``t``, [N]."""
     out = tl.zeros(t.shape, dtype=tl.float32)
     for i_h in range(attended.layer.kv_heads):
@@ -346,13 +347,14 @@ def mean_of_groups(attended, response, place, j, live):
     """The same from what the programs of each key head left, at the row's tokens ``j``."""
     kv_heads = attended.layer.kv_heads
     p_groups = attended.left.p_groups + place.lo
+    at = tl.where(j < place.length, j, 0)
     out = tl.zeros(j.shape, dtype=tl.float32)
     for start in range(0, kv_heads, 4):
         for i in tl.static_range(4):
-            there = live & (start + i < kv_heads)
-            p_group = p_groups + (start + i) * all_tokens(response, place)
-            out += tl.load(p_group + j, mask=there, other=0.0, cache_modifier=".cg")
-    return out
+            p_group = p_groups + tl.minimum(start + i, kv_heads - 1) * all_tokens(response, place)
+            found = tl.load(p_group + at, cache_modifier=".cg")
+            out += tl.where(start + i < kv_heads, found, 0.0)
+    return tl.where(live, out, 0.0)
 
 
 @triton.jit
@@ -387,7 +389,7 @@ def leave_group(attended, response, place, i_h, mean: tl.constexpr, TOKENS: tl.c
     for start in range(0, place.length, TOKENS):
         j = start + tl.arange(0, TOKENS)
         live = is_live(response, place, j)
-        t = position_of(response, place, j, live)
+        t = position_of(response, place, j, j < place.length)
         tl.store(p_out + j, mean_of_group(attended, live, t, i_h, mean), mask=j < place.length)
 
 
@@ -404,7 +406,7 @@ def attention_at(attended, response, place, p_before, j, mean: tl.constexpr, SOU
     if SOURCE == "groups":
         found = mean_of_groups(attended, response, place, j, live)
     else:
-        found = mean_of_terms(attended, live, t, mean)
+        found = mean_of_scores(attended, live, t, mean)
     if mean.ADD:
         found = tl.load(p_before + j, mask=live, other=0.0) + found
     found = tl.where(live, tl.where(keys.sound, found, float("nan")), 0.0)

@@ -223,18 +223,23 @@ def is_inside(place, j, WIDE: tl.constexpr):
 
 @triton.jit
 def token_input(p_x, stride, place, j, inside):
-    """One input at tokens ``j`` of a row, float32; anything at masked ones, since a mask is no bound."""
+    """One input at tokens ``j`` of a row, as it is stored; anything at masked ones: a mask is no bound."""
     p_row = tl.multiple_of(p_x + first_token(place, stride), bytes_of_four(p_x.dtype.element_ty))
-    return tl.load(p_row + j, mask=inside).to(tl.float32)
+    return tl.load(p_row + j, mask=inside)
 
 
 @triton.jit
-def live_bits(response, place, j, inside):
-    """-1 where tokens ``j`` of a row are unmasked, 0 where masked."""
+def token_mask(response, place, j, inside):
+    """The mask at tokens ``j`` of a row, as it is stored."""
     p_mask = response.p_mask
     p_row = p_mask + first_token(place, response.stride_mask)
     p_row = tl.multiple_of(p_row, bytes_of_four(p_mask.dtype.element_ty))
-    mask = tl.load(p_row + j, mask=inside, other=0)
+    return tl.load(p_row + j, mask=inside, other=0)
+
+
+@triton.jit
+def live_bits(mask):
+    """-1 where tokens are unmasked, 0 where masked."""
     if mask.dtype == tl.uint8:
         bits = (0 - (mask.to(tl.int32) << 16)) >> 24
     else:

@@ -9,7 +9,15 @@ import triton
 import triton.language as tl
 
 from csrc_triton.device.attention import attention_at
-from csrc_triton.device.layout import first_token, is_inside, kept, live_bits, store_tokens, token_input
+from csrc_triton.device.layout import (
+    first_token,
+    is_inside,
+    kept,
+    live_bits,
+    store_tokens,
+    token_input,
+    token_mask,
+)
 from csrc_triton.device.math import clamp, expm1_residual, number
 from csrc_triton.device.scan import not_finite, smallest, sum_of
 
@@ -69,7 +77,19 @@ class CreditRule(NamedTuple):
 
 
 class Read(NamedTuple):
-    """Inputs of a chunk of tokens, [N]; 0 where there are none, and values where masked."""
+    """Inputs of a chunk of tokens, [N], as they are stored: nobody has waited for them."""
+
+    inside: Any
+    mask: Any
+    weight: Any
+    logprob: Any  # or the KL
+    ref_logprob: Any
+    token_reward: Any
+    value: Any
+
+
+class Tokens(NamedTuple):
+    """The same, float32; values are 0 where masked."""
 
     inside: Any
     bits: Any  # -1 where unmasked, else 0
@@ -126,34 +146,47 @@ def row_at(place, inputs, settings):
 
 
 @triton.jit
-def chunk_facts(row, attended, job, i_c, mean: tl.constexpr, rules: tl.constexpr, SOURCE: tl.constexpr):
-    """Unmasked tokens of a chunk, the last of them, the sum of their weights, whether one is out of range.
-
-    They are not counted where no credit asks for it. Weights that are made here are left where the credit
-    will be.
-    """
-    place = row.place
+def read_facts(job, place, i_c, rules: tl.constexpr, SOURCE: tl.constexpr):
+    """The mask of a chunk, and its weights, as they are stored."""
     j = i_c * rules.CHUNK + tl.arange(0, rules.CHUNK)
-    outside = 0
-    if SOURCE == "groups" or SOURCE == "terms":
-        p_credit = job.out.p_credit + place.lo
-        _, made, outside = attention_at(attended, job.response, place, p_credit, j, mean, SOURCE)
-        tl.store(p_credit + j, made, mask=j < place.length)
-        # Read again, as given weights are: so they are added in the same order, by whichever threads.
-        tl.debug_barrier()
     inside = is_inside(place, j, rules.WIDE)
-    bits = live_bits(job.response, place, j, inside)
-    mass = tl.full([], 0.0, tl.float32)
+    mask = token_mask(job.response, place, j, inside)
+    weights = tl.full(j.shape, 0.0, tl.float32)
     if SOURCE is not None:
         weights = token_input(job.inputs.p_weights, job.inputs.stride_weights, place, j, inside)
-        weights = kept(bits, weights)
+    return mask, weights
+
+
+@triton.jit
+def chunk_facts(i_c, read, rules: tl.constexpr, SOURCE: tl.constexpr):
+    """Unmasked tokens of a chunk, the last of them, the sum of their weights, from its mask and weights.
+
+    They are not counted where no credit asks for it.
+    """
+    mask, weights = read
+    j = i_c * rules.CHUNK + tl.arange(0, rules.CHUNK)
+    bits = live_bits(mask)
+    mass = tl.full([], 0.0, tl.float32)
+    if SOURCE is not None:
+        weights = kept(bits, weights.to(tl.float32))
         mass = sum_of(weights)
         negative = tl.max((smallest(weights) < 0.0).to(tl.int32)) != 0
         mass = tl.where(negative, mass - float("inf"), mass)  # whose row falls back
     count = 0
     if rules.CREDIT is not None:
         count = -tl.sum(bits)
-    return count, tl.max(j | ~bits), mass, outside
+    return count, tl.max(j | ~bits), mass
+
+
+@triton.jit
+def make_weights(row, attended, job, i_c, mean: tl.constexpr, rules: tl.constexpr):
+    """Leaves the weights of a chunk where its credit will be; whether one of its tokens is out of range."""
+    place = row.place
+    j = i_c * rules.CHUNK + tl.arange(0, rules.CHUNK)
+    p_credit = job.out.p_credit + place.lo
+    _, made, outside = attention_at(attended, job.response, place, p_credit, j, mean, "groups")
+    tl.store(p_credit + j, made, mask=j < place.length)
+    return outside
 
 
 @triton.jit
@@ -240,29 +273,37 @@ def read_tokens(job, place, j, rules: tl.constexpr):
     inside = is_inside(place, j, rules.WIDE)
     zero = tl.full(j.shape, 0.0, tl.float32)
     weight = zero
-    kl = zero
+    logprob = zero
+    ref_logprob = zero
     token_reward = zero
     value = zero
     if rules.CREDIT == "given":
         weight = token_input(inputs.p_weights, inputs.stride_weights, place, j, inside)
     if rules.KL_ESTIMATOR == "given":
-        kl = token_input(inputs.p_kl, inputs.stride_kl, place, j, inside)
+        logprob = token_input(inputs.p_kl, inputs.stride_kl, place, j, inside)
     elif rules.KL_ESTIMATOR is not None:
-        kl = token_input(inputs.p_logprobs, inputs.stride_logprobs, place, j, inside)
-        kl -= token_input(inputs.p_ref_logprobs, inputs.stride_ref_logprobs, place, j, inside)
+        logprob = token_input(inputs.p_logprobs, inputs.stride_logprobs, place, j, inside)
+        ref_logprob = token_input(inputs.p_ref_logprobs, inputs.stride_ref_logprobs, place, j, inside)
+        if not rules.AHEAD:  # who shapes them at once has registers for one of the two
+            logprob = logprob.to(tl.float32) - ref_logprob.to(tl.float32)
+            ref_logprob = zero
     if inputs.p_token_rewards is not None:
         token_reward = token_input(inputs.p_token_rewards, inputs.stride_token_rewards, place, j, inside)
     if inputs.p_values is not None:
         value = token_input(inputs.p_values, inputs.stride_values, place, j, inside)
-    bits = live_bits(job.response, place, j, inside)
-    return Read(
-        inside,
-        bits,
-        weight,
-        kl,
-        token_reward,
-        kept(bits, value),
-    )
+    mask = token_mask(job.response, place, j, inside)
+    return Read(inside, mask, weight, logprob, ref_logprob, token_reward, value)
+
+
+@triton.jit
+def there(read, rules: tl.constexpr):
+    """The inputs of tokens, waited for."""
+    bits = live_bits(read.mask)
+    kl = read.logprob.to(tl.float32)
+    if rules.KL_ESTIMATOR != "given":
+        kl -= read.ref_logprob.to(tl.float32)
+    value = kept(bits, read.value.to(tl.float32))
+    return Tokens(read.inside, bits, read.weight.to(tl.float32), kl, read.token_reward.to(tl.float32), value)
 
 
 @triton.jit
@@ -286,23 +327,23 @@ def credit_at(rule, weight, bits, on_score, rules: tl.constexpr):
 
 
 @triton.jit
-def chunk_rewards(row, facts, rule, job, read, j, rules: tl.constexpr):
+def chunk_rewards(row, facts, rule, job, tokens, j, rules: tl.constexpr):
     """Credit, KL and rewards of tokens ``j``: stored, and what the rest needs of them."""
     inputs = job.inputs
     out = job.out
     place = row.place
     numbers = row.numbers
-    bits = read.bits
+    bits = tokens.bits
     credit = tl.full(j.shape, 0.0, tl.float32)
     reward = credit
     spread = credit
     bad = tl.full([rules.CHUNK // 4], 0.0, tl.float32)
     if rules.CREDIT is not None:
         on_score = j == rule.at
-        credit = credit_at(rule, read.weight, bits, on_score, rules)
+        credit = credit_at(rule, tokens.weight, bits, on_score, rules)
         if inputs.p_score is None:
             bad = not_finite(credit, bad)
-        store_tokens(out.p_credit, place.lo, j, credit, read.inside)
+        store_tokens(out.p_credit, place.lo, j, credit, tokens.inside)
         if inputs.p_score is not None:
             if rules.EVEN:
                 spread = kept(bits, even_score(numbers, facts, rule, credit))
@@ -312,9 +353,9 @@ def chunk_rewards(row, facts, rule, job, read, j, rules: tl.constexpr):
         if inputs.p_terminal is not None:
             reward = tl.where(on_score, reward + numbers.terminal, reward)
     if inputs.p_token_rewards is not None:
-        reward = read.token_reward if rules.CREDIT is None else reward + read.token_reward
+        reward = tokens.token_reward if rules.CREDIT is None else reward + tokens.token_reward
     if rules.KL_ESTIMATOR is not None:
-        kl = read.kl
+        kl = tokens.kl
         if rules.KL_ESTIMATOR != "given":
             estimator: tl.constexpr = rules.KL_ESTIMATOR  # Triton 3.6 passes no plain string
             if rules.KL_CLIPPED:
@@ -322,8 +363,8 @@ def chunk_rewards(row, facts, rule, job, read, j, rules: tl.constexpr):
             else:
                 kl = kl_estimate(kl, None, None, estimator)
         kl = kept(bits, kl)
-        store_tokens(out.p_kl, place.lo, j, kl, read.inside)
+        store_tokens(out.p_kl, place.lo, j, kl, tokens.inside)
         reward -= numbers.kl_coef * kl
     reward = kept(bits, reward)
-    store_tokens(out.p_rewards, place.lo, j, reward, read.inside)
+    store_tokens(out.p_rewards, place.lo, j, reward, tokens.inside)
     return ChunkRewards(reward, credit, spread, bad)

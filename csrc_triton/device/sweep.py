@@ -20,7 +20,6 @@ from csrc_triton.device.advantages import (
     LAST,
     MASS,
     NONFINITE_OUTPUT,
-    OUTSIDE,
     SECOND_MOMENT,
     SPREAD,
     carried,
@@ -38,10 +37,20 @@ from csrc_triton.device.layout import (
     kept,
     live_bits,
     store_tokens,
+    token_mask,
     zero_tokens,
 )
 from csrc_triton.device.math import LN2, TINY, clamp, log2
-from csrc_triton.device.rewards import chunk_facts, chunk_rewards, credit_rule, facts_of_row, read_tokens
+from csrc_triton.device.rewards import (
+    chunk_facts,
+    chunk_rewards,
+    credit_rule,
+    facts_of_row,
+    make_weights,
+    read_facts,
+    read_tokens,
+    there,
+)
 from csrc_triton.device.scan import (
     AT_ONCE,
     LANES,
@@ -66,18 +75,19 @@ class Sums(NamedTuple):
 
 
 @triton.jit
-def shape_tokens(row, facts, rule, job, board, state, state_value, k, n_chunks, rules: tl.constexpr):
+def shape_tokens(row, facts, rule, job, board, state, state_value, j, read, k, n_chunks, rules: tl.constexpr):
     """Everything of the ``k``-th of a row's chunks from the right; what it adds to the row, and the carries.
 
-    All loads first. What is not finite makes all that follows from it so: only the last of that is looked at.
+    Its tokens are ``j``. What is not finite makes all that follows from it so: only the last of that is
+    looked at.
     """
     out = job.out
     place = row.place
     numbers = row.numbers
-    j = (n_chunks - 1 - k) * rules.CHUNK + tl.arange(0, rules.CHUNK)
-    read = read_tokens(job, place, j, rules)
-    bits = read.bits
-    found = chunk_rewards(row, facts, rule, job, read, j, rules)
+    tokens = there(read, rules)
+    bits = tokens.bits
+    value = tokens.value
+    found = chunk_rewards(row, facts, rule, job, tokens, j, rules)
     entropy = tl.full([], 0.0, tl.float32)
     spread = entropy
     if out.p_stats is not None:
@@ -97,21 +107,21 @@ def shape_tokens(row, facts, rule, job, board, state, state_value, k, n_chunks, 
         reward = found.reward
         if job.inputs.p_bootstrap is not None:
             reward = tl.where(j == facts.last, reward + numbers.gamma * numbers.bootstrap, reward)
-        step = reward - read.value
-        composed = recurrence(reward, read.value, bits, numbers.gl, numbers.gamma, valued, rules)
+        step = reward - value
+        composed = recurrence(reward, value, bits, numbers.gl, numbers.gamma, valued, rules)
         carry, state = carried(board, state, composed, k, n_chunks, numbers.gl, 0)
         advantage = kept(bits, step + affine_before(composed, carry, rules.UNIT))
-        store_tokens(out.p_advantages, place.lo, j, advantage, read.inside)
+        store_tokens(out.p_advantages, place.lo, j, advantage, tokens.inside)
         returned = advantage
         if rules.TWO_RECURRENCES:
             bad = not_finite(advantage, bad)
             gl = numbers.gl_value
-            composed = recurrence(reward, read.value, bits, gl, numbers.gamma, valued, rules)
+            composed = recurrence(reward, value, bits, gl, numbers.gamma, valued, rules)
             carry, state_value = carried(board, state_value, composed, k, n_chunks, gl, 1)
             returned = kept(bits, step + affine_before(composed, carry, rules.UNIT))
-        returned += read.value
+        returned += value
         last = returned
-        store_tokens(out.p_returns, place.lo, j, returned, read.inside)
+        store_tokens(out.p_returns, place.lo, j, returned, tokens.inside)
     first = tl.full([], 0.0, tl.float64)
     second = first
     if out.p_moments is not None:
@@ -187,7 +197,7 @@ def fill_row(place, job, x, rules: tl.constexpr):
     """``x`` at the row's unmasked tokens, of which all else is written."""
     for start in range(0, place.length, rules.CHUNK):
         j = start + tl.arange(0, rules.CHUNK)
-        live = live_bits(job.response, place, j, is_inside(place, j, rules.WIDE)) != 0
+        live = live_bits(token_mask(job.response, place, j, is_inside(place, j, rules.WIDE))) != 0
         store_tokens(job.out.p_rewards, place.lo, j, x, live)
         store_tokens(job.out.p_advantages, place.lo, j, x, live)
         store_tokens(job.out.p_returns, place.lo, j, x, live)
@@ -224,14 +234,25 @@ def shape_row(row, attended, job, mean: tl.constexpr, rules: tl.constexpr, SOURC
         i_c = n_chunks
         while (i_c > 0) & (last < 0):
             i_c -= 1
-            _, last, _, _ = chunk_facts(row, attended, job, i_c, mean, rules, SOURCE)
+            _, last, _ = chunk_facts(i_c, read_facts(job, row.place, i_c, rules, SOURCE), rules, SOURCE)
     else:
+        if SOURCE == "groups":
+            for i_c in range(n_chunks):
+                outside |= make_weights(row, attended, job, i_c, mean, rules)
+            # Read again, as given weights are: so they are added in the same order, by whichever threads.
+            tl.debug_barrier()
+        if rules.AHEAD:
+            coming = read_facts(job, row.place, 0, rules, SOURCE)
         for i_c in range(n_chunks):
-            n, latest, mass, off = chunk_facts(row, attended, job, i_c, mean, rules, SOURCE)
+            if rules.AHEAD:
+                read = coming
+                coming = read_facts(job, row.place, i_c + 1, rules, SOURCE)
+            else:
+                read = read_facts(job, row.place, i_c, rules, SOURCE)
+            n, latest, mass = chunk_facts(i_c, read, rules, SOURCE)
             count += n
             last = tl.maximum(last, latest)
             masses = add_to_lane(masses, i_c, mass)
-            outside |= off
     facts = facts_of_row(row, count, last, sum_of(masses), outside)
     rule, facts = credit_rule(row, job.response, facts, rules)
 
@@ -247,10 +268,19 @@ def shape_row(row, attended, job, mean: tl.constexpr, rules: tl.constexpr, SOURC
     spreads = tl.zeros([LANES], tl.float32)
     firsts = tl.zeros([LANES], tl.float64)
     seconds = tl.zeros([LANES], tl.float64)
+    if rules.AHEAD:
+        coming = read_tokens(job, row.place, tokens_of(n_shaped - 1, rules), rules)
     for i_k in range(n_shaped):
         k = n_shaped * 0 + i_k
+        i_c = n_shaped - 1 - k
+        j = tokens_of(i_c, rules)
+        if rules.AHEAD:
+            read = coming
+            coming = read_tokens(job, row.place, tokens_of(i_c - 1, rules), rules)
+        else:
+            read = read_tokens(job, row.place, j, rules)
         added, state, state_value = shape_tokens(
-            row, facts, rule, job, None, state, state_value, k, n_shaped, rules
+            row, facts, rule, job, None, state, state_value, j, read, k, n_shaped, rules
         )
         counted += added.count
         nonfinite |= added.nonfinite
@@ -266,6 +296,12 @@ def shape_row(row, attended, job, mean: tl.constexpr, rules: tl.constexpr, SOURC
 
 
 @triton.jit
+def tokens_of(i_c, rules: tl.constexpr):
+    """Of a row's chunk; of the first where there is none."""
+    return tl.maximum(i_c, 0) * rules.CHUNK + tl.arange(0, rules.CHUNK)
+
+
+@triton.jit
 def chunks_to_shape(facts, CHUNK: tl.constexpr):
     """How many of a row's chunks have more than zeros: none after its last unmasked token.
 
@@ -278,15 +314,12 @@ def chunks_to_shape(facts, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def share_facts(
-    row, attended, board, job, i_c, mean: tl.constexpr, rules: tl.constexpr, SOURCE: tl.constexpr
-):
+def share_facts(row, board, job, i_c, rules: tl.constexpr, SOURCE: tl.constexpr):
     """The first task of a chunk: its facts, for all programs of the row."""
-    count, last, mass, off = chunk_facts(row, attended, job, i_c, mean, rules, SOURCE)
+    count, last, mass = chunk_facts(i_c, read_facts(job, row.place, i_c, rules, SOURCE), rules, SOURCE)
     tl.store(board.p_doubles + MASS * board.slots + i_c, mass.to(tl.float64))
     tl.store(board.p_ints + COUNT * board.slots + i_c, count)
     tl.store(board.p_ints + LAST * board.slots + i_c, last)
-    tl.store(board.p_ints + OUTSIDE * board.slots + i_c, row.outside | off)
     arrive(board.p_made)
 
 
@@ -296,7 +329,6 @@ def shared_facts(row, board, n_chunks):
     wait_for(board.p_made + only, only == 0, n_chunks)
     count = 0
     last = -1
-    outside = 0
     masses = tl.zeros([LANES], tl.float64)
     for start in range(0, n_chunks, AT_ONCE):
         o_c = start + tl.arange(0, AT_ONCE)
@@ -304,24 +336,27 @@ def shared_facts(row, board, n_chunks):
         p_ints = board.p_ints + o_c
         counts = tl.load(p_ints + COUNT * board.slots, mask=there, other=0, cache_modifier=".cg")
         latest = tl.load(p_ints + LAST * board.slots, mask=there, other=-1, cache_modifier=".cg")
-        off = tl.load(p_ints + OUTSIDE * board.slots, mask=there, other=0, cache_modifier=".cg")
         masses = add_lanes(masses, board.p_doubles + MASS * board.slots, start, n_chunks)
         count += tl.sum(counts)
         last = tl.maximum(last, tl.max(latest))
-        outside |= tl.max(off)
-    return facts_of_row(row, count, last, sum_of(masses), outside)
+    return facts_of_row(row, count, last, sum_of(masses), row.outside)
 
 
 @triton.jit
 def shape_chunk(row, board, job, i_c, n_chunks, rules: tl.constexpr):
     """The second task of a chunk: all the rest. The last one finishes the row."""
+    j = tokens_of(i_c, rules)
+    if rules.AHEAD:
+        read = read_tokens(job, row.place, j, rules)
     facts = shared_facts(row, board, n_chunks)
     rule, facts = credit_rule(row, job.response, facts, rules)
     n_shaped = chunks_to_shape(facts, rules.CHUNK)
     if i_c < n_shaped:
         k = n_shaped - 1 - i_c
         none = no_carry()  # of its own: what it needs is on the board
-        added, _, _ = shape_tokens(row, facts, rule, job, board, none, none, k, n_shaped, rules)
+        if not rules.AHEAD:
+            read = read_tokens(job, row.place, j, rules)
+        added, _, _ = shape_tokens(row, facts, rule, job, board, none, none, j, read, k, n_shaped, rules)
         p_doubles = board.p_doubles + k
         tl.store(board.p_ints + COUNT_SHAPED * board.slots + k, added.count)
         tl.store(board.p_ints + NONFINITE_OUTPUT * board.slots + k, added.nonfinite)

@@ -48,12 +48,14 @@ STAGES = 4
 """Chunks of keys that may be on their way at once, and one; so many buffers of shared memory, less one."""
 WARPS = 4
 """Of a program that reads keys, and sweeps the row after them."""
-PROGRAMS = 8
-"""Per multiprocessor, at least, before a program reads several chunks of keys one after the other."""
+PROGRAMS = 4
+"""That a multiprocessor holds, of those that read keys."""
+BEGINNING = 4
+"""What a program costs before its first chunk of keys and after its last, in chunks."""
 MOST_SPLIT = 16
 """Chunks of keys that a program reads, at most."""
-REGISTERS = 168
-"""Of a thread, at most, where nothing spills with so few: three programs fit a multiprocessor."""
+REGISTERS = 128
+"""Of a thread, at most, where next to nothing spills with so few: four programs fit a multiprocessor."""
 SCAN = 1024
 """Tokens a preparation program looks at at once."""
 ONE_LAUNCH = 2048
@@ -166,16 +168,16 @@ def average(
     layer: LayerInputs, n_layers: int, response: Response, inputs: Inputs, out: Outputs, add: bool
 ) -> None:
     """A layer's mean over heads to ``p_credit``, or on top of what is there."""
-    if response.width <= ONE_LAUNCH:
-        attend(layer, n_layers, response, "mean", inputs=inputs, out=out, add=add)
+    finish: Literal["mean", "scores"] = "mean" if response.width <= ONE_LAUNCH else "scores"
+    read = attend(layer, n_layers, response, finish, inputs=inputs, out=out, add=add)
+    if finish == "mean":
         return
-    read = attend(layer, n_layers, response, "terms", add=add)
     n_tasks, chunks_per_row = chunks_of(response)
     leaders = 0 if response.p_cu is None else response.n_rows
     launch(
         MEANS,
         n_tasks + leaders,
-        registers(255),
+        registers(64),
         **read,
         response=response,
         inputs=inputs,
@@ -197,11 +199,11 @@ def attend(
     layer: LayerInputs,
     n_layers: int,
     response: Response,
-    finish: Literal["terms", "mean", "shape"],
+    finish: Literal["scores", "mean", "shape"],
     *,
-    inputs: Inputs | None = None,
+    inputs: Inputs,
     settings: Settings | None = None,
-    out: Outputs | None = None,
+    out: Outputs,
     rules: Rules | None = None,
     add: bool = False,
 ) -> dict[str, Any]:
@@ -216,13 +218,13 @@ def attend(
     kv_heads, width, device = key.shape[1], key.shape[-1], key.device
     slots_per_row = 0 if cu is not None else ceil_div(axis.width, chunk)
     slots = batch * slots_per_row if cu is None else axis.width // chunk + batch
-    split = chunks_per_program(slots * kv_heads, processors(device))
+    split = chunks_per_program(batch * kv_heads, ceil_div(slots, max(batch, 1)), processors(device))
     splits_per_row = max(1, ceil_div(slots_per_row, split))
     n_tasks = batch * splits_per_row if cu is None else axis.width // (chunk * split) + batch
     leaders = 0 if cu is None else batch
     counters = COUNTERS.take(device, batch * (kv_heads + 1))
     grid = Grid(counters, n_tasks * kv_heads, leaders, split, splits_per_row)
-    left, spare = workspace(key, query.shape[1], cu, slots_per_row, slots, response, finish != "terms")
+    left, spare = workspace(key, query.shape[1], cu, slots_per_row, slots, response, finish != "scores")
     kept = layer.lse is not None and response.p_start is not None
     operands, product = operands_of(layer, n_layers, kept)
     mean = Mean(layer.causal, group, min(4, padded(group)), chunk, spare, add)
@@ -293,20 +295,20 @@ def workspace(
     response: Response,
     groups: bool,
 ) -> tuple[Left, int]:
-    """What programs leave to each other; and slots of terms that each packed row has to spare.
+    """What programs leave to each other; and slots of scores that each packed row has to spare.
 
-    Slots for the terms: one per chunk of keys, or only where a row's response can lie.
+    Slots for the scores: one per chunk of keys, or only where a row's response can lie.
     """
     chunk, kv_heads, batch = chunk_size(key), key.shape[1], response.n_rows
-    term_cu, terms_per_row, term_slots, spare = cu, slots_per_row, slots, 1
+    score_cu, scores_per_row, score_slots, spare = cu, slots_per_row, slots, 1
     if response.p_start is not None:
-        term_cu = response.p_cu
-        if term_cu is None:
-            terms_per_row = ceil_div(response.width, chunk) + 1
-            term_slots = batch * terms_per_row
+        score_cu = response.p_cu
+        if score_cu is None:
+            scores_per_row = ceil_div(response.width, chunk) + 1
+            score_slots = batch * scores_per_row
         else:
             spare = 2
-            term_slots = response.width // chunk + 2 * batch
+            score_slots = response.width // chunk + 2 * batch
     few = slots * (chunk // FEW.value)
     n_tokens = response.width * (batch if response.p_cu is None else 1)
 
@@ -314,13 +316,14 @@ def workspace(
         return torch.empty(size, dtype=torch.float32, device=key.device)
 
     left = Left(
-        new(few, heads, 2),
-        new(few, heads),
-        new(term_slots, heads, chunk),
+        new(heads, few, 2),
+        few,
+        new(batch, heads, 2),
+        new(max(score_slots, 1), heads, chunk),  # what is not seen reads the first
         new(kv_heads, n_tokens) if groups else None,
         slots_per_row,
-        term_cu,
-        terms_per_row,
+        score_cu,
+        scores_per_row,
     )
     return left, spare
 
@@ -409,21 +412,9 @@ def _product(
         FAR=far,
         UPCAST=interpreted,
         STAGES=stages if wide else 1,
-        FOLD=fold_size(group, width),
+        FOLD=max(16, 1024 // max(8, padded(group))),
         ONLY_KEPT=only_kept,
     )
-
-
-def fold_size(group: int, width: int) -> int:
-    """Partials that are folded at once, for ``group`` heads each.
-
-    Not the width of a key: a tile of partials of the query's shape takes the query's layout, which depends on
-    how keys are aligned, and a layout is an order of additions.
-    """
-    fold = max(16, 1024 // max(8, padded(group)))
-    if fold != padded(width):
-        return fold
-    return fold // 2 if fold > 32 else 2 * fold
 
 
 def chunk_size(key: Tensor) -> int:
@@ -431,15 +422,18 @@ def chunk_size(key: Tensor) -> int:
     return KEYS // 2 if padded(key.shape[-1]) * key.element_size() >= 512 else KEYS
 
 
-def chunks_per_program(n_chunks: int, processors: int) -> int:
-    """Chunks of keys a program reads one after the other: few enough for ``PROGRAMS`` per multiprocessor.
+@functools.cache
+def chunks_per_program(rows: int, chunks: int, processors: int) -> int:
+    """Chunks of keys that a program reads one after the other, of the ``chunks`` of each of so many rows.
 
-    E.g. 4 of 8192 in all (32 sequences of 2048 keys, 8 key heads) on 132 multiprocessors.
+    The more, the less programs cost beside their keys; the fewer, the better the last ones fill the GPU.
     """
-    split = 1
-    while split < MOST_SPLIT and n_chunks >= split * 2 * PROGRAMS * processors:
-        split *= 2
-    return split
+
+    def cost(split: int) -> int:
+        waves = ceil_div(rows * ceil_div(chunks, split), PROGRAMS * processors)
+        return waves * (split + BEGINNING)
+
+    return min(range(1, max(min(chunks, MOST_SPLIT), 1) + 1), key=cost)
 
 
 def _position_strides(x: Tensor, packed: bool, keys: int) -> tuple[int, int, int]:

@@ -55,8 +55,6 @@ class Steps(NamedTuple):
     of_row_by_warp: float = 6
     shared: float = 4  # of each of its two tasks, where programs share a row
     last: float = 4  # more at the end of a shared row
-    averaging_row: float = 6  # more where heads are averaged
-    averaging_shared: float = 3
 
 
 STEPS = Steps()
@@ -117,8 +115,9 @@ def sweep(
 ) -> Shaped:
     """From credit to rewards, advantages and returns; ``outputs`` names what is wanted (KL: if there is any).
 
-    One launch; two where credit is attention and responses are longer than ``ONE_LAUNCH``. As many again for
-    each further layer, and one for a layer whose visible keys follow from a mask.
+    One launch; three where credit is attention and responses are longer than ``ONE_LAUNCH``: two to each
+    layer, and the sweep. One more for each further layer of shorter ones, and for a layer whose visible keys
+    follow from a mask.
 
     Args:
         response: its tokens. Other inputs per token have the shape of its mask, inputs per row are ``[B]``;
@@ -194,7 +193,7 @@ def sweep(
     )
     job = {"response": where, "inputs": inputs, "settings": settings, "out": Outputs(*shaped), "rules": rules}
     if layers is None:
-        _sweep(job, None if weights is None else "weights", None)
+        _sweep(job, None if weights is None else "weights")
     else:
         _attend(layers, job)
     return shaped
@@ -216,35 +215,36 @@ def _new(names: Sequence[str], mask: Tensor, batch: int) -> Shaped:
 
 def _attend(layers: Sequence[LayerInputs], job: dict[str, Any]) -> None:
     """Everything from queries and keys to advantages."""
-    *others, last = layers
-    response, inputs = job["response"], job["inputs"]
-    if others:
-        status = torch.zeros(response.n_rows, dtype=torch.int32, device=last.key.device)
+    response, inputs, out = job["response"], job["inputs"], job["out"]
+    fused = response.width <= attention.ONE_LAUNCH
+    apart = layers[:-1] if fused else layers
+    if apart:
+        status = torch.empty(response.n_rows, dtype=torch.int32, device=layers[0].key.device)
         inputs = job["inputs"] = inputs._replace(p_row_status=status)
-    for i, layer in enumerate(others):
+    for i, layer in enumerate(apart):
         found = Inputs(p_row_status=inputs.p_row_status)
-        average(layer, len(layers), response, found, Outputs(p_credit=job["out"].p_credit), add=i > 0)
-    if response.width <= attention.ONE_LAUNCH:
-        attend(last, len(layers), **job, finish="shape", add=bool(others))
-        return
-    read = attend(last, len(layers), response, "terms", add=bool(others))
-    _sweep(job, "terms", read)
+        average(layer, len(layers), response, found, Outputs(p_credit=out.p_credit), add=i > 0)
+    if fused:
+        attend(layers[-1], len(layers), **job, finish="shape", add=bool(apart))
+    else:
+        _sweep(job, "weights")
 
 
-def _sweep(
-    job: dict[str, Any], source: Literal["weights", "terms"] | None, read: dict[str, Any] | None
-) -> None:
-    """Given credit, or what was left of the keys that were ``read``."""
-    response = job["response"]
+def _sweep(job: dict[str, Any], source: Literal["weights"] | None) -> None:
+    """From given credit, or none."""
+    response, rules = job["response"], job["rules"]
     batch, packed, device = response.n_rows, response.p_cu is not None, response.p_mask.device
     n_tasks, chunks_per_row = chunks_of(response)
-    longest, averaging = ceil_div(response.width, attention.CHUNK), source == "terms"
-    heavy = averaging or job["rules"].TWO_RECURRENCES
-    alone, count = job["rules"].WIDE and not heavy, processors(device)
-    options = registers(255 if heavy else REGISTERS)
-    job = (read or dict.fromkeys(("axis", "layer", "left", "mean"))) | job
-    if not in_chunks(batch, longest, n_tasks, count, averaging, alone):
-        launch(ROWS, batch, options | warps_of(batch, count, alone), **job, SOURCE=source)
+    longest = ceil_div(response.width, attention.CHUNK)
+    alone, count = rules.WIDE and not rules.TWO_RECURRENCES, processors(device)
+    chunked = in_chunks(batch, longest, n_tasks, count, alone)
+    options = registers(255 if rules.TWO_RECURRENCES else REGISTERS)
+    options |= warps_of(2 * n_tasks if chunked else batch, count, alone)
+    # A warp alone has no registers for it.
+    ahead = options["num_warps"] > 1 and longest > 1
+    job["rules"] = rules._replace(AHEAD=ahead)
+    if not chunked:
+        launch(ROWS, batch, options, **job, SOURCE=source)
         return
     leaders = batch if packed else 0
     grid = Grid(
@@ -255,26 +255,19 @@ def _sweep(
         p_doubles=torch.empty(DOUBLES, n_tasks, dtype=torch.float64, device=device),
         p_ints=torch.empty(INTS, n_tasks, dtype=torch.int32, device=device),
     )
-    programs = 2 * n_tasks
-    options |= warps_of(programs, count, alone)
-    launch(CHUNKS, programs + leaders, options, **job, grid=grid, SOURCE=source)
+    launch(CHUNKS, 2 * n_tasks + leaders, options, **job, grid=grid, SOURCE=source)
 
 
-def in_chunks(
-    batch: int, longest: int, n_chunks: int, processors: int, averaging: bool = False, alone: bool = True
-) -> bool:
+def in_chunks(batch: int, longest: int, n_chunks: int, processors: int, alone: bool = True) -> bool:
     """Whether rows are swept by a program per chunk, not per row.
 
-    ``longest`` is the most chunks that a row may have. By ``STEPS``; ``averaging`` heads takes either longer,
-    and ``alone`` is as of ``warps_of``.
+    ``longest`` is the most chunks that a row may have. By ``STEPS``; ``alone`` is as of ``warps_of``.
     """
     warps = warps_of(batch, processors, alone)["num_warps"]
     step = STEPS.of_row if warps > 1 else STEPS.of_row_by_warp
-    step += averaging * STEPS.averaging_row
     rows = step * longest * max(1.0, batch / at_once(warps, processors))
     warps = warps_of(2 * n_chunks, processors, alone)["num_warps"]
-    step = STEPS.shared + averaging * STEPS.averaging_shared
-    chunks = STEPS.last + step * max(1.0, 2 * n_chunks / at_once(warps, processors))
+    chunks = STEPS.last + STEPS.shared * max(1.0, 2 * n_chunks / at_once(warps, processors))
     return longest > 1 and chunks < rows
 
 

@@ -171,7 +171,7 @@ def calls() -> Iterator[tuple[str, functools.partial[Any]]]:
         yield "rows", sweep(30, 2, ("advantages", "returns"), gl=gl)
     for width in (1300, 1400):
         yield "chunks", sweep(width, 1, everything, score=scores[1], credit="uniform", gl=0.95)
-    yield "terms, mean", functools.partial(csrc_triton.attention_row, [layer(2100)])
+    yield "scores, mean", functools.partial(csrc_triton.attention_row, [layer(2100)])
     yield (
         "columns",
         functools.partial(csrc_triton.column_credit_raw, layer(40), response(20), variant="mean", shift=0),
