@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from attnshape.bench.cases import Case, Shape, What
+from csrc_triton.host.attention import ONE_LAUNCH
 
 ATTENTION = (Shape(32, 1024, 2048), Shape(64, 2048, 4096), Shape(128, 4096, 8192))
 SWEEPS = (Shape(4096, 512), Shape(2048, 4096), Shape(512, 32768))
@@ -62,6 +63,13 @@ class Budget(NamedTuple):
 
 
 NONE = Budget()
+
+
+def launches(case: Case) -> int:
+    """Of kernels that a call starts on a GPU."""
+    apart = max(case.shape.response, case.shape.keys * (case.what == "row")) > ONE_LAUNCH
+    by_what = {"fused": 1 + 2 * apart, "credit": 1 + 2 * apart, "row": 1 + apart, "whiten": 2, "column": 6}
+    return by_what.get(case.what, 1)
 
 
 def budget_cases() -> Iterator[tuple[Case, Budget]]:

@@ -11,7 +11,6 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from attnshape.bench.machine import machine_facts
-from attnshape.bench.timing import copy_calls, time_calls
 from benchmarks.record import Recorder, clock
 
 MISSING = pytest.StashKey[dict[str, str]]()
@@ -42,13 +41,6 @@ def seconds(small: bool, device: torch.device) -> float:
 def missing(pytestconfig: pytest.Config) -> dict[str, str]:
     """Peers that are not there, and why; they stand in the results."""
     return pytestconfig.stash[MISSING]
-
-
-@pytest.fixture(scope="session")
-def bandwidth(device: torch.device, small: bool) -> float:
-    """Bytes that a large copy reads and writes in a second."""
-    size = 1 << (20 if small else 31)
-    return size / time_calls({"copy": copy_calls(size, 2, device)}, device)["copy"].seconds
 
 
 @pytest.fixture(autouse=True)

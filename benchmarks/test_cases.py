@@ -10,7 +10,6 @@ from attnshape.bench.cases import Case, random_arguments
 from attnshape.bench.measure import PLAIN, check, measure
 from attnshape.bench.timing import Call, fresh_copy_calls, sets_for, time_calls
 from benchmarks.cases import FRESH, Budget, made_small, suite_cases, with_plain
-from benchmarks.cost_model import estimate, gpu_of
 from benchmarks.read_pass import read_calls
 from benchmarks.record import Promise, Recorder
 
@@ -42,7 +41,6 @@ def test_case(
     device: torch.device,
     seconds: float,
     record: Recorder,
-    request: pytest.FixtureRequest,
 ) -> None:
     if record.untimed():
         check(case, random_arguments(case, device, 0))
@@ -63,8 +61,6 @@ def test_case(
     if device.type == "cuda":
         reads = {"read": read_calls(case.bytes, sets_for(case.bytes, device), device)}
         facts["read_seconds"] = time_calls(reads, device, seconds / 2)["read"].seconds
-        gpu = gpu_of(device, request.getfixturevalue("bandwidth"))
-        facts["estimate_seconds"] = estimate(case, gpu).seconds
     record(SUITES[case.what], m.ours, ratios=m.ratios, promise=promise, **facts)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import attnshape
 from attnshape import AttentionInputs
 from attnshape.bench.cases import Case, Shape, outputs_of, random_arguments
-from benchmarks.cost_model import Gpu, estimate
+from benchmarks.cases import launches
 from benchmarks.on_gpu import races
 from benchmarks.on_gpu.machine import Cuda
 from benchmarks.on_gpu.races import CASES
@@ -79,7 +79,7 @@ ESTIMATED = [case for case in CASES if case.what != "whiten"]
 @pytest.mark.parametrize("case", ESTIMATED, ids=lambda case: case.name)
 def test_launches_per_call(case: Case) -> None:
     started = Cuda().launches(prepared(case))
-    assert len(started) == estimate(case, Gpu()).launches, started
+    assert len(started) == launches(case), started
 
 
 @every_case

@@ -57,7 +57,7 @@ def wanted(parts: Sequence[str] = ("smoke", "budgets", "races", "tuning")) -> tu
     try:
         for part in parts:
             machine = Dry()
-            told = {"done": [], "broken": {}, "seconds": math.inf, "bandwidth": None}
+            told = {"done": [], "broken": {}, "seconds": math.inf}
             Worker(machine, told, say).run(items_of(part, machine))
     finally:
         Launcher.__call__ = launch  # type: ignore[method-assign]

@@ -45,6 +45,6 @@ if __name__ == "__main__":
         once(sys.argv[2], Cuda())
     else:
         # By hand, or below another tool, nobody listens and nothing is known.
-        alone = json.dumps({"done": [], "broken": {}, "seconds": 1e9, "bandwidth": None})
+        alone = json.dumps({"done": [], "broken": {}, "seconds": 1e9})
         told = json.loads(os.environ.get("ON_GPU_TOLD", alone))
         work(sys.argv[1], Cuda(), told, int(os.environ.get("ON_GPU_EVENTS", "1")))

@@ -9,8 +9,7 @@ from typing import Any
 from attnshape.bench.cases import Case, Shape
 from attnshape.bench.measure import check
 from attnshape.bench.timing import Ratio, ratio_of
-from benchmarks.cases import SMALL, Budget, budget_cases
-from benchmarks.cost_model import estimate
+from benchmarks.cases import SMALL, Budget, budget_cases, launches
 from benchmarks.on_gpu.machine import Machine
 from benchmarks.on_gpu.work import Item, Worker
 
@@ -38,7 +37,7 @@ def timed(worker: Worker, case: Case, budget: Budget) -> dict[str, Any]:
     arguments = worker.arguments(case)
     with worker.watched() as ran:
         machine.call(case, arguments[0])
-    launches = len(ran)
+    started = len(ran)
     with worker.watched():
         error = worker.error(lambda: check(case, arguments[0], "vectorized"))
     calls = {
@@ -49,11 +48,10 @@ def timed(worker: Worker, case: Case, budget: Budget) -> dict[str, Any]:
     timings = machine.time(calls, SECONDS)
     ours, copy = timings["ours"], timings["copy"]
     limit = budget.limit(copy.seconds)
-    expected = estimate(case, worker.gpu)
     return {
         "case": case.name,
         **error,
-        "started": launches,
+        "started": started,
         "us": spread(ours.samples),
         "how": ours.how,
         "copy_us": spread(copy.samples),
@@ -63,7 +61,6 @@ def timed(worker: Worker, case: Case, budget: Budget) -> dict[str, Any]:
         "budget": str(budget),
         "budget_us": None if limit is None else limit * 1e6,
         "met": None if limit is None else ours.seconds <= limit,
-        "predicted_us": expected.seconds * 1e6,
     }
 
 
@@ -97,5 +94,4 @@ def profiled(worker: Worker, case: Case) -> dict[str, Any]:
     with worker.watched():
         machine.call(case, arguments)
     seen = machine.launches(functools.partial(machine.call, case, arguments))
-    want = estimate(case, worker.gpu).launches
-    return {"case": case.name, "launches": seen, "as_promised": len(seen) == want}
+    return {"case": case.name, "launches": seen, "as_promised": len(seen) == launches(case)}

@@ -187,7 +187,6 @@ class Runner:
                 # The first part asks every kernel: where one is wrong, another way to it may be right.
                 "broken": {x: y for x, y in self.broken.items() if part.name != "smoke" or "wrong" not in y},
                 "seconds": self.deadline - time.monotonic(),
-                "bandwidth": max((x["bytes_per_s"] for x in self.lines if "bytes_per_s" in x), default=None),
             }
             status, lost = self.watch(part, told)
             if not lost:

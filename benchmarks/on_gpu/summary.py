@@ -107,7 +107,7 @@ def to_commit(tuned: Sequence[dict[str, Any]]) -> list[str]:
         if each["round"] == "one launch":
             found.append(threshold(each))
         elif each["round"] == "steps":
-            found += steps(each)
+            found.append(steps(each))
         else:
             best, now = each["settings"][0], each["now"]
             if now is None or best["loss"] < now["loss"] * (1 - ENOUGH):
@@ -145,41 +145,16 @@ def threshold(each: dict[str, Any]) -> str:
     return assignment("attention.ONE_LAUNCH", faster)
 
 
-def steps(each: dict[str, Any]) -> list[str]:
-    """Of the times that ``in_chunks`` guesses by, those whose wrong choices cost least."""
+def steps(each: dict[str, Any]) -> str:
+    """What the choice between the two ways loses, against the better one of each case."""
     by_way = ways(each, "rewards.in_chunks")
-    if len(by_way) < 2:
-        return ["# steps: one of the two ways was not timed"]
-    shared, alone = by_way["always"], by_way["never"]
-    cases = {case: tuple(map(int, case.split(", ")[1].split("x"))) for case in shared if case in alone}
-
-    def lost(steps: Sequence[float]) -> float:
-        of_row, of_row_by_warp, of_shared, last = steps
-        loss = 0.0
-        for case, (batch, width) in cases.items():
-            chunks = -(-width // 512)
-            step, waves = (of_row, batch / 396) if batch < 792 else (of_row_by_warp, batch / 1584)
-            tasks = 2 * batch * chunks
-            of_chunks = last + of_shared * max(1.0, tasks / (396 if tasks < 792 else 1584))
-            chosen = shared if of_chunks < step * chunks * max(1.0, waves) else alone
-            loss += math.log(chosen[case] / min(shared[case], alone[case]))
-        return loss
-
-    names = ("of_row", "of_row_by_warp", "shared", "last")
-    choices = [
-        (a, a * b, c, d)
-        for a in (1, 1.5, 2, 3, 4, 6)
-        for b in (1.5, 2, 3)
-        for c in (1, 1.5, 2, 3, 4, 6, 8)
-        for d in (2, 4, 8, 12)
-    ]
-    now = (3.0, 6.0, 4.0, 4.0)
-    best = min(choices, key=lost)
-    if lost(best) > lost(now) - ENOUGH:
-        loses = math.expm1(lost(now) / len(cases))
-        return [f"# steps: what stands there chooses as well as any, and loses {loses:.1%} on average"]
-    chosen = ", ".join(f"{name} {x:g}" for name, x in zip(names, best, strict=True))
-    return [f"csrc_triton/host/rewards.py: Steps: {chosen}"]
+    if len(by_way) < 3:
+        return "# steps: one of the ways was not timed"
+    chosen, *both = by_way.values() if each["now"] is None else [each["now"]["us"], *by_way.values()]
+    lost = {case: us / min(way[case] for way in both if case in way) - 1 for case, us in chosen.items()}
+    worst = max(lost, key=lambda case: lost[case])
+    average = sum(lost.values()) / len(lost)
+    return f"# steps: what stands there loses {average:.1%} on average, most at {worst}: {lost[worst]:.0%}"
 
 
 # To be read
@@ -288,7 +263,6 @@ def budget_lines(found: dict[str, Any]) -> list[str]:
         count, promised = launches.get(x["case"], ("", True))
         met = {None: "", True: "met", False: "missed"}[x["met"]]
         limit = "" if x["budget_us"] is None else f"{x['budget_us']:.1f}"
-        predicted = "" if "predicted_us" not in x else f"{x['predicted_us']:.1f}"
         rows.append(
             [
                 x["case"],
@@ -297,11 +271,10 @@ def budget_lines(found: dict[str, Any]) -> list[str]:
                 x["budget"],
                 limit,
                 met,
-                predicted,
                 count if promised else f"{count}, not as promised",
             ]
         )
-    headings = ["case", "us", "of a copy", "budget", "us", "", "predicted us", "launches"]
+    headings = ["case", "us", "of a copy", "budget", "us", "", "launches"]
     return [
         "## Budgets",
         "",

@@ -3,8 +3,8 @@ there.
 
 A round varies one room's constants together over the budgets' cases; what is best is what loses least over
 all of them (the geometric mean of times over the best of each case). Results are compared with the float64
-ones once for every setting. ``one_launch`` and ``steps`` are thresholds between two ways, each of which is
-timed.
+ones once for every setting. ``one_launch`` is a threshold between two ways, each of which is timed; ``steps``
+chooses between two.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 from attnshape import plans
 from attnshape.bench.cases import Case, Shape
 from attnshape.bench.measure import check
-from benchmarks.cases import ATTENTION, LONG, SMALL, SWEEPS
+from benchmarks.cases import ATTENTION, SMALL, SWEEPS
 from benchmarks.on_gpu.budgets import spread
 from benchmarks.on_gpu.machine import Machine
 from benchmarks.on_gpu.work import Item, Worker
+from csrc_triton.host import attention, rewards
 
 SECONDS = 0.06
 """Of one timing, about."""
@@ -58,26 +59,47 @@ def rounds() -> Iterator[Round]:
         read[:2],
     )
     grids = [
-        {"attention.REGISTERS": registers, "attention.PROGRAMS": programs, "attention.MOST_SPLIT": split}
-        for registers, programs in ((128, 4), (168, 3), (96, 5))
-        for split in (16, 4, 8, 32, 64)
+        {"attention.chunks_per_program": split}
+        for split in (attention.chunks_per_program, *(Split(n) for n in (4, 6, 8, 11, 16, 32)))
     ]
-    yield Round("grid", grids, read)
+    yield Round("split", grids, [*read[:2], Case("fused", Shape(8, 1024, 2048)), Case("fused", SMALL)])
+    places = [
+        {"attention.REGISTERS": registers, "attention.PROGRAMS": programs}
+        for registers, programs in ((128, 4), (168, 3), (96, 5))
+    ]
+    yield Round("places", places, read)
     sweeps = [Case(what, shape) for what in ("sweep", "gae") for shape in SWEEPS]
-    sweeps += [Case("sweep", shape) for shape in LONG]
-    yield Round("sweep", product(rewards__REGISTERS=(168, 144, 128, 96)), sweeps)
-    yield Round("warps", product(rewards__FILLED=(6, 0, 1 << 20), rewards__WARPS=(4, 2, 8)), sweeps)
-    whitening = product(whiten__BLOCK=(2048, 1024, 4096), whiten__PROGRAMS=(8, 4, 16))
+    sweeps += [Case("sweep", shape) for shape in (Shape(1024, 4096), Shape(512, 4096))]
+    settings = [
+        {"rewards.warps_of": warps, "rewards.REGISTERS": registers}
+        for warps, registers in (
+            (rewards.warps_of, 128),
+            *((Warps(n), registers) for n in (1, 2, 4) for registers in (128, 168)),
+        )
+    ]
+    yield Round("warps", settings, sweeps)
+    whitening = product(whiten__BLOCK=(2048, 1024, 4096), whiten__PROGRAMS=(4, 2, 8))
     yield Round("whitening", whitening, [Case("whiten", SWEEPS[0]), Case("whiten", SWEEPS[1])])
-    yield Round(
-        "small", product(attention__MOST_SPLIT=(16, 1, 2), attention__WARPS=(4, 8)), [Case("fused", SMALL)]
-    )
     widths = (512, 1024, 2048, 4096, 8192)
     fused = [Case("fused", Shape(batch, n, 2 * n)) for batch in (8, 64) for n in widths]
     yield Round("one launch", product(attention__ONE_LAUNCH=(1 << 30, 0)), fused)
-    rows = [Shape(b, n) for b in (1, 32, 132, 512, 1024, 2048) for n in (1024, 4096, 16384)]
-    ways = product(rewards__in_chunks=(always, never))
+    rows = [Shape(b, n) for b in (1, 32, 132, 512, 2048) for n in (1024, 4096, 16384)]
+    ways = product(rewards__in_chunks=(rewards.in_chunks, always, never))
     yield Round("steps", ways, [Case("sweep", shape) for shape in rows])
+
+
+class Split(int):
+    """So many chunks of keys a program, whatever there is."""
+
+    def __call__(self, *_: Any) -> int:
+        return self
+
+
+class Warps(int):
+    """So many warps a program."""
+
+    def __call__(self, *_: Any) -> int:
+        return self
 
 
 def always(*_: Any, **__: Any) -> bool:

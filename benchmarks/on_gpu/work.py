@@ -17,7 +17,6 @@ from torch import Tensor
 from attnshape.bench.cases import Case
 from attnshape.bench.measure import WrongResultError
 from attnshape.bench.timing import sets_for
-from benchmarks.cost_model import Gpu, gpu_of
 from benchmarks.on_gpu.machine import Machine
 from csrc_triton.launch import COUNTERS, Launcher
 
@@ -46,13 +45,7 @@ class Worker:
         self.done: set[str] = set(told["done"])
         self.broken: dict[str, str] = told["broken"]
         self.until = time.monotonic() + told["seconds"]
-        self.bandwidth: float | None = told["bandwidth"]
         self._held: tuple[Case, list[dict[str, Any]]] | None = None
-
-    @property
-    def gpu(self) -> Gpu:
-        """What an estimate is made for."""
-        return gpu_of(self.machine.device, self.bandwidth)
 
     def arguments(self, case: Case) -> list[dict[str, Any]]:
         """Random arguments, so many times that together they are several times the cache."""

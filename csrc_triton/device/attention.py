@@ -349,8 +349,8 @@ def mean_of_groups(attended, response, place, j, live):
     p_groups = attended.left.p_groups + place.lo
     at = tl.where(j < place.length, j, 0)
     out = tl.zeros(j.shape, dtype=tl.float32)
-    for start in range(0, kv_heads, 4):
-        for i in tl.static_range(4):
+    for start in range(0, kv_heads, 8):
+        for i in tl.static_range(8):
             p_group = p_groups + tl.minimum(start + i, kv_heads - 1) * all_tokens(response, place)
             found = tl.load(p_group + at, cache_modifier=".cg")
             out += tl.where(start + i < kv_heads, found, 0.0)

@@ -179,13 +179,18 @@ def chunk_facts(i_c, read, rules: tl.constexpr, SOURCE: tl.constexpr):
 
 
 @triton.jit
-def make_weights(row, attended, job, i_c, mean: tl.constexpr, rules: tl.constexpr):
-    """Leaves the weights of a chunk where its credit will be; whether one of its tokens is out of range."""
+def make_weights(row, attended, job, mean: tl.constexpr, rules: tl.constexpr):
+    """Leaves a row's weights where its credit will be; whether one of its tokens is out of range."""
     place = row.place
-    j = i_c * rules.CHUNK + tl.arange(0, rules.CHUNK)
     p_credit = job.out.p_credit + place.lo
-    _, made, outside = attention_at(attended, job.response, place, p_credit, j, mean, "groups")
-    tl.store(p_credit + j, made, mask=j < place.length)
+    outside = row.outside
+    for start in range(0, place.length, rules.CHUNK):
+        j = start + tl.arange(0, rules.CHUNK)
+        _, made, off = attention_at(attended, job.response, place, p_credit, j, mean, "groups")
+        tl.store(p_credit + j, made, mask=j < place.length)
+        outside |= off
+    # Read again, as given weights are: so they are added in the same order, by whichever threads.
+    tl.debug_barrier()
     return outside
 
 
@@ -208,8 +213,11 @@ def credit_rule(row, response, facts, rules: tl.constexpr):
         outside = (at < 0) | (at >= length)
         invalid = invalid | ((empty == 0) & outside)
         at = tl.where(outside, -1, at).to(tl.int32)
-    p_mask = response.p_mask + first_token(row.place, response.stride_mask)
-    at_live = tl.load(p_mask + at, mask=at >= 0, other=0) != 0
+    if rules.SCORE_INDEX == "last_unmasked":
+        at_live = empty == 0
+    else:
+        p_mask = response.p_mask + first_token(row.place, response.stride_mask)
+        at_live = tl.load(p_mask + at, mask=at >= 0, other=0) != 0
 
     mass = facts.mass.to(tl.float32)
     total = tl.full([], 1.0, tl.float32)

@@ -237,10 +237,7 @@ def shape_row(row, attended, job, mean: tl.constexpr, rules: tl.constexpr, SOURC
             _, last, _ = chunk_facts(i_c, read_facts(job, row.place, i_c, rules, SOURCE), rules, SOURCE)
     else:
         if SOURCE == "groups":
-            for i_c in range(n_chunks):
-                outside |= make_weights(row, attended, job, i_c, mean, rules)
-            # Read again, as given weights are: so they are added in the same order, by whichever threads.
-            tl.debug_barrier()
+            outside = make_weights(row, attended, job, mean, rules)
         if rules.AHEAD:
             coming = read_facts(job, row.place, 0, rules, SOURCE)
         for i_c in range(n_chunks):

@@ -44,7 +44,7 @@ CHUNK = 512
 """Response tokens a program shapes at once."""
 KEYS = 64
 """Keys of a chunk, half as many where a key has 512 bytes: 16 KB of width 128 in bfloat16."""
-STAGES = 4
+STAGES = 3
 """Chunks of keys that may be on their way at once, and one; so many buffers of shared memory, less one."""
 WARPS = 4
 """Of a program that reads keys, and sweeps the row after them."""
@@ -422,7 +422,6 @@ def chunk_size(key: Tensor) -> int:
     return KEYS // 2 if padded(key.shape[-1]) * key.element_size() >= 512 else KEYS
 
 
-@functools.cache
 def chunks_per_program(rows: int, chunks: int, processors: int) -> int:
     """Chunks of keys that a program reads one after the other, of the ``chunks`` of each of so many rows.
 

@@ -34,27 +34,19 @@ from csrc_triton.launch import (
 )
 from csrc_triton.sweep import chunks_kernel, rows_kernel
 
-# Guesses until a GPU has measured, as in `host/attention.py`.
-REGISTERS = 168
-"""Of a thread of the sweep, at most, where nothing spills with so few."""
-
-
-WARPS = 4
-"""Of a program that sweeps, where such are few, or a warp would have too few registers; else it has one.
-
-One warp issues a third of what four do for the same tokens; four are done sooner. Bits are the same.
-"""
-FILLED = 6
-"""Programs per multiprocessor that are not few: it holds twelve of one warp, three of four."""
+REGISTERS = 128
+"""Of a thread of the sweep, at most. A warp alone spills 30 words then, and yet more at a time are faster."""
+WARPS = 16
+"""That a multiprocessor holds with so many registers."""
 
 
 class Steps(NamedTuple):
-    """Microseconds of a chunk, whose loads wait for each other."""
+    """Microseconds of a chunk, as an H200 measured them."""
 
-    of_row: float = 3  # by a program that has the row to itself
-    of_row_by_warp: float = 6
-    shared: float = 4  # of each of its two tasks, where programs share a row
-    last: float = 4  # more at the end of a shared row
+    of_row: tuple[tuple[int, float], ...] = ((1, 6), (2, 3.5), (4, 2.2))
+    """By a program of so many warps that has the row to itself."""
+    shared: float = 7.6  # of both its tasks, where programs share a row
+    last: float = 6  # more at the end of a shared row
 
 
 STEPS = Steps()
@@ -225,6 +217,7 @@ def _attend(layers: Sequence[LayerInputs], job: dict[str, Any]) -> None:
         found = Inputs(p_row_status=inputs.p_row_status)
         average(layer, len(layers), response, found, Outputs(p_credit=out.p_credit), add=i > 0)
     if fused:
+        job["rules"] = job["rules"]._replace(AHEAD=response.width > attention.CHUNK)
         attend(layers[-1], len(layers), **job, finish="shape", add=bool(apart))
     else:
         _sweep(job, "weights")
@@ -238,11 +231,12 @@ def _sweep(job: dict[str, Any], source: Literal["weights"] | None) -> None:
     longest = ceil_div(response.width, attention.CHUNK)
     alone, count = rules.WIDE and not rules.TWO_RECURRENCES, processors(device)
     chunked = in_chunks(batch, longest, n_tasks, count, alone)
-    options = registers(255 if rules.TWO_RECURRENCES else REGISTERS)
-    options |= warps_of(2 * n_tasks if chunked else batch, count, alone)
+    warps = warps_of(batch, count, alone)
+    if chunked:
+        warps = 1 if alone else 4  # nobody waits for other warps of a chunk
+    options = registers(255 if rules.TWO_RECURRENCES else REGISTERS) | {"num_warps": warps}
     # A warp alone has no registers for it.
-    ahead = options["num_warps"] > 1 and longest > 1
-    job["rules"] = rules._replace(AHEAD=ahead)
+    job["rules"] = rules._replace(AHEAD=warps > 1 and longest > 1)
     if not chunked:
         launch(ROWS, batch, options, **job, SOURCE=source)
         return
@@ -263,22 +257,20 @@ def in_chunks(batch: int, longest: int, n_chunks: int, processors: int, alone: b
 
     ``longest`` is the most chunks that a row may have. By ``STEPS``; ``alone`` is as of ``warps_of``.
     """
-    warps = warps_of(batch, processors, alone)["num_warps"]
-    step = STEPS.of_row if warps > 1 else STEPS.of_row_by_warp
-    rows = step * longest * max(1.0, batch / at_once(warps, processors))
-    warps = warps_of(2 * n_chunks, processors, alone)["num_warps"]
-    chunks = STEPS.last + STEPS.shared * max(1.0, 2 * n_chunks / at_once(warps, processors))
+    warps = warps_of(batch, processors, alone)
+    rows = dict(STEPS.of_row)[warps] * longest * ceil_div(batch, WARPS // warps * processors)
+    warps = 1 if alone else 4
+    chunks = STEPS.last + STEPS.shared * max(1.0, 2 * n_chunks / (WARPS // warps * processors))
     return longest > 1 and chunks < rows
 
 
-def warps_of(programs: int, processors: int, alone: bool) -> dict[str, int]:
-    """Of each of so many programs that sweep; ``alone``: whether one has registers enough for 512 tokens."""
-    return {"num_warps": 1 if alone and programs >= FILLED * processors else WARPS}
+def warps_of(rows: int, processors: int, alone: bool) -> int:
+    """Of a program that has a row to itself: the most with which all rows are swept at a time, else one.
 
-
-def at_once(warps: int, processors: int) -> int:
-    """Programs of so many warps that run at a time."""
-    return 12 // warps * processors
+    ``alone``: whether one warp has registers enough for 512 tokens. Bits are the same.
+    """
+    few = (warps for warps in (4, 2) if rows <= WARPS // warps * processors)
+    return next(few, 1) if alone else 4
 
 
 def _tokens(x: Tensor | None) -> tuple[Tensor | None, int]:

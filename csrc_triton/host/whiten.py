@@ -20,7 +20,7 @@ PARTS = 1024
 MAX_PARTS = 4096
 """Parts that every program of the last launch folds for itself; more are folded to fewer before."""
 
-PROGRAMS = 8
+PROGRAMS = 4
 """Of the last launch, per multiprocessor: each folds the moments once."""
 
 MOMENTS = Launcher(moments_kernel, "batch.p_x", "batch.p_mask")

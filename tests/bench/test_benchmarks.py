@@ -14,7 +14,7 @@ import torch
 from support.processes import Ended, run
 
 from attnshape.bench.cases import Case, Shape, random_arguments
-from benchmarks import cost_model, report
+from benchmarks import report
 from benchmarks.cases import Budget, budget_cases, made_small, suite_cases, with_plain
 from benchmarks.kernel_table import programs_per_multiprocessor
 from benchmarks.memory import memory_of
@@ -34,40 +34,6 @@ def test_limits() -> None:
     assert Budget(times_copy=1.3).limit(10.0) == 13.0
     assert Budget(seconds=7e-6).limit(1.0) == 7e-6
     assert Budget().limit(1.0) is None
-
-
-def test_the_cost_model_by_hand() -> None:
-    """32 rows of 1024 tokens on 2048 keys, one launch: 134.2 MB of keys and little else at 4 TB/s.
-
-    2048 programs of 4 chunks, 64 KB, of which 396 run at a time: the sixth wave has 68.
-    """
-    e = cost_model.estimate(Case("fused", Shape(32, 1024, 2048)), cost_model.Gpu(4e12))
-    keys, queries = 32 * 2048 * 8 * 128 * 2, 32 * 32 * 128 * 2
-    tokens = 32 * 1024 * (3 * 4 + 1 + 5 * 4)
-    assert e.launches == 1
-    assert e.transfer == pytest.approx((keys + queries + tokens) / 4e12)
-    # Four warps of 239 instructions a chunk of 64 keys; twelve warps issue one every nine cycles each.
-    assert e.issue == pytest.approx(8192 * 4 * 239 / (12 / 9 * 132 * 1.7e9))
-    # What is not keys, then 48 KB a trip: 3.5 and 0.8 microseconds.
-    assert e.serial == pytest.approx(5 * 4.3e-6)
-    assert e.last == pytest.approx(4.3e-6 - 68 * 65536 / 4e12)
-    # Two hand-offs of two trips, three loops over 128 partials, and two chunks of 512 tokens, one after the
-    # other: two trips for their mean, then the sweep.
-    assert e.tail == pytest.approx(2 * 1.2e-6 + 3 * 0.6e-6 + 2 * (1.2e-6 + 3e-6))
-    assert e.seconds == pytest.approx(2e-6 + 33.9e-6 + 3.2e-6 + 12.6e-6, rel=0.01)
-
-
-def test_the_predictions_in_the_notes_are_the_models() -> None:
-    notes = (ROOT / "docs" / "kernels.md").read_text()
-    assert cost_model.table() in notes, "python -m benchmarks.cost_model"
-
-
-def test_what_moves_hides_what_waits() -> None:
-    slow, fast = (cost_model.estimate(Case("gae", Shape(4096, 512)), cost_model.Gpu(b)) for b in (1e12, 1e15))
-    assert fast.issue < fast.serial
-    assert slow.seconds == pytest.approx(2e-6 + slow.transfer)
-    # 4096 rows of one chunk, twelve at once on each of 132 multiprocessors; a warp of 767 instructions each.
-    assert fast.seconds == pytest.approx(2e-6 + 3 * 767 * 8 / 1.7e9)
 
 
 @pytest.mark.parametrize(

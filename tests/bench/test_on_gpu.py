@@ -227,25 +227,15 @@ def test_the_longest_response_of_one_launch() -> None:
     assert summary.to_commit(summary.tuned(lines)) == ["csrc_triton/host/attention.py: ONE_LAUNCH = 1024"]
 
 
-def test_steps_by_which_the_faster_way_is_chosen() -> None:
-    """Where a program that has its row takes 1 microsecond a chunk, and sharing it takes 8, and 12 more."""
-    lines = []
-
-    def sharing(batch: int, chunks: int, step: float, last: float) -> float:
-        """Four warps have a task, or one where there are six or more for each of 132 multiprocessors."""
-        tasks = 2 * batch * chunks
-        return last + step * max(1.0, tasks / (396 if tasks < 792 else 1584))
-
-    for batch, width in ((1, 4096), (1, 16384), (32, 4096), (32, 16384), (396, 4096)):
-        chunks = width // 512
-        alone = chunks * max(1.0, batch / 396)
-        shared = sharing(batch, chunks, 8, 12)
-        for way, value in (("always", shared), ("never", alone)):
-            lines.append(tried("steps", f"sweep, {batch}x{width}", value, **{"rewards.in_chunks": way}))
+def test_what_the_choice_between_two_ways_loses() -> None:
+    times = {"1x4096": (9.0, 9.0, 18.0), "512x4096": (45.0, 30.0, 45.0)}
+    lines = [
+        tried("steps", f"sweep, {shape}", us, **{"rewards.in_chunks": way})
+        for shape, of_ways in times.items()
+        for way, us in zip(("in_chunks", "always", "never"), of_ways, strict=True)
+    ]
     [advice] = summary.to_commit(summary.tuned(lines))
-    alone, _, shared, last = (float(x.split()[-1]) for x in advice.split("Steps: ")[1].split(","))
-    for batch, chunks, want in ((1, 8, False), (1, 32, True), (32, 8, False), (32, 32, True)):
-        assert (sharing(batch, chunks, shared, last) < alone * chunks) == want
+    assert advice == "# steps: what stands there loses 25.0% on average, most at sweep, 512x4096: 50%"
 
 
 # What is carried, and what is asked of pytest
