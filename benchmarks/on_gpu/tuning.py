@@ -92,14 +92,14 @@ class Split(int):
     """So many chunks of keys a program, whatever there is."""
 
     def __call__(self, *_: Any) -> int:
-        return self
+        return int(self)
 
 
 class Warps(int):
     """So many warps a program."""
 
     def __call__(self, *_: Any) -> int:
-        return self
+        return int(self)
 
 
 def always(*_: Any, **__: Any) -> bool:
