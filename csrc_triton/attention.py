@@ -63,7 +63,12 @@ def attend_kernel(
         begin, stop = chunks_of_split(attended, heads, i_part, grid.split, product.ONLY_KEPT)
         attend(attended, heads, begin, stop, product, mean.KEYS)
         p_arrived = grid.p_counters + keys.row * (layer.kv_heads + 1)
-        if arrive(p_arrived + i_h) == n_splits - 1:
+        before = n_splits - 1
+        if n_splits > 1:
+            before = arrive(p_arrived + i_h)
+        else:
+            tl.debug_barrier()
+        if before == n_splits - 1:
             tl.store(p_arrived + i_h, 0)
             fold_partials(attended, heads, mean.KEYS, product.FOLD)
             if FINISH != "scores":

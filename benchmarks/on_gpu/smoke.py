@@ -42,7 +42,7 @@ def paths() -> Iterator[Path]:
     yield Path("the recurrence alone", Case("gae", Shape(3, 700)))
     yield Path("turns, masked tokens skipped", Case("sweep", Shape(3, 700, holes=True)))
     yield Path("turns, masked tokens steps", Case("gae", Shape(3, 700, holes=True), mask_semantics="zero"))
-    yield Path("programs share a row", Case("sweep", Shape(1, 2600)))
+    yield Path("programs share a row", Case("sweep", Shape(1, 5200)))
     yield Path("programs share a row, in groups", Case("sweep", Shape(2, 40000)))
     yield Path("programs share a row, recurrence alone", Case("gae", Shape(2, 40000)))
     yield Path("packed rows", Case("sweep", Shape(4, 700, **packed)))
@@ -54,7 +54,7 @@ def paths() -> Iterator[Path]:
     yield Path("credit", Case("credit", Shape(3, 200, 300, **HEADS)))
     yield Path("a row of attention", Case("row", Shape(3, 200, 300, **HEADS)))
     yield Path("a row of attention, long", Case("row", Shape(2, 100, 2600, **HEADS)))
-    yield Path("scores, then programs share a row", Case("fused", Shape(2, 2600, 3000, **HEADS)))
+    yield Path("scores, then programs share a row", Case("fused", Shape(2, 5200, 5600, **HEADS)))
     yield Path(
         "scores, then a program sweeps a row", Case("credit", Shape(600, 2100, 2200, heads=2, kv_heads=1))
     )

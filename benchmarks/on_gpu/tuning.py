@@ -63,11 +63,7 @@ def rounds() -> Iterator[Round]:
         for split in (attention.chunks_per_program, *(Split(n) for n in (4, 6, 8, 11, 16, 32)))
     ]
     yield Round("split", grids, [*read[:2], Case("fused", Shape(8, 1024, 2048)), Case("fused", SMALL)])
-    places = [
-        {"attention.REGISTERS": registers, "attention.PROGRAMS": programs}
-        for registers, programs in ((128, 4), (168, 3), (96, 5))
-    ]
-    yield Round("places", places, read)
+    yield Round("places", product(attention__REGISTERS=(128, 168, 96)), read)
     sweeps = [Case(what, shape) for what in ("sweep", "gae") for shape in SWEEPS]
     sweeps += [Case("sweep", shape) for shape in (Shape(1024, 4096), Shape(512, 4096))]
     settings = [

@@ -75,6 +75,14 @@ class Sums(NamedTuple):
 
 
 @triton.jit
+def no_sums():
+    """Of entropy, spread and both moments, lane by lane."""
+    single = tl.zeros([LANES], tl.float32)
+    double = tl.zeros([LANES], tl.float64)
+    return single, single, double, double
+
+
+@triton.jit
 def shape_tokens(row, facts, rule, job, board, state, state_value, j, read, k, n_chunks, rules: tl.constexpr):
     """Everything of the ``k``-th of a row's chunks from the right; what it adds to the row, and the carries.
 
@@ -261,10 +269,7 @@ def shape_row(row, attended, job, mean: tl.constexpr, rules: tl.constexpr, SOURC
     state_value = no_carry()
     counted = 0
     nonfinite = 0
-    entropies = tl.zeros([LANES], tl.float32)
-    spreads = tl.zeros([LANES], tl.float32)
-    firsts = tl.zeros([LANES], tl.float64)
-    seconds = tl.zeros([LANES], tl.float64)
+    entropies, spreads, firsts, seconds = no_sums()
     if rules.AHEAD:
         coming = read_tokens(job, row.place, tokens_of(n_shaped - 1, rules), rules)
     for i_k in range(n_shaped):
@@ -382,10 +387,7 @@ def sums_of_chunks(board, n_chunks, n_shaped):
             tl.store(board.p_flags + i * board.slots + o_c, 0, mask=o_c < n_chunks)
     count = 0
     nonfinite = 0
-    entropies = tl.zeros([LANES], tl.float32)
-    spreads = tl.zeros([LANES], tl.float32)
-    firsts = tl.zeros([LANES], tl.float64)
-    seconds = tl.zeros([LANES], tl.float64)
+    entropies, spreads, firsts, seconds = no_sums()
     for start in range(0, n_shaped, AT_ONCE):
         o_c = start + tl.arange(0, AT_ONCE)
         there = o_c < n_shaped

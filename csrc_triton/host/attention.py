@@ -39,7 +39,7 @@ from csrc_triton.launch import (
     tokens,
 )
 
-# Guesses until a GPU has measured: `make gpu` times others too, and prints those that should stand here.
+# What an H200 measured: `make gpu` times others too, and prints those that should stand here.
 CHUNK = 512
 """Response tokens a program shapes at once."""
 KEYS = 64
@@ -48,21 +48,20 @@ STAGES = 3
 """Chunks of keys that may be on their way at once, and one; so many buffers of shared memory, less one."""
 WARPS = 4
 """Of a program that reads keys, and sweeps the row after them."""
-PROGRAMS = 4
-"""That a multiprocessor holds, of those that read keys."""
-BEGINNING = 4
-"""What a program costs before its first chunk of keys and after its last, in chunks."""
-MOST_SPLIT = 16
-"""Chunks of keys that a program reads, at most."""
-REGISTERS = 128
-"""Of a thread, at most, where next to nothing spills with so few: four programs fit a multiprocessor."""
+PROGRAMS = 2
+"""Per multiprocessor, where so few can read all keys at a time: more of them wait for each other."""
+SPLIT = 16
+"""Chunks of keys that a program reads; twice as many at most where all programs run at a time."""
+REGISTERS = 168
+"""Of a thread, at most, where nothing spills with so few. With 128 four programs fit a multiprocessor, not
+three, and are not faster."""
 SCAN = 1024
 """Tokens a preparation program looks at at once."""
 ONE_LAUNCH = 2048
 """Longest response, in tokens, that the last program of a row shapes within the launch that reads the keys.
 
-A packed batch counts as one response: how its rows divide it is known on the device only. Each further CHUNK
-is some 4 microseconds (a guess) in which one program works alone; a second launch takes as long as two.
+A packed batch counts as one response: how its rows divide it is known on the device only. In each further
+CHUNK one program works alone; two more launches take as long as some three of them.
 """
 
 ATTEND = Launcher(attend_kernel, "layer.p_query", "layer.p_key")
@@ -177,7 +176,7 @@ def average(
     launch(
         MEANS,
         n_tasks + leaders,
-        registers(64),
+        registers(80),
         **read,
         response=response,
         inputs=inputs,
@@ -425,14 +424,11 @@ def chunk_size(key: Tensor) -> int:
 def chunks_per_program(rows: int, chunks: int, processors: int) -> int:
     """Chunks of keys that a program reads one after the other, of the ``chunks`` of each of so many rows.
 
-    The more, the less programs cost beside their keys; the fewer, the better the last ones fill the GPU.
+    The fewest with which all programs run at a time, ``PROGRAMS`` on a multiprocessor.
     """
-
-    def cost(split: int) -> int:
-        waves = ceil_div(rows * ceil_div(chunks, split), PROGRAMS * processors)
-        return waves * (split + BEGINNING)
-
-    return min(range(1, max(min(chunks, MOST_SPLIT), 1) + 1), key=cost)
+    splits = range(1, 2 * SPLIT + 1)
+    fitting = (n for n in splits if rows * ceil_div(chunks, n) <= PROGRAMS * processors)
+    return next(fitting, SPLIT)
 
 
 def _position_strides(x: Tensor, packed: bool, keys: int) -> tuple[int, int, int]:

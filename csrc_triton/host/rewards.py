@@ -34,9 +34,11 @@ from csrc_triton.launch import (
 )
 from csrc_triton.sweep import chunks_kernel, rows_kernel
 
-REGISTERS = 128
-"""Of a thread of the sweep, at most. A warp alone spills 30 words then, and yet more at a time are faster."""
-WARPS = 16
+REGISTERS = 168
+"""Of a thread of the sweep, at most: nothing spills."""
+LIGHT = 128
+"""Where nothing is redistributed: a third more programs fit."""
+WARPS = 12
 """That a multiprocessor holds with so many registers."""
 
 
@@ -217,7 +219,7 @@ def _attend(layers: Sequence[LayerInputs], job: dict[str, Any]) -> None:
         found = Inputs(p_row_status=inputs.p_row_status)
         average(layer, len(layers), response, found, Outputs(p_credit=out.p_credit), add=i > 0)
     if fused:
-        job["rules"] = job["rules"]._replace(AHEAD=response.width > attention.CHUNK)
+        job["rules"] = job["rules"]._replace(AHEAD=True)
         attend(layers[-1], len(layers), **job, finish="shape", add=bool(apart))
     else:
         _sweep(job, "weights")
@@ -234,7 +236,8 @@ def _sweep(job: dict[str, Any], source: Literal["weights"] | None) -> None:
     warps = warps_of(batch, count, alone)
     if chunked:
         warps = 1 if alone else 4  # nobody waits for other warps of a chunk
-    options = registers(255 if rules.TWO_RECURRENCES else REGISTERS) | {"num_warps": warps}
+    most = 255 if rules.TWO_RECURRENCES else LIGHT if rules.CREDIT is None else REGISTERS
+    options = registers(most) | {"num_warps": warps}
     # A warp alone has no registers for it.
     job["rules"] = rules._replace(AHEAD=warps > 1 and longest > 1)
     if not chunked:
@@ -265,12 +268,13 @@ def in_chunks(batch: int, longest: int, n_chunks: int, processors: int, alone: b
 
 
 def warps_of(rows: int, processors: int, alone: bool) -> int:
-    """Of a program that has a row to itself: the most with which all rows are swept at a time, else one.
+    """Of a program that has a row to itself: several where all rows are swept at a time all the same.
 
     ``alone``: whether one warp has registers enough for 512 tokens. Bits are the same.
     """
-    few = (warps for warps in (4, 2) if rows <= WARPS // warps * processors)
-    return next(few, 1) if alone else 4
+    if not alone or rows <= 3 * processors:
+        return 4
+    return 2 if rows <= WARPS // 2 * processors else 1
 
 
 def _tokens(x: Tensor | None) -> tuple[Tensor | None, int]:

@@ -64,8 +64,8 @@ def test_parts_can_be_named(folder: Path) -> None:
 def test_smoke_starts_every_kernel(folder: Path) -> None:
     smoke = by_item(lines_of(folder / "whole"), "smoke")
     assert {name for line in smoke.values() for name in line["kernels"]} == kernels()
-    attend = smoke["terms, then programs share a row"]["kernels"]
-    assert attend == ["attend_kernel", "chunks_kernel"]
+    attend = smoke["scores, then programs share a row"]["kernels"]
+    assert attend == ["attend_kernel", "means_kernel", "chunks_kernel"]
     assert smoke["the last program of a row shapes it"]["kernels"] == ["attend_kernel"]
     assert smoke["programs share a row, in groups"]["kernels"] == ["chunks_kernel"]
     assert smoke["a row of attention, long"]["kernels"] == ["attend_kernel", "means_kernel"]
@@ -107,22 +107,19 @@ def test_what_is_broken_stops_what_needs_it(folder: Path) -> None:
         "packed rows": "wrong",
         "packed rows, long": "skipped",
         "a row of attention, long": "died",
-        "terms, then programs share a row": "skipped",
-        "terms, then a program sweeps a row": "wrong",
+        "scores, then programs share a row": "skipped",
+        "scores, then a program sweeps a row": "skipped",
         "columns": "failed",
         "rollout": "failed",
     }
     hung = smoke["programs share a row"]["launch"]
     assert hung["tag"] == "chunks_kernel weights"
-    assert hung["given"]["inputs"]["p_weights"] == "float32[1, 2600]"
-    assert hung["given"]["grid"]["n_tasks"] == 6
+    assert hung["given"]["inputs"]["p_weights"] == "float32[1, 5200]"
+    assert hung["given"]["grid"]["n_tasks"] == 11
     assert smoke["a row of attention, long"]["launch"]["tag"] == "means_kernel bfloat16"
     assert smoke["columns"]["launch"]["tag"].startswith("column_kernel")
     # Of a wrong number those are to blame that no other item has proved.
-    assert smoke["terms, then a program sweeps a row"]["broken"] == [
-        "attend_kernel terms bfloat16",
-        "rows_kernel terms bfloat16",
-    ]
+    assert smoke["packed rows"]["broken"] == ["rows_kernel weights packed"]
     asked = by_item(lines, "budgets")
     assert asked["fused, B 32 S 2048 R 1024"]["status"] == "ok"
     assert asked["whiten, 4096x512"]["status"] == "ok"
@@ -130,7 +127,7 @@ def test_what_is_broken_stops_what_needs_it(folder: Path) -> None:
     assert "hung in smoke, programs share a row" in asked["sweep, 1x131072"]["error"]
     assert asked["gae, 4096x512"]["status"] == "skipped"
     text = (folder / "faults" / "summary.md").read_text()
-    assert "| smoke | programs share a row | hung | chunks_kernel weights | 12 |" in text
+    assert "| smoke | programs share a row | hung | chunks_kernel weights | 22 |" in text
 
 
 def test_out_of_time(folder: Path) -> None:

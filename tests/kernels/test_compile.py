@@ -14,6 +14,7 @@ from benchmarks.cases import budget_cases, launches
 from benchmarks.kernel_facts import STORE, TARGETS, read, written
 from benchmarks.kernel_table import ROOT, TABLE, markdown, table_of
 from benchmarks.sass import atomic_orders
+from csrc_triton.host.attention import STAGES
 
 TABLE_MODULE = "benchmarks.kernel_table"
 SHARED_LIMIT = {target: 64 * 1024 if target == "gfx942" else 99 * 1024 for target in TARGETS}
@@ -94,13 +95,13 @@ def test_alignment_does_not_change_the_order_of_additions(compiled: tuple[str, l
         assert order[f"credit, {dtype} 32/8x128 misaligned"] == order[case]
 
 
-def test_three_chunks_of_keys_are_on_their_way(compiled: tuple[str, list[dict]]) -> None:
-    """Where keys lie side by side and a chunk's product is one: the loop waits for the oldest only."""
+def test_chunks_of_keys_are_on_their_way(compiled: tuple[str, list[dict]]) -> None:
+    """Where keys lie side by side and a chunk's product is one: the loop waits for the oldest of two only."""
     target, variants = compiled
     aligned = whole(variants)
     assert aligned
     for facts in aligned:
-        assert facts["on_their_way"] == 3, described(facts)
+        assert facts["on_their_way"] == STAGES - 1, described(facts)
         if target != "gfx942":
             assert facts["loop_barriers"] <= 4, described(facts)
             assert facts["loop_instructions"] <= 260, described(facts)  # for 64 keys
@@ -121,7 +122,7 @@ def test_a_warp_sweeps_512_tokens_with_a_third_of_the_instructions_of_four(
     assert gae["longest_wide"] == 4 * (2 + 2)
     # sm_120 computes float64 in more. Barriers of one warp keep memory in order; nobody waits.
     assert sweep["longest_loop"] <= (1450 if target == "sm_120" else 1100), described(sweep)
-    assert gae["longest_loop"] <= (1050 if target == "sm_120" else 650), described(gae)
+    assert gae["longest_loop"] <= (1050 if target == "sm_120" else 720), described(gae)
     assert max(sweep["longest_barriers"], gae["longest_barriers"]) <= 2
     assert by_case["sweep, 4096x511"]["wide_loads"] == by_case["gae, 4096x511"]["wide_loads"] == 0
     # Few rows, or narrow ones: four warps, with 128 tokens each.
@@ -132,7 +133,7 @@ def test_where_rows_are_swept_two_floats_are_added_at_a_time() -> None:
     """So no layout says in which order: neither how many warps a program has nor where its rows begin."""
     found = json.loads(tracing(TABLE_MODULE, "summed", "sm_90"))
     assert {x["kernel"] for x in found} == {"rows_kernel", "chunks_kernel"}
-    assert {x["warps"] for x in found} == {1, 4}
+    assert {x["warps"] for x in found} == {1, 2, 4}
     for x in found:
         wider = [size for size in x["sizes"] if size[0] == "scan" or size[1] > 2]
         assert wider == [], x
@@ -258,7 +259,7 @@ def kinds() -> dict:
 
 def test_shapes_do_not_recompile(kinds: dict) -> None:
     # Those that sweep twice: with rows that begin at multiples of 4 tokens, and without.
-    assert 4 <= len(kinds["needed"]) <= 20, kinds["needed"]
+    assert 4 <= len(kinds["needed"]) <= 26, kinds["needed"]
 
 
 def test_what_a_launcher_takes_for_alike_compiles_alike(kinds: dict) -> None:

@@ -169,7 +169,7 @@ def calls() -> Iterator[tuple[str, functools.partial[Any]]]:
     yield "groups", sweep(20, 2, spread, score=scores[2], credit=[layer(40)], even=True)
     for gl in (0.5, 0.25):
         yield "rows", sweep(30, 2, ("advantages", "returns"), gl=gl)
-    for width in (1300, 1400):
+    for width in (5200, 5300):
         yield "chunks", sweep(width, 1, everything, score=scores[1], credit="uniform", gl=0.95)
     yield "scores, mean", functools.partial(csrc_triton.attention_row, [layer(2100)])
     yield (
