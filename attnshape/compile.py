@@ -81,23 +81,23 @@ def flatten(x: object, leaves: Leaves) -> str:
 
 def unflatten(structure: str, leaves: Leaves) -> Any:
     """The inverse of ``flatten``; lists become tuples."""
-    kinds: list[Iterator[Any]] = [iter(kind) for kind in leaves]
+    return _built(json.loads(structure), [iter(kind) for kind in leaves])
 
-    def build(x: Any) -> Any:
-        if x is None or isinstance(x, bool | str):
-            return x
-        if isinstance(x, int):
-            return next(kinds[x])
-        if isinstance(x, list):
-            return tuple(build(item) for item in x)
-        [(name, items)] = x.items()
-        if name == "dict":
-            return dict(zip(*build(items), strict=True))
-        if name == "ProcessGroup":
-            return dist.distributed_c10d._resolve_process_group(items[0])
-        return CLASSES[name](**dict(zip(FIELDS[CLASSES[name]], build(items), strict=True)))
 
-    return build(json.loads(structure))
+def _built(x: Any, kinds: Sequence[Iterator[Any]]) -> Any:
+    # No function within the other: one that calls itself keeps the tensors until garbage is collected.
+    if x is None or isinstance(x, bool | str):
+        return x
+    if isinstance(x, int):
+        return next(kinds[x])
+    if isinstance(x, list):
+        return tuple(_built(item, kinds) for item in x)
+    [(name, items)] = x.items()
+    if name == "dict":
+        return dict(zip(*_built(items, kinds), strict=True))
+    if name == "ProcessGroup":
+        return dist.distributed_c10d._resolve_process_group(items[0])
+    return CLASSES[name](**dict(zip(FIELDS[CLASSES[name]], _built(items, kinds), strict=True)))
 
 
 class Output(NamedTuple):

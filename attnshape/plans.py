@@ -157,12 +157,24 @@ def forget() -> None:
         function.known.clear()
 
 
-def is_on_current_gpu(first: Any = None, *_: Any) -> bool:
-    """Whether the first argument lies there; on another device calls are made anew."""
-    while isinstance(first, list | tuple) and first:
-        first = first[0]
-    x = first.key if isinstance(first, AttentionInputs) else first
-    return isinstance(x, Tensor) and x.is_cuda and x.get_device() == torch.cuda.current_device()
+def is_on_current_gpu(*given: Any) -> bool:
+    """Whether the first tensor among the arguments lies there; on another device calls are made anew."""
+    for argument in given:
+        x = tensor_of(argument)
+        if x is not None:
+            return x.is_cuda and x.get_device() == torch.cuda.current_device()
+    return False
+
+
+def tensor_of(x: Any) -> Tensor | None:
+    """One that an argument is or holds."""
+    while isinstance(x, list | tuple) and x:
+        x = x[0]
+    if isinstance(x, AttentionInputs):
+        return x.key
+    if isinstance(x, Response):
+        return x.mask
+    return x if isinstance(x, Tensor) else None
 
 
 @functools.cache

@@ -1,13 +1,15 @@
 """Tables, plots and the documentation's page on performance: ``python -m benchmarks.report [FILE ...]``.
 
 Without a file: of every committed ``results/*/bench.json``, and the section of docs/performance.md is
-written anew. With files: of those alone. Beside each file it leaves ``report.md``, ``roofline.png``,
-``peers.png`` and ``memory.png``, as far as there is something to be drawn.
+written anew, with what ``make gpu`` left in ``results/*/summary.json``. With files: of those alone. Beside
+each file it leaves ``report.md``, ``roofline.png``, ``peers.png`` and ``memory.png``, as far as there is
+something to be drawn.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +22,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter
 from attnshape.bench.machine import in_words
 from attnshape.bench.measure import PLAIN, TORCH
 from benchmarks.cases import FRESH
-from benchmarks.results import ROOT, Info, Run, committed, load, ratio
+from benchmarks.on_gpu.summary import budget_table
+from benchmarks.results import ROOT, Info, Run, cards, committed, load, ratio
 
 PAGE = ROOT / "docs" / "performance.md"
 BEGIN = "<!-- performance: written by python -m benchmarks.report -->"
@@ -276,16 +279,29 @@ def draw(run: Run) -> list[str]:
 # The section of the page
 
 
-def page_section(runs: Sequence[Run]) -> str:
+def page_section(runs: Sequence[Run], cards: Sequence[Path] = ()) -> str:
     """What stands between the page's two marks; every figure from the file it names."""
     lines = [BEGIN, ""]
+    for card in cards:
+        lines += [*card_section(card), ""]
     if not runs:
         lines += ["No run has been committed yet: `make bench` measures on your machine.", ""]
     for run in runs:
         lines += [*machine_section(run), ""]
-    if not any(run.machine["device_type"] == "cuda" for run in runs):
-        lines += ["**No GPU figure has been measured yet**, so none is given.", ""]
     return "\n".join([*lines, END])
+
+
+def card_section(path: Path) -> Iterator[str]:
+    """A GPU's budgets, as ``make gpu`` found them."""
+    found = json.loads(path.read_text())
+    machine, files = found["machine"], path.with_name("summary.md").relative_to(ROOT)
+    versions = ", ".join(f"{name} {machine['versions'].get(name)}" for name in ("torch", "triton"))
+    commit = machine["commit"][:10]
+    yield f"From [`{files}`](../{files}) ({machine['device']}; {versions}; commit {commit})."
+    yield "Each call is timed beside a copy that moves as many bytes, and a pass that only reads as many, in"
+    yield "CUDA graphs, on inputs several times the cache; medians with the 10th and 90th percentile:"
+    yield ""
+    yield from budget_table(found)
 
 
 def machine_section(run: Run) -> Iterator[str]:
@@ -365,7 +381,7 @@ def main() -> None:
         run.path.with_name("report.md").write_text(report(run))
         print(f"{run.path.parent}: report.md, {', '.join(draw(run))}")
     if not options.files:
-        write_page(page_section(runs))
+        write_page(page_section(runs, cards()))
 
 
 if __name__ == "__main__":

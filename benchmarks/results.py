@@ -48,6 +48,11 @@ def committed(results: Path = RESULTS) -> list[Run]:
     return [load(path) for path in sorted(results.glob(f"*/{NAME}"))]
 
 
+def cards(results: Path = RESULTS) -> list[Path]:
+    """What ``make gpu`` found, a file for each card."""
+    return sorted(path.with_name("summary.json") for path in results.glob("*/results.jsonl"))
+
+
 def ratio(info: Info, name: str) -> Ratio | None:
     found = info["ratios"].get(name)
     return None if found is None else Ratio(**found)

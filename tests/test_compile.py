@@ -1,6 +1,8 @@
 """The public functions under ``torch.compile``, ``make_fx``, fake tensors and ``torch.library.opcheck``."""
 
 import dataclasses
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -279,6 +281,21 @@ def test_structures_come_back_as_they_went() -> None:
     assert rest == given[4:]
     with pytest.raises(TypeError, match="got object, which cannot be compiled"):
         compiling.flatten(object(), held)
+
+
+def test_an_operator_keeps_no_argument() -> None:
+    """A CUDA graph's inputs would stay in its pool until garbage is collected."""
+    x = torch.ones(3)
+    held = compiling.Leaves([], [], [])
+    structure = compiling.flatten([[x], 0.5], held)
+    kept = weakref.ref(x)
+    gc.disable()
+    try:
+        compiling.unflatten(structure, held)
+        del x, held
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_bad_arguments_are_named_where_the_operator_runs() -> None:

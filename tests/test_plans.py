@@ -141,6 +141,17 @@ def test_calls_are_repeated_once_nobody_looks_at_launches(
     plans._kernels.cache_clear()
 
 
+def test_a_tensor_is_found_in_any_argument() -> None:
+    """By which it is known where a call computes, whatever comes first."""
+    key = torch.ones(2, 1, 5, 4)
+    inputs, mask = AttentionInputs(key[:, :, 0], key, 0.5), torch.ones(2, 3)
+    for x, want in ((X, X), ([inputs, inputs], key), (Response(mask), mask), (mask, mask)):
+        assert plans.tensor_of(x) is want
+    for x in (None, 0.5, [], CONFIG, "uniform"):
+        assert plans.tensor_of(x) is None
+    assert not plans.is_on_current_gpu(None, Response(mask))
+
+
 ONE = torch.ones(4)
 
 

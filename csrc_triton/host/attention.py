@@ -53,8 +53,10 @@ PROGRAMS = 2
 SPLIT = 16
 """Chunks of keys that a program reads; twice as many at most where all programs run at a time."""
 REGISTERS = 168
-"""Of a thread, at most, where nothing spills with so few. With 128 four programs fit a multiprocessor, not
-three, and are not faster."""
+"""Of a thread, at most, of a program that may sweep a row: nothing spills. 128, so four programs on a
+multiprocessor and not three, are not faster."""
+LIGHT = 128
+"""Of one that does not: it takes 80 then, and six programs fit. With 168 it took 114; four were slower."""
 SCAN = 1024
 """Tokens a preparation program looks at at once."""
 ONE_LAUNCH = 2048
@@ -176,7 +178,7 @@ def average(
     launch(
         MEANS,
         n_tasks + leaders,
-        registers(80),
+        registers(72),
         **read,
         response=response,
         inputs=inputs,
@@ -227,10 +229,11 @@ def attend(
     kept = layer.lse is not None and response.p_start is not None
     operands, product = operands_of(layer, n_layers, kept)
     mean = Mean(layer.causal, group, min(4, padded(group)), chunk, spare, add)
+    heavy = width > product.BLOCK_D or (rules is not None and rules.TWO_RECURRENCES)
     launch(
         ATTEND,
         grid.n_tasks + leaders,
-        registers(255 if width > product.BLOCK_D or (rules and rules.TWO_RECURRENCES) else REGISTERS),
+        registers(255 if heavy else REGISTERS if finish == "shape" else LIGHT),
         axis=axis,
         layer=operands,
         left=left,

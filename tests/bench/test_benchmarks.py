@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,23 @@ def test_limits() -> None:
     assert Budget(times_copy=1.3).limit(10.0) == 13.0
     assert Budget(seconds=7e-6).limit(1.0) == 7e-6
     assert Budget().limit(1.0) is None
+
+
+def test_the_notes_say_what_was_measured() -> None:
+    """Microseconds of the first contact and of the last run, and the share of a pass that reads as much."""
+    folder = ROOT / "benchmarks" / "results" / "nvidia-h200"
+    first, last = (
+        {x["item"]: x for x in map(json.loads, (folder / name).read_text().splitlines()) if "read_us" in x}
+        for name in ("first.jsonl", "results.jsonl")
+    )
+    rows = re.findall(
+        r"^\| (.*?) \| ([\d.]+) \| ([\d.]+) \| (\d+%) \| ", (ROOT / "docs" / "kernels.md").read_text(), re.M
+    )
+    assert len(rows) == 9
+    for case, before, now, of_read in rows:
+        us, read = last[case]["us"]["value"], last[case]["read_us"]["value"]
+        found = f"{first[case]['us']['value']:.1f}", f"{us:.1f}", f"{read / us:.0%}"
+        assert (before, now, of_read) == found, case
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from benchmarks import guard, report
-from benchmarks.results import ROOT, committed, load
+from benchmarks.on_gpu.summary import write_summary
+from benchmarks.results import ROOT, cards, committed, load
 
 MACHINE = {
     "kind": "abacus",
@@ -109,7 +110,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_the_pages_section_is_that_of_the_committed_runs() -> None:
     """If this fails: python -m benchmarks.report."""
-    assert report.page_section(committed()) in report.PAGE.read_text()
+    assert report.page_section(committed(), cards()) in report.PAGE.read_text()
 
 
 def test_reports_are_those_of_the_committed_runs() -> None:
@@ -167,11 +168,17 @@ def test_the_pages_section_names_file_machine_and_versions(
     assert "| verl 0.9.1 | 61 to 61 |" in section
     assert "| `gae` | 1 | 40 to 40 | 25.0% to 25.0% |" in section
     assert "Missing: slime (not installed)." in section
-    assert "No GPU figure" in section
-    gpu = load(
-        write(file.parents[1] / "gpu" / "bench.json", {}, machine_info=MACHINE | {"device_type": "cuda"})
+    timed = {"part": "budgets", "item": "gae, 3x4", "case": "gae, 3x4", "met": True, "budget_us": 9.0}
+    timed |= {"us": dict.fromkeys(("value", "low", "high"), 8.0), "budget": "9 us"}
+    machine = {"item": "machine", "part": "facts", "device": "A card", "commit": "0123456789ab"}
+    machine["versions"] = {"torch": "2.11.0"}
+    write_summary(file.parent, [machine, timed])
+    section = report.page_section([], [file.with_name("summary.json")])
+    assert (
+        "[`abacus/summary.md`](../abacus/summary.md) (A card; torch 2.11.0, triton None; commit 0123456789)"
+        in section
     )
-    assert "No GPU figure" not in report.page_section([gpu])
+    assert "| gae, 3x4 | 8.0 (8.0 to 8.0) |  |  | 9 us | 9.0 | met |  |" in section
 
 
 def test_the_pages_section_is_written_between_its_marks(tmp_path: Path) -> None:
