@@ -230,6 +230,8 @@ def attend(
     operands, product = operands_of(layer, n_layers, kept)
     mean = Mean(layer.causal, group, min(4, padded(group)), chunk, spare, add)
     heavy = width > product.BLOCK_D or (rules is not None and rules.TWO_RECURRENCES)
+    if rules is not None:
+        rules = rules._replace(AHEAD=not heavy)
     launch(
         ATTEND,
         grid.n_tasks + leaders,

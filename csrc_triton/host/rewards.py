@@ -219,7 +219,6 @@ def _attend(layers: Sequence[LayerInputs], job: dict[str, Any]) -> None:
         found = Inputs(p_row_status=inputs.p_row_status)
         average(layer, len(layers), response, found, Outputs(p_credit=out.p_credit), add=i > 0)
     if fused:
-        job["rules"] = job["rules"]._replace(AHEAD=True)
         attend(layers[-1], len(layers), **job, finish="shape", add=bool(apart))
     else:
         _sweep(job, "weights")
