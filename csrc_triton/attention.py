@@ -51,7 +51,6 @@ def attend_kernel(
     slots = slots_of_row(axis, left, response, keys, i_b, mean)
     attended = Attended(axis, layer, left, keys, slots)
     finishing = (i_p >= grid.n_tasks) & (keys.whole == 0)
-    place = place_of_row(response, i_b)
 
     if (inputs.p_row_status is not None) and (FINISH != "shape") and not mean.ADD:  # noqa: SIM102
         # The first layer: no row has been found out of range.
@@ -73,13 +72,14 @@ def attend_kernel(
             fold_partials(attended, heads, mean.KEYS, product.FOLD)
             if FINISH != "scores":
                 tl.debug_barrier()
-                leave_group(attended, response, place, i_h, mean, 2 * rules.CHUNK)
+                leave_group(attended, response, place_of_row(response, i_b), i_h, mean, 2 * rules.CHUNK)
                 finishing = arrive(p_arrived + layer.kv_heads) == layer.kv_heads - 1
                 if finishing:
                     tl.store(p_arrived + layer.kv_heads, 0)
 
     if FINISH != "scores":  # noqa: SIM102
         if finishing:
+            place = place_of_row(response, i_b)
             if FINISH == "mean":
                 stop = (place.length + rules.CHUNK - 1) // rules.CHUNK
                 p_bad = inputs.p_row_status
