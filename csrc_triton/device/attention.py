@@ -282,7 +282,7 @@ def fold_partials(attended, heads, CHUNK: tl.constexpr, FOLD: tl.constexpr):
         largest = tl.maximum(sink, lse)
         reference = finite_reference(largest)
         total = tl.exp2(sink - reference) + tl.exp2(lse - reference)
-    counting = (heads.weight > 0.0) & (largest != -INF)  # a head that sees nothing has no mean
+    counting = (heads.weight > 0.0) & (total != 0.0)  # 0 of a head that sees nothing; a NaN stays one
     share = tl.where(counting, heads.weight / total, 0.0)
     p_head = left.p_heads + (attended.keys.row * heads.n + heads.o_h) * 2
     p_head = p_head[:, None] + tl.arange(0, 2)[None, :]
