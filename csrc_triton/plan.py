@@ -32,6 +32,7 @@ EMPTY = (
     aten.empty_like.default,
     aten.new_empty.default,
 )
+ZEROS = (aten.zeros.default, aten.zeros_like.default)
 
 
 class Source(NamedTuple):
@@ -57,6 +58,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.sound = 0 not in self.inputs
         """Whether nothing else is done: no operator computes, and no address is another one's by chance."""
         self.made: list[Tensor] = []  # held, so that no address is given twice
+        self.zeroed: list[bool] = []
         self.bytes = 0
         self.counters: list[tuple[int, int]] = []  # address, and how many
         self.launches: list[tuple[Callable[..., Any], list[Any]]] = []
@@ -71,8 +73,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = op(*args, **(kwargs or {}))
-        if op in EMPTY:
+        if op in EMPTY or op in ZEROS:
             self.made.append(out)
+            self.zeroed.append(op in ZEROS)
             self.bytes += out.nbytes
             if self.bytes > 8 * MOST:  # outputs too
                 self.sound, self.made = False, []
@@ -137,6 +140,8 @@ class Plan:
         outputs = list(dict.fromkeys(source.place for source in found))
         if not watch.sound or not watch.launches or len(found) < len(returned):
             raise ValueError("got a call that computes by itself, want one that only launches")
+        if any(watch.zeroed[i] for i in outputs):
+            raise ValueError("got an output of zeros, want one that is filled")
         self.device = returned[0].device
         whole = [watch.made[i] for i in outputs]
         self.outputs = [(tuple(x.shape), x.stride(), x.dtype) for x in whole]
@@ -172,13 +177,14 @@ class Plan:
         self.launches = [(start, [reader(value) for value in values]) for start, values in watch.launches]
 
     def _between(self, watch: Watch, outputs: list[int]) -> dict[int, tuple[int, int]]:
-        """Lays out what is not returned; where each tensor begins, in which allocation."""
+        """Lays out what is not returned, zeros first; where each tensor begins, in which allocation."""
         begins = {place: (i, 0) for i, place in enumerate(outputs)}
-        self.size = 0
-        for i, x in enumerate(watch.made):
+        self.size = self.zeroed = 0
+        for i in sorted(range(len(watch.made)), key=lambda i: not watch.zeroed[i]):
             if i not in begins:
                 begins[i] = (len(outputs), self.size)
-                self.size += ceil_div(x.nbytes, ALIGNED) * ALIGNED
+                self.size += ceil_div(watch.made[i].nbytes, ALIGNED) * ALIGNED
+                self.zeroed = self.size if watch.zeroed[i] else self.zeroed
         if self.size > MOST:
             raise ValueError(f"got {self.size} bytes between launches, want at most {MOST}")
         return begins
@@ -194,6 +200,8 @@ class Plan:
         if self.size:
             between = torch.empty_strided((self.size,), (1,), dtype=torch.uint8, device=device)
             begins.append(between.data_ptr())
+            if self.zeroed:
+                between[: self.zeroed].zero_()
         counters = [COUNTERS.take(device, count) for count in self.counters]
         table = [*given, *[x.data_ptr() for x in counters], *[begins[i] + offset for i, offset in self.parts]]
         table += self.constants
