@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -70,7 +71,7 @@ def items(machine: Machine) -> Iterator[Item]:
             setting = " ".join(f"{name} {x}" for name, x in case.setting._asdict().items() if x)
             name = f"drawn: {str(case.dtype)[6:]}, {setting}, width {case.shape.D}"
             yield Item(name, functools.partial(compared, case=case), LIMIT)
-    for other in (groups, rollout, packed_keys, many_moments):
+    for other in (no_number, groups, rollout, packed_keys, many_moments):
         yield Item(other.__name__.replace("_", " "), other, LIMIT)
 
 
@@ -113,6 +114,20 @@ def compared(worker: Worker, case: compare.Case) -> dict[str, Any]:
     def errors(got: Any) -> dict[str, float]:
         want = to_float64(problem).shaped(reference.shape_rewards)
         return {name: worst.fraction for name, worst in compare.errors(problem, got, want).items()}
+
+    return within(worker, lambda: there.shaped(attnshape.shape_rewards, backend="triton"), errors)
+
+
+def no_number(worker: Worker) -> dict[str, Any]:
+    """A row whose query holds a NaN, in one head: all of it is lost, and nothing of the others."""
+    problem = make_problem(5, batch=3, keys=90, width=40, head_dim=64, dtype=torch.float16)
+    problem.inputs.query[1, 0] = float("nan")
+    there = worker.machine.drawn(problem)
+
+    def errors(got: Any) -> dict[str, float]:
+        want = to_float64(problem).shaped(reference.shape_rewards)
+        found = {name: worst.fraction for name, worst in compare.errors(problem, got, want).items()}
+        return found | {"status": 0.0 if got.status.equal(want.status) else math.inf}
 
     return within(worker, lambda: there.shaped(attnshape.shape_rewards, backend="triton"), errors)
 
