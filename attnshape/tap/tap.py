@@ -51,8 +51,10 @@ Taken: TypeAlias = AttentionInputs | SignedInputs | Tensor
 _SOURCES = get_args(Source)
 _ROLLOUTS = ("rollout", "signed_rollout")
 _NO_OTHER_MIXING = ("rollout", "signed_rollout", "gradient_value", "relevance")
-_GRADIENTS = ("gradient_value", "gradient_embedding", "relevance")
-_ONE_LAYER = ("gradient_value", "relevance")
+GRADIENTS = ("gradient_value", "gradient_embedding", "relevance")
+"""Sources for ``credit.gradient_weights``."""
+ONE_LAYER = ("gradient_value", "relevance")
+"""Those that read a layer that may be given."""
 RELEVANCE_UP = 3
 """``"relevance"`` is taken where a third of the layers are below. The words that people call positive or
 negative are found best there (``benchmarks/language``): they know their neighbours and have not moved on."""
@@ -206,7 +208,7 @@ class AttentionTap:
             _, block = layers_around(self._models[-1].module, self._layers[0].module)
             self._handles.append(block.register_forward_pre_hook(self._on_block, with_kwargs=True))
             self._norms.open()
-        if self._source in _GRADIENTS:
+        if self._source in GRADIENTS:
             lists = [m for m in self._models[-1].module.modules() if isinstance(m, nn.ModuleList)]
             self._handles += [m.register_forward_pre_hook(self._on_layer) for layers in lists for m in layers]
         return self
@@ -307,7 +309,7 @@ class AttentionTap:
 
     def _reads_pooled(self) -> bool:
         return (
-            self._source not in _GRADIENTS
+            self._source not in GRADIENTS
             and isinstance(self._query_position, str)
             and self._query_position == "pooled"
         )
@@ -560,6 +562,6 @@ def _layer_of(source: Source, layer: int | Sequence[int] | None, layers: int) ->
         return layers // RELEVANCE_UP
     if layer is None:
         return -1 if source == "attention" else 0
-    if source in _ONE_LAYER and not isinstance(layer, int):
+    if source in ONE_LAYER and not isinstance(layer, int):
         raise TypeError(f"layer: got {layer!r}, want int for source={source!r}")
     return layer

@@ -18,12 +18,13 @@ from attnshape import credit
 from attnshape.ops import attention_column_credit, attention_credit, attention_rollout
 from attnshape.tap import AttentionTap
 from attnshape.tap.find import attention_layers
+from attnshape.tap.tap import GRADIENTS, ONE_LAYER
 from attnshape.text.load import Layers, QueryPosition, SourceName
 from attnshape.text.score_fn import ScoreFn
 from attnshape.types import Response
 
 FIRST_LOGIT = ScoreFn(((1.0, 0),))
-_LAYERED = ("attention", "columns", "gradient_value", "relevance")
+_LAYERED = ("attention", "columns", *ONE_LAYER)
 _WHOLE = ("attention", "columns")
 
 
@@ -87,7 +88,7 @@ class CreditSource:
     @property
     def differentiates(self) -> bool:
         """Whether the forward is one with gradients."""
-        return self.name in ("gradient_value", "gradient_embedding", "relevance")
+        return self.name in GRADIENTS
 
     def tap(
         self,
