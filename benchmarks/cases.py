@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 
 from attnshape.bench.cases import Case, Shape, What
-from csrc_triton.host.attention import ONE_LAUNCH
 
 ATTENTION = (Shape(32, 1024, 2048), Shape(64, 2048, 4096), Shape(128, 4096, 8192))
 SWEEPS = (Shape(4096, 512), Shape(2048, 4096), Shape(512, 32768))
@@ -67,6 +66,8 @@ NONE = Budget()
 
 def launches(case: Case) -> int:
     """Of kernels that a call starts on a GPU."""
+    from csrc_triton.host.attention import ONE_LAUNCH  # triton is there on Linux only
+
     apart = max(case.shape.response, case.shape.keys * (case.what == "row")) > ONE_LAUNCH
     by_what = {"fused": 1 + 2 * apart, "credit": 1 + 2 * apart, "row": 1 + apart, "whiten": 2, "column": 6}
     return by_what.get(case.what, 1)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -33,6 +33,7 @@ from attnshape.credit import gradient_weights
 from attnshape.tap import AttentionTap
 from attnshape.tap.find import attention_layers, layers_around, lookups
 from attnshape.tap.tap import RELEVANCE_UP
+from attnshape.text.load import SourceName
 from tests.support import zoo
 from tests.support.held_fixed import HeldFixed
 
@@ -40,15 +41,7 @@ ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "models.md"
 RESULTS = Path.home() / ".cache" / "attnshape" / f"model_sweep-{transformers.__version__}.jsonl"
 
-SOURCES = (
-    "attention",
-    "columns",
-    "rollout",
-    "signed_rollout",
-    "gradient_value",
-    "gradient_embedding",
-    "relevance",
-)
+SOURCES = tuple(name for name in get_args(SourceName) if name != "leave_one_out")  # which taps nothing
 GRADIENTS = {
     "gradient_value": (1 / 64, 0.05),
     "gradient_embedding": (1 / 64, 0.05),

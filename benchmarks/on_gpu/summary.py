@@ -150,8 +150,10 @@ def steps(each: dict[str, Any]) -> str:
     by_way = ways(each, "rewards.in_chunks")
     if len(by_way) < 3:
         return "# steps: one of the ways was not timed"
-    chosen, *both = by_way.values() if each["now"] is None else [each["now"]["us"], *by_way.values()]
-    lost = {case: us / min(way[case] for way in both if case in way) - 1 for case, us in chosen.items()}
+    lost = {
+        case: us / min(way[case] for way in by_way.values() if case in way) - 1
+        for case, us in by_way["in_chunks"].items()
+    }
     worst = max(lost, key=lambda case: lost[case])
     average = sum(lost.values()) / len(lost)
     return f"# steps: what stands there loses {average:.1%} on average, most at {worst}: {lost[worst]:.0%}"

@@ -48,7 +48,7 @@ def product(**choices: Sequence[Any]) -> list[dict[str, Any]]:
 
 def rounds() -> Iterator[Round]:
     read = [Case("fused", ATTENTION[0]), Case("fused", ATTENTION[1]), Case("credit", ATTENTION[2])]
-    tiles = [(64, 4), (64, 3), (64, 5), (32, 4), (32, 6), (128, 3), (128, 2)]
+    tiles = [(64, 3), (64, 4), (64, 5), (32, 4), (32, 6), (128, 3), (128, 2)]
     yield Round(
         "keys",
         [
@@ -60,17 +60,17 @@ def rounds() -> Iterator[Round]:
     )
     grids = [
         {"attention.chunks_per_program": split}
-        for split in (attention.chunks_per_program, *(Split(n) for n in (4, 6, 8, 11, 16, 32)))
+        for split in (attention.chunks_per_program, *map(Fixed, (4, 6, 8, 11, 16, 32)))
     ]
     yield Round("split", grids, [*read[:2], Case("fused", Shape(8, 1024, 2048)), Case("fused", SMALL)])
-    yield Round("places", product(attention__REGISTERS=(128, 168, 96)), read)
+    yield Round("places", product(attention__REGISTERS=(168, 128, 96)), read)
     sweeps = [Case(what, shape) for what in ("sweep", "gae") for shape in SWEEPS]
     sweeps += [Case("sweep", shape) for shape in (Shape(1024, 4096), Shape(512, 4096))]
     settings = [
         {"rewards.warps_of": warps, "rewards.REGISTERS": registers}
         for warps, registers in (
-            (rewards.warps_of, 128),
-            *((Warps(n), registers) for n in (1, 2, 4) for registers in (128, 168)),
+            (rewards.warps_of, 168),
+            *((Fixed(n), registers) for n in (1, 2, 4) for registers in (128, 168)),
         )
     ]
     yield Round("warps", settings, sweeps)
@@ -84,15 +84,8 @@ def rounds() -> Iterator[Round]:
     yield Round("steps", ways, [Case("sweep", shape) for shape in rows])
 
 
-class Split(int):
-    """So many chunks of keys a program, whatever there is."""
-
-    def __call__(self, *_: Any) -> int:
-        return int(self)
-
-
-class Warps(int):
-    """So many warps a program."""
+class Fixed(int):
+    """So many chunks of keys, or warps, a program, whatever there is."""
 
     def __call__(self, *_: Any) -> int:
         return int(self)

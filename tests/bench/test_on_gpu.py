@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 from support.kernels import kernels
 
 from benchmarks.cases import budget_cases
-from benchmarks.on_gpu import budgets, carried, parts, shards, summary
+from benchmarks.on_gpu import budgets, carried, parts, shards, summary, tuning
 from benchmarks.on_gpu.runner import Part, Runner
 from benchmarks.results import ROOT
 
@@ -224,6 +225,16 @@ def test_the_longest_response_of_one_launch() -> None:
         case = f"fused, B 8 S {2 * width} R {width}"
         lines += [tried("one launch", case, of_one, **one), tried("one launch", case, of_two, **two)]
     assert summary.to_commit(summary.tuned(lines)) == ["csrc_triton/host/attention.py: ONE_LAUNCH = 1024"]
+
+
+def test_what_is_tried_first_is_what_stands() -> None:
+    """With which the others are compared; ``one launch`` and ``steps`` are of ways, not of constants."""
+    for each in tuning.rounds():
+        if each.name != "one launch":
+            for name, x in each.settings[0].items():
+                module, constant = name.split(".")
+                standing = getattr(importlib.import_module(tuning.ROOM + module), constant)
+                assert standing is x or standing == x, (each.name, name)
 
 
 def test_what_the_choice_between_two_ways_loses() -> None:
