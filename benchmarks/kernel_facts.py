@@ -245,6 +245,7 @@ def nvidia_facts(asm: dict[str, Any]) -> dict[str, Any]:
         "requested": dict(sorted(sass.requested_orders(asm["ptx"]).items())),
         **sass.product_loop(code),
         **sass.longest_loop(code),
+        "waits": sass.waits(code),
     }
 
 

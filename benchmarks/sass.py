@@ -20,6 +20,7 @@ BARRIER = re.compile(r"BAR\.SYNC")
 class Instruction(NamedTuple):
     predicate: str | None
     opcode: str
+    operands: str
 
 
 def parsed(code: str) -> tuple[list[Instruction], list[list[int]]]:
@@ -33,7 +34,7 @@ def parsed(code: str) -> tuple[list[Instruction], list[list[int]]]:
             jump = re.search(r"\((\.L_\w+)\)", operands) if opcode.startswith("BRA") else None
             if opcode.startswith("BRA") and "," in operands:  # on a condition, as in `BRA.U !UP0, (.L_x_2)`
                 predicate = predicate or operands.split(",")[0].strip()
-            instructions.append(Instruction(predicate, opcode))
+            instructions.append(Instruction(predicate, opcode, operands))
             targets.append(jump[1] if jump else None)
     following: list[list[int]] = []
     for i, (instruction, target) in enumerate(zip(instructions, targets, strict=True)):
@@ -141,6 +142,24 @@ def longest_loop(code: str) -> dict[str, int]:
         "longest_barriers": matching(BARRIER.pattern, body),
         "longest_wide": matching(r"(LDG|STG)\.E\S*\.128", body),
     }
+
+
+def waits(code: str) -> int:
+    """How often a thread waits for loads that are not to shared memory, if no branch is taken.
+
+    All that are on their way at a time are one wait. ptxas may have each of many loads wait for the one before.
+    """
+    count, coming = 0, set[str]()
+    for _, opcode, operands in parsed(code)[0]:
+        registers = re.findall(r"\bR\d+\b", operands)
+        loading = re.match(r"LDG\.", opcode) and registers
+        if coming & set(registers[1:] if loading else registers):
+            count, coming = count + 1, set()
+        if loading:
+            first = int(registers[0][1:])
+            width = next((n for bits, n in ((".128", 4), (".64.", 2)) if bits in opcode + "."), 1)
+            coming |= {f"R{first + i}" for i in range(width)}
+    return count
 
 
 def requested_orders(ptx: str) -> Counter[str]:

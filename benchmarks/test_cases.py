@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from attnshape.bench.cases import Case, random_arguments
 from attnshape.bench.measure import PLAIN, check, measure
-from attnshape.bench.timing import Call, fresh_copy_calls, sets_for, time_calls
-from benchmarks.cases import FRESH, Budget, made_small, suite_cases, with_plain
-from benchmarks.read_pass import read_calls
+from attnshape.bench.timing import fresh_copy_calls, sets_for, time_calls
+from benchmarks.beside import forward_call, read_calls
+from benchmarks.cases import FORWARD, FRESH, Budget, made_small, suite_cases, with_plain
 from benchmarks.record import Promise, Recorder
 
 OUTPUTS = {"fused": 5, "apart": 5, "sweep": 5, "gae": 2}
@@ -45,35 +44,20 @@ def test_case(
     if record.untimed():
         check(case, random_arguments(case, device, 0))
         return
-    more = {"attention forward": [forward_call(case, device)]} if case.what == "column" else {}
+    more = {}
+    if case.what == "column":
+        more[FORWARD] = [forward_call(random_arguments(case, device, 0)["inputs"])]
     if device.type == "cpu":
         more[FRESH] = fresh_copy_calls(case.bytes, OUTPUTS.get(case.what, 1))
     m = measure(case, device, seconds, plain=with_plain(case), more=more)
     facts = m.facts()
     fresh = m.baselines[FRESH].seconds if FRESH in more else 0.0
-    limit = budget.limit(m.copy.seconds, fresh)
+    forward = m.baselines[FORWARD].seconds if FORWARD in more else 0.0
+    limit = budget.limit(m.copy.seconds, fresh, forward)
     promise = None if limit is None else Promise(str(budget), m.ours.seconds, limit)
     if budget.of_plain:
         promise = Promise(str(budget), m.gain(PLAIN).value, budget.of_plain, at_most=False, unit="x")
-    if case.what == "column" and device.type == "cuda":
-        limit = 1.3 * m.baselines["attention forward"].seconds
-        promise = Promise("1.3 x one attention forward", m.ours.seconds, limit)
     if device.type == "cuda":
         reads = {"read": read_calls(case.bytes, sets_for(case.bytes, device), device)}
         facts["read_seconds"] = time_calls(reads, device, seconds / 2)["read"].seconds
     record(SUITES[case.what], m.ours, ratios=m.ratios, promise=promise, **facts)
-
-
-def forward_call(case: Case, device: torch.device) -> Call:
-    """One causal attention forward of the layer; FlashAttention-2 on a GPU."""
-    inputs = random_arguments(case, device, 0)["inputs"]
-    value = torch.randn_like(inputs.key)
-    backends = [torch.nn.attention.SDPBackend.FLASH_ATTENTION]
-
-    def forward() -> Tensor:
-        with torch.nn.attention.sdpa_kernel(backends):
-            return torch.nn.functional.scaled_dot_product_attention(
-                inputs.query, inputs.key, value, is_causal=True, enable_gqa=True
-            )
-
-    return forward

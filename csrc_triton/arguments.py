@@ -255,7 +255,6 @@ class Rules(NamedTuple):
 
     CHUNK: int  # tokens
     WIDE: bool = False  # whether rows begin at multiples of 4 tokens and 16 bytes of float32, and so end
-    AHEAD: bool = False  # whether the next chunk is read before this one is shaped
     CREDIT: str | None = None  # None: nothing is redistributed
     EVEN: bool = False  # whether the score is every token's, and what credit does not spread lies evenly
     NORMALIZATION: str = "none"

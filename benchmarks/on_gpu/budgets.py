@@ -9,7 +9,7 @@ from typing import Any
 from attnshape.bench.cases import Case, Shape
 from attnshape.bench.measure import check
 from attnshape.bench.timing import Ratio, ratio_of
-from benchmarks.cases import SMALL, Budget, budget_cases, launches
+from benchmarks.cases import FORWARD, SMALL, Budget, budget_cases, launches
 from benchmarks.on_gpu.machine import Machine
 from benchmarks.on_gpu.work import Item, Worker
 
@@ -45,9 +45,12 @@ def timed(worker: Worker, case: Case, budget: Budget) -> dict[str, Any]:
         "copy": machine.copies(case.bytes, len(arguments)),
         "read": machine.reads(case.bytes, len(arguments)),
     }
+    if budget.times_forward:
+        calls[FORWARD] = machine.forwards(arguments)
     timings = machine.time(calls, SECONDS)
     ours, copy = timings["ours"], timings["copy"]
-    limit = budget.limit(copy.seconds)
+    forward = timings.get(FORWARD)
+    limit = budget.limit(copy.seconds, forward_seconds=forward.seconds if forward else 0.0)
     return {
         "case": case.name,
         **error,
@@ -56,6 +59,7 @@ def timed(worker: Worker, case: Case, budget: Budget) -> dict[str, Any]:
         "how": ours.how,
         "copy_us": spread(copy.samples),
         "read_us": spread(timings["read"].samples),
+        **({"forward_us": spread(forward.samples)} if forward else {}),
         "bytes": case.bytes,
         "share_of_copy": ratio_of(copy, ours)._asdict(),
         "budget": str(budget),

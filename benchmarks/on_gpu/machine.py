@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnshape.bench.cases import Case, random_arguments
 from attnshape.bench.timing import Call, Timing, copy_calls, host_timing, time_calls
-from benchmarks.read_pass import read_calls
+from benchmarks.beside import forward_call, read_calls
 
 Outputs = dict[str, Tensor]
 
@@ -37,6 +37,9 @@ class Machine(Protocol):
 
     def reads(self, size: int, sets: int) -> list[Call]:
         """Passes that only read so many."""
+
+    def forwards(self, arguments: Sequence[dict[str, Any]]) -> list[Call]:
+        """FlashAttention-2's forward of the layers that are among arguments, as PyTorch has it."""
 
     def load(self) -> Callable[[int], None]:
         """Keeps another stream busy, each turn with other work."""
@@ -93,6 +96,9 @@ class Cuda:
 
     def reads(self, size: int, sets: int) -> list[Call]:
         return read_calls(size, sets, self.device)
+
+    def forwards(self, arguments: Sequence[dict[str, Any]]) -> list[Call]:
+        return [forward_call(x["inputs"]) for x in arguments]
 
     def load(self) -> Callable[[int], None]:
         stream = torch.cuda.Stream()
@@ -182,6 +188,9 @@ class Dry:
         return []
 
     def reads(self, size: int, sets: int) -> list[Call]:
+        return []
+
+    def forwards(self, arguments: Sequence[dict[str, Any]]) -> list[Call]:
         return []
 
     def load(self) -> Callable[[int], None]:

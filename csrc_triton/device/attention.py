@@ -1,5 +1,6 @@
 """One attention row per sequence, from queries and keys to the mean over heads."""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: disable-error-code="assignment,var-annotated"
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from csrc_triton.device.handoff import together
 from csrc_triton.device.layout import (
     OUT_OF_RANGE,
     bounds_of_row,
@@ -321,9 +323,14 @@ def mean_of_group(attended, live, t, i_h, mean: tl.constexpr):
     out = tl.zeros(at.shape, dtype=tl.float32)
     H: tl.constexpr = mean.H
     for start in range(0, mean.G, H):
+        scores = ()
         for k in tl.static_range(H):
             g = tl.minimum(start + k, mean.G - 1)
-            score = tl.load(p_scores + g * mean.KEYS + at, cache_modifier=".cg")
+            scores = scores + (tl.load(p_scores + g * mean.KEYS + at, cache_modifier=".cg"),)  # noqa: RUF005
+        together()
+        for k in tl.static_range(H):
+            g = tl.minimum(start + k, mean.G - 1)
+            score = scores[k]
             reference = tl.load(p_heads + g * 2, cache_modifier=".cg")
             share = tl.load(p_heads + g * 2 + 1, cache_modifier=".cg")
             share = tl.where(start + k < mean.G, share, 0.0)
@@ -394,12 +401,15 @@ def leave_group(attended, response, place, i_h, mean: tl.constexpr, TOKENS: tl.c
 
 
 @triton.jit
-def attention_at(attended, response, place, p_before, j, mean: tl.constexpr, SOURCE: tl.constexpr):
-    """Mean over heads of the attention at tokens ``j``, on top of other layers' where ``ADD``.
+def store_mean(
+    attended, response, place, p_out, i_c, mean: tl.constexpr, SOURCE: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Mean over heads of the attention at a chunk of a row's tokens, on top of other layers' where ``ADD``.
 
-    Also which tokens count, and whether one of them lies outside its row's keys.
+    Also whether one of the tokens that count lies outside its row's keys.
     """
     keys = attended.keys
+    j = i_c * CHUNK + tl.arange(0, CHUNK)
     live = is_live(response, place, j)
     t = position_of(response, place, j, live)
     outside = is_outside(response, keys, live, t) | (keys.sound == 0)
@@ -408,9 +418,10 @@ def attention_at(attended, response, place, p_before, j, mean: tl.constexpr, SOU
     else:
         found = mean_of_scores(attended, live, t, mean)
     if mean.ADD:
-        found = tl.load(p_before + j, mask=live, other=0.0) + found
+        found = tl.load(p_out + place.lo + j, mask=live, other=0.0) + found
     found = tl.where(live, tl.where(keys.sound, found, float("nan")), 0.0)
-    return live, found, tl.max(outside.to(tl.int32))
+    tl.store(p_out + place.lo + j, found, mask=j < place.length)
+    return found, tl.max(outside.to(tl.int32))
 
 
 @triton.jit
@@ -426,10 +437,8 @@ def store_means(
     SOURCE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """``attention_at`` some chunks of a row's tokens, and whether the row is out of range."""
+    """The same of some chunks, and whether the row is out of range."""
     for i_c in range(begin, stop):
-        j = i_c * CHUNK + tl.arange(0, CHUNK)
-        _, found, outside = attention_at(attended, response, place, p_out + place.lo, j, mean, SOURCE)
-        tl.store(p_out + place.lo + j, found, mask=j < place.length)
+        _, outside = store_mean(attended, response, place, p_out, i_c, mean, SOURCE, CHUNK)
         if p_status is not None:
             tl.store(p_status + place.row, OUT_OF_RANGE, mask=outside != 0)

@@ -29,3 +29,12 @@ def wait_for(p_counters, wanted, count):
         counted = tl.atomic_add(p_counters, 0, mask=wanted, sem="acquire", scope="gpu")
         seen = tl.sum(tl.where(wanted, counted, 0))
     tl.debug_barrier()
+
+
+@triton.jit
+def together():
+    """Loads before it are on their way before any is waited for.
+
+    ptxas moves a load to its use where that saves a register or a predicate, and no load across a barrier.
+    """
+    tl.debug_barrier()

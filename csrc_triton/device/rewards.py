@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from csrc_triton.device.attention import attention_at
 from csrc_triton.device.layout import (
     first_token,
     is_inside,
@@ -19,7 +18,7 @@ from csrc_triton.device.layout import (
     token_mask,
 )
 from csrc_triton.device.math import clamp, expm1_residual, number
-from csrc_triton.device.scan import not_finite, smallest, sum_of
+from csrc_triton.device.scan import not_finite, quarters, smallest, sum_of
 
 
 class Numbers(NamedTuple):
@@ -61,6 +60,14 @@ class Facts(NamedTuple):
     last: Any  # of them; -1 if there is none
     mass: Any  # of the weights, float64
     invalid: Any
+
+
+class Found(NamedTuple):
+    """Of tokens that are four neighbours, of one chunk or more, [N / 4]."""
+
+    count: Any  # of unmasked ones
+    last: Any  # of them; -1 if there is none
+    least: Any  # of their weights and 0
 
 
 class CreditRule(NamedTuple):
@@ -152,46 +159,52 @@ def read_facts(job, place, i_c, rules: tl.constexpr, SOURCE: tl.constexpr):
     inside = is_inside(place, j, rules.WIDE)
     mask = token_mask(job.response, place, j, inside)
     weights = tl.full(j.shape, 0.0, tl.float32)
-    if SOURCE is not None:
+    if SOURCE == "weights":
         weights = token_input(job.inputs.p_weights, job.inputs.stride_weights, place, j, inside)
     return mask, weights
 
 
 @triton.jit
 def chunk_facts(i_c, read, rules: tl.constexpr, SOURCE: tl.constexpr):
-    """Unmasked tokens of a chunk, the last of them, the sum of their weights, from its mask and weights.
+    """From the mask and weights of a chunk: what four neighbours say, and the sum of the weights.
 
-    They are not counted where no credit asks for it.
+    Tokens are not counted where no credit asks for it.
     """
     mask, weights = read
     j = i_c * rules.CHUNK + tl.arange(0, rules.CHUNK)
     bits = live_bits(mask)
+    least = tl.full([rules.CHUNK // 4], 0.0, tl.float32)
     mass = tl.full([], 0.0, tl.float32)
     if SOURCE is not None:
         weights = kept(bits, weights.to(tl.float32))
         mass = sum_of(weights)
-        negative = tl.max((smallest(weights) < 0.0).to(tl.int32)) != 0
-        mass = tl.where(negative, mass - float("inf"), mass)  # whose row falls back
-    count = 0
+        least = smallest(weights)
+    count = tl.full([rules.CHUNK // 4], 0, tl.int32)
     if rules.CREDIT is not None:
-        count = -tl.sum(bits)
-    return count, tl.max(j | ~bits), mass
+        first, second, third, fourth = quarters(bits)
+        count = -((first + second) + (third + fourth))
+    first, second, third, fourth = quarters(j | ~bits)
+    last = tl.maximum(tl.maximum(first, second), tl.maximum(third, fourth))
+    return Found(count, last, least), mass
 
 
 @triton.jit
-def make_weights(row, attended, job, mean: tl.constexpr, rules: tl.constexpr):
-    """Leaves a row's weights where its credit will be; whether one of its tokens is out of range."""
-    place = row.place
-    p_credit = job.out.p_credit + place.lo
-    outside = row.outside
-    for start in range(0, place.length, rules.CHUNK):
-        j = start + tl.arange(0, rules.CHUNK)
-        _, made, off = attention_at(attended, job.response, place, p_credit, j, mean, "groups")
-        tl.store(p_credit + j, made, mask=j < place.length)
-        outside |= off
-    # Read again, as given weights are: so they are added in the same order, by whichever threads.
-    tl.debug_barrier()
-    return outside
+def no_facts(rules: tl.constexpr):
+    none = tl.full([rules.CHUNK // 4], 0, tl.int32)
+    return Found(none, none - 1, none.to(tl.float32))
+
+
+@triton.jit
+def both_facts(a, b):
+    return Found(a.count + b.count, tl.maximum(a.last, b.last), tl.minimum(a.least, b.least))
+
+
+@triton.jit
+def summed_facts(found, mass):
+    """Unmasked tokens, the last of them, and the sum of their weights: -inf where one is negative."""
+    negative = tl.max((found.least < 0.0).to(tl.int32)) != 0
+    mass = tl.where(negative, mass - float("inf"), mass)  # whose row falls back
+    return tl.sum(found.count), tl.max(found.last), mass
 
 
 @triton.jit
@@ -275,10 +288,11 @@ def even_score(numbers, facts, rule, credit):
 
 
 @triton.jit
-def read_tokens(job, place, j, rules: tl.constexpr):
-    """All inputs of tokens ``j``, on their way at once."""
+def read_tokens(job, place, j, wanted, rules: tl.constexpr):
+    """All inputs of tokens ``j``, on their way at once; anything where they are not ``wanted``."""
     inputs = job.inputs
-    inside = is_inside(place, j, rules.WIDE)
+    all_inside = is_inside(place, j, rules.WIDE)
+    inside = all_inside if wanted is None else all_inside & wanted
     zero = tl.full(j.shape, 0.0, tl.float32)
     weight = zero
     logprob = zero
@@ -292,15 +306,12 @@ def read_tokens(job, place, j, rules: tl.constexpr):
     elif rules.KL_ESTIMATOR is not None:
         logprob = token_input(inputs.p_logprobs, inputs.stride_logprobs, place, j, inside)
         ref_logprob = token_input(inputs.p_ref_logprobs, inputs.stride_ref_logprobs, place, j, inside)
-        if not rules.AHEAD:  # who shapes them at once has registers for one of the two
-            logprob = logprob.to(tl.float32) - ref_logprob.to(tl.float32)
-            ref_logprob = zero
     if inputs.p_token_rewards is not None:
         token_reward = token_input(inputs.p_token_rewards, inputs.stride_token_rewards, place, j, inside)
     if inputs.p_values is not None:
         value = token_input(inputs.p_values, inputs.stride_values, place, j, inside)
-    mask = token_mask(job.response, place, j, inside)
-    return Read(inside, mask, weight, logprob, ref_logprob, token_reward, value)
+    mask = token_mask(job.response, place, j, all_inside)
+    return Read(all_inside, mask, weight, logprob, ref_logprob, token_reward, value)
 
 
 @triton.jit

@@ -227,16 +227,25 @@ def composed_right(p_a, p_b, p_flags, k, floor):
     o_g = tl.arange(0, GROUP)
     start = k // GROUP * GROUP
     wait_for(p_flags - start - o_g, start + o_g < k, k - start)
-    composed_a = tl.full([], 1.0, tl.float64)
-    composed_b = tl.full([], 0.0, tl.float64)
+    # One load of lanes: ptxas would have each of so many numbers wait for the one before.
+    o_n = tl.arange(0, 2 * GROUP)
+    p_found = tl.where(o_n % 2 == 0, p_a, p_b) - tl.minimum(start + o_n // 2, k)
+    found = tl.load(p_found, cache_modifier=".cg").to(tl.float32)  # as which they were stored
+    composed_a = tl.full([2 * GROUP], 1.0, tl.float64)
+    composed_b = tl.full([2 * GROUP], 0.0, tl.float64)
     for i in tl.static_range(GROUP - 1):
-        there = start + i < k
-        a = tl.load(p_a - start - i, mask=there, other=1.0, cache_modifier=".cg")
-        b = tl.load(p_b - start - i, mask=there, other=0.0, cache_modifier=".cg")
+        a = tl.gather(found, o_n * 0 + 2 * i, axis=0).to(tl.float64)
+        b = tl.gather(found, o_n * 0 + (2 * i + 1), axis=0).to(tl.float64)
         a, b = compose_affine(composed_a, composed_b, a, b, floor)
-        composed_a = tl.where(there, a, composed_a)
-        composed_b = tl.where(there, b, composed_b)
-    return composed_a, composed_b
+        composed_a = tl.where(start + i < k, a, composed_a)
+        composed_b = tl.where(start + i < k, b, composed_b)
+    return any_of(composed_a), any_of(composed_b)
+
+
+@triton.jit
+def any_of(x):
+    """One element of ``x`` (float64), all of which are the same."""
+    return tl.max(x.to(tl.int64, bitcast=True)).to(tl.float64, bitcast=True)
 
 
 @triton.jit
@@ -251,11 +260,10 @@ def carry_of_groups(p_a, p_b, p_flags, n_groups):
         ends = (first + o_g) * GROUP + GROUP - 1
         wait_for(p_flags - ends, first + o_g < n_groups, tl.minimum(n_groups - first, GROUP))
         for i in tl.static_range(GROUP):
-            end = (first + i) * GROUP + GROUP - 1
-            there = first + i < n_groups
-            a = tl.load(p_a - end, mask=there, other=1.0, cache_modifier=".cg")
-            b = tl.load(p_b - end, mask=there, other=0.0, cache_modifier=".cg")
-            group = tl.where(there, a * group + b, group)
+            end = tl.minimum(first + i, n_groups - 1) * GROUP + GROUP - 1
+            a = tl.load(p_a - end, cache_modifier=".cg")
+            b = tl.load(p_b - end, cache_modifier=".cg")
+            group = tl.where(first + i < n_groups, a * group + b, group)
     return group
 
 

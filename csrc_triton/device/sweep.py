@@ -25,6 +25,7 @@ from csrc_triton.device.advantages import (
     carried,
     recurrence,
 )
+from csrc_triton.device.attention import store_mean
 from csrc_triton.device.handoff import arrive, wait_for
 from csrc_triton.device.layout import (
     EMPTY,
@@ -42,13 +43,15 @@ from csrc_triton.device.layout import (
 )
 from csrc_triton.device.math import LN2, TINY, clamp, log2
 from csrc_triton.device.rewards import (
+    both_facts,
     chunk_facts,
     chunk_rewards,
     credit_rule,
     facts_of_row,
-    make_weights,
+    no_facts,
     read_facts,
     read_tokens,
+    summed_facts,
     there,
 )
 from csrc_triton.device.scan import (
@@ -62,12 +65,16 @@ from csrc_triton.device.scan import (
     sum_of,
 )
 
+STAGES = tl.constexpr(3)
+"""Chunks of a row on their way at once, to shared memory, and one."""
+FACTS_STAGES = tl.constexpr(6)
+"""The same of the mask and weights that are read first."""
+
 
 class Sums(NamedTuple):
     """Over some tokens of a row."""
 
     count: Any  # of unmasked tokens where the facts do not say it, int32
-    nonfinite: Any  # whether an output is not finite, int32
     entropy: Any  # of the credit, in bits
     spread: Any  # of the redistributed score
     first_moment: Any  # of the advantages, float64
@@ -83,11 +90,16 @@ def no_sums():
 
 
 @triton.jit
+def any_bad(bad):
+    return tl.max((bad != bad).to(tl.int32)) != 0
+
+
+@triton.jit
 def shape_tokens(row, facts, rule, job, board, state, state_value, j, read, k, n_chunks, rules: tl.constexpr):
     """Everything of the ``k``-th of a row's chunks from the right; what it adds to the row, and the carries.
 
     Its tokens are ``j``. What is not finite makes all that follows from it so: only the last of that is
-    looked at.
+    looked at. The second that is returned is NaN where it is so for one of four neighbours, else 0: [N / 4].
     """
     out = job.out
     place = row.place
@@ -140,8 +152,7 @@ def shape_tokens(row, facts, rule, job, board, state, state_value, j, read, k, n
     count = 0
     if rules.CREDIT is None:
         count = -tl.sum(bits)
-    added = Sums(count, tl.max((bad != bad).to(tl.int32)), entropy, spread, first, second)
-    return added, state, state_value
+    return Sums(count, entropy, spread, first, second), bad, state, state_value
 
 
 @triton.jit
@@ -160,12 +171,12 @@ def begin_row(row, facts, rule, job, rules: tl.constexpr):
 
 
 @triton.jit
-def finish_row(row, facts, rule, status, sums, job, rules: tl.constexpr):
+def finish_row(row, facts, rule, status, sums, bad, job, rules: tl.constexpr):
     """Status and statistics of a row whose tokens are done."""
     i_b = row.place.row
     empty = facts.last < 0
     lost = facts.invalid & (empty == 0)
-    nonfinite = lost | (sums.nonfinite != 0)
+    nonfinite = lost | bad
     zeroed = nonfinite & rules.ZERO_NONFINITE
     nan = float("nan")
     if job.out.p_status is not None:
@@ -237,28 +248,31 @@ def shape_row(row, attended, job, mean: tl.constexpr, rules: tl.constexpr, SOURC
     count = 0
     last = -1
     outside = row.outside
-    masses = tl.zeros([LANES], tl.float64)
+    mass = tl.full([], 0.0, tl.float64)
     if rules.CREDIT is None:
         i_c = n_chunks
         while (i_c > 0) & (last < 0):
             i_c -= 1
-            _, last, _ = chunk_facts(i_c, read_facts(job, row.place, i_c, rules, SOURCE), rules, SOURCE)
+            found, _ = chunk_facts(i_c, read_facts(job, row.place, i_c, rules, SOURCE), rules, SOURCE)
+            last = tl.max(found.last)
     else:
+        found = no_facts(rules)
+        masses = tl.zeros([LANES], tl.float64)
+        for i_c in tl.range(0, n_chunks, num_stages=FACTS_STAGES):
+            read = read_facts(job, row.place, i_c, rules, SOURCE)
+            if SOURCE == "groups":
+                made, off = store_mean(
+                    attended, job.response, row.place, job.out.p_credit, i_c, mean, SOURCE, rules.CHUNK
+                )
+                read = read[0], made
+                outside |= off
+            of_chunk, mass_of_chunk = chunk_facts(i_c, read, rules, SOURCE)
+            found = both_facts(found, of_chunk)
+            masses = add_to_lane(masses, i_c, mass_of_chunk)
+        count, last, mass = summed_facts(found, sum_of(masses))
         if SOURCE == "groups":
-            outside = make_weights(row, attended, job, mean, rules)
-        if rules.AHEAD:
-            coming = read_facts(job, row.place, 0, rules, SOURCE)
-        for i_c in range(n_chunks):
-            if rules.AHEAD:
-                read = coming
-                coming = read_facts(job, row.place, i_c + 1, rules, SOURCE)
-            else:
-                read = read_facts(job, row.place, i_c, rules, SOURCE)
-            n, latest, mass = chunk_facts(i_c, read, rules, SOURCE)
-            count += n
-            last = tl.maximum(last, latest)
-            masses = add_to_lane(masses, i_c, mass)
-    facts = facts_of_row(row, count, last, sum_of(masses), outside)
+            tl.debug_barrier()  # the weights are read again
+    facts = facts_of_row(row, count, last, mass, outside)
     rule, facts = credit_rule(row, job.response, facts, rules)
 
     status = begin_row(row, facts, rule, job, rules)
@@ -268,24 +282,17 @@ def shape_row(row, attended, job, mean: tl.constexpr, rules: tl.constexpr, SOURC
     state = no_carry()
     state_value = no_carry()
     counted = 0
-    nonfinite = 0
+    bad = tl.full([rules.CHUNK // 4], 0.0, tl.float32)
     entropies, spreads, firsts, seconds = no_sums()
-    if rules.AHEAD:
-        coming = read_tokens(job, row.place, tokens_of(n_shaped - 1, rules), rules)
-    for i_k in range(n_shaped):
+    for i_k in tl.range(0, n_shaped, num_stages=STAGES):
         k = n_shaped * 0 + i_k
-        i_c = n_shaped - 1 - k
-        j = tokens_of(i_c, rules)
-        if rules.AHEAD:
-            read = coming
-            coming = read_tokens(job, row.place, tokens_of(i_c - 1, rules), rules)
-        else:
-            read = read_tokens(job, row.place, j, rules)
-        added, state, state_value = shape_tokens(
+        j = tokens_of(n_shaped - 1 - k, rules)
+        read = read_tokens(job, row.place, j, None, rules)
+        added, bad_here, state, state_value = shape_tokens(
             row, facts, rule, job, None, state, state_value, j, read, k, n_shaped, rules
         )
         counted += added.count
-        nonfinite |= added.nonfinite
+        bad += bad_here
         if job.out.p_stats is not None:
             entropies = add_to_lane(entropies, k, added.entropy)
             spreads = add_to_lane(spreads, k, added.spread)
@@ -293,14 +300,12 @@ def shape_row(row, attended, job, mean: tl.constexpr, rules: tl.constexpr, SOURC
             firsts = add_to_lane(firsts, k, added.first_moment)
             seconds = add_to_lane(seconds, k, added.second_moment)
     totals = sum_of(entropies), sum_of(spreads), sum_of(firsts), sum_of(seconds)
-    sums = Sums(counted, nonfinite, *totals)
-    finish_row(row, facts, rule, status, sums, job, rules)
+    finish_row(row, facts, rule, status, Sums(counted, *totals), any_bad(bad), job, rules)
 
 
 @triton.jit
 def tokens_of(i_c, rules: tl.constexpr):
-    """Of a row's chunk; of the first where there is none."""
-    return tl.maximum(i_c, 0) * rules.CHUNK + tl.arange(0, rules.CHUNK)
+    return i_c * rules.CHUNK + tl.arange(0, rules.CHUNK)
 
 
 @triton.jit
@@ -318,7 +323,8 @@ def chunks_to_shape(facts, CHUNK: tl.constexpr):
 @triton.jit
 def share_facts(row, board, job, i_c, rules: tl.constexpr, SOURCE: tl.constexpr):
     """The first task of a chunk: its facts, for all programs of the row."""
-    count, last, mass = chunk_facts(i_c, read_facts(job, row.place, i_c, rules, SOURCE), rules, SOURCE)
+    found, mass = chunk_facts(i_c, read_facts(job, row.place, i_c, rules, SOURCE), rules, SOURCE)
+    count, last, mass = summed_facts(found, mass)
     tl.store(board.p_doubles + MASS * board.slots + i_c, mass.to(tl.float64))
     tl.store(board.p_ints + COUNT * board.slots + i_c, count)
     tl.store(board.p_ints + LAST * board.slots + i_c, last)
@@ -348,20 +354,19 @@ def shared_facts(row, board, n_chunks):
 def shape_chunk(row, board, job, i_c, n_chunks, rules: tl.constexpr):
     """The second task of a chunk: all the rest. The last one finishes the row."""
     j = tokens_of(i_c, rules)
-    if rules.AHEAD:
-        read = read_tokens(job, row.place, j, rules)
+    # On their way while others' facts are waited for; of a chunk that has a token to shape.
+    mask = token_mask(job.response, row.place, j, is_inside(row.place, j, rules.WIDE))
+    read = read_tokens(job, row.place, j, tl.min(live_bits(mask)) != 0, rules)
     facts = shared_facts(row, board, n_chunks)
     rule, facts = credit_rule(row, job.response, facts, rules)
     n_shaped = chunks_to_shape(facts, rules.CHUNK)
     if i_c < n_shaped:
         k = n_shaped - 1 - i_c
         none = no_carry()  # of its own: what it needs is on the board
-        if not rules.AHEAD:
-            read = read_tokens(job, row.place, j, rules)
-        added, _, _ = shape_tokens(row, facts, rule, job, board, none, none, j, read, k, n_shaped, rules)
+        added, bad, _, _ = shape_tokens(row, facts, rule, job, board, none, none, j, read, k, n_shaped, rules)
         p_doubles = board.p_doubles + k
         tl.store(board.p_ints + COUNT_SHAPED * board.slots + k, added.count)
-        tl.store(board.p_ints + NONFINITE_OUTPUT * board.slots + k, added.nonfinite)
+        tl.store(board.p_ints + NONFINITE_OUTPUT * board.slots + k, any_bad(bad).to(tl.int32))
         tl.store(p_doubles + ENTROPY * board.slots, added.entropy.to(tl.float64))
         tl.store(p_doubles + SPREAD * board.slots, added.spread.to(tl.float64))
         tl.store(p_doubles + FIRST_MOMENT * board.slots, added.first_moment)
@@ -371,9 +376,9 @@ def shape_chunk(row, board, job, i_c, n_chunks, rules: tl.constexpr):
         count = tl.minimum(row.place.length - begin, rules.CHUNK)
         zero_tokens(job.out, row.place.lo + begin, count, rules.CHUNK, rules.WIDE)
     if arrive(board.p_done) == n_chunks - 1:
-        sums = sums_of_chunks(board, n_chunks, n_shaped)
+        sums, bad = sums_of_chunks(board, n_chunks, n_shaped)
         status = begin_row(row, facts, rule, job, rules)
-        finish_row(row, facts, rule, status, sums, job, rules)
+        finish_row(row, facts, rule, status, sums, bad, job, rules)
 
 
 @triton.jit
@@ -402,4 +407,4 @@ def sums_of_chunks(board, n_chunks, n_shaped):
         count += tl.sum(counts)
         nonfinite |= tl.max(bad)
     totals = sum_of(entropies), sum_of(spreads), sum_of(firsts), sum_of(seconds)
-    return Sums(count, nonfinite, *totals)
+    return Sums(count, *totals), nonfinite != 0

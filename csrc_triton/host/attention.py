@@ -50,8 +50,10 @@ WARPS = 4
 """Of a program that reads keys, and sweeps the row after them."""
 PROGRAMS = 2
 """Per multiprocessor, where so few can read all keys at a time: more of them wait for each other."""
-SPLIT = 16
-"""Chunks of keys that a program reads; twice as many at most where all programs run at a time."""
+SPLIT = 6
+"""Chunks of keys that a program reads where not all programs run at a time."""
+MOST = 32
+"""And at most, where they do."""
 REGISTERS = 168
 """Of a thread, at most, of a program that may sweep a row: nothing spills. 128, so four programs on a
 multiprocessor and not three, are not faster."""
@@ -59,11 +61,11 @@ LIGHT = 128
 """Of one that does not: it takes 80 then, and six programs fit. With 168 it took 114; four were slower."""
 SCAN = 1024
 """Tokens a preparation program looks at at once."""
-ONE_LAUNCH = 2048
+ONE_LAUNCH = 1024
 """Longest response, in tokens, that the last program of a row shapes within the launch that reads the keys.
 
 A packed batch counts as one response: how its rows divide it is known on the device only. In each further
-CHUNK one program works alone; two more launches take as long as some three of them.
+CHUNK one program works alone; two more launches take as long as some two of them.
 """
 
 ATTEND = Launcher(attend_kernel, "layer.p_query", "layer.p_key")
@@ -230,8 +232,6 @@ def attend(
     operands, product = operands_of(layer, n_layers, kept)
     mean = Mean(layer.causal, group, min(4, padded(group)), chunk, spare, add)
     heavy = width > product.BLOCK_D or (rules is not None and rules.TWO_RECURRENCES)
-    if rules is not None:
-        rules = rules._replace(AHEAD=not heavy)
     launch(
         ATTEND,
         grid.n_tasks + leaders,
@@ -431,7 +431,7 @@ def chunks_per_program(rows: int, chunks: int, processors: int) -> int:
 
     The fewest with which all programs run at a time, ``PROGRAMS`` on a multiprocessor.
     """
-    splits = range(1, 2 * SPLIT + 1)
+    splits = range(1, MOST + 1)
     fitting = (n for n in splits if rows * ceil_div(chunks, n) <= PROGRAMS * processors)
     return next(fitting, SPLIT)
 

@@ -181,7 +181,7 @@ def row_normalizers(
         layer,
         axis,
         (rows, order, weight),
-        _tiles(layer, 128 if layer.causal else 144),
+        _tiles(layer),
         p_normalizer=normalizer,
         p_moved=moved,
         weights=weights,
@@ -206,7 +206,7 @@ def head_columns(
         layer,
         axis,
         (rows, order, weight),
-        _tiles(layer, None if weight is None else 255, order),
+        _tiles(layer, order),
         p_columns=columns,
         p_normalizer=normalizer,
         ORDERED=ordered,
@@ -239,26 +239,23 @@ def _launch(
         )
 
 
-def _tiles(
-    layer: LayerInputs, most: int | None, ordered_by: Tensor | None = None
-) -> tuple[Layer, Tiles, dict[str, Any]]:
+def _tiles(layer: LayerInputs, ordered_by: Tensor | None = None) -> tuple[Layer, Tiles, dict[str, Any]]:
     """Rows a program holds and rows it streams, in parts of the head width, and how it is compiled.
 
-    E.g. 128 rows of width 128 in bfloat16 (32 KB) held, and 3 tiles of 64 on their way (48 KB). ``most``
-    registers, or as ptxas chooses: two programs share a multiprocessor where nothing spills.
+    E.g. 128 rows of width 128 in bfloat16 (32 KB) held, and 3 tiles of 64 on their way (48 KB): two programs
+    share a multiprocessor. Eight warps with half the registers are slower.
     """
     operands, product = operands_of(layer)
     width = max(16, padded(layer.key.shape[-1]))
     # Positions that are read first take a stage for each one that their rows are ahead.
-    stages, warps = 3 if ordered_by is None else 5, 8
+    stages, warps, most = 3 if ordered_by is None else 5, 4, 255
     if layer.key.element_size() == 4:
         # Parts on their way in registers, where loads are not aligned, spill.
-        block, step, part, stages, most = 64, 64, 16, 1, 168
+        block, step, part, stages, warps, most = 64, 64, 16, 1, 8, 168
     elif width > 128:
-        block, step, part, warps, most = 64, 32, width, 4, 255
+        block, step, part = 64, 32, width
     else:
         block, step, part = 128, 64, width
-        most = 255 if layer.softcap else most
     tiles = Tiles(
         layer.causal,
         product.G,
@@ -272,8 +269,8 @@ def _tiles(
         block,
         step,
     )
-    options = COMPILER | {"num_warps": warps, "num_stages": stages}
-    return operands, tiles, options if most is None else options | registers(most)
+    options = COMPILER | {"num_warps": warps, "num_stages": stages} | registers(most)
+    return operands, tiles, options
 
 
 def per_head(layer: LayerInputs, x: Tensor) -> PerHead:

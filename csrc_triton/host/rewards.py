@@ -35,17 +35,15 @@ from csrc_triton.launch import (
 from csrc_triton.sweep import chunks_kernel, rows_kernel
 
 REGISTERS = 168
-"""Of a thread of the sweep, at most: nothing spills."""
+"""Of a thread, at most, of a warp that redistributes alone: nothing spills; twelve fit a multiprocessor."""
 LIGHT = 128
-"""Where nothing is redistributed: a third more programs fit."""
-WARPS = 12
-"""That a multiprocessor holds with so many registers."""
+"""Where several warps share the work, or there is less: nothing spills either, and sixteen fit."""
 
 
 class Steps(NamedTuple):
     """Microseconds of a chunk, as an H200 measured them."""
 
-    of_row: tuple[tuple[int, float], ...] = ((1, 6), (2, 3.5), (4, 2.2))
+    of_row: tuple[tuple[int, float], ...] = ((1, 6), (2, 3.1), (4, 2.2))
     """By a program of so many warps that has the row to itself."""
     shared: float = 7.6  # of both its tasks, where programs share a row
     last: float = 6  # more at the end of a shared row
@@ -232,13 +230,11 @@ def _sweep(job: dict[str, Any], source: Literal["weights"] | None) -> None:
     longest = ceil_div(response.width, attention.CHUNK)
     alone, count = rules.WIDE and not rules.TWO_RECURRENCES, processors(device)
     chunked = in_chunks(batch, longest, n_tasks, count, alone)
-    warps = warps_of(batch, count, alone)
+    warps = warps_of(batch, count, alone, rules.CREDIT is not None and longest > 1)
     if chunked:
         warps = 1 if alone else 4  # nobody waits for other warps of a chunk
-    most = 255 if rules.TWO_RECURRENCES else LIGHT if rules.CREDIT is None else REGISTERS
-    options = registers(most) | {"num_warps": warps}
-    # A warp alone has no registers for it.
-    job["rules"] = rules._replace(AHEAD=warps > 1 and longest > 1)
+    most = LIGHT if rules.CREDIT is None or (alone and warps > 1) else REGISTERS
+    options = registers(255 if rules.TWO_RECURRENCES else most) | {"num_warps": warps}
     if not chunked:
         launch(ROWS, batch, options, **job, SOURCE=source)
         return
@@ -259,21 +255,22 @@ def in_chunks(batch: int, longest: int, n_chunks: int, processors: int, alone: b
 
     ``longest`` is the most chunks that a row may have. By ``STEPS``; ``alone`` is as of ``warps_of``.
     """
-    warps = warps_of(batch, processors, alone)
-    rows = dict(STEPS.of_row)[warps] * longest * ceil_div(batch, WARPS // warps * processors)
-    warps = 1 if alone else 4
-    chunks = STEPS.last + STEPS.shared * max(1.0, 2 * n_chunks / (WARPS // warps * processors))
+    warps = warps_of(batch, processors, alone, several=True)
+    rows = dict(STEPS.of_row)[warps] * longest * ceil_div(batch, 16 // warps * processors)
+    fitting = (12 if alone else 3) * processors
+    chunks = STEPS.last + STEPS.shared * max(1.0, 2 * n_chunks / fitting)
     return longest > 1 and chunks < rows
 
 
-def warps_of(rows: int, processors: int, alone: bool) -> int:
-    """Of a program that has a row to itself: several where all rows are swept at a time all the same.
+def warps_of(rows: int, processors: int, alone: bool, several: bool) -> int:
+    """Of a program that has a row to itself. Bits are the same.
 
-    ``alone``: whether one warp has registers enough for 512 tokens. Bits are the same.
+    ``alone``: whether one warp has registers enough for 512 tokens; ``several``: whether there is something
+    to redistribute, and more than one chunk of it.
     """
     if not alone or rows <= 3 * processors:
         return 4
-    return 2 if rows <= WARPS // 2 * processors else 1
+    return 2 if several or rows <= 6 * processors else 1
 
 
 def _tokens(x: Tensor | None) -> tuple[Tensor | None, int]:

@@ -16,12 +16,12 @@ from support.processes import Ended, run
 
 from attnshape.bench.cases import Case, Shape, random_arguments
 from benchmarks import report
+from benchmarks.beside import read_calls
 from benchmarks.cases import Budget, budget_cases, made_small, suite_cases, with_plain
 from benchmarks.kernel_table import programs_per_multiprocessor
 from benchmarks.memory import memory_of
 from benchmarks.peers import install, measure
 from benchmarks.peers.measure import PEERS, doubling, measured
-from benchmarks.read_pass import read_calls
 from benchmarks.record import Promise
 from benchmarks.results import ROOT, load
 from benchmarks.test_forward import redistributed
@@ -33,6 +33,7 @@ CPU = torch.device("cpu")
 def test_limits() -> None:
     assert Budget(of_copy=0.8).limit(8.0) == 10.0
     assert Budget(times_copy=1.3).limit(10.0) == 13.0
+    assert Budget(times_forward=1.3).limit(1.0, forward_seconds=10.0) == 13.0
     assert Budget(seconds=7e-6).limit(1.0) == 7e-6
     assert Budget().limit(1.0) is None
 

@@ -1,4 +1,4 @@
-"""A pass over memory that only reads: beside the copy, the other limit of a GPU's kernels."""
+"""What kernels are timed beside, besides a copy: a pass that only reads, and the attention of a layer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnshape import AttentionInputs
 from attnshape.bench.timing import Call
 
 
@@ -34,3 +35,16 @@ def read_calls(size: int, sets: int, device: torch.device) -> list[Call]:
         return out
 
     return [lambda x=x: read(x) for x in buffers]
+
+
+def forward_call(layer: AttentionInputs) -> Call:
+    """A causal attention forward of the layer; FlashAttention-2 on a GPU, as PyTorch has it."""
+    value = torch.randn_like(layer.key)
+
+    def forward() -> Tensor:
+        with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.FLASH_ATTENTION]):
+            return torch.nn.functional.scaled_dot_product_attention(
+                layer.query, layer.key, value, is_causal=True, enable_gqa=True
+            )
+
+    return forward
