@@ -173,13 +173,15 @@ def facts(variant: Variant, target: str) -> dict[str, Any]:
         "order": order_of_additions(asm["ttgir"]),
         "used": used(asm["ttir"]),
         "on_their_way": on_their_way(asm["ttgir"]),
+        "read_ahead": on_their_way(asm["ttgir"], dimensions=1),
         "barriers": asm["ttir"].count("ttg.barrier"),
     }
 
 
-def on_their_way(ttgir: str) -> int:
+def on_their_way(ttgir: str, dimensions: int = 2) -> int:
     """Tiles of a loop's loads that are on their way at once: those of the buffers that hold several."""
-    buffers = re.findall(r"ttg\.local_alloc.*?-> !ttg\.memdesc<(\d+)x\d+x\d+x", ttgir)
+    tile = r"\d+x" * dimensions
+    buffers = re.findall(rf"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x{tile}\D", ttgir)
     return min(map(int, buffers), default=0)
 
 

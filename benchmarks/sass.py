@@ -147,7 +147,7 @@ def longest_loop(code: str) -> dict[str, int]:
 def waits(code: str) -> int:
     """How often a thread waits for loads that are not to shared memory, if no branch is taken.
 
-    All that are on their way at a time are one wait. ptxas may have each of many loads wait for the one before.
+    All that are on their way at a time are one wait. ptxas may have each of many wait for the one before.
     """
     count, coming = 0, set[str]()
     for _, opcode, operands in parsed(code)[0]:

@@ -306,6 +306,9 @@ def read_tokens(job, place, j, wanted, rules: tl.constexpr):
     elif rules.KL_ESTIMATOR is not None:
         logprob = token_input(inputs.p_logprobs, inputs.stride_logprobs, place, j, inside)
         ref_logprob = token_input(inputs.p_ref_logprobs, inputs.stride_ref_logprobs, place, j, inside)
+        if rules.STAGES == 1:  # who shapes them at once has registers for one of the two
+            logprob = logprob.to(tl.float32) - ref_logprob.to(tl.float32)
+            ref_logprob = zero
     if inputs.p_token_rewards is not None:
         token_reward = token_input(inputs.p_token_rewards, inputs.stride_token_rewards, place, j, inside)
     if inputs.p_values is not None:

@@ -65,11 +65,6 @@ from csrc_triton.device.scan import (
     sum_of,
 )
 
-STAGES = tl.constexpr(3)
-"""Chunks of a row on their way at once, to shared memory, and one."""
-FACTS_STAGES = tl.constexpr(6)
-"""The same of the mask and weights that are read first."""
-
 
 class Sums(NamedTuple):
     """Over some tokens of a row."""
@@ -258,7 +253,8 @@ def shape_row(row, attended, job, mean: tl.constexpr, rules: tl.constexpr, SOURC
     else:
         found = no_facts(rules)
         masses = tl.zeros([LANES], tl.float64)
-        for i_c in tl.range(0, n_chunks, num_stages=FACTS_STAGES):
+        ahead: tl.constexpr = 2 * rules.STAGES if rules.STAGES > 1 else 1  # they are few bytes
+        for i_c in tl.range(0, n_chunks, num_stages=ahead):
             read = read_facts(job, row.place, i_c, rules, SOURCE)
             if SOURCE == "groups":
                 made, off = store_mean(
@@ -284,7 +280,7 @@ def shape_row(row, attended, job, mean: tl.constexpr, rules: tl.constexpr, SOURC
     counted = 0
     bad = tl.full([rules.CHUNK // 4], 0.0, tl.float32)
     entropies, spreads, firsts, seconds = no_sums()
-    for i_k in tl.range(0, n_shaped, num_stages=STAGES):
+    for i_k in tl.range(0, n_shaped, num_stages=rules.STAGES):
         k = n_shaped * 0 + i_k
         j = tokens_of(n_shaped - 1 - k, rules)
         read = read_tokens(job, row.place, j, None, rules)

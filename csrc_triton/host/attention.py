@@ -61,7 +61,7 @@ LIGHT = 128
 """Of one that does not: it takes 80 then, and six programs fit. With 168 it took 114; four were slower."""
 SCAN = 1024
 """Tokens a preparation program looks at at once."""
-ONE_LAUNCH = 1024
+ONE_LAUNCH = 2048
 """Longest response, in tokens, that the last program of a row shapes within the launch that reads the keys.
 
 A packed batch counts as one response: how its rows divide it is known on the device only. In each further

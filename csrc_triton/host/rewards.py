@@ -235,6 +235,8 @@ def _sweep(job: dict[str, Any], source: Literal["weights"] | None) -> None:
         warps = 1 if alone else 4  # nobody waits for other warps of a chunk
     most = LIGHT if rules.CREDIT is None or (alone and warps > 1) else REGISTERS
     options = registers(255 if rules.TWO_RECURRENCES else most) | {"num_warps": warps}
+    if longest == 1:  # nothing to read ahead
+        job["rules"] = rules._replace(STAGES=1)
     if not chunked:
         launch(ROWS, batch, options, **job, SOURCE=source)
         return
@@ -255,7 +257,7 @@ def in_chunks(batch: int, longest: int, n_chunks: int, processors: int, alone: b
 
     ``longest`` is the most chunks that a row may have. By ``STEPS``; ``alone`` is as of ``warps_of``.
     """
-    warps = warps_of(batch, processors, alone, several=True)
+    warps = warps_of(batch, processors, alone, True)
     rows = dict(STEPS.of_row)[warps] * longest * ceil_div(batch, 16 // warps * processors)
     fitting = (12 if alone else 3) * processors
     chunks = STEPS.last + STEPS.shared * max(1.0, 2 * n_chunks / fitting)
