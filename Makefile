@@ -59,7 +59,7 @@ vllm: $(READY)
 # On a machine with a GPU whose PYTHON has torch, triton and numpy; pytest and hypothesis for the tests among it.
 # Nine minutes at most: what the machine is, every kernel once, budgets, other constants, races, tests. Each line
 # of OUT/results.jsonl is written when it is known, and OUT/summary.md after each part: commit both, and
-# summary.json, below benchmarks/results/CARD/. ONLY="facts smoke" for some parts.
+# summary.json, below benchmarks/results/CARD/. ONLY="facts tests=50" for some parts, and so many seconds.
 gpu:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a GPU'"
 	$(PYTHON) -m benchmarks.on_gpu $(OUT) first $(ONLY)

@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 from benchmarks.on_gpu.carried import CACHE, unpacked
 from benchmarks.on_gpu.parts import ROOT, ahead, first, more
-from benchmarks.on_gpu.runner import Runner, Start, started
+from benchmarks.on_gpu.runner import Part, Runner, Start, started
 
 
 def capability() -> int:
@@ -24,8 +25,21 @@ def capability() -> int:
         return 90
 
 
+def chosen(parts: Sequence[Part], words: Sequence[str]) -> list[Part]:
+    """Those that are asked for, with the seconds that are said."""
+    if not words:
+        return list(parts)
+    found = []
+    for part in parts:
+        for name, _, seconds in (word.partition("=") for word in words):
+            if name in part.name:
+                found.append(part._replace(seconds=float(seconds)) if seconds else part)
+                break
+    return found
+
+
 def main(out: Path, what: str = "first", *only: str, start: Start = started) -> int:
-    """Only parts whose names have one of the words, where there are any."""
+    """Only parts whose names have one of the words, if there are any; ``tests=50`` gives one 50 seconds."""
     for name in ("TRITON_INTERPRET", "PYTHONWARNINGS"):
         os.environ.pop(name, None)
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
@@ -48,8 +62,7 @@ def main(out: Path, what: str = "first", *only: str, start: Start = started) -> 
     parts, missing = (first(out), {}) if what == "first" else more(out)
     for name, why in missing.items():
         runner.write(name, {"item": name, "status": "skipped", "error": why})
-    asked = [part for part in parts if not only or any(word in part.name for word in only)]
-    runner.run(asked, beside=ahead(out, capability()) if what == "first" else None)
+    runner.run(chosen(parts, only), beside=ahead(out, capability()) if what == "first" else None)
     print((out / "summary.md").read_text())
     bad = [x for x in runner.lines if x.get("status") in ("wrong", "failed", "hung", "died")]
     return int(bool(bad))

@@ -13,7 +13,7 @@ from support.kernels import compiling, kernels, tracing
 from benchmarks.cases import budget_cases, launches
 from benchmarks.kernel_facts import STORE, TARGETS, read, written
 from benchmarks.kernel_table import ROOT, TABLE, markdown, table_of
-from benchmarks.sass import atomic_orders
+from benchmarks.sass import atomic_orders, waits
 from csrc_triton.host.attention import STAGES
 
 TABLE_MODULE = "benchmarks.kernel_table"
@@ -131,6 +131,29 @@ def test_a_warp_sweeps_512_tokens_with_a_third_of_the_instructions_of_four(
     assert by_case["sweep, 4096x511"]["longest_loop"] <= (800 if target == "sm_120" else 620)
 
 
+def test_rows_of_several_chunks_are_read_ahead(compiled: tuple[str, list[dict]]) -> None:
+    """Two chunks' tokens on their way at once, where a token's inputs are wide enough to be copied."""
+    _, variants = compiled
+    stages = {
+        x["case"]: (x["constants"]["STAGES"], x["read_ahead"])
+        for x in variants
+        if x["kernel"] == "rows_kernel"
+    }
+    for case in ("sweep, 2048x4096", "sweep, 512x32768", "gae, 2048x4096", "gae, 512x32768"):
+        assert stages[case] == (3, 2), case
+    for case in ("sweep, 4096x512", "gae, 4096x512"):
+        assert stages[case] == (1, 0), case
+
+
+def test_loads_wait_together(compiled: tuple[str, list[dict]]) -> None:
+    """Those of a look-back at other programs, and of a mean over heads, wait not each for the one before."""
+    target, variants = compiled
+    found = [x for x in variants if x["kernel"] in ("means_kernel", "chunks_kernel")]
+    assert {x["kernel"] for x in found} == {"means_kernel", "chunks_kernel"}
+    for facts in found:
+        assert target == "gfx942" or facts["waits"] <= 12, described(facts)  # 16 and 35 once
+
+
 def test_where_rows_are_swept_two_floats_are_added_at_a_time() -> None:
     """So no layout says in which order: neither how many warps a program has nor where its rows begin."""
     found = json.loads(tracing(TABLE_MODULE, "summed", "sm_90"))
@@ -224,6 +247,26 @@ def test_orders_are_read_off_machine_code(removed: str | None, order: str) -> No
         line for line in LAST_ARRIVAL.splitlines() if removed is None or f"/*{removed}*/" not in line
     )
     assert atomic_orders(code) == Counter({order: 1})
+
+
+WAITING = """
+        /*0100*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0110*/              @!P0 LDG.E R8, desc[UR4][R2.64+0x10] ;
+        /*0120*/                   FADD R9, R8, R7 ;
+        /*0130*/                   FADD R9, R9, R8 ;
+        /*0140*/                   LDG.E.64.STRONG.GPU R10, desc[UR4][R8.64] ;
+        /*0150*/                   STG.E desc[UR4][R2.64], R11 ;
+        /*0160*/                   EXIT ;
+"""
+
+
+def test_waits_are_read_off_machine_code() -> None:
+    assert waits(WAITING) == 2
+    assert waits(WAITING.replace("R9, R8, R7", "R9, R12, R13").replace("R9, R9, R8", "R9, R9, R9")) == 2
+    one_by_one = "".join(
+        f"/*0{i}00*/ LDG.E R4, desc[UR4][R2.64] ;\n/*0{i}10*/ FADD R5, R4, R5 ;\n" for i in range(4)
+    )
+    assert waits(one_by_one) == 4
 
 
 # The table in the repository
