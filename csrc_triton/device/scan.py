@@ -227,25 +227,18 @@ def composed_right(p_a, p_b, p_flags, k, floor):
     o_g = tl.arange(0, GROUP)
     start = k // GROUP * GROUP
     wait_for(p_flags - start - o_g, start + o_g < k, k - start)
-    # One load of lanes: ptxas would have each of so many numbers wait for the one before.
-    o_n = tl.arange(0, 2 * GROUP)
-    p_found = tl.where(o_n % 2 == 0, p_a, p_b) - tl.minimum(start + o_n // 2, k)
-    found = tl.load(p_found, cache_modifier=".cg").to(tl.float32)  # as which they were stored
+    # What is not there is read of the chunk itself.
+    found = pairs_at(p_a, p_b, tl.minimum(start + tl.arange(0, 2 * GROUP) // 2, k)).to(
+        tl.float32
+    )  # as stored
     composed_a = tl.full([2 * GROUP], 1.0, tl.float64)
     composed_b = tl.full([2 * GROUP], 0.0, tl.float64)
     for i in tl.static_range(GROUP - 1):
-        a = tl.gather(found, o_n * 0 + 2 * i, axis=0).to(tl.float64)
-        b = tl.gather(found, o_n * 0 + (2 * i + 1), axis=0).to(tl.float64)
+        a, b = pair_of(found, i)
         a, b = compose_affine(composed_a, composed_b, a, b, floor)
         composed_a = tl.where(start + i < k, a, composed_a)
         composed_b = tl.where(start + i < k, b, composed_b)
     return any_of(composed_a), any_of(composed_b)
-
-
-@triton.jit
-def any_of(x):
-    """One element of ``x`` (float64), all of which are the same."""
-    return tl.max(x.to(tl.int64, bitcast=True)).to(tl.float64, bitcast=True)
 
 
 @triton.jit
@@ -255,16 +248,41 @@ def carry_of_groups(p_a, p_b, p_flags, n_groups):
     Pointers are at the row's rightmost chunk; a group's are at its leftmost.
     """
     o_g = tl.arange(0, GROUP)
-    group = tl.full([], 0.0, tl.float64)
+    carry = tl.full([2 * GROUP], 0.0, tl.float64)
     for first in range(0, n_groups, GROUP):
         ends = (first + o_g) * GROUP + GROUP - 1
         wait_for(p_flags - ends, first + o_g < n_groups, tl.minimum(n_groups - first, GROUP))
+        group = tl.minimum(first + tl.arange(0, 2 * GROUP) // 2, n_groups - 1)
+        found = pairs_at(p_a, p_b, group * GROUP + GROUP - 1)
         for i in tl.static_range(GROUP):
-            end = tl.minimum(first + i, n_groups - 1) * GROUP + GROUP - 1
-            a = tl.load(p_a - end, cache_modifier=".cg")
-            b = tl.load(p_b - end, cache_modifier=".cg")
-            group = tl.where(first + i < n_groups, a * group + b, group)
-    return group
+            a, b = pair_of(found, i)
+            carry = tl.where(first + i < n_groups, a * carry + b, carry)
+    return any_of(carry)
+
+
+# Lanes take turns in what they loaded at once: of so many loads ptxas would have each wait for the last.
+
+
+@triton.jit
+def pairs_at(p_a, p_b, at):
+    """What lies so many places before two pointers: of the first in even lanes, of the second in odd."""
+    even = tl.arange(0, at.shape[0]) % 2 == 0
+    return tl.load(tl.where(even, p_a, p_b) - at, cache_modifier=".cg")
+
+
+@triton.jit
+def pair_of(pairs, i):
+    """The ``i``-th of them, in every lane, float64."""
+    o_n = tl.arange(0, pairs.shape[0])
+    a = tl.gather(pairs, o_n * 0 + 2 * i, axis=0)
+    b = tl.gather(pairs, o_n * 0 + (2 * i + 1), axis=0)
+    return a.to(tl.float64), b.to(tl.float64)
+
+
+@triton.jit
+def any_of(x):
+    """One element of ``x`` (float64), all of which are the same."""
+    return tl.max(x.to(tl.int64, bitcast=True)).to(tl.float64, bitcast=True)
 
 
 # Sums over the chunks of a row, in an order that does not depend on who adds: chunk i goes to lane i % LANES.

@@ -243,17 +243,18 @@ def _tiles(layer: LayerInputs, ordered_by: Tensor | None = None) -> tuple[Layer,
     """Rows a program holds and rows it streams, in parts of the head width, and how it is compiled.
 
     E.g. 128 rows of width 128 in bfloat16 (32 KB) held, and 3 tiles of 64 on their way (48 KB): two programs
-    share a multiprocessor. Eight warps with half the registers are slower.
+    share a multiprocessor. Eight warps are slower, and have registers for more options.
     """
     operands, product = operands_of(layer)
     width = max(16, padded(layer.key.shape[-1]))
     # Positions that are read first take a stage for each one that their rows are ahead.
-    stages, warps, most = 3 if ordered_by is None else 5, 4, 255
+    stages, most = 3 if ordered_by is None else 5, 255
+    warps = 4 if layer.causal and layer.softcap is None else 8
     if layer.key.element_size() == 4:
         # Parts on their way in registers, where loads are not aligned, spill.
         block, step, part, stages, warps, most = 64, 64, 16, 1, 8, 168
     elif width > 128:
-        block, step, part = 64, 32, width
+        block, step, part, warps = 64, 32, width, 4
     else:
         block, step, part = 128, 64, width
     tiles = Tiles(

@@ -34,10 +34,12 @@ from csrc_triton.launch import (
 )
 from csrc_triton.sweep import chunks_kernel, rows_kernel
 
-REGISTERS = 168
-"""Of a thread, at most, of a warp that redistributes alone: nothing spills; twelve fit a multiprocessor."""
+REGISTERS = {1: 168, 2: 144, 4: 128}
+"""Of a thread, at most, by the warps that share a row: nothing spills."""
 LIGHT = 128
-"""Where several warps share the work, or there is less: nothing spills either, and sixteen fit."""
+"""Where nothing is redistributed."""
+FITTING = {1: 12, 2: 7, 4: 4}
+"""Programs of so many warps that a multiprocessor holds."""
 
 
 class Steps(NamedTuple):
@@ -233,7 +235,7 @@ def _sweep(job: dict[str, Any], source: Literal["weights"] | None) -> None:
     warps = warps_of(batch, count, alone, rules.CREDIT is not None and longest > 1)
     if chunked:
         warps = 1 if alone else 4  # nobody waits for other warps of a chunk
-    most = LIGHT if rules.CREDIT is None or (alone and warps > 1) else REGISTERS
+    most = LIGHT if rules.CREDIT is None else REGISTERS[warps] if alone else REGISTERS[1]
     options = registers(255 if rules.TWO_RECURRENCES else most) | {"num_warps": warps}
     if longest == 1:  # nothing to read ahead
         job["rules"] = rules._replace(STAGES=1)
@@ -258,8 +260,8 @@ def in_chunks(batch: int, longest: int, n_chunks: int, processors: int, alone: b
     ``longest`` is the most chunks that a row may have. By ``STEPS``; ``alone`` is as of ``warps_of``.
     """
     warps = warps_of(batch, processors, alone, True)
-    rows = dict(STEPS.of_row)[warps] * longest * ceil_div(batch, 16 // warps * processors)
-    fitting = (12 if alone else 3) * processors
+    rows = dict(STEPS.of_row)[warps] * longest * ceil_div(batch, FITTING[warps] * processors)
+    fitting = (FITTING[1] if alone else 3) * processors
     chunks = STEPS.last + STEPS.shared * max(1.0, 2 * n_chunks / fitting)
     return longest > 1 and chunks < rows
 

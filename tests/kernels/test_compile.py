@@ -133,14 +133,14 @@ def test_a_warp_sweeps_512_tokens_with_a_third_of_the_instructions_of_four(
 
 def test_rows_of_several_chunks_are_read_ahead(compiled: tuple[str, list[dict]]) -> None:
     """Two chunks' tokens on their way at once, where a token's inputs are wide enough to be copied."""
-    _, variants = compiled
+    target, variants = compiled
     stages = {
         x["case"]: (x["constants"]["STAGES"], x["read_ahead"])
         for x in variants
         if x["kernel"] == "rows_kernel"
     }
     for case in ("sweep, 2048x4096", "sweep, 512x32768", "gae, 2048x4096", "gae, 512x32768"):
-        assert stages[case] == (3, 2), case
+        assert stages[case] == (3, 0 if target == "gfx942" else 2), case  # which takes registers
     for case in ("sweep, 4096x512", "gae, 4096x512"):
         assert stages[case] == (1, 0), case
 
