@@ -69,8 +69,12 @@ def rounds() -> Iterator[Round]:
     settings = [
         {"rewards.warps_of": warps, "rewards.REGISTERS": registers}
         for warps, registers in (
-            (rewards.warps_of, 168),
-            *((Fixed(n), registers) for n in (1, 2, 4) for registers in (128, 168)),
+            (rewards.warps_of, rewards.REGISTERS),
+            *(
+                (Fixed(n), rewards.REGISTERS | {n: registers})
+                for n in (1, 2, 4)
+                for registers in (128, 144, 168)
+            ),
         )
     ]
     yield Round("warps", settings, sweeps)
