@@ -47,7 +47,7 @@ def test_nothing_spills_and_shared_memory_suffices(compiled: tuple[str, list[dic
     for facts in variants:
         # Keys in float32, whose products are not the tensor cores': a few words beside 255 registers.
         few = target in ("sm_100", "sm_120") and facts["kernel"] == "attend_kernel" and not facts["matrix"]
-        assert facts["spills"] <= 8 * few, described(facts)
+        assert facts["spills"] <= 16 * few, described(facts)
         assert facts["shared"] <= SHARED_LIMIT[target], described(facts)
         assert facts["programs"] >= 1, described(facts)
 
@@ -151,7 +151,8 @@ def test_loads_wait_together(compiled: tuple[str, list[dict]]) -> None:
     found = [x for x in variants if x["kernel"] in ("means_kernel", "chunks_kernel")]
     assert {x["kernel"] for x in found} == {"means_kernel", "chunks_kernel"}
     for facts in found:
-        assert target == "gfx942" or facts["waits"] <= 12, described(facts)  # 16 and 35 once
+        packed = "response.p_cu" in facts["used"]  # a program looks for its row
+        assert target == "gfx942" or facts["waits"] <= (20 if packed else 12), described(facts)  # 16, 35 once
 
 
 def test_where_rows_are_swept_two_floats_are_added_at_a_time() -> None:
