@@ -129,6 +129,7 @@ def _cells() -> list[Cell]:
     add("ppo", ("leave-one-out, signed", *controls), SCRATCH, first, lam=0.95)
     add("ppo", ("plain", "ABC"), SCRATCH, second, lam=0.95)
     add("ppo", ("leave-one-out, signed",), SCRATCH + TUNED, second)
+    add("ppo", ("relevance a third up, signed",), TUNED + SCRATCH, first, lam=0.95)
     return list(dict.fromkeys(cells))
 
 
