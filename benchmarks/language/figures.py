@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from attnshape.demo import plots
 from benchmarks.language.cells import DENSE_SHARE, LAM, LR, Cell
-from benchmarks.language.page import SHOWN
+from benchmarks.language.page import KINDS, SHOWN
 from benchmarks.language.rewards import PRETRAINED
 from benchmarks.language.summary import FEWEST, gold_lead, method_of, setting_of
 
@@ -115,7 +115,8 @@ def leads(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _where(cell: Cell) -> str:
     lam = f", lam {cell.lam:g}" if cell.loop == "ppo" else ""
-    return f"{cell.loop}{lam}\n{setting_of(cell.reward_model)}"
+    setting = setting_of(cell.reward_model)
+    return f"{cell.loop}{lam}\n{KINDS.get(setting, setting)}"
 
 
 def frontier(records: Sequence[dict[str, Any]], path: Path) -> None:

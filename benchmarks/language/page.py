@@ -16,6 +16,8 @@ CLAIMED = {
     "gradient x value, signed": "gradient × value, signed",
     "ABC": "attention credit (ABC)",
 }
+KINDS = {setting_of(TUNED[0]): "encoder", setting_of(SCRATCH[0]): "from scratch"}
+"""Of the reward models that runs learn from, in words."""
 LOOPS = {("grpo", LAM): "GRPO", ("ppo", LAM): "PPO at `lam` 1", ("ppo", 0.95): "PPO at `lam` .95"}
 HERE = {"faster": "holds", "slower": "fails", "no difference shown": "not shown", "too few": "too few runs"}
 MEASURES = {"roc": "ROC", "roc_matched": "matched", "signed": "sign", "fell": "fall"}
@@ -55,12 +57,11 @@ def _cell(found: Estimate | None) -> str:
 def claims(summary: dict[str, Any]) -> str:
     """Who learns faster with which source, at the study's own dense share, by the gold judge."""
     found = {_key(row): row for row in summary["gold"]}
-    kinds = {"encoder": setting_of(TUNED[0]), "from scratch": setting_of(SCRATCH[0])}
     rows = []
     for (loop, lam), name in LOOPS.items():
         for source, words in CLAIMED.items():
             claim = f"{name} learns faster with {words}"
-            for kind, setting in kinds.items():
+            for setting, kind in KINDS.items():
                 row = found.get((loop, lam, setting, source, DENSE_SHARE))
                 if row is not None:
                     lead = f"{row['lead'].mean:+.2f}{_error(row['lead'], 2)}"
