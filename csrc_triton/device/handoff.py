@@ -47,8 +47,8 @@ def wait_for(p_counters, wanted, count):
 
 @triton.jit
 def together():
-    """Loads before it are on their way before any is waited for.
+    """Loads before it wait together, where what is made of them needs a load after it.
 
-    ptxas moves a load to its use where that saves a register or a predicate, and no load across a barrier.
+    Else ptxas may compute between them, in fewer registers, and each load waits for the one before.
     """
     tl.debug_barrier()

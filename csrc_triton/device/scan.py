@@ -227,10 +227,9 @@ def composed_right(p_a, p_b, p_flags, k, floor):
     o_g = tl.arange(0, GROUP)
     start = k // GROUP * GROUP
     wait_for(p_flags - start - o_g, start + o_g < k, k - start)
-    # What is not there is read of the chunk itself.
-    found = pairs_at(p_a, p_b, tl.minimum(start + tl.arange(0, 2 * GROUP) // 2, k)).to(
-        tl.float32
-    )  # as stored
+    # What is not there is read of the chunk itself. They are float32 as they were found.
+    at = tl.minimum(start + tl.arange(0, 2 * GROUP) // 2, k)
+    found = pairs_at(p_a, p_b, at).to(tl.float32)
     composed_a = tl.full([2 * GROUP], 1.0, tl.float64)
     composed_b = tl.full([2 * GROUP], 0.0, tl.float64)
     for i in tl.static_range(GROUP - 1):
