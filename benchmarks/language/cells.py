@@ -129,7 +129,9 @@ def _cells() -> list[Cell]:
     add("ppo", ("leave-one-out, signed", *controls), SCRATCH, first, lam=0.95)
     add("ppo", ("plain", "ABC"), SCRATCH, second, lam=0.95)
     add("ppo", ("leave-one-out, signed",), SCRATCH + TUNED, second)
-    add("ppo", ("relevance a third up, signed",), TUNED + SCRATCH, first, lam=0.95)
+    for seed in SEEDS:
+        add("ppo", ("relevance a third up, signed",), TUNED + SCRATCH, seed, lam=0.95)
+    add("ppo", ("plain",), TUNED, second, lam=0.95)
     return list(dict.fromkeys(cells))
 
 
