@@ -16,7 +16,7 @@ from csrc_triton.device.attention import (
     slots_of_row,
     store_means,
 )
-from csrc_triton.device.handoff import is_last
+from csrc_triton.device.handoff import arrive
 from csrc_triton.device.layout import (
     attended_range,
     bounds_of_row,
@@ -62,12 +62,20 @@ def attend_kernel(
         begin, stop = chunks_of_split(attended, heads, i_part, grid.split, product.ONLY_KEPT)
         attend(attended, heads, begin, stop, product, mean.KEYS)
         p_arrived = grid.p_counters + keys.row * (layer.kv_heads + 1)
-        if is_last(p_arrived + i_h, n_splits):
+        before = n_splits - 1
+        if n_splits > 1:
+            before = arrive(p_arrived + i_h)
+        else:
+            tl.debug_barrier()
+        if before == n_splits - 1:
+            tl.store(p_arrived + i_h, 0)
             fold_partials(attended, heads, mean.KEYS, product.FOLD)
             if FINISH != "scores":
                 tl.debug_barrier()
                 leave_group(attended, response, place_of_row(response, i_b), i_h, mean, 2 * rules.CHUNK)
-                finishing = is_last(p_arrived + layer.kv_heads, layer.kv_heads)
+                finishing = arrive(p_arrived + layer.kv_heads) == layer.kv_heads - 1
+                if finishing:
+                    tl.store(p_arrived + layer.kv_heads, 0)
 
     if FINISH != "scores":  # noqa: SIM102
         if finishing:

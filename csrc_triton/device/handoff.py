@@ -15,20 +15,6 @@ def arrive(p_counter):
 
 
 @triton.jit
-def is_last(p_counter, count):
-    """Whether this program is the last of ``count``: it sees what all of them wrote, and the counter is 0."""
-    before = count - 1
-    if count > 1:
-        before = arrive(p_counter)
-    else:
-        tl.debug_barrier()  # what its own threads wrote
-    last = before == count - 1
-    if last:
-        tl.store(p_counter, 0)
-    return last
-
-
-@triton.jit
 def publish(p_flag):
     """Publishes what this program wrote."""
     tl.debug_barrier()
