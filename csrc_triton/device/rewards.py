@@ -18,7 +18,7 @@ from csrc_triton.device.layout import (
     token_mask,
 )
 from csrc_triton.device.math import clamp, expm1_residual, number
-from csrc_triton.device.scan import not_finite, quarters, smallest, sum_of
+from csrc_triton.device.scan import group_sums, largest, not_finite, smallest, sum_of
 
 
 class Numbers(NamedTuple):
@@ -62,8 +62,8 @@ class Facts(NamedTuple):
     invalid: Any
 
 
-class Found(NamedTuple):
-    """Of tokens that are four neighbours, of one chunk or more, [N / 4]."""
+class Neighbours(NamedTuple):
+    """What four neighbours of one chunk or more say, [N / 4]."""
 
     count: Any  # of unmasked ones
     last: Any  # of them; -1 if there is none
@@ -181,22 +181,19 @@ def chunk_facts(i_c, read, rules: tl.constexpr, SOURCE: tl.constexpr):
         least = smallest(weights)
     count = tl.full([rules.CHUNK // 4], 0, tl.int32)
     if rules.CREDIT is not None:
-        first, second, third, fourth = quarters(bits)
-        count = -((first + second) + (third + fourth))
-    first, second, third, fourth = quarters(j | ~bits)
-    last = tl.maximum(tl.maximum(first, second), tl.maximum(third, fourth))
-    return Found(count, last, least), mass
+        count = -group_sums(bits)
+    return Neighbours(count, largest(j | ~bits), least), mass
 
 
 @triton.jit
 def no_facts(rules: tl.constexpr):
     none = tl.full([rules.CHUNK // 4], 0, tl.int32)
-    return Found(none, none - 1, none.to(tl.float32))
+    return Neighbours(none, none - 1, none.to(tl.float32))
 
 
 @triton.jit
 def both_facts(a, b):
-    return Found(a.count + b.count, tl.maximum(a.last, b.last), tl.minimum(a.least, b.least))
+    return Neighbours(a.count + b.count, tl.maximum(a.last, b.last), tl.minimum(a.least, b.least))
 
 
 @triton.jit

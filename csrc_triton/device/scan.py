@@ -181,6 +181,13 @@ def smallest(x):
 
 
 @triton.jit
+def largest(x):
+    """Of four neighbours, [N / 4]."""
+    first, second, third, fourth = quarters(x)
+    return tl.maximum(tl.maximum(first, second), tl.maximum(third, fourth))
+
+
+@triton.jit
 def not_finite(x, bad):
     """NaN where ``bad`` is, or one of four neighbours in ``x`` is not finite; else 0, [N / 4]."""
     first, second, third, fourth = quarters(x)
