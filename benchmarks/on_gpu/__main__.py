@@ -29,13 +29,11 @@ def chosen(parts: Sequence[Part], words: Sequence[str]) -> list[Part]:
     """Those that are asked for, with the seconds that are said."""
     if not words:
         return list(parts)
-    found = []
-    for part in parts:
-        for name, _, seconds in (word.partition("=") for word in words):
-            if name in part.name:
-                found.append(part._replace(seconds=float(seconds)) if seconds else part)
-                break
-    return found
+    asked = [word.partition("=") for word in words]
+    said = (
+        (part, next((seconds for name, _, seconds in asked if name in part.name), None)) for part in parts
+    )
+    return [part._replace(seconds=float(x)) if x else part for part, x in said if x is not None]
 
 
 def main(out: Path, what: str = "first", *only: str, start: Start = started) -> int:

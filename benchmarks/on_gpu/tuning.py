@@ -91,7 +91,7 @@ def rounds() -> Iterator[Round]:
 class Fixed(int):
     """So many chunks of keys, or warps, a program, whatever there is."""
 
-    def __call__(self, *_: Any) -> int:
+    def __call__(self, *_: Any, **__: Any) -> int:
         return int(self)
 
 

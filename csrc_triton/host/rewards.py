@@ -36,10 +36,10 @@ from csrc_triton.sweep import chunks_kernel, rows_kernel
 
 REGISTERS = {1: 168, 2: 144, 4: 128}
 """Of a thread, at most, by the warps that share a row: nothing spills."""
+NARROW = 168
+"""Where rows do not begin at multiples of four tokens."""
 LIGHT = 128
 """Where nothing is redistributed."""
-FITTING = {1: 12, 2: 7, 4: 4}
-"""Programs of so many warps that a multiprocessor holds."""
 
 
 class Steps(NamedTuple):
@@ -235,7 +235,7 @@ def _sweep(job: dict[str, Any], source: Literal["weights"] | None) -> None:
     warps = warps_of(batch, count, alone, rules.CREDIT is not None and longest > 1)
     if chunked:
         warps = 1 if alone else 4  # nobody waits for other warps of a chunk
-    most = LIGHT if rules.CREDIT is None else REGISTERS[warps] if alone else REGISTERS[1]
+    most = LIGHT if rules.CREDIT is None else REGISTERS[warps] if alone else NARROW
     options = registers(255 if rules.TWO_RECURRENCES else most) | {"num_warps": warps}
     if longest == 1:  # nothing to read ahead
         job["rules"] = rules._replace(STAGES=1)
@@ -259,10 +259,13 @@ def in_chunks(batch: int, longest: int, n_chunks: int, processors: int, alone: b
 
     ``longest`` is the most chunks that a row may have. By ``STEPS``; ``alone`` is as of ``warps_of``.
     """
-    warps = warps_of(batch, processors, alone, True)
-    rows = dict(STEPS.of_row)[warps] * longest * ceil_div(batch, FITTING[warps] * processors)
-    fitting = (FITTING[1] if alone else 3) * processors
-    chunks = STEPS.last + STEPS.shared * max(1.0, 2 * n_chunks / fitting)
+
+    def at_a_time(warps: int) -> int:  # of 65536 registers a multiprocessor
+        return 65536 // (32 * warps * (REGISTERS[warps] if alone else NARROW)) * processors
+
+    warps = warps_of(batch, processors, alone, several=True)
+    rows = dict(STEPS.of_row)[warps] * longest * ceil_div(batch, at_a_time(warps))
+    chunks = STEPS.last + STEPS.shared * max(1.0, 2 * n_chunks / at_a_time(1 if alone else 4))
     return longest > 1 and chunks < rows
 
 

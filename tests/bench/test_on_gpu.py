@@ -17,6 +17,7 @@ from support.kernels import kernels
 
 from benchmarks.cases import budget_cases
 from benchmarks.on_gpu import budgets, carried, parts, shards, summary, tuning
+from benchmarks.on_gpu.__main__ import chosen
 from benchmarks.on_gpu.runner import Part, Runner
 from benchmarks.results import ROOT
 
@@ -249,6 +250,12 @@ def test_what_the_choice_between_two_ways_loses() -> None:
 
 
 # What is carried, and what is asked of pytest
+
+
+def test_some_parts_are_asked_and_given_their_seconds() -> None:
+    parts = [Part("facts", 45.0, []), Part("smoke", 105.0, []), Part("tests", 90.0, [])]
+    assert chosen(parts, ()) == parts
+    assert chosen(parts, ("tests=50", "fact")) == [parts[0], parts[2]._replace(seconds=50.0)]
 
 
 def test_a_cache_is_used_only_where_it_was_made_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
