@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnshape import AttentionInputs
 from attnshape.bench.timing import Call
+from csrc_triton.launch import COMPILER
 
 
 @triton.jit
@@ -31,7 +32,7 @@ def read_calls(size: int, sets: int, device: torch.device) -> list[Call]:
             return x.sum()
         n_blocks = len(x) // block
         out = torch.empty(triton.cdiv(n_blocks, steps), device=device)
-        read_kernel[(len(out),)](x, out, n_blocks, STEPS=steps, BLOCK=block, num_warps=4)
+        read_kernel[(len(out),)](x, out, n_blocks, STEPS=steps, BLOCK=block, **COMPILER)
         return out
 
     return [lambda x=x: read(x) for x in buffers]

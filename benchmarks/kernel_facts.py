@@ -122,7 +122,8 @@ def chosen(variant: Variant, target: str) -> list[tuple[str, str]]:
     """The compiler's options that are not the target's defaults."""
     from triton.compiler import make_backend
 
-    default = vars(make_backend(gpu_of(target)).parse_options({}))
+    # Triton 3.9 warns unless fusion is said, which was its default before.
+    default = vars(make_backend(gpu_of(target)).parse_options({"enable_fp_fusion": True}))
     return sorted((name, str(x)) for name, x in variant.options.items() if x != default[name])
 
 

@@ -203,7 +203,7 @@ def mixed_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     import triton
     import triton.language as tl
 
-    from csrc_triton.launch import Launcher
+    from csrc_triton.launch import COMPILER, Launcher
 
     @triton.jit
     def mixed_kernel(p_out, mixed, BLOCK: tl.constexpr):
@@ -232,7 +232,7 @@ def mixed_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
         mixed = Mixed(**{"p_in": x} | change)
 
         def call(mixed: Mixed = mixed) -> None:
-            launcher(4, {"num_warps": 1}, p_out=out, mixed=mixed, BLOCK=32)
+            launcher(4, COMPILER | {"num_warps": 1}, p_out=out, mixed=mixed, BLOCK=32)
 
         yield f"mixed {change.keys()}", call
 
