@@ -9,6 +9,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    # The first gradient starts a thread for each device, and no copy of a process with such threads computes
+    # one. A build of torch with CUDA counts eight devices once its compiler has run: so this comes before.
+    torch.ones((), requires_grad=True).backward()
 
 import pytest
 from hypothesis import HealthCheck, is_hypothesis_test, settings

@@ -13,7 +13,7 @@ import torch
 
 import attnshape
 
-PACKAGES = ("torch", "triton", "transformers", "numpy")
+PACKAGES = ("triton", "transformers", "numpy")
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
@@ -29,7 +29,9 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": {name: _version(name) for name in PACKAGES if _version(name)},
+        # torch itself says which build it is, a package's name need not.
+        "versions": {"torch": torch.__version__}
+        | {name: found for name in PACKAGES if (found := _version(name))},
     }
 
 
