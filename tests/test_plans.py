@@ -157,6 +157,82 @@ def test_a_tensor_is_found_in_any_argument() -> None:
     assert not plans.is_on_current_gpu((None, Response(mask)), {})
 
 
+class Both(NamedTuple):
+    twice: Tensor
+    between: Tensor
+
+
+def both_of(launcher: Launcher, n: int) -> Callable[[Tensor], Both]:
+    def function(x: Tensor) -> Both:
+        out = Outputs(EMPTY(n), EMPTY(n))
+        launcher(1, {}, out=out, settings=Settings(x, 0.0, n), BLOCK=16)
+        return Both(out.p_twice, out.p_between)
+
+    return function
+
+
+def test_outputs_of_one_shape_are_one_allocation(adding: Launcher) -> None:
+    repeating = Repeating(both_of(adding, 8))
+    results = [repeating(torch.full((8,), float(i))) for i in range(4)]
+    for i, (twice, between) in enumerate(results):
+        assert twice.tolist() == between.tolist() == [2 * i] * 8
+        assert twice.is_contiguous()
+    storages = [{x.untyped_storage().data_ptr() for x in result} for result in results]
+    assert [len(x) for x in storages] == [2, 2, 1, 1]
+    assert not storages[2] & storages[3]
+    # To autograd they have nothing to do with each other.
+    twice, between = results[3]
+    weight = torch.ones(8, requires_grad=True)
+    loss = (weight * twice).sum()
+    between.zero_()
+    loss.backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [6] * 8
+
+
+@pytest.mark.parametrize(("n", "together"), [(7, 1 << 20), (8, 63)], ids=["not aligned", "much"])
+def test_outputs_are_allocations_of_their_own(
+    adding: Launcher, monkeypatch: pytest.MonkeyPatch, n: int, together: int
+) -> None:
+    monkeypatch.setattr(plan, "TOGETHER", together)
+    repeating = Repeating(both_of(adding, n))
+    for _ in range(3):
+        twice, between = repeating(torch.ones(n))
+    assert twice.untyped_storage().data_ptr() != between.untyped_storage().data_ptr()
+    assert twice.tolist() == between.tolist() == [2] * n
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [lambda both: Both(both.twice.view(torch.int32), both.between), tuple, lambda both: Both(both.twice, 1)],
+    ids=["as another dtype", "a plain tuple", "a number"],
+)
+def test_a_call_that_returns_something_else_is_made_anew(
+    adding: Launcher, returned: Callable[[Both], Any]
+) -> None:
+    function = both_of(adding, 4)
+    repeating = Repeating(lambda x: returned(function(x)))
+    for i in range(4):
+        assert repeating(torch.full((4,), float(i)))[0].view(torch.float32).tolist() == [2 * i] * 4
+    assert list(repeating.known.values()) == [plans.NEVER]
+
+
+def test_calls_of_several_structures_are_repeated_by_turns(adding: Launcher) -> None:
+    called = []
+    repeating = Repeating(twice_of(adding, then=lambda: called.append(1)))
+    ways = [
+        {},
+        {"kl": KL(None, None, 1)},
+        {"kl": KL(ONE, None, 1.0)},
+        {"other": [ONE]},
+        {"other": [ONE, ONE]},
+    ]
+    for _ in range(4):
+        for way in ways:
+            assert repeating(torch.ones(4), **way).twice.tolist() == [2 + ("kl" in way)] * 4
+    assert len(called) == 2 * len(ways)
+
+
 ONE = torch.ones(4)
 
 
@@ -307,6 +383,7 @@ def test_a_launch_that_is_looked_at_is_not_repeated(
 
 
 LAYOUT_OF = Layouts()
+ROW = torch.zeros(4)
 
 
 def key(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -325,6 +402,8 @@ def key(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         (1, True),
         (None, 0),
         ([X, X], [X, torch.zeros(2, 64)]),
+        ([torch.zeros(5)[1:], *torch.zeros(2, 4)], [torch.zeros(4), ROW, ROW]),
+        ([X], [X, X]),
         (Response(X), X),
         (Response(X, start=X[0]), Response(X, index=X[0])),
         (AttentionInputs(X, X, 0.5), AttentionInputs(X, X, 0.25)),

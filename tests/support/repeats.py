@@ -83,6 +83,7 @@ def repeated(log: Path, call: functools.partial[Any]) -> dict[str, Any]:
         "repeated": [callable(x) for x in repeating.known.values()],
         "wrong": wrong,
         "launched": len(launched),
+        "returned": len(outputs(got)),
         "outputs": len({x.untyped_storage().data_ptr() for x in outputs(got)}),
         "between": len(sizes) - returned,
         "operators": collections.Counter(e.name for e in profile.function_events or ()),
