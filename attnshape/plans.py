@@ -78,10 +78,10 @@ class Reader:
         line(f"key = {tuple_of([*self.key, *(f'{x}.{part}' for x in self.tensors for part in OF_TENSOR)])}")
         line(f"if not ({' and '.join(['True', *(f'{x}.is_contiguous()' for x in self.tensors)])}):")
         line(f"    key += {tuple_of(f'{x}.stride()' for x in self.tensors)}")
-        line(f"if ({' | '.join(['0', *own])}) % 16:")
+        line(f"if ({' | '.join(own or ['0'])}) % 16:")
         line("    key += ('aligned', *[x % 16 == 0 for x in addresses])")
         line(f"if len({{*addresses}}) < {len(own)}:")
-        line("    key += ('the same', *map(addresses.index, addresses))")
+        line("    key += (*map(addresses.index, addresses),)")
         line(f"return key, {tuple_of([*own, self.number])}")
 
     def add(self, at: str, x: Any) -> None:

@@ -236,7 +236,7 @@ class Plan:
         if x.kind == "counters":
             return f"counters{x.place}.data_ptr()"
         allocation, begin = self.begins[x.place]
-        return f"at{allocation} + {begin + x.offset}"
+        return f"at{allocation} + {begin + x.offset}" if begin + x.offset else f"at{allocation}"
 
     def _returned(self, x: Any) -> str:
         if isinstance(x, tuple):

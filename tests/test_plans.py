@@ -202,6 +202,31 @@ def test_outputs_are_allocations_of_their_own(
     assert twice.tolist() == between.tolist() == [2] * n
 
 
+class Half(NamedTuple):
+    both: Both
+    half: Tensor
+
+
+def test_an_output_of_which_a_part_is_returned_too_is_an_allocation(adding: Launcher) -> None:
+    """They are the same to autograd as in a call made anew."""
+    function = both_of(adding, 8)
+
+    def halved(x: Tensor) -> Half:
+        both = function(x)
+        return Half(both, both.between[4:])
+
+    repeating = Repeating(halved)
+    for i in range(4):
+        (twice, between), half = repeating(torch.arange(8.0) + i)
+        assert twice.tolist() == between.tolist() == [2 * (i + j) for j in range(8)]
+        assert half.tolist() == between.tolist()[4:]
+        versions = twice._version, between._version + 1
+        half.zero_()
+        assert (twice._version, between._version) == versions
+        assert between.tolist() == twice.tolist()[:4] + [0] * 4
+    assert all(map(callable, repeating.known.values()))
+
+
 @pytest.mark.parametrize(
     "returned",
     [lambda both: Both(both.twice.view(torch.int32), both.between), tuple, lambda both: Both(both.twice, 1)],
