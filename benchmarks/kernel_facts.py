@@ -190,9 +190,9 @@ def used(ttir: str) -> str:
     """Of each argument that is passed, whether a specialisation has a use for it (1 or 0)."""
     found = re.search(r"tt\.func public @\w+\((.*?)\) attributes(.*)", ttir, re.DOTALL)
     assert found
-    return "".join(
-        str(int(re.search(rf"{x}\b", found[2]) is not None)) for x in re.findall(r"(%\w+): ", found[1])
-    )
+    # Triton 3.9 writes a field of a group as `%axis.p_cu`, those before as `%axis_4`.
+    names = re.findall(r"(%[\w.]+): ", found[1])
+    return "".join(str(int(re.search(rf"{re.escape(x)}(?![\w.])", found[2]) is not None)) for x in names)
 
 
 def order_of_additions(ttgir: str) -> str:

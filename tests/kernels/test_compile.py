@@ -11,7 +11,7 @@ import triton
 from support.kernels import compiling, kernels, tracing
 
 from benchmarks.cases import budget_cases, launches
-from benchmarks.kernel_facts import STORE, TARGETS, read, written
+from benchmarks.kernel_facts import STORE, TARGETS, read, used, written
 from benchmarks.kernel_table import ROOT, TABLE, markdown, table_of
 from benchmarks.sass import atomic_orders, waits
 from csrc_triton.host.attention import STAGES
@@ -268,6 +268,14 @@ def test_waits_are_read_off_machine_code() -> None:
         f"/*0{i}00*/ LDG.E R4, desc[UR4][R2.64] ;\n/*0{i}10*/ FADD R5, R4, R5 ;\n" for i in range(4)
     )
     assert waits(one_by_one) == 4
+
+
+@pytest.mark.parametrize("names", [("%axis", "%axis_0"), ("%axis.p", "%axis.p_cu")], ids=["3.8", "3.9"])
+def test_uses_are_read_off_a_representation(names: tuple[str, str]) -> None:
+    """Of a group's fields, as both versions of Triton write them."""
+    passed = ", ".join(f'{name}: i32 loc("axis"(#loc))' for name in names)
+    body = "{ %0 = tt.load %NAME, %cst : !tt.ptr<i32> }".replace("%NAME", names[1])
+    assert used(f"tt.func public @k({passed}) attributes {{noinline = false}} {body}") == "01"
 
 
 # The table in the repository
