@@ -218,8 +218,12 @@ class Plan:
                 self.text.line(f"{whole}[:{zeroed}].zero_()")
 
     def _allocate(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> str:
-        # `torch.empty` takes half as much again.
-        make = functools.partial(torch.empty_strided, tuple(size), stride, dtype=dtype, device=self.device)
+        # `torch.empty` takes twice what `empty_like` does, of a tensor that has no memory itself.
+        like = torch.empty_strided(tuple(size), stride, dtype=dtype, device=self.device)
+        if torch.empty_like(like).stride() != stride:
+            raise ValueError(f"got an output of strides {stride}, want one without gaps")
+        like.untyped_storage().resize_(0)
+        make = functools.partial(torch.empty_like, like)
         made = f"made{self.allocations}"
         self.text.line(f"{made} = {self.text.constant(make)}()")
         self.text.line(f"at{self.allocations} = {made}.data_ptr()")

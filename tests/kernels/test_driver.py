@@ -84,8 +84,8 @@ def test_a_repeated_call_passes_what_the_same_call_made_anew_passes(repeats: lis
 
 def test_a_repeated_call_makes_its_outputs_and_one_allocation_more(repeats: list[dict]) -> None:
     for call in repeats:
-        made = call["operators"].pop("aten::empty_strided")
-        assert made == call["outputs"] + (call["between"] > 0), call
+        made = [call["operators"].pop(f"aten::{name}") for name in ("empty_like", "empty_strided")]
+        assert made == [call["outputs"] + (call["between"] > 0)] * 2, call
         zeroed = {"aten::slice", "aten::as_strided", "aten::zero_"} if call["call"] == "rollout" else set()
         taken_apart = {"aten::unsafe_split_with_sizes", "aten::as_strided"}
         alike = taken_apart if call["outputs"] < call["returned"] else set()
