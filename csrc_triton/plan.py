@@ -1,8 +1,8 @@
 """A call's launches, kept to be started again on other tensors of the same layout.
 
 What a call passes to its kernels follows from the layout of its tensors: sizes, strides, dtypes, alignment.
-Only addresses differ. A plan is made by watching one call. Started again it computes addresses and launches,
-nothing else, and all memory between its launches is one allocation.
+Only addresses differ. A plan is made by watching one call, and written as a function that allocates, launches
+and returns, nothing else. All memory between its launches is one allocation, and so are outputs of one shape.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Plan:
         self.watch, self.text = watch, Written("repeat(given)")
         returned = list(_tensors(result))
         places = [source.place for source in map(watch.within, returned) if source]
-        if not watch.sound or not watch.launches or len(places) < len(returned):
+        if not watch.sound or not watch.launches or not returned or len(places) < len(returned):
             raise ValueError("got a call that computes by itself, want one that only launches")
         if any(watch.zeroed[i] for i in places):
             raise ValueError("got an output of zeros, want one that is filled")
