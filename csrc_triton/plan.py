@@ -200,7 +200,7 @@ class Plan:
         self.outputs |= {place: f"output{place}" for place in group}
         # Not views to autograd: one may be changed in place while another is needed as it is.
         parts = tuple_of(self.outputs[place] for place in group)
-        self.text.line(f"{parts} = {whole}.unsafe_split_with_sizes({[rows] * count})")
+        self.text.line(f"{parts} = {whole}.unsafe_split_with_sizes({(rows,) * count})")
 
     def _allocate_between(self) -> None:
         """What is not returned, zeros first."""
