@@ -237,6 +237,7 @@ class Product(NamedTuple):
     STAGES: int  # parts, or chunks, on their way at once, and one
     FOLD: int  # partials folded at once
     ONLY_KEPT: bool  # whether only keys that may be a response token's are read
+    PTX: bool  # whether the GPU has its instructions
 
 
 class Mean(NamedTuple):

@@ -113,8 +113,8 @@ def chunks_of_split(attended, heads, i_part, split, ONLY_KEPT: tl.constexpr):
     begin = i_part * split
     stop = tl.minimum(begin + split, attended.keys.n_chunks)
     if ONLY_KEPT:
-        begin = tl.maximum(begin, tl.minimum(slots.kept, stop).to(tl.int32))
-        stop = tl.minimum(stop, tl.minimum(slots.kept + slots.n_kept, stop).to(tl.int32))
+        begin = tl.maximum(begin, slots.kept)
+        stop = tl.minimum(stop, slots.kept + slots.n_kept)
     if attended.layer.p_head_mask is not None:
         stop = tl.where(tl.max(heads.weight) == 0.0, begin, stop)
     return begin, stop

@@ -63,7 +63,8 @@ def rounds() -> Iterator[Round]:
         for split in (attention.chunks_per_program, *map(Fixed, (4, 6, 8, 11, 16, 32)))
     ]
     yield Round("split", grids, [*read[:2], Case("fused", Shape(8, 1024, 2048)), Case("fused", SMALL)])
-    yield Round("places", product(attention__REGISTERS=(168, 128, 96)), read)
+    most = [attention.REGISTERS | some for some in ({}, {"shape": 128}, {"shape": 96}, {"scores": 128})]
+    yield Round("places", product(attention__REGISTERS=most), read)
     sweeps = [Case(what, shape) for what in ("sweep", "gae") for shape in SWEEPS]
     sweeps += [Case("sweep", shape) for shape in (Shape(1024, 4096), Shape(512, 4096))]
     settings = [

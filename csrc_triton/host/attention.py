@@ -54,11 +54,10 @@ SPLIT = 6
 """Chunks of keys that a program reads where not all programs run at a time."""
 MOST = 32
 """And at most, where they do."""
-REGISTERS = 168
-"""Of a thread, at most, of a program that may sweep a row: nothing spills. 128, so four programs on a
-multiprocessor and not three, are not faster."""
-LIGHT = 128
-"""Of one that does not: it takes 80 then, and six programs fit. With 168 it took 114; four were slower."""
+REGISTERS = {"shape": 168, "mean": 128, "scores": 80}
+"""Of a thread, at most, by how a row is finished: nothing spills. With 128 where a row is swept, so four
+programs on a multiprocessor and not three, it is not faster. Who only reads keys has 80, so that six fit: with
+128 it would take 94, and five fit. More than eight query heads a key head would spill."""
 SCAN = 1024
 """Tokens a preparation program looks at at once."""
 ONE_LAUNCH = 2048
@@ -232,10 +231,11 @@ def attend(
     operands, product = operands_of(layer, n_layers, kept)
     mean = Mean(layer.causal, group, min(4, padded(group)), chunk, spare, add)
     heavy = width > product.BLOCK_D or (rules is not None and rules.TWO_RECURRENCES)
+    most = REGISTERS["mean" if finish == "scores" and product.M > 8 else finish]
     launch(
         ATTEND,
         grid.n_tasks + leaders,
-        registers(255 if heavy else REGISTERS if finish == "shape" else LIGHT),
+        registers(255 if heavy else most),
         axis=axis,
         layer=operands,
         left=left,
@@ -418,6 +418,7 @@ def _product(
         STAGES=stages if wide else 1,
         FOLD=max(16, 1024 // max(8, padded(group))),
         ONLY_KEPT=only_kept,
+        PTX=not (interpreted or amd),
     )
 
 
