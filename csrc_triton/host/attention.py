@@ -56,8 +56,8 @@ MOST = 32
 """And at most, where they do."""
 REGISTERS = {"shape": 168, "mean": 128, "scores": 80}
 """Of a thread, at most, by how a row is finished: nothing spills. With 128 where a row is swept, so four
-programs on a multiprocessor and not three, it is not faster. Who only reads keys has 80, so that six fit: with
-128 it would take 94, and five fit. More than eight query heads a key head would spill."""
+programs on a multiprocessor and not three, it is not faster. Who only reads keys has 80, so that six fit, as
+they did when it was measured: with 128 it would take 94. More than eight query heads a key head would spill."""
 SCAN = 1024
 """Tokens a preparation program looks at at once."""
 ONE_LAUNCH = 2048
