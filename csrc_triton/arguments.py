@@ -268,6 +268,7 @@ class Rules(NamedTuple):
     TWO_RECURRENCES: bool = False
     ZERO_NONFINITE: bool = False
     LG2: bool = False  # whether the GPU has PTX's lg2.approx
+    DEPENDENT: bool = False  # whether a launch begins before the one that left it something has ended
 
 
 class Tiles(NamedTuple):

@@ -40,6 +40,8 @@ def attend_kernel(
     ``FINISH``: ``scores`` are left to another launch; their ``mean`` is the result; or it is credit, and the
     row is to ``shape``.
     """
+    if rules.DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
     i_p = tl.program_id(0)
     if (FINISH != "scores") and (response.p_cu is not None):  # noqa: SIM102
         if i_p == grid.n_tasks + grid.n_leaders:
@@ -123,6 +125,9 @@ def chunks_of_split(attended, heads, i_part, split, ONLY_KEPT: tl.constexpr):
 @triton.jit
 def means_kernel(axis, layer, left, response, inputs, out, grid, mean: tl.constexpr, rules: tl.constexpr):
     """A chunk of a row's tokens: the mean over heads of the scores that another launch left."""
+    if rules.DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     i_p = tl.program_id(0)
     if response.p_cu is not None:  # noqa: SIM102
         if i_p == grid.n_tasks + grid.n_leaders:

@@ -57,7 +57,7 @@ MOST = 32
 REGISTERS = {"shape": 168, "mean": 128, "scores": 80}
 """Of a thread, at most, by how a row is finished: nothing spills. With 128 where a row is swept, so four
 programs on a multiprocessor and not three, it is not faster. Who only reads keys has 80, so that six fit, as
-they did when it was measured: with 128 it would take 94. More than eight query heads a key head would spill."""
+when it was measured: with 128 it would take 94. More than eight query heads a key head would spill."""
 SCAN = 1024
 """Tokens a preparation program looks at at once."""
 ONE_LAUNCH = 2048
@@ -65,6 +65,10 @@ ONE_LAUNCH = 2048
 
 A packed batch counts as one response: how its rows divide it is known on the device only. In each further
 CHUNK one program works alone; two more launches take as long as some two of them.
+"""
+DEPENDENT = False
+"""Whether of the launches of a long response each may begin before the one before it has ended, where the GPU
+can (programmatic dependent launch): it then waits for that one's end before it reads or writes. Not measured.
 """
 
 ATTEND = Launcher(attend_kernel, "layer.p_query", "layer.p_key")
@@ -170,23 +174,35 @@ def average(
     layer: LayerInputs, n_layers: int, response: Response, inputs: Inputs, out: Outputs, add: bool
 ) -> None:
     """A layer's mean over heads to ``p_credit``, or on top of what is there."""
-    finish: Literal["mean", "scores"] = "mean" if response.width <= ONE_LAUNCH else "scores"
-    read = attend(layer, n_layers, response, finish, inputs=inputs, out=out, add=add)
-    if finish == "mean":
+    if response.width <= ONE_LAUNCH:
+        attend(layer, n_layers, response, "mean", inputs=inputs, out=out, add=add)
         return
+    rules = Rules(CHUNK, DEPENDENT=are_dependent(layer.key.device))
+    read = attend(layer, n_layers, response, "scores", inputs=inputs, out=out, rules=rules, add=add)
     n_tasks, chunks_per_row = chunks_of(response)
     leaders = 0 if response.p_cu is None else response.n_rows
     launch(
         MEANS,
         n_tasks + leaders,
-        registers(72),
+        registers(72) | dependent(rules),
         **read,
         response=response,
         inputs=inputs,
         out=out,
         grid=Grid(None, n_tasks, leaders, chunks_per_row=chunks_per_row),
-        rules=Rules(CHUNK),
+        rules=rules,
     )
+
+
+def are_dependent(device: torch.device) -> bool:
+    """Whether launches begin before the ones that they follow have ended."""
+    able = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    return DEPENDENT and able and not interpreted() and torch.version.hip is None
+
+
+def dependent(rules: Rules) -> dict[str, bool]:
+    """With which such a launch is compiled."""
+    return {"launch_pdl": True} if rules.DEPENDENT else {}
 
 
 def chunks_of(response: Response) -> tuple[int, int]:
@@ -451,7 +467,7 @@ def _mask_row_strides(x: Tensor, packed: bool) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1) if x.ndim == 3 else 0, x.stride(-1)
 
 
-def launch(launcher: Launcher, programs: int, *options: dict[str, int], **arguments: Any) -> None:
+def launch(launcher: Launcher, programs: int, *options: dict[str, Any], **arguments: Any) -> None:
     """Programs of a kernel, and one more where packed tokens may belong to no row."""
     response, out = arguments["response"], arguments.get("out")
     if response.p_cu is not None and out is not None:
