@@ -63,7 +63,11 @@ def rounds() -> Iterator[Round]:
         for split in (attention.chunks_per_program, *map(Fixed, (4, 6, 8, 11, 16, 32)))
     ]
     yield Round("split", grids, [*read[:2], Case("fused", Shape(8, 1024, 2048)), Case("fused", SMALL)])
-    long = [*read[1:], Case("fused", ATTENTION[2]), Case("row", ATTENTION[1])]
+    long = [
+        read[2],
+        Case("row", ATTENTION[1]),
+        *(Case("fused", x) for x in (ATTENTION[2], Shape(8, 4096, 8192))),
+    ]
     yield Round("dependent", product(attention__DEPENDENT=(False, True)), long)
     most = [attention.REGISTERS | some for some in ({}, {"shape": 128}, {"shape": 96}, {"scores": 128})]
     yield Round("places", product(attention__REGISTERS=most), read)

@@ -18,6 +18,7 @@ from csrc_triton.device.layout import (
     is_visible,
     position_of,
     slot_base,
+    tokens_of_chunk,
 )
 from csrc_triton.device.math import INF, LOG2E, tanh
 
@@ -444,7 +445,7 @@ def store_mean(
     Also whether one of the tokens that count lies outside its row's keys.
     """
     keys = attended.keys
-    j = i_c * CHUNK + tl.arange(0, CHUNK)
+    j = tokens_of_chunk(i_c, CHUNK)
     live = is_live(response, place, j)
     t = position_of(response, place, j, live)
     outside = is_outside(response, keys, live, t) | (keys.sound == 0)

@@ -39,6 +39,7 @@ from csrc_triton.device.layout import (
     live_bits,
     store_tokens,
     token_mask,
+    tokens_of_chunk,
     zero_tokens,
 )
 from csrc_triton.device.math import LN2, TINY, clamp, log2
@@ -111,7 +112,7 @@ def shape_tokens(row, facts, rule, job, board, state, state_value, j, read, k, n
             share = share / rule.divisor
         elif rules.NORMALIZATION == "sum_to_length":
             share = share * (1.0 / rule.divisor)
-        surprise = share * -log2(tl.maximum(share, TINY), rules.LG2)
+        surprise = share * -log2(tl.maximum(share, TINY), rules.PTX)
         entropy = sum_of(surprise)
         spread = sum_of(found.spread)
     bad = found.bad
@@ -282,7 +283,7 @@ def shape_row(row, attended, job, mean: tl.constexpr, rules: tl.constexpr, SOURC
     entropies, spreads, firsts, seconds = no_sums()
     for i_k in tl.range(0, n_shaped, num_stages=rules.STAGES):
         k = n_shaped * 0 + i_k
-        j = tokens_of(n_shaped - 1 - k, rules)
+        j = tokens_of_chunk(n_shaped - 1 - k, rules.CHUNK)
         read = read_tokens(job, row.place, j, None, rules)
         added, bad_here, state, state_value = shape_tokens(
             row, facts, rule, job, None, state, state_value, j, read, k, n_shaped, rules
@@ -297,11 +298,6 @@ def shape_row(row, attended, job, mean: tl.constexpr, rules: tl.constexpr, SOURC
             seconds = add_to_lane(seconds, k, added.second_moment)
     totals = sum_of(entropies), sum_of(spreads), sum_of(firsts), sum_of(seconds)
     finish_row(row, facts, rule, status, Sums(counted, *totals), any_bad(bad), job, rules)
-
-
-@triton.jit
-def tokens_of(i_c, rules: tl.constexpr):
-    return i_c * rules.CHUNK + tl.arange(0, rules.CHUNK)
 
 
 @triton.jit
@@ -349,7 +345,7 @@ def shared_facts(row, board, n_chunks):
 @triton.jit
 def shape_chunk(row, board, job, i_c, n_chunks, rules: tl.constexpr):
     """The second task of a chunk: all the rest. The last one finishes the row."""
-    j = tokens_of(i_c, rules)
+    j = tokens_of_chunk(i_c, rules.CHUNK)
     # On their way while others' facts are waited for; of a chunk that has a token to shape.
     mask = token_mask(job.response, row.place, j, is_inside(row.place, j, rules.WIDE))
     read = read_tokens(job, row.place, j, tl.min(live_bits(mask)) != 0, rules)

@@ -30,6 +30,7 @@ from csrc_triton.launch import (
     Launcher,
     ceil_div,
     contiguous,
+    has_ptx,
     interpreted,
     padded,
     processors,
@@ -197,7 +198,7 @@ def average(
 def are_dependent(device: torch.device) -> bool:
     """Whether launches begin before the ones that they follow have ended."""
     able = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
-    return DEPENDENT and able and not interpreted() and torch.version.hip is None
+    return DEPENDENT and able and has_ptx()
 
 
 def dependent(rules: Rules) -> dict[str, bool]:

@@ -28,7 +28,7 @@ from csrc_triton.launch import (
     Launcher,
     ceil_div,
     contiguous,
-    interpreted,
+    has_ptx,
     processors,
     registers,
     row_stride,
@@ -185,7 +185,7 @@ def sweep(
         UNIT=all(isinstance(x, float | int) and x == 1 for x in (gl, gl_value)),
         TWO_RECURRENCES=second and "returns" in outputs,
         ZERO_NONFINITE=zero_nonfinite,
-        LG2=not interpreted() and torch.version.hip is None,
+        PTX=has_ptx(),
     )
     job = {"response": where, "inputs": inputs, "settings": settings, "out": Outputs(*shaped), "rules": rules}
     if layers is None:
