@@ -15,6 +15,7 @@ import triton.language as tl
 from csrc_triton.device.attention import finite_reference, head_weights, scaled_scores
 from csrc_triton.device.layout import (
     OUT_OF_RANGE,
+    as_mask,
     attended_range,
     is_live,
     is_visible,
@@ -473,7 +474,7 @@ def at_response_kernel(
     inside = (j >= 0) & (j < place.length)
     rank = tl.load(found.p_rank + place.lo + j, mask=inside, other=-1)
     source = rank - SHIFT
-    wanted = (rank >= 0) & (source >= 0) & (status == 0)
+    wanted = (rank >= 0) & (source >= 0) & as_mask(status == 0)
     if MEAN:
         at = place.lo + source
         x = sum_heads(per_head, at, wanted, None, row, at, True, H)

@@ -12,6 +12,7 @@ import triton.language as tl
 from csrc_triton.device.handoff import together
 from csrc_triton.device.layout import (
     OUT_OF_RANGE,
+    as_mask,
     bounds_of_row,
     is_live,
     is_outside,
@@ -226,7 +227,7 @@ def attend(attended, heads, begin, stop, product: tl.constexpr, CHUNK: tl.conste
     p_kept = left.p_scores + (slots.score + begin - slots.kept) * heads.n * CHUNK
     p_kept = p_kept + (o_h[None, :] * CHUNK + o_n[:, None])
     # A row that sees nothing has no position that its query could be read at.
-    held = held_query(p_query, layer.stride_qh, m_h & (begin < stop), product)
+    held = held_query(p_query, layer.stride_qh, m_h & as_mask(begin < stop), product)
     for i_c in tl.range(begin, stop, num_stages=product.STAGES):
         i = i_c * CHUNK + o_n  # counted from the first visible key
         visible = is_attended(attended, i, n)
@@ -242,7 +243,7 @@ def attend(attended, heads, begin, stop, product: tl.constexpr, CHUNK: tl.conste
         p_few = p_partials[None, :] + (o_f + i_c * (CHUNK // FEW))[:, None] * 2
         store_from_here(p_few, largest, sums, m_h[None, :], product.PTX)
         kept = (i_c >= slots.kept) & (i_c - slots.kept < slots.n_kept)
-        store_from_here(p_kept, scores, None, m_h[None, :] & kept, product.PTX)
+        store_from_here(p_kept, scores, None, m_h[None, :] & as_mask(kept), product.PTX)
         p_kept += heads.n * CHUNK
         p_chunk += CHUNK * layer.stride_kt.to(tl.int64) * product.KEY_UNIT
 
@@ -333,7 +334,7 @@ def known_lse(attended, heads):
     layer = attended.layer
     keys = attended.keys
     p_lse = layer.p_lse + keys.row * layer.stride_lb + (keys.bos + keys.position) * layer.stride_lt
-    lse = tl.load(p_lse + heads.o_h * layer.stride_lh, mask=heads.m_h & (keys.end > 0), other=0.0)
+    lse = tl.load(p_lse + heads.o_h * layer.stride_lh, mask=heads.m_h & as_mask(keys.end > 0), other=0.0)
     return lse.to(tl.float32) * LOG2E
 
 

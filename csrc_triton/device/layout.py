@@ -270,6 +270,15 @@ def live_bits(mask):
     return bits
 
 
+@triton.jit
+def as_mask(condition):
+    """A condition of the whole program, to be part of the mask of a load or store: compiled, it is itself.
+
+    Triton 3.9's interpreter would spread a comparison over a vector as numbers, which are no mask.
+    """
+    return tl.where(condition, True, False)
+
+
 # Selections by bits: a thread has 16 tokens, and registers for seven conditions.
 
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from csrc_triton.device.layout import (
+    as_mask,
     fetch_input,
     first_token,
     is_inside,
@@ -303,7 +304,7 @@ def read_tokens(job, place, j, wanted, rules: tl.constexpr):
     """All inputs of tokens ``j``, on their way at once; anything where they are not ``wanted``."""
     inputs = job.inputs
     all_inside = is_inside(place, j, rules.WIDE)
-    inside = all_inside if wanted is None else all_inside & wanted
+    inside = all_inside if wanted is None else all_inside & as_mask(wanted)
     zero = tl.full(j.shape, 0.0, tl.float32)
     weight = zero
     logprob = zero

@@ -9,7 +9,8 @@ operation whether its operands are of one type and what tensor a number beside o
 type, and leaves out the rest. What a kernel computes stays the same, but for the order in which a scan with a
 ``combine_fn`` of its own adds: ``original_scan`` gives the first order back.
 
-Only code that is known here is replaced: with any other, Triton's interpreter stays as it is.
+Only code that is known here is replaced: with any other, Triton's interpreter stays as it is. With all of
+them a mask of numbers is refused, as 3.9 does.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import numpy as np
 
 KNOWN = {"1df8b5e1ca8ada57"}
 """Digests of the code that is replaced, and of what calls it: triton 3.7.1."""
+MASKS = {"create_masked_load": 1, "create_masked_store": 2, "create_atomic_rmw": 3}
+"""Operations, and which of their arguments is a mask."""
 
 
 def install() -> str:
@@ -35,6 +38,9 @@ def install() -> str:
     from triton.language import core
     from triton.runtime import interpreter
 
+    for name, place in MASKS.items():
+        method = getattr(interpreter.InterpreterBuilder, name)
+        setattr(interpreter.InterpreterBuilder, name, with_a_mask(method, place))
     found, by = digest(), f"interpreted by triton {triton.__version__}"
     if found not in KNOWN:
         return f"{by} as it is, slowly: its interpreter ({found}) is not known"
@@ -64,6 +70,18 @@ def digest() -> str:
 
     files = (Path(module.__file__).read_bytes() for module in (interpreter, core, semantic))
     return hashlib.sha256(b"".join(files)).hexdigest()[:16]
+
+
+def with_a_mask(method: Any, place: int) -> Any:
+    """An operation that takes no numbers for a mask: Triton before 3.9 makes conditions of them."""
+
+    def checked(builder: Any, *arguments: Any) -> Any:
+        given = arguments[place].data.dtype
+        if given != np.bool_:
+            raise TypeError(f"the mask is {given}; want conditions: csrc_triton.device.layout.as_mask")
+        return method(builder, *arguments)
+
+    return checked
 
 
 class PatchedOnce:
