@@ -314,13 +314,22 @@ def chunks_to_shape(facts, CHUNK: tl.constexpr):
 
 @triton.jit
 def share_facts(row, board, job, i_c, rules: tl.constexpr, SOURCE: tl.constexpr):
-    """The first task of a chunk: its facts, for all programs of the row."""
+    """The first task of a chunk: its facts, for all programs of the row; and zeros where no token counts."""
     found, mass = chunk_facts(i_c, read_facts(job, row.place, i_c, rules, SOURCE), rules, SOURCE)
     count, last, mass = summed_facts(found, mass)
     tl.store(board.p_doubles + MASS * board.slots + i_c, mass.to(tl.float64))
     tl.store(board.p_ints + COUNT * board.slots + i_c, count)
     tl.store(board.p_ints + LAST * board.slots + i_c, last)
     arrive(board.p_made)
+    if last < 0:  # whoever waits does not wait for zeros
+        zero_chunk(row, job, i_c, rules)
+
+
+@triton.jit
+def zero_chunk(row, job, i_c, rules: tl.constexpr):
+    begin = i_c * rules.CHUNK
+    count = tl.minimum(row.place.length - begin, rules.CHUNK)
+    zero_tokens(job.out, row.place.lo + begin, count, rules.CHUNK, rules.WIDE)
 
 
 @triton.jit
@@ -348,7 +357,8 @@ def shape_chunk(row, board, job, i_c, n_chunks, rules: tl.constexpr):
     j = tokens_of_chunk(i_c, rules.CHUNK)
     # On their way while others' facts are waited for; of a chunk that has a token to shape.
     mask = token_mask(job.response, row.place, j, is_inside(row.place, j, rules.WIDE))
-    read = read_tokens(job, row.place, j, tl.min(live_bits(mask)) != 0, rules)
+    counting = tl.min(live_bits(mask)) != 0
+    read = read_tokens(job, row.place, j, counting, rules)
     facts = shared_facts(row, board, n_chunks)
     rule, facts = credit_rule(row, job.response, facts, rules)
     n_shaped = chunks_to_shape(facts, rules.CHUNK)
@@ -363,10 +373,8 @@ def shape_chunk(row, board, job, i_c, n_chunks, rules: tl.constexpr):
         tl.store(p_doubles + SPREAD * board.slots, added.spread.to(tl.float64))
         tl.store(p_doubles + FIRST_MOMENT * board.slots, added.first_moment)
         tl.store(p_doubles + SECOND_MOMENT * board.slots, added.second_moment)
-    else:
-        begin = i_c * rules.CHUNK
-        count = tl.minimum(row.place.length - begin, rules.CHUNK)
-        zero_tokens(job.out, row.place.lo + begin, count, rules.CHUNK, rules.WIDE)
+    elif counting:
+        zero_chunk(row, job, i_c, rules)
     if arrive(board.p_done) == n_chunks - 1:
         sums, bad = sums_of_chunks(board, n_chunks, n_shaped)
         status = begin_row(row, facts, rule, job, rules)

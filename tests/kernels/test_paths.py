@@ -108,6 +108,27 @@ def test_every_path_has_the_same_bits(
     assert [x for x in launches if x != "prepare_kernel"] == [*one * 2, *rows, *chunks, *chunks]
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_row_out_of_range_is_the_same_on_every_path(packed: bool, choose: Callable[..., None]) -> None:
+    """NaN at its tokens that count, and 0 at the others: in chunks of both kinds, and in those of one."""
+    problem = long_problem(5, attention_mask=False)
+    problem.response.mask[0] = torch.arange(60) % 3 != 0
+    problem.response.mask[0, 20:40] = 0
+    problem.response.start[0] = 1000
+    problem = pack(problem) if packed else problem
+    results = []
+    for path in EVERY_PATH:
+        choose(**path)
+        results.append(shaped(problem))
+    width = problem.response.mask.shape[-1] if not packed else int(problem.response.cu_seqlens[1])
+    masked = problem.response.mask.flatten()[:width] == 0
+    for result in results:
+        assert_same_bits(results[0], result)
+        of_row = result.advantages.flatten()[:width].cpu()
+        assert of_row[masked].eq(0).all()
+        assert of_row[~masked].isnan().all()
+
+
 @settings(max_examples=15)
 @given(problems(), st.booleans())
 def test_long_paths_are_the_reference(problem: Problem, in_chunks: bool) -> None:
