@@ -400,6 +400,7 @@ def operands_of(layer: LayerInputs, n_layers: int = 1, only_kept: bool = False) 
         only_kept,
         interpreted(),
         torch.version.hip is not None,
+        has_ptx(),
     )
     return operands, product
 
@@ -416,6 +417,7 @@ def _product(
     only_kept: bool,
     interpreted: bool,
     amd: bool,
+    ptx: bool,
 ) -> Product:
     # Parts of 16 fit registers where operands are wide, or loaded element by element. Tensor cores add 16 by
     # 16 all the same, so bits do not depend on alignment; the interpreter's products would.
@@ -435,7 +437,7 @@ def _product(
         STAGES=stages if wide else 1,
         FOLD=max(16, 1024 // max(8, padded(group))),
         ONLY_KEPT=only_kept,
-        PTX=not (interpreted or amd),
+        PTX=ptx,
     )
 
 
