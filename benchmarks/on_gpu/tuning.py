@@ -69,7 +69,8 @@ def rounds() -> Iterator[Round]:
         *(Case("fused", x) for x in (ATTENTION[2], Shape(8, 4096, 8192))),
     ]
     yield Round("dependent", product(attention__DEPENDENT=(False, True)), long)
-    most = [attention.REGISTERS | some for some in ({}, {"shape": 128}, {"shape": 96}, {"scores": 128})]
+    others = ({}, {"shape": 128}, {"shape": 96}, {"scores": 128}, {"means": 72}, {"means": 80})
+    most = [attention.REGISTERS | some for some in others]
     yield Round("places", product(attention__REGISTERS=most), read)
     sweeps = [Case(what, shape) for what in ("sweep", "gae") for shape in SWEEPS]
     sweeps += [Case("sweep", shape) for shape in (Shape(1024, 4096), Shape(512, 4096))]

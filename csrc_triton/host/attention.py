@@ -55,10 +55,12 @@ SPLIT = 6
 """Chunks of keys that a program reads where not all programs run at a time."""
 MOST = 32
 """And at most, where they do."""
-REGISTERS = {"shape": 168, "mean": 128, "scores": 80}
-"""Of a thread, at most, by how a row is finished: nothing spills. With 128 where a row is swept, so four
-programs on a multiprocessor and not three, it is not faster. Who only reads keys has 80, so that six fit, as
-when it was measured: with 128 it would take 94. More than eight query heads a key head would spill."""
+REGISTERS = {"shape": 168, "mean": 128, "scores": 80, "means": 64}
+"""Of a thread, at most, by how a row is finished, and of who averages scores: nothing spills. With 128 where
+a row is swept, so four programs on a multiprocessor and not three, it is not faster. Who only reads keys has
+80, so that six fit, as when it was measured: with 128 it would take 94. Who averages has 64: eight fit."""
+MANY = {"shape": 168, "mean": 168, "scores": 168, "means": 80}
+"""The same of more than eight query heads a key head."""
 SCAN = 1024
 """Tokens a preparation program looks at at once."""
 ONE_LAUNCH = 2048
@@ -185,7 +187,7 @@ def average(
     launch(
         MEANS,
         n_tasks + leaders,
-        registers(72) | dependent(rules),
+        registers((REGISTERS if read["mean"].G <= 8 else MANY)["means"]) | dependent(rules),
         **read,
         response=response,
         inputs=inputs,
@@ -248,7 +250,7 @@ def attend(
     operands, product = operands_of(layer, n_layers, kept)
     mean = Mean(layer.causal, group, min(4, padded(group)), chunk, spare, add)
     heavy = width > product.BLOCK_D or (rules is not None and rules.TWO_RECURRENCES)
-    most = REGISTERS["mean" if finish == "scores" and product.M > 8 else finish]
+    most = (REGISTERS if product.M <= 8 else MANY)[finish]
     launch(
         ATTEND,
         grid.n_tasks + leaders,
