@@ -59,9 +59,11 @@ def assert_same_bits(a: Any, b: Any, name: str = "") -> None:
         bits = torch.int32 if a.dtype == torch.float32 else a.dtype
         a, b = (torch.where(x.isnan(), torch.nan, x) if x.is_floating_point() else x for x in (a, b))
         assert a.view(bits).equal(b.view(bits)), name
-    elif dataclasses.is_dataclass(a):
-        for field in dataclasses.fields(a):
-            assert_same_bits(getattr(a, field.name), getattr(b, field.name), field.name)
+    elif isinstance(a, tuple):
+        for field, *both in zip(type(a)._fields, a, b, strict=True):  # type: ignore[attr-defined]
+            assert_same_bits(*both, field)
+    else:
+        assert a == b, name
 
 
 EVERY_PATH = [

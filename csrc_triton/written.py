@@ -1,0 +1,42 @@
+"""Functions that are written out, once what each call would look up and loop over is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+class Written:
+    """A function of Python, line by line.
+
+    Examples:
+        >>> text = Written("add(x)")
+        >>> text.line(f"return x + {text.constant(0.5)}")
+        >>> text.function()(1)
+        1.5
+    """
+
+    def __init__(self, head: str) -> None:
+        self.lines = [f"def {head}:"]
+        self.constants: dict[str, Any] = {}
+
+    def line(self, line: str) -> None:
+        self.lines.append(f"    {line}")
+
+    def constant(self, x: Any) -> str:
+        """How ``x`` is written."""
+        if x is None or type(x) in (bool, int):
+            return repr(x)
+        name = f"constant{len(self.constants)}"
+        self.constants[name] = x
+        return name
+
+    def function(self) -> Callable[..., Any]:
+        names = {**self.constants}
+        exec("\n".join(self.lines), names)
+        return names[self.lines[0].removeprefix("def ").partition("(")[0]]  # type: ignore[no-any-return]
+
+
+def tuple_of(written: Iterable[str]) -> str:
+    """How a tuple of them is written."""
+    return f"({''.join(f'{x}, ' for x in written)})"
