@@ -168,6 +168,11 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def has_ptx() -> bool:
+    """Whether kernels may use instructions of NVIDIA's that Triton has no other name for."""
+    return not interpreted() and torch.version.hip is None
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
