@@ -49,10 +49,11 @@ class Layouts:
             found = read(args, kwargs)
             if found:
                 return found  # type: ignore[no-any-return]
+        read = Reader(args, kwargs).function()
         readers = self.readers.setdefault(named, [])
-        readers.append(Reader(args, kwargs).function())
+        readers.append(read)
         del readers[:-MOST]
-        return readers[-1](args, kwargs)  # type: ignore[no-any-return]
+        return read(args, kwargs)  # type: ignore[no-any-return]
 
 
 class Reader:

@@ -311,6 +311,8 @@ class ShapedRewards(NamedTuple):
     """What ``shape_rewards`` returns; all detached, 0 at masked positions (but see ``carry_masked``).
 
     ``[B, R]`` (packed: ``[M]``), float32, or float64 where every floating input is.
+    On a GPU small outputs of one shape may share an allocation, of at most 1 MiB: clone what is kept or saved
+    alone.
     """
 
     rewards: Tensor

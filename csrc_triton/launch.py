@@ -168,6 +168,11 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def has_ptx() -> bool:
+    """Whether kernels may use instructions of NVIDIA's that Triton has no other name for."""
+    return not interpreted() and torch.version.hip is None
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -258,7 +263,7 @@ class Counters:
         if on_gpu and torch.cuda.is_current_stream_capturing():
             return self._for_graph(device, count)
         counters = self._of_stream.get((device, stream))
-        if counters is None or len(counters) < count:
+        if counters is None or counters.numel() < count:  # `len` is a function of Python's
             counters = _zeros_for_good(padded(max(count, 4096)), device)
             with self._lock:
                 self._of_stream[device, stream] = counters

@@ -1,8 +1,8 @@
 """A call's launches, kept to be started again on other tensors of the same layout.
 
 What a call passes to its kernels follows from the layout of its tensors: sizes, strides, dtypes, alignment.
-Only addresses differ. A plan is made by watching one call. Started again it computes addresses and launches,
-nothing else, and all memory between its launches is one allocation.
+Only addresses differ. A plan is made by watching one call, and written as a function that allocates, launches
+and returns, nothing else. All memory between its launches is one allocation, and so are outputs of one shape.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Plan:
         self.watch, self.text = watch, Written("repeat(given)")
         returned = list(_tensors(result))
         places = [source.place for source in map(watch.within, returned) if source]
-        if not watch.sound or not watch.launches or len(places) < len(returned):
+        if not watch.sound or not watch.launches or not returned or len(places) < len(returned):
             raise ValueError("got a call that computes by itself, want one that only launches")
         if any(watch.zeroed[i] for i in places):
             raise ValueError("got an output of zeros, want one that is filled")
@@ -161,7 +161,7 @@ class Plan:
         line(f"stream = {constant(stream_of(self.device))}()")
         device = constant(self.device)
         for i, (_, count) in enumerate(watch.counters):
-            line(f"counters{i} = {constant(COUNTERS.of)}({device}, stream, {count})")
+            line(f"counters{i} = {constant(COUNTERS.of)}({device}, stream, {constant(count)})")
         line("try:")
         for start, values in watch.launches:
             arguments = [self._argument(x) for x in values]
@@ -200,7 +200,7 @@ class Plan:
         self.outputs |= {place: f"output{place}" for place in group}
         # Not views to autograd: one may be changed in place while another is needed as it is.
         parts = tuple_of(self.outputs[place] for place in group)
-        self.text.line(f"{parts} = {whole}.unsafe_split_with_sizes({[rows] * count})")
+        self.text.line(f"{parts} = {whole}.unsafe_split_with_sizes({self.text.constant((rows,) * count)})")
 
     def _allocate_between(self) -> None:
         """What is not returned, zeros first."""
@@ -215,11 +215,15 @@ class Plan:
         if size:
             whole = self._allocate((size,), (1,), torch.uint8)
             if zeroed:
-                self.text.line(f"{whole}[:{zeroed}].zero_()")
+                self.text.line(f"{whole}[:{self.text.constant(zeroed)}].zero_()")
 
     def _allocate(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> str:
-        # `torch.empty` takes half as much again.
-        make = functools.partial(torch.empty_strided, tuple(size), stride, dtype=dtype, device=self.device)
+        # `torch.empty` takes twice what `empty_like` does, of a tensor that has no memory itself.
+        like = torch.empty_strided(tuple(size), stride, dtype=dtype, device=self.device)
+        if torch.empty_like(like).stride() != stride:
+            raise ValueError(f"got an output of strides {stride}, want one without gaps")
+        like.untyped_storage().resize_(0)
+        make = functools.partial(torch.empty_like, like)
         made = f"made{self.allocations}"
         self.text.line(f"{made} = {self.text.constant(make)}()")
         self.text.line(f"at{self.allocations} = {made}.data_ptr()")
@@ -228,7 +232,8 @@ class Plan:
 
     def _argument(self, x: Any) -> str:
         if isinstance(x, list):
-            return tuple_of(map(self._argument, x))
+            varies = any(isinstance(value, Source) for value in x)
+            return tuple_of(map(self._argument, x)) if varies else self.text.constant(tuple(x))
         if not isinstance(x, Source):
             return self.text.constant(x)
         if x.kind == "given":
@@ -236,7 +241,7 @@ class Plan:
         if x.kind == "counters":
             return f"counters{x.place}.data_ptr()"
         allocation, begin = self.begins[x.place]
-        return f"at{allocation} + {begin + x.offset}" if begin + x.offset else f"at{allocation}"
+        return f"at{allocation} + {self.text.constant(begin + x.offset)}"
 
     def _returned(self, x: Any) -> str:
         if isinstance(x, tuple):
@@ -251,7 +256,8 @@ class Plan:
             return output
         if x.dtype != whole.dtype:
             raise ValueError(f"got an output of {whole.dtype} that is returned as {x.dtype}")
-        return f"{output}.as_strided({tuple(x.shape)}, {x.stride()}, {source.offset // x.element_size()})"
+        part = tuple(x.shape), x.stride(), source.offset // x.element_size()
+        return f"{output}.as_strided(*{self.text.constant(part)})"
 
 
 def _layout(x: Tensor) -> tuple[Any, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
+from types import CodeType
 from typing import Any
 
 
@@ -24,17 +26,20 @@ class Written:
         self.lines.append(f"    {line}")
 
     def constant(self, x: Any) -> str:
-        """How ``x`` is written."""
-        if x is None or type(x) in (bool, int):
-            return repr(x)
+        """The name of ``x``: two functions that differ in constants alone are compiled once."""
         name = f"constant{len(self.constants)}"
         self.constants[name] = x
         return name
 
     def function(self) -> Callable[..., Any]:
         names = {**self.constants}
-        exec("\n".join(self.lines), names)
+        exec(_compiled("\n".join(self.lines)), names)
         return names[self.lines[0].removeprefix("def ").partition("(")[0]]  # type: ignore[no-any-return]
+
+
+@functools.lru_cache
+def _compiled(text: str) -> CodeType:
+    return compile(text, "<written>", "exec")
 
 
 def tuple_of(written: Iterable[str]) -> str:

@@ -20,8 +20,8 @@ from csrc_triton.launch import COUNTERS, Launcher
 
 X = torch.zeros(2, 64)
 CONFIG = ShapingConfig(lam=0.5)
-EMPTY = torch.empty
-"""As it is: tests fill what it makes, which is more than a call that is repeated may do."""
+EMPTY, EMPTY_STRIDED = torch.empty, torch.empty_strided
+"""As they are: tests fill what they make, which is more than a call that is repeated may do."""
 
 
 class Repeating(plans.Repeating):
@@ -200,6 +200,13 @@ def test_outputs_are_allocations_of_their_own(
         twice, between = repeating(torch.ones(n))
     assert twice.untyped_storage().data_ptr() != between.untyped_storage().data_ptr()
     assert twice.tolist() == between.tolist() == [2] * n
+
+
+def test_an_output_with_gaps_is_made_anew(adding: Launcher) -> None:
+    repeating = Repeating(twice_of(adding, make=lambda: EMPTY_STRIDED((2,), (2,))))
+    for _ in range(4):
+        assert repeating(torch.ones(4)).twice.tolist() == [2] * 2
+    assert list(repeating.known.values()) == [plans.NEVER]
 
 
 class Half(NamedTuple):

@@ -59,7 +59,7 @@ def repeated(log: Path, call: functools.partial[Any]) -> dict[str, Any]:
         memory[whole.data_ptr()], sizes[begin] = begin, whole.nbytes()
     returned, wrong = len(sizes), []
     for expected, found, asked in zip(launches, launched, started, strict=True):
-        wrong += [key for key in ("name", "grid", "threads") if expected[key] != found[key]]
+        wrong += [key for key in ("name", "grid", "threads", "attributes") if expected[key] != found[key]]
         parameters = asked.parameters()
         for (name, (_, value)), *both in zip(
             parameters.items(), expected["parameters"], found["parameters"], strict=False
