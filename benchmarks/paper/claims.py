@@ -19,6 +19,7 @@ from benchmarks.paper.cells import (
     PAPER,
     RTO_BEST,
     SHIFTS,
+    SIGNED_SOURCES,
     SPARSE_BEST,
     TRAINING_METHODS,
     TRAINING_SEEDS,
@@ -92,21 +93,27 @@ def claims(results: Results) -> dict[str, list[dict[str, Any]]]:
     def deep(note: str = "", **settings: Any) -> list[dict[str, Any]]:
         pairs: list[tuple[Method, Method]] = [("ABC", "sparse"), ("ABC", "ABC shuffled")]
         pairs += [(source, "ABC") for source in DEEP_SOURCES]
-        pairs.append((DEEP_SOURCES[-1], "sparse"))
+        pairs += [(source, "sparse") for source in SIGNED_SOURCES]
+        pairs.append(("relevance, signed", "gradient x value, signed"))
         return [ahead(*pair, f"4-layer reward model{note}", models=DEEP, **settings) for pair in pairs]
 
-    def over_trainings(first: Method, lam: float) -> dict[str, Any]:
+    def over_trainings(first: Method, second: Method, lam: float) -> dict[str, Any]:
         """Pairs of reward-model trainings: of each the mean over its policy seeds."""
         leads = []
         for models in TRAININGS:
-            found = differences(of(first, models=models, lam=lam), of("sparse", models=models, lam=lam))
+            found = differences(of(first, models=models, lam=lam), of(second, models=models, lam=lam))
             if all(seed in found for seed in TRAINING_SEEDS):
                 leads.append(statistics.fmean(found[seed] for seed in TRAINING_SEEDS))
-        return claim(f"{first} is ahead of sparse, both at lambda {lam:g}, by training", lead_of(leads))
+        return claim(f"{first} is ahead of {second}, both at lambda {lam:g}, by training", lead_of(leads))
 
     return {
         "Over five trainings of the reward model": [
-            over_trainings(method, lam) for lam in (LAM, 1.0) for method in TRAINING_METHODS[1:]
+            over_trainings(*pair, lam)
+            for lam in (LAM, 1.0)
+            for pair in (
+                *[(method, "sparse") for method in TRAINING_METHODS[1:]],
+                ("relevance, signed", "gradient x value, signed"),
+            )
         ],
         "The paper's claims": [
             *[ahead("ABC", "sparse", f"{n} tokens", n, **settings) for n, settings in LENGTHS],

@@ -35,7 +35,7 @@ COLORS: dict[str, str] = {
     "ABC, random weights": "#b0a990",
 }
 
-SOURCE_COLORS = dict(zip(DEEP_SOURCES, ("#3a7d44", "#9d8df1", "#c05299"), strict=True))
+SOURCE_COLORS = dict(zip(DEEP_SOURCES, ("#3a7d44", "#9d8df1", "#c05299", "#1b1b1b"), strict=True))
 
 
 BESIDE = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
