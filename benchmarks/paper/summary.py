@@ -14,6 +14,8 @@ from benchmarks.paper.cells import (
     BETAS,
     CONTROLS,
     DEEP,
+    DEEP_AGAIN,
+    DEEP_AGAIN_METHODS,
     DEEP_METHODS,
     EXPERIMENTS,
     HEADLINE,
@@ -92,6 +94,9 @@ def summarise(results: Results) -> dict[str, Any]:
     def deep(**settings: Any) -> dict[str, Any]:
         return over_sparse("{}", DEEP_METHODS, HEADLINE, models=DEEP, **settings)
 
+    def deep_again(**settings: Any) -> dict[str, Any]:
+        return over_sparse("{}", DEEP_AGAIN_METHODS, HEADLINE, models=DEEP_AGAIN, **settings)
+
     return {
         "coverage": coverage(results),
         "testbed": results.training,
@@ -110,6 +115,8 @@ def summarise(results: Results) -> dict[str, Any]:
         "deep reward model": deep(),
         "deep reward model, lambda 1": deep(lam=1.0),
         "deep reward model, sparse's best": deep(**SPARSE_BEST),
+        "another deep reward model": deep_again(),
+        "another deep reward model, lambda 1": deep_again(lam=1.0),
         "KL": {
             **{m: group(results.of(m, HEADLINE)) for m in (*MAIN, *CONTROLS)},
             **{f"{m}, lambda 1": group(results.of(m, HEADLINE, lam=1.0)) for m in MAIN},
@@ -168,6 +175,7 @@ def credit_and_speed(results: Results) -> dict[str, Any]:
     for models, methods, note in (
         ("testbed", get_args(Method), ""),
         (DEEP, DEEP_METHODS, ", 4-layer reward model"),
+        (DEEP_AGAIN, DEEP_AGAIN_METHODS, ", another 4-layer reward model"),
     ):
         sparse = results.of("sparse", HEADLINE, models=models)
         for method in methods:
