@@ -79,7 +79,7 @@ SIGNED_SOURCES: dict[Method, str] = {
     "gradient x value, signed": "gradient x value",
     "relevance, signed": "relevance a third up",
 }
-"""Which of ``sources.SOURCES`` is paid as signed token rewards."""
+"""Which of ``sources.SOURCES`` is paid as signed token rewards; relevance was run with ``TRAININGS`` only."""
 TRAINING_METHODS: tuple[Method, ...] = ("sparse", "ABC", *SIGNED_SOURCES)
 DEEP_SOURCES: tuple[Method, ...] = (
     "norm-weighted rollout",
@@ -89,11 +89,6 @@ DEEP_SOURCES: tuple[Method, ...] = (
 SIGNED: tuple[Method, ...] = ("R3HF", "RTO", *SIGNED_SOURCES)
 """Methods whose token rewards stand in place of credit or beside a share of it that says nothing."""
 DEEP_METHODS: tuple[Method, ...] = ("sparse", "ABC", *DEEP_SOURCES, "ABC shuffled")
-DEEP_AGAIN = "4 layers, seed 1"
-"""The deep reward model that relevance is run with, added when the others' runs had been seen. It and its
-policy were trained on a machine whose rounding gives other weights than the lines of ``DEEP`` come from, so
-what relevance is compared with is run there too."""
-DEEP_AGAIN_METHODS: tuple[Method, ...] = ("sparse", *SIGNED_SOURCES, "ABC")
 LENGTHS: tuple[tuple[Length, dict[str, Any]], ...] = (
     ("8-16", {}),
     ("20-30", {}),
@@ -234,11 +229,6 @@ def _experiments() -> dict[str, list[Cell]]:
         "depth at sparse's best": list(
             _cells(SEEDS, DEEP_METHODS, length=HEADLINE, models=DEEP, **SPARSE_BEST)
         ),
-        "another deep reward model": [
-            cell
-            for lam in (LAM, 1.0)
-            for cell in _cells(FEW, DEEP_AGAIN_METHODS, length=HEADLINE, models=DEEP_AGAIN, lam=lam)
-        ],
         "separate critic": [
             *_cells(FEW, ("sparse", "ABC", "ABC shuffled"), length=HEADLINE, critic="separate"),
             *_cells(FEW, ("sparse", "ABC"), length=HEADLINE, critic="separate", lam=1.0),

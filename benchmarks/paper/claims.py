@@ -10,7 +10,6 @@ from typing import Any
 from benchmarks.paper.cells import (
     CONTROLS,
     DEEP,
-    DEEP_AGAIN,
     DEEP_SOURCES,
     HEADLINE,
     KL_MARKS,
@@ -20,7 +19,6 @@ from benchmarks.paper.cells import (
     PAPER,
     RTO_BEST,
     SHIFTS,
-    SIGNED_SOURCES,
     SPARSE_BEST,
     TRAINING_METHODS,
     TRAINING_SEEDS,
@@ -31,7 +29,6 @@ from benchmarks.paper.cells import (
 from benchmarks.paper.runs import Lead, Results, Run, best_of, differences, lead_of, paired
 
 OTHERS: tuple[Method, ...] = ("sparse", "uniform")
-BOTH_SIGNED: tuple[Method, Method] = ("relevance, signed", "gradient x value, signed")
 
 
 def claims(results: Results) -> dict[str, list[dict[str, Any]]]:
@@ -98,12 +95,8 @@ def claims(results: Results) -> dict[str, list[dict[str, Any]]]:
         pairs.append((DEEP_SOURCES[-1], "sparse"))
         return [ahead(*pair, f"4-layer reward model{note}", models=DEEP, **settings) for pair in pairs]
 
-    def deep_again(note: str = "", **settings: Any) -> list[dict[str, Any]]:
-        pairs: list[tuple[Method, Method]] = [("ABC", "sparse")]
-        pairs += [(source, other) for source in SIGNED_SOURCES for other in ("ABC", "sparse")]
-        pairs.append(BOTH_SIGNED)
-        note = f"another 4-layer reward model{note}"
-        return [ahead(*pair, note, models=DEEP_AGAIN, **settings) for pair in pairs]
+    by_training: list[tuple[Method, Method]] = [(method, "sparse") for method in TRAINING_METHODS[1:]]
+    by_training.append(("relevance, signed", "gradient x value, signed"))
 
     def over_trainings(first: Method, second: Method, lam: float) -> dict[str, Any]:
         """Pairs of reward-model trainings: of each the mean over its policy seeds."""
@@ -116,12 +109,7 @@ def claims(results: Results) -> dict[str, list[dict[str, Any]]]:
 
     return {
         "Over five trainings of the reward model": [
-            over_trainings(*pair, lam)
-            for lam in (LAM, 1.0)
-            for pair in (
-                *[(method, "sparse") for method in TRAINING_METHODS[1:]],
-                BOTH_SIGNED,
-            )
+            over_trainings(*pair, lam) for lam in (LAM, 1.0) for pair in by_training
         ],
         "The paper's claims": [
             *[ahead("ABC", "sparse", f"{n} tokens", n, **settings) for n, settings in LENGTHS],
@@ -182,7 +170,6 @@ def claims(results: Results) -> dict[str, list[dict[str, Any]]]:
             *deep(", both at lambda 1", lam=1.0),
             *deep(", both at sparse's best", **SPARSE_BEST),
         ],
-        "With another 4-layer reward model": [*deep_again(), *deep_again(", both at lambda 1", lam=1.0)],
         "Neighbouring methods": [
             ahead("R3HF", "ABC"),
             ahead("R3HF", "sparse", "both at sparse's best", **SPARSE_BEST),

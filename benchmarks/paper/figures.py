@@ -15,7 +15,6 @@ from attnshape.demo import plots
 from attnshape.demo.curves import smooth
 from benchmarks.paper.cells import (
     DEEP,
-    DEEP_AGAIN,
     DEEP_SOURCES,
     DEPTHS,
     HEADLINE,
@@ -36,10 +35,8 @@ COLORS: dict[str, str] = {
     "ABC, random weights": "#b0a990",
 }
 
-SOURCE_COLORS = {
-    **dict(zip(DEEP_SOURCES, ("#3a7d44", "#9d8df1", "#c05299"), strict=True)),
-    "relevance, signed": "#1b1b1b",
-}
+SOURCE_COLORS = dict(zip(DEEP_SOURCES, ("#3a7d44", "#9d8df1", "#c05299"), strict=True))
+
 
 BESIDE = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
 
@@ -210,12 +207,8 @@ def credit(results: Results, summary: dict[str, Any], path: Path) -> None:
 def speed(results: Results, path: Path) -> None:
     """Whether credit that found the words went with faster learning."""
     figure, (axes,) = _figure(1, "Credit and speed of learning", width=9)
-    for models, marker, note in (
-        ("testbed", "o", ""),
-        (DEEP, "^", ", 4-layer reward model"),
-        (DEEP_AGAIN, "s", ", another 4-layer reward model"),
-    ):
-        for method in (*COLORS, *SOURCE_COLORS):
+    for models, marker, note in (("testbed", "o", ""), (DEEP, "^", ", 4-layer reward model")):
+        for method in (*COLORS, *DEEP_SOURCES):
             runs = [
                 r
                 for r in results.of(method, HEADLINE, models=models)  # type: ignore[arg-type]

@@ -57,8 +57,6 @@ def tables(summary: Summary, paper: dict[str, Any]) -> dict[str, str]:
         "deep reward model",
         "deep reward model, lambda 1",
         "deep reward model, sparse's best",
-        "another deep reward model",
-        "another deep reward model, lambda 1",
     ):
         out[name] = groups(summary[name])
     for name, depths in summary["credit by depth"].items():

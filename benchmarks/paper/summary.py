@@ -14,8 +14,6 @@ from benchmarks.paper.cells import (
     BETAS,
     CONTROLS,
     DEEP,
-    DEEP_AGAIN,
-    DEEP_AGAIN_METHODS,
     DEEP_METHODS,
     EXPERIMENTS,
     HEADLINE,
@@ -94,9 +92,6 @@ def summarise(results: Results) -> dict[str, Any]:
     def deep(**settings: Any) -> dict[str, Any]:
         return over_sparse("{}", DEEP_METHODS, HEADLINE, models=DEEP, **settings)
 
-    def deep_again(**settings: Any) -> dict[str, Any]:
-        return over_sparse("{}", DEEP_AGAIN_METHODS, HEADLINE, models=DEEP_AGAIN, **settings)
-
     return {
         "coverage": coverage(results),
         "testbed": results.training,
@@ -115,8 +110,6 @@ def summarise(results: Results) -> dict[str, Any]:
         "deep reward model": deep(),
         "deep reward model, lambda 1": deep(lam=1.0),
         "deep reward model, sparse's best": deep(**SPARSE_BEST),
-        "another deep reward model": deep_again(),
-        "another deep reward model, lambda 1": deep_again(lam=1.0),
         "KL": {
             **{m: group(results.of(m, HEADLINE)) for m in (*MAIN, *CONTROLS)},
             **{f"{m}, lambda 1": group(results.of(m, HEADLINE, lam=1.0)) for m in MAIN},
@@ -175,7 +168,6 @@ def credit_and_speed(results: Results) -> dict[str, Any]:
     for models, methods, note in (
         ("testbed", get_args(Method), ""),
         (DEEP, DEEP_METHODS, ", 4-layer reward model"),
-        (DEEP_AGAIN, DEEP_AGAIN_METHODS, ", another 4-layer reward model"),
     ):
         sparse = results.of("sparse", HEADLINE, models=models)
         for method in methods:
