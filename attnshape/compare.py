@@ -163,7 +163,8 @@ def errors(problem: Problem, got: ShapedRewards, want: ShapedRewards) -> dict[st
         bound = gae_bound(expected, config.gamma, config.lam if lam is None else lam)
         add(name, padded(getattr(got, name)), expected, bound)
     usable = want.status & int(Status.NONFINITE) == 0
-    for name, statistic in vars(want.row_stats).items():
+    for name in ("entropy", "last_share", "response_share", "score_error"):
+        statistic = getattr(want.row_stats, name)
         if statistic is not None:
             expected = statistic[usable]
             actual = getattr(got.row_stats, name).cpu()[usable]

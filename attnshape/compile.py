@@ -36,7 +36,7 @@ T = TypeVar("T")
 SCHEMA = "(Tensor[] tensors, float[] floats, SymInt[] ints, str structure) -> Tensor[]"
 FIELDS: dict[type, tuple[str, ...]] = {
     cls: tuple(field.name for field in dataclasses.fields(cls))
-    for cls in (AttentionInputs, Response, KL, ShapingConfig, GroupConfig, Whitening, ShapedRewards, RowStats)
+    for cls in (AttentionInputs, Response, KL, ShapingConfig, GroupConfig, Whitening)
 }
 CLASSES = {cls.__name__: cls for cls in FIELDS}
 TENSOR, FLOAT, INT = 0, 1, 2
@@ -109,12 +109,7 @@ def replaced(x: Any, output: Callable[[Output], Any]) -> Any:
     """The structure ``x`` with something else in place of each ``Output``."""
     if isinstance(x, Output):
         return output(x)
-    if isinstance(x, Advantages | GroupAdvantages):
-        return type(x)(*[replaced(item, output) for item in x])
-    if x is None:
-        return None
-    items = [replaced(getattr(x, name), output) for name in FIELDS[type(x)]]
-    return type(x)(*items)
+    return type(x)(*[replaced(item, output) for item in x]) if isinstance(x, tuple) else x
 
 
 def owned(x: Tensor) -> Tensor:
@@ -187,7 +182,7 @@ def operator(
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
             if not is_traced():
-                return repeating(*args, **kwargs)  # type: ignore[no-any-return]
+                return repeating.call(args, kwargs)  # type: ignore[no-any-return]
             given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
             if prepare is not None:
                 prepare(given)
@@ -238,10 +233,11 @@ def shape_rewards(given: dict[str, Any]) -> ShapedRewards:
     dtype = compute_dtype(given["score"], given["credit"], *tokens.floating, *_operands(given["credit"]))
     response = Response.of(given["response"])
     batch, token = response.batch_size, Output(response.mask.shape, dtype)
-    row, moments, status = Output((batch,), dtype), Output((batch, 3), dtype), Output((batch,), torch.int32)
-    stats: list[Any] = [row, row, row if _layers(given["credit"]) else None, row]
+    moments, status = Output((batch, 3), dtype), Output((batch,), torch.int32)
+    stats: Any = Output((batch, 4), dtype)
     kl = None if tokens.kl is None else token
-    shaped: list[Any] = [token, token, token, token, kl, status, moments, RowStats(*stats)]
+    row_stats = RowStats(stats, bool(_layers(given["credit"])))
+    shaped: list[Any] = [token, token, token, token, kl, status, moments, row_stats]
     return ShapedRewards(*shaped)
 
 

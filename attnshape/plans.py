@@ -7,12 +7,12 @@ on the tensors given (``csrc_triton.plan``). A call that computes more, or raise
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import math
-import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,81 +25,121 @@ MOST = 256
 """Layouts of a function that are known at once; the oldest is forgotten first."""
 
 
-class Layout:
-    """What a call's arguments have in common with those of calls like it, and what is this call's own.
+Key: TypeAlias = tuple[Any, ...]
 
-    Raises:
-        TypeError, RuntimeError: an argument of another type, or a tensor without memory.
+
+class Layouts:
+    """Reads what a call's arguments have in common with those of calls like it, and what is this call's own.
+
+    The latter are addresses, and the coefficient of a KL penalty, which changes from step to step. What reads
+    is written for each structure of arguments.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.tensors: list[Tensor] = []
-        self.kl_coef = 0.0  # changes from step to step
-        self.parts: list[Any] = [len(args)]
-        for x in args:
-            self._add(x)
-        for name, x in kwargs.items():
-            self.parts.append(name)
-            self._add(x)
-        addresses = [x.data_ptr() for x in self.tensors]
-        aligned = [address % 16 == 0 for address in addresses]
-        if not all(aligned):
-            self.parts += aligned
-        if len(set(addresses)) < len(addresses):
-            self.parts += map(addresses.index, addresses)
-        self.own = [*addresses, self.kl_coef]
-        self.key = tuple(self.parts)
+    def __init__(self) -> None:
+        self.readers: dict[Key, list[Callable[..., Any]]] = {}
 
-    def _add(self, x: Any) -> None:
-        kind, parts = type(x), self.parts
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Key, tuple[Any, ...]]:
+        """The key of the layout, and what is the call's own.
+
+        Raises:
+            TypeError, RuntimeError: an argument of another type, or a tensor without memory.
+        """
+        named = (len(args), *kwargs)
+        for read in self.readers.get(named, ()):
+            found = read(args, kwargs)
+            if found:
+                return found  # type: ignore[no-any-return]
+        read = Reader(args, kwargs).function()
+        readers = self.readers.setdefault(named, [])
+        readers.append(read)
+        del readers[:-MOST]
+        return read(args, kwargs)  # type: ignore[no-any-return]
+
+
+class Reader:
+    """Writes what reads the layout of arguments of one structure, and finds nothing in those of another."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        written = _kernels("written")
+        self.text = written.Written("read(args, kwargs)")
+        self.conditions = ["True"]
+        self.tensors: list[str] = []
+        self.key = [self.text.constant(object())]
+        self.number = "0.0"
+        line, tuple_of = self.text.line, written.tuple_of
+        names = [f"given{i}" for i in range(len(args) + len(kwargs))]
+        line(f"{tuple_of(names)} = (*args, *kwargs.values())")
+        for name, x in zip(names, (*args, *kwargs.values()), strict=True):
+            self.add(name, x)
+        addresses = [f"{x}.data_ptr()" for x in self.tensors]
+        own = [f"at{i}" for i in range(len(addresses))]
+        line(f"if not ({' and '.join(self.conditions)}):")
+        line("    return None")
+        line(f"{tuple_of(own)} = addresses = {tuple_of(addresses)}")
+        line(f"key = {tuple_of([*self.key, *(f'{x}.{part}' for x in self.tensors for part in OF_TENSOR)])}")
+        line(f"if not ({' and '.join(['True', *(f'{x}.is_contiguous()' for x in self.tensors)])}):")
+        line(f"    key += {tuple_of(f'{x}.stride()' for x in self.tensors)}")
+        line(f"if ({' | '.join(own or ['0'])}) % 16:")
+        line("    key += ('aligned', *[x % 16 == 0 for x in addresses])")
+        line(f"if len({{*addresses}}) < {len(own)}:")
+        line("    key += (*map(addresses.index, addresses),)")
+        line(f"return key, {tuple_of([*own, self.number])}")
+
+    def add(self, at: str, x: Any) -> None:
+        """What lies ``at`` this place."""
+        kind = type(x)
+        if x is None:
+            self.conditions.append(f"{at} is None")
+            return
+        name = f"part{len(self.conditions)}"
+        self.conditions.append(f"type({name} := {at}) is {self.text.constant(kind)}")
         if kind is Tensor or kind is Parameter:
-            self.tensors.append(x)
-            parts += (x.dtype, x.device, x.shape, x.is_contiguous() or x.stride())
-        elif kind is AttentionInputs or kind is Response:
-            parts.append(kind)
-            for field in x.__dict__.values():
-                if field is None:
-                    parts.append(None)
-                else:
-                    self._add(field)
-        elif kind is KL:
-            parts.append(kind)
-            self._add((x.logprobs, x.ref_logprobs, x.estimate))
-            if type(x.coef) is float or type(x.coef) is int:
-                self.kl_coef = float(x.coef)
-                parts.append(math.isfinite(x.coef))
-            else:
-                self._add(x.coef)
-        elif kind is list or kind is tuple:
-            parts.append(len(x))
-            for item in x:
-                self._add(item)
-        elif kind is ShapingConfig or kind is GroupConfig:
-            parts.append(_settings(x))
+            self.tensors.append(name)
+        elif kind is KL and type(x.coef) in (float, int):
+            for field in ("logprobs", "ref_logprobs", "estimate"):
+                self.add(f"{name}.{field}", getattr(x, field))
+            self.conditions.append(f"type({name}.coef) in {self.text.constant((float, int))}")
+            self.key.append(f"{self.text.constant(math.isfinite)}({name}.coef)")
+            self.number = f"float({name}.coef)"
+        elif kind in (AttentionInputs, Response, KL):
+            for held in dataclasses.fields(x):
+                self.add(f"{name}.{held.name}", getattr(x, held.name))
+        elif kind in (list, tuple):
+            self.conditions.append(f"len({name}) == {len(x)}")
+            for i, item in enumerate(x):
+                self.add(f"{name}[{i}]", item)
+        elif kind in (ShapingConfig, GroupConfig):
+            self.key.append(f"{self.text.constant(_settings)}({name})")
         elif kind in PLAIN:
-            parts += (kind, x)
+            self.key.append(name)
         else:
             raise TypeError(f"got {kind.__name__}, which a key would keep alive")
 
+    def function(self) -> Callable[..., Any]:
+        """From arguments to the key of their layout and what is the call's own; or None."""
+        return self.text.function()  # type: ignore[no-any-return]
 
-PLAIN = {type(None), str, bool, int, float, Whitening}
+
+OF_TENSOR = "dtype", "device", "shape"
+PLAIN = str, bool, int, float, Whitening
+
+
+class Settings:
+    """Stands for settings of the same values."""
 
 
 @functools.lru_cache(MOST)
-def _settings(config: ShapingConfig | GroupConfig) -> tuple[Any, ...]:
+def _settings(config: ShapingConfig | GroupConfig) -> Settings:
     values = tuple(vars(config).values())
     kinds = tuple(map(type, values))  # 1 is True is 1.0
     if any(isinstance(x, Tensor) for x in values):
         raise TypeError("got settings with a tensor, which no plan reads")
-    return kinds + values
+    return _of_values(kinds + values)
 
 
-class Known(NamedTuple):
-    """How the calls of a layout are repeated."""
-
-    plan: Callable[[list[Any]], list[Tensor]]
-    structure: Callable[[list[Tensor]], Any]
-    """From the tensors that a plan fills to what the function returns."""
+@functools.lru_cache(MOST)
+def _of_values(_: tuple[Any, ...]) -> Settings:
+    return Settings()
 
 
 SEEN, NEVER = "seen once", "cannot be repeated"
@@ -110,40 +150,41 @@ class Repeating:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.known: dict[tuple[Any, ...], Known | str] = {}
+        self.layout_of = Layouts()
+        self.known: dict[Key, Callable[..., Any] | str] = {}
         _ALL.append(self)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not is_on_current_gpu(*args, *kwargs.values()) or kwargs.get("validate"):
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The function of these arguments."""
+        if not is_on_current_gpu(args, kwargs) or kwargs.get("validate"):
             return self.function(*args, **kwargs)
         if _kernels("launch").launches_are_replaced():
             return self.function(*args, **kwargs)
         try:
-            layout = Layout(args, kwargs)
-            known = self.known.get(layout.key)
+            key, own = self.layout_of(args, kwargs)
+            known = self.known.get(key)
         except (TypeError, RuntimeError):
             return self.function(*args, **kwargs)
-        if isinstance(known, Known):
-            return known.structure(known.plan(layout.own))
+        if callable(known):
+            return known(own)
         if known is SEEN:
-            result, self.known[layout.key] = self._watched(layout, args, kwargs)
+            result, self.known[key] = self._watched(own, args, kwargs)
             return result
         result = self.function(*args, **kwargs)
         if known is None:
-            self.known[layout.key] = SEEN
+            self.known[key] = SEEN
             if len(self.known) > MOST:
                 self.known.pop(next(iter(self.known)), None)
         return result
 
     def _watched(
-        self, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Known | str]:
-        kernels, filled = _kernels("plan"), list[Tensor]()
-        with kernels.Watch(layout.own) as watch:
+        self, own: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Callable[..., Any] | str]:
+        kernels = _kernels("plan")
+        with kernels.Watch(own) as watch:
             result = self.function(*args, **kwargs)
-        structure = structure_of(result, filled)
         try:
-            return result, Known(kernels.Plan(watch, filled), structure)
+            return result, kernels.Plan(watch, result).function()
         except ValueError:
             return result, NEVER
 
@@ -157,10 +198,10 @@ def forget() -> None:
         function.known.clear()
 
 
-def is_on_current_gpu(*given: Any) -> bool:
+def is_on_current_gpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the first tensor among the arguments lies there; on another device calls are made anew."""
-    for argument in given:
-        x = tensor_of(argument)
+    for given in (*args, *kwargs.values()):
+        x = given if type(given) is Tensor else tensor_of(given)
         if x is not None:
             return x.is_cuda and x.get_device() == torch.cuda.current_device()
     return False
@@ -180,15 +221,3 @@ def tensor_of(x: Any) -> Tensor | None:
 @functools.cache
 def _kernels(module: str) -> Any:
     return importlib.import_module(f"csrc_triton.{module}")  # triton is there on Linux only
-
-
-def structure_of(x: Any, tensors: list[Tensor]) -> Callable[[list[Tensor]], Any]:
-    """Appends a result's tensors; returns what makes the like of it from others."""
-    if x is None:
-        return lambda _: None
-    if isinstance(x, Tensor):
-        tensors.append(x)
-        return operator.itemgetter(len(tensors) - 1)
-    kind, parts = type(x), x if isinstance(x, tuple) else vars(x).values()
-    made = [structure_of(part, tensors) for part in parts]
-    return lambda filled: kind(*[make(filled) for make in made])

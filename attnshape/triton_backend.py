@@ -146,8 +146,6 @@ def shape_rewards(
         bootstrap=tokens.bootstrap,
         **_recurrence(config),
     )
-    entropy, last_share, share, error = swept.stats.unbind(1)
-    stats = RowStats(entropy, last_share, share if attention else None, error)
     advantages, returns = swept.advantages, swept.returns
     if config.carry_masked:
         unsound = int(Status.OUT_OF_RANGE | (Status.NONFINITE if config.on_nan == "zero_row" else 0))
@@ -163,7 +161,7 @@ def shape_rewards(
         swept.kl,
         swept.status,
         swept.moments,
-        stats,
+        RowStats(swept.stats, attention),
     )
 
 

@@ -278,25 +278,41 @@ class GroupAdvantages(NamedTuple):
         return out
 
 
-@dataclass(frozen=True, eq=False)
-class RowStats:
-    """Per row, ``[B]`` if not said otherwise, on the device; what ``ShapedRewards.metrics`` averages."""
+class RowStats(NamedTuple):
+    """What ``ShapedRewards.metrics`` averages: per row, ``[B]``, on the device; views, made when read."""
 
-    entropy: Tensor
-    """Entropy of the row's normalised credit, in nats."""
-    last_share: Tensor
-    """Share of the row's credit on its last unmasked token."""
-    response_share: Tensor | None
-    """Share of the query's attention that falls on unmasked response tokens; None without attention."""
-    score_error: Tensor
-    """``|sum of the redistributed score - score|``."""
+    numbers: Tensor
+    """``[B, 4]``: ``entropy``, ``last_share``, the credit's mass as it came, and ``score_error``."""
+    of_attention: bool
+    """Whether the credit came as attention."""
+
+    @property
+    def entropy(self) -> Tensor:
+        """Entropy of the row's normalised credit, in nats."""
+        return self.numbers[:, 0]
+
+    @property
+    def last_share(self) -> Tensor:
+        """Share of the row's credit on its last unmasked token."""
+        return self.numbers[:, 1]
+
+    @property
+    def response_share(self) -> Tensor | None:
+        """Share of the query's attention that falls on unmasked response tokens; None without attention."""
+        return self.numbers[:, 2] if self.of_attention else None
+
+    @property
+    def score_error(self) -> Tensor:
+        """``|sum of the redistributed score - score|``."""
+        return self.numbers[:, 3]
 
 
-@dataclass(frozen=True, eq=False)
-class ShapedRewards:
+class ShapedRewards(NamedTuple):
     """What ``shape_rewards`` returns; all detached, 0 at masked positions (but see ``carry_masked``).
 
     ``[B, R]`` (packed: ``[M]``), float32, or float64 where every floating input is.
+    On a GPU small outputs of one shape may share an allocation, of at most 1 MiB: clone what is kept or saved
+    alone.
     """
 
     rewards: Tensor
@@ -335,8 +351,9 @@ class ShapedRewards:
 
         out["credit_entropy"] = mean(self.row_stats.entropy)
         out["credit_last_share"] = mean(self.row_stats.last_share)
-        if self.row_stats.response_share is not None:
-            out["response_attention"] = mean(self.row_stats.response_share)
+        share = self.row_stats.response_share
+        if share is not None:
+            out["response_attention"] = mean(share)
         error = torch.where(live, self.row_stats.score_error, 0)
         out["score_error"] = error.max() if error.numel() else error.sum()
         return out

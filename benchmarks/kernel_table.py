@@ -246,6 +246,8 @@ def option_calls() -> Calls:
         torch.empty(1, 8, 4300, 128, dtype=half).expand(256, -1, -1, -1),
         0.1,
     )
+    one_key_head = AttentionInputs(torch.empty(2, 32, 128, dtype=half), long.key[:2, :1], 0.1)
+    yield "row, long, one key head", attnshape.attention_row, {"inputs": one_key_head, "backend": "triton"}
     where = Response(torch.empty(1, 4200).expand(256, -1), start=torch.zeros(256, dtype=torch.int32))
     many = {"inputs": long, "response": where, "backend": "triton"}
     yield "credit, many long rows", attnshape.attention_credit, many

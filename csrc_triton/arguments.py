@@ -237,6 +237,7 @@ class Product(NamedTuple):
     STAGES: int  # parts, or chunks, on their way at once, and one
     FOLD: int  # partials folded at once
     ONLY_KEPT: bool  # whether only keys that may be a response token's are read
+    PTX: bool  # whether the GPU has PTX's instructions
 
 
 class Mean(NamedTuple):
@@ -266,7 +267,8 @@ class Rules(NamedTuple):
     UNIT: bool = False  # whether every coefficient of the recurrence is 1
     TWO_RECURRENCES: bool = False
     ZERO_NONFINITE: bool = False
-    LG2: bool = False  # whether the GPU has PTX's lg2.approx
+    PTX: bool = False  # whether the GPU has PTX's instructions
+    DEPENDENT: bool = False  # whether a launch begins before the one that left it something has ended
 
 
 class Tiles(NamedTuple):

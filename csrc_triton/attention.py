@@ -26,7 +26,7 @@ from csrc_triton.device.layout import (
     position_of,
     row_of_slot,
 )
-from csrc_triton.device.rewards import Job, row_at
+from csrc_triton.device.rewards import Job, fetch_tokens, row_at
 from csrc_triton.device.sweep import fill_gaps, shape_row
 
 
@@ -40,6 +40,8 @@ def attend_kernel(
     ``FINISH``: ``scores`` are left to another launch; their ``mean`` is the result; or it is credit, and the
     row is to ``shape``.
     """
+    if rules.DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
     i_p = tl.program_id(0)
     if (FINISH != "scores") and (response.p_cu is not None):  # noqa: SIM102
         if i_p == grid.n_tasks + grid.n_leaders:
@@ -48,37 +50,25 @@ def attend_kernel(
 
     i_b, i_h, i_part = split_of_program(i_p, axis, layer, grid, mean.KEYS)
     keys = keys_of_row(axis, i_b, mean.CAUSAL, mean.KEYS)
-    slots = slots_of_row(axis, left, response, keys, i_b, mean)
-    attended = Attended(axis, layer, left, keys, slots)
-    finishing = (i_p >= grid.n_tasks) & (keys.whole == 0)
-
+    attended = Attended(axis, layer, left, keys, slots_of_row(axis, left, response, keys, i_b, mean))
+    leading = (i_p >= grid.n_tasks) & (keys.whole == 0)
+    first = leading | (keys.whole & (i_part == 0) & (i_h == 0))
     if (inputs.p_row_status is not None) and (FINISH != "shape") and not mean.ADD:  # noqa: SIM102
         # The first layer: no row has been found out of range.
-        if finishing | (keys.whole & (i_part == 0) & (i_h == 0)):
+        if first:
             tl.store(inputs.p_row_status + keys.row, 0)
+    if (FINISH == "shape") and rules.PTX:  # noqa: SIM102
+        if first:
+            fetch_tokens(response, inputs, place_of_row(response, i_b))
+
+    last = leading
     n_splits = tl.maximum((keys.n_chunks + grid.split - 1) // grid.split, 1)
     if keys.whole & (i_part >= 0) & (i_part < n_splits):
-        heads = heads_of(layer, i_h, product)
-        begin, stop = chunks_of_split(attended, heads, i_part, grid.split, product.ONLY_KEPT)
-        attend(attended, heads, begin, stop, product, mean.KEYS)
-        p_arrived = grid.p_counters + keys.row * (layer.kv_heads + 1)
-        before = n_splits - 1
-        if n_splits > 1:
-            before = arrive(p_arrived + i_h)
-        else:
-            tl.debug_barrier()
-        if before == n_splits - 1:
-            tl.store(p_arrived + i_h, 0)
-            fold_partials(attended, heads, mean.KEYS, product.FOLD)
-            if FINISH != "scores":
-                tl.debug_barrier()
-                leave_group(attended, response, place_of_row(response, i_b), i_h, mean, 2 * rules.CHUNK)
-                finishing = arrive(p_arrived + layer.kv_heads) == layer.kv_heads - 1
-                if finishing:
-                    tl.store(p_arrived + layer.kv_heads, 0)
-
+        last = read_split(
+            attended, response, grid, i_b, i_h, i_part, n_splits, product, mean, rules.CHUNK, FINISH
+        )
     if FINISH != "scores":  # noqa: SIM102
-        if finishing:
+        if last:
             place = place_of_row(response, i_b)
             if FINISH == "mean":
                 stop = (place.length + rules.CHUNK - 1) // rules.CHUNK
@@ -89,6 +79,35 @@ def attend_kernel(
             else:
                 row = row_at(place, inputs, settings)
                 shape_row(row, attended, Job(response, inputs, out), mean, rules, "groups")
+
+
+@triton.jit
+def read_split(
+    attended, response, grid, i_b, i_h, i_part, n_splits,
+    product: tl.constexpr, mean: tl.constexpr, CHUNK: tl.constexpr, FINISH: tl.constexpr,
+):  # fmt: skip
+    """Reads a split of a key head's keys, and folds them if it is the last; whether the row is done then."""
+    layer = attended.layer
+    heads = heads_of(layer, i_h, product)
+    begin, stop = chunks_of_split(attended, heads, i_part, grid.split, product.ONLY_KEPT)
+    attend(attended, heads, begin, stop, product, mean.KEYS)
+    p_arrived = grid.p_counters + attended.keys.row * (layer.kv_heads + 1)
+    before = n_splits - 1
+    if n_splits > 1:
+        before = arrive(p_arrived + i_h)
+    else:
+        tl.debug_barrier()
+    last = before == n_splits - 1
+    if last:
+        tl.store(p_arrived + i_h, 0)
+        fold_partials(attended, heads, mean.KEYS, product.FOLD)
+        if FINISH != "scores":
+            tl.debug_barrier()
+            leave_group(attended, response, place_of_row(response, i_b), i_h, mean, 2 * CHUNK)
+            last = arrive(p_arrived + layer.kv_heads) == layer.kv_heads - 1
+            if last:
+                tl.store(p_arrived + layer.kv_heads, 0)
+    return last
 
 
 @triton.jit
@@ -113,8 +132,8 @@ def chunks_of_split(attended, heads, i_part, split, ONLY_KEPT: tl.constexpr):
     begin = i_part * split
     stop = tl.minimum(begin + split, attended.keys.n_chunks)
     if ONLY_KEPT:
-        begin = tl.maximum(begin, tl.minimum(slots.kept, stop).to(tl.int32))
-        stop = tl.minimum(stop, tl.minimum(slots.kept + slots.n_kept, stop).to(tl.int32))
+        begin = tl.maximum(begin, slots.kept)
+        stop = tl.minimum(stop, slots.kept + slots.n_kept)
     if attended.layer.p_head_mask is not None:
         stop = tl.where(tl.max(heads.weight) == 0.0, begin, stop)
     return begin, stop
@@ -123,6 +142,9 @@ def chunks_of_split(attended, heads, i_part, split, ONLY_KEPT: tl.constexpr):
 @triton.jit
 def means_kernel(axis, layer, left, response, inputs, out, grid, mean: tl.constexpr, rules: tl.constexpr):
     """A chunk of a row's tokens: the mean over heads of the scores that another launch left."""
+    if rules.DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     i_p = tl.program_id(0)
     if response.p_cu is not None:  # noqa: SIM102
         if i_p == grid.n_tasks + grid.n_leaders:

@@ -23,6 +23,7 @@ from csrc_triton.device.layout import (
     place_of_row,
     position_of,
     row_of_slot,
+    tokens_of_chunk,
 )
 from csrc_triton.device.math import INF, LOG2E
 
@@ -469,7 +470,7 @@ def at_response_kernel(
     if (status != 0) & (n_live == 0):
         return
     place = place_of_row(response, i_b)
-    j = i_c.to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
+    j = tokens_of_chunk(i_c.to(tl.int64), CHUNK)
     inside = (j >= 0) & (j < place.length)
     rank = tl.load(found.p_rank + place.lo + j, mask=inside, other=-1)
     source = rank - SHIFT

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -167,6 +168,11 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def has_ptx() -> bool:
+    """Whether kernels may use instructions of NVIDIA's that Triton has no other name for."""
+    return not interpreted() and torch.version.hip is None
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -220,6 +226,16 @@ def _zeros_for_good(count: int, device: torch.device) -> Tensor:
         return thread.submit(make).result()
 
 
+def stream_of(device: torch.device) -> Callable[[], int]:
+    """What says the current stream there; without a GPU the thread, whose launches follow one another too.
+
+    Triton's own: PyTorch's ``current_stream`` makes an object of it, which takes ten times that.
+    """
+    if device.type != "cuda":
+        return threading.get_ident
+    return functools.partial(triton.runtime.driver.active.get_current_stream, device.index)
+
+
 class Counters:
     """Zeroed int32 counters by which programs of a launch find each other; each launch leaves them zero.
 
@@ -236,18 +252,18 @@ class Counters:
 
     def take(self, device: torch.device, count: int) -> Tensor:
         """At least ``count`` counters for the next launch on the current stream."""
-        counters = self._take(device, count)
+        counters = self.of(device, stream_of(device)(), count)
         if WATCHED.by is not None:
             WATCHED.by.taken(counters, count)
         return counters
 
-    def _take(self, device: torch.device, count: int) -> Tensor:
+    def of(self, device: torch.device, stream: int, count: int) -> Tensor:
+        """The same, where the current stream is known and nobody watches."""
         on_gpu = device.type == "cuda"
-        stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else threading.get_ident()
         if on_gpu and torch.cuda.is_current_stream_capturing():
             return self._for_graph(device, count)
         counters = self._of_stream.get((device, stream))
-        if counters is None or len(counters) < count:
+        if counters is None or counters.numel() < count:  # `len` is a function of Python's
             counters = _zeros_for_good(padded(max(count, 4096)), device)
             with self._lock:
                 self._of_stream[device, stream] = counters

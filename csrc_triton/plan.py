@@ -1,25 +1,28 @@
 """A call's launches, kept to be started again on other tensors of the same layout.
 
 What a call passes to its kernels follows from the layout of its tensors: sizes, strides, dtypes, alignment.
-Only addresses differ. A plan is made by watching one call. Started again it computes addresses and launches,
-nothing else, and all memory between its launches is one allocation.
+Only addresses differ. A plan is made by watching one call, and written as a function that allocates, launches
+and returns, nothing else. All memory between its launches is one allocation, and so are outputs of one shape.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from csrc_triton.launch import COUNTERS, WATCHED, Launcher, ceil_div
+from csrc_triton.launch import COUNTERS, WATCHED, Launcher, ceil_div, stream_of
+from csrc_triton.written import Written, tuple_of
 
 MOST = 1 << 25
 """Bytes between launches, at most: a plan has them all at once, a call that is made anew one after the other.
 Where they are more, kernels take longer than the host."""
+TOGETHER = 1 << 20
+"""Bytes of outputs that are one allocation, at most: who keeps one of them keeps the memory of all."""
 ALIGNED = 256
 """Bytes at whose multiples a tensor between launches begins."""
 NUMBER = "settings", "kl_coef"
@@ -129,90 +132,144 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Plan:
-    """The launches that were watched, of which ``returned`` is what they filled for the caller.
+    """The launches that were watched, written as a function of what a call has of its own.
 
     Raises:
         ValueError: the call did more than launch kernels on what it was given and what it made.
     """
 
-    def __init__(self, watch: Watch, returned: Sequence[Tensor]) -> None:
-        found = [source for source in map(watch.within, returned) if source]
-        outputs = list(dict.fromkeys(source.place for source in found))
-        if not watch.sound or not watch.launches or len(found) < len(returned):
+    def __init__(self, watch: Watch, result: Any) -> None:
+        self.watch, self.text = watch, Written("repeat(given)")
+        returned = list(_tensors(result))
+        places = [source.place for source in map(watch.within, returned) if source]
+        if not watch.sound or not watch.launches or not returned or len(places) < len(returned):
             raise ValueError("got a call that computes by itself, want one that only launches")
-        if any(watch.zeroed[i] for i in outputs):
+        if any(watch.zeroed[i] for i in places):
             raise ValueError("got an output of zeros, want one that is filled")
         self.device = returned[0].device
-        whole = [watch.made[i] for i in outputs]
-        self.outputs = [(tuple(x.shape), x.stride(), x.dtype) for x in whole]
-        self.returned: list[tuple[int, Any]] = []
-        for x, source in zip(returned, found, strict=True):
-            i = outputs.index(source.place)
-            part = (tuple(x.shape), x.stride(), source.offset // x.element_size())
-            self.returned.append((i, None if part == (*self.outputs[i][:2], 0) else part))
-        begins = self._between(watch, outputs)
-        self.counters = [count for _, count in watch.counters]
+        self.begins: dict[int, tuple[int, int]] = {}
+        """Of each tensor that is made: in which allocation, and how many bytes on."""
+        self.outputs: dict[int, str] = {}
+        """Those that are returned, as they are written."""
+        self.allocations = 0
 
-        # A launch reads its arguments from a table: what each call has of its own, then what all have.
-        sources = dict.fromkeys(
-            x for _, values in watch.launches for x in _flat(values) if isinstance(x, Source)
-        )
-        made = [x for x in sources if x.kind == "made"]
-        self.parts = [(begins[x.place][0], begins[x.place][1] + x.offset) for x in made]
-        first = {"given": 0, "counters": len(watch.given)}
-        places = {x: first[x.kind] + x.place for x in sources if x.kind != "made"}
-        own = len(watch.given) + len(self.counters)
-        places |= {x: own + i for i, x in enumerate(made)}
-        own += len(made)
-        self.constants: list[Any] = []
+        line, constant = self.text.line, self.text.constant
+        line(f"{tuple_of(f'given{i}' for i in range(len(watch.given)))} = given")
+        for group in self._alike(returned, places):
+            self._allocate_outputs(group)
+        self._allocate_between()
+        line(f"stream = {constant(stream_of(self.device))}()")
+        device = constant(self.device)
+        for i, (_, count) in enumerate(watch.counters):
+            line(f"counters{i} = {constant(COUNTERS.of)}({device}, stream, {constant(count)})")
+        line("try:")
+        for start, values in watch.launches:
+            arguments = [self._argument(x) for x in values]
+            line(f"    {constant(start)}({', '.join(arguments)}, stream=stream)")
+        line("except BaseException:")
+        line(f"    {constant(COUNTERS.discard)}({device})")
+        line("    raise")
+        line(f"return {self._returned(result)}")
 
-        def reader(value: Any) -> Callable[[list[Any]], Any]:
-            at = []
-            for x in _flat([value]):
-                at.append(places[x] if isinstance(x, Source) else own + len(self.constants))
-                if not isinstance(x, Source):
-                    self.constants.append(x)
-            return operator.itemgetter(*at)
+    def function(self) -> Callable[[Sequence[float]], Any]:
+        """Starts them again; what the call would return."""
+        return self.text.function()
 
-        self.launches = [(start, [reader(value) for value in values]) for start, values in watch.launches]
+    def _alike(self, returned: list[Tensor], places: list[int]) -> list[list[int]]:
+        """Outputs, those together that may be one allocation."""
+        made, groups = self.watch.made, dict[Any, list[int]]()
+        for place in dict.fromkeys(places):
+            whole = _layout(made[place])
+            as_made = [_layout(x) for x, i in zip(returned, places, strict=True) if i == place] == [whole]
+            even = made[place].ndim and made[place].is_contiguous() and made[place].nbytes % 16 == 0
+            groups.setdefault(whole if as_made and even else place, []).append(place)
+        found: list[list[int]] = []
+        for group in groups.values():
+            few = len(group) * made[group[0]].nbytes <= TOGETHER
+            found += [group] if few else [[place] for place in group]
+        return found
 
-    def _between(self, watch: Watch, outputs: list[int]) -> dict[int, tuple[int, int]]:
-        """Lays out what is not returned, zeros first; where each tensor begins, in which allocation."""
-        begins = {place: (i, 0) for i, place in enumerate(outputs)}
-        self.size = self.zeroed = 0
-        for i in sorted(range(len(watch.made)), key=lambda i: not watch.zeroed[i]):
-            if i not in begins:
-                begins[i] = (len(outputs), self.size)
-                self.size += ceil_div(watch.made[i].nbytes, ALIGNED) * ALIGNED
-                self.zeroed = self.size if watch.zeroed[i] else self.zeroed
-        if self.size > MOST:
-            raise ValueError(f"got {self.size} bytes between launches, want at most {MOST}")
-        return begins
+    def _allocate_outputs(self, group: list[int]) -> None:
+        first, count = self.watch.made[group[0]], len(group)
+        self.begins |= {place: (self.allocations, i * first.nbytes) for i, place in enumerate(group)}
+        if count == 1:
+            self.outputs[group[0]] = self._allocate(first.shape, first.stride(), first.dtype)
+            return
+        rows, *rest = first.shape
+        whole = self._allocate((count * rows, *rest), first.stride(), first.dtype)
+        self.outputs |= {place: f"output{place}" for place in group}
+        # Not views to autograd: one may be changed in place while another is needed as it is.
+        parts = tuple_of(self.outputs[place] for place in group)
+        self.text.line(f"{parts} = {whole}.unsafe_split_with_sizes({self.text.constant((rows,) * count)})")
 
-    def __call__(self, given: list[Any]) -> list[Tensor]:
-        """Starts them again; what they fill for the caller."""
-        device = self.device
-        outputs = [
-            torch.empty_strided(size, stride, dtype=dtype, device=device)  # half of what `torch.empty` costs
-            for size, stride, dtype in self.outputs
-        ]
-        begins = [x.data_ptr() for x in outputs]
-        if self.size:
-            between = torch.empty_strided((self.size,), (1,), dtype=torch.uint8, device=device)
-            begins.append(between.data_ptr())
-            if self.zeroed:
-                between[: self.zeroed].zero_()
-        counters = [COUNTERS.take(device, count) for count in self.counters]
-        table = [*given, *[x.data_ptr() for x in counters], *[begins[i] + offset for i, offset in self.parts]]
-        table += self.constants
-        try:
-            for start, readers in self.launches:
-                start(*[read(table) for read in readers])
-        except BaseException:
-            COUNTERS.discard(device)
-            raise
-        return [outputs[i] if part is None else outputs[i].as_strided(*part) for i, part in self.returned]
+    def _allocate_between(self) -> None:
+        """What is not returned, zeros first."""
+        size = zeroed = 0
+        for i in sorted(range(len(self.watch.made)), key=lambda i: not self.watch.zeroed[i]):
+            if i not in self.begins:
+                self.begins[i] = (self.allocations, size)
+                size += ceil_div(self.watch.made[i].nbytes, ALIGNED) * ALIGNED
+                zeroed = size if self.watch.zeroed[i] else zeroed
+        if size > MOST:
+            raise ValueError(f"got {size} bytes between launches, want at most {MOST}")
+        if size:
+            whole = self._allocate((size,), (1,), torch.uint8)
+            if zeroed:
+                self.text.line(f"{whole}[:{self.text.constant(zeroed)}].zero_()")
+
+    def _allocate(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> str:
+        # `torch.empty` takes twice what `empty_like` does, of a tensor that has no memory itself.
+        like = torch.empty_strided(tuple(size), stride, dtype=dtype, device=self.device)
+        if torch.empty_like(like).stride() != stride:
+            raise ValueError(f"got an output of strides {stride}, want one without gaps")
+        like.untyped_storage().resize_(0)
+        make = functools.partial(torch.empty_like, like)
+        made = f"made{self.allocations}"
+        self.text.line(f"{made} = {self.text.constant(make)}()")
+        self.text.line(f"at{self.allocations} = {made}.data_ptr()")
+        self.allocations += 1
+        return made
+
+    def _argument(self, x: Any) -> str:
+        if isinstance(x, list):
+            varies = any(isinstance(value, Source) for value in x)
+            return tuple_of(map(self._argument, x)) if varies else self.text.constant(tuple(x))
+        if not isinstance(x, Source):
+            return self.text.constant(x)
+        if x.kind == "given":
+            return f"given{x.place}"
+        if x.kind == "counters":
+            return f"counters{x.place}.data_ptr()"
+        allocation, begin = self.begins[x.place]
+        return f"at{allocation} + {self.text.constant(begin + x.offset)}"
+
+    def _returned(self, x: Any) -> str:
+        if isinstance(x, tuple):
+            make: Any = type(x)
+            return f"{self.text.constant(make._make)}({tuple_of(map(self._returned, x))})"
+        if not isinstance(x, Tensor):
+            return self.text.constant(x)
+        source = self.watch.within(x)
+        assert source is not None
+        whole, output = self.watch.made[source.place], self.outputs[source.place]
+        if _layout(x) == _layout(whole):
+            return output
+        if x.dtype != whole.dtype:
+            raise ValueError(f"got an output of {whole.dtype} that is returned as {x.dtype}")
+        part = tuple(x.shape), x.stride(), source.offset // x.element_size()
+        return f"{output}.as_strided(*{self.text.constant(part)})"
 
 
-def _flat(values: list[Any]) -> list[Any]:
-    return [x for value in values for x in (value if isinstance(value, list) else [value])]
+def _layout(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.stride(), x.dtype
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    """Of what a call returned: tensors, NamedTuples of them, None, and whether something is so."""
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, tuple) and hasattr(result, "_fields"):
+        for x in result:
+            yield from _tensors(x)
+    elif not isinstance(result, bool | None):
+        raise ValueError(f"got a result of {type(result).__name__}, want tensors")

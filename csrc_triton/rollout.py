@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from csrc_triton.columns import entries_of_row, first_key, is_visible_key, sum_heads
-from csrc_triton.device.layout import row_of_slot
+from csrc_triton.device.layout import row_of_slot, tokens_of_chunk
 from csrc_triton.device.math import is_finite
 
 
@@ -30,7 +30,7 @@ def positions_of_program(axis, p_rows, CHUNK: tl.constexpr):
     i_b, i_c = row_of_slot(tl.program_id(0), axis.p_cu, axis.n_rows, slots_per_row, CHUNK)
     row = i_b.to(tl.int64)
     own = entries_of_row(p_rows, row)
-    t = i_c.to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
+    t = tokens_of_chunk(i_c.to(tl.int64), CHUNK)
     inside = (t >= 0) & (t < own.end)
     listed = inside & (t >= own.first) & (t < own.first + own.count)
     return Positions(own, row, t, inside, listed, first_key(own, row, axis) + t)

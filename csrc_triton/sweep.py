@@ -16,6 +16,8 @@ from csrc_triton.device.sweep import fill_gaps, shape_chunk, shape_row, share_fa
 @triton.jit
 def rows_kernel(response, inputs, settings, out, rules: tl.constexpr, SOURCE: tl.constexpr):
     """A whole row. ``SOURCE`` of its credit: ``weights``, or None where nothing is read."""
+    if rules.DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     i_b = tl.program_id(0)
     if response.p_cu is not None:  # noqa: SIM102
         if i_b == response.n_rows:
@@ -31,6 +33,8 @@ def chunks_kernel(response, inputs, settings, out, grid, rules: tl.constexpr, SO
 
     Tasks are taken in order, so whoever waits for an earlier one waits for a program that runs.
     """
+    if rules.DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     i_p = tl.atomic_add(grid.p_counters, 1, sem="relaxed", scope="gpu")
     if i_p == tl.num_programs(0) - 1:
         tl.store(grid.p_counters, 0)

@@ -14,14 +14,19 @@ import triton.language as tl
 from torch import Tensor
 
 from attnshape import KL, AttentionInputs, Response, ShapingConfig, plans
-from attnshape.plans import Known, Layout, Repeating
+from attnshape.plans import Layouts
 from csrc_triton import launch, plan
 from csrc_triton.launch import COUNTERS, Launcher
 
 X = torch.zeros(2, 64)
 CONFIG = ShapingConfig(lam=0.5)
-EMPTY = torch.empty
-"""As it is: tests fill what it makes, which is more than a call that is repeated may do."""
+EMPTY, EMPTY_STRIDED = torch.empty, torch.empty_strided
+"""As they are: tests fill what they make, which is more than a call that is repeated may do."""
+
+
+class Repeating(plans.Repeating):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(args, kwargs)
 
 
 class Outputs(NamedTuple):
@@ -40,7 +45,7 @@ def adding_kernel(out, settings, BLOCK: tl.constexpr) -> None:
     """``twice = between + kl_coef``, with ``between = 2 * in``."""
 
 
-def add(out: Any, settings: Any, BLOCK: int) -> None:
+def add(out: Any, settings: Any, BLOCK: int, stream: int | None = None) -> None:
     """What it computes, on the host, of tensors or addresses."""
     p_in, coef, n = settings
     twice, between, source = (floats_at(x, n) for x in (*out[:2], p_in))
@@ -115,7 +120,7 @@ def test_the_oldest_layout_is_forgotten(adding: Launcher, monkeypatch: pytest.Mo
     repeating = Repeating(twice_of(adding))
     for n in (4, 5, 6):
         repeating(torch.ones(n))
-    shapes = [key[3] for key in repeating.known]
+    shapes = [key[-1] for key in repeating.known]
     assert shapes == [(5,), (6,)]
     plans.forget()
     assert not repeating.known
@@ -149,7 +154,115 @@ def test_a_tensor_is_found_in_any_argument() -> None:
         assert plans.tensor_of(x) is want
     for x in (None, 0.5, [], CONFIG, "uniform"):
         assert plans.tensor_of(x) is None
-    assert not plans.is_on_current_gpu(None, Response(mask))
+    assert not plans.is_on_current_gpu((None, Response(mask)), {})
+
+
+class Both(NamedTuple):
+    twice: Tensor
+    between: Tensor
+
+
+def both_of(launcher: Launcher, n: int) -> Callable[[Tensor], Both]:
+    def function(x: Tensor) -> Both:
+        out = Outputs(EMPTY(n), EMPTY(n))
+        launcher(1, {}, out=out, settings=Settings(x, 0.0, n), BLOCK=16)
+        return Both(out.p_twice, out.p_between)
+
+    return function
+
+
+def test_outputs_of_one_shape_are_one_allocation(adding: Launcher) -> None:
+    repeating = Repeating(both_of(adding, 8))
+    results = [repeating(torch.full((8,), float(i))) for i in range(4)]
+    for i, (twice, between) in enumerate(results):
+        assert twice.tolist() == between.tolist() == [2 * i] * 8
+        assert twice.is_contiguous()
+    storages = [{x.untyped_storage().data_ptr() for x in result} for result in results]
+    assert [len(x) for x in storages] == [2, 2, 1, 1]
+    assert not storages[2] & storages[3]
+    # To autograd they have nothing to do with each other.
+    twice, between = results[3]
+    weight = torch.ones(8, requires_grad=True)
+    loss = (weight * twice).sum()
+    between.zero_()
+    loss.backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [6] * 8
+
+
+@pytest.mark.parametrize(("n", "together"), [(7, 1 << 20), (8, 63)], ids=["not aligned", "much"])
+def test_outputs_are_allocations_of_their_own(
+    adding: Launcher, monkeypatch: pytest.MonkeyPatch, n: int, together: int
+) -> None:
+    monkeypatch.setattr(plan, "TOGETHER", together)
+    repeating = Repeating(both_of(adding, n))
+    for _ in range(3):
+        twice, between = repeating(torch.ones(n))
+    assert twice.untyped_storage().data_ptr() != between.untyped_storage().data_ptr()
+    assert twice.tolist() == between.tolist() == [2] * n
+
+
+def test_an_output_with_gaps_is_made_anew(adding: Launcher) -> None:
+    repeating = Repeating(twice_of(adding, make=lambda: EMPTY_STRIDED((2,), (2,))))
+    for _ in range(4):
+        assert repeating(torch.ones(4)).twice.tolist() == [2] * 2
+    assert list(repeating.known.values()) == [plans.NEVER]
+
+
+class Half(NamedTuple):
+    both: Both
+    half: Tensor
+
+
+def test_an_output_of_which_a_part_is_returned_too_is_an_allocation(adding: Launcher) -> None:
+    """They are the same to autograd as in a call made anew."""
+    function = both_of(adding, 8)
+
+    def halved(x: Tensor) -> Half:
+        both = function(x)
+        return Half(both, both.between[4:])
+
+    repeating = Repeating(halved)
+    for i in range(4):
+        (twice, between), half = repeating(torch.arange(8.0) + i)
+        assert twice.tolist() == between.tolist() == [2 * (i + j) for j in range(8)]
+        assert half.tolist() == between.tolist()[4:]
+        versions = twice._version, between._version + 1
+        half.zero_()
+        assert (twice._version, between._version) == versions
+        assert between.tolist() == twice.tolist()[:4] + [0] * 4
+    assert all(map(callable, repeating.known.values()))
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [lambda both: Both(both.twice.view(torch.int32), both.between), tuple, lambda both: Both(both.twice, 1)],
+    ids=["as another dtype", "a plain tuple", "a number"],
+)
+def test_a_call_that_returns_something_else_is_made_anew(
+    adding: Launcher, returned: Callable[[Both], Any]
+) -> None:
+    function = both_of(adding, 4)
+    repeating = Repeating(lambda x: returned(function(x)))
+    for i in range(4):
+        assert repeating(torch.full((4,), float(i)))[0].view(torch.float32).tolist() == [2 * i] * 4
+    assert list(repeating.known.values()) == [plans.NEVER]
+
+
+def test_calls_of_several_structures_are_repeated_by_turns(adding: Launcher) -> None:
+    called = []
+    repeating = Repeating(twice_of(adding, then=lambda: called.append(1)))
+    ways = [
+        {},
+        {"kl": KL(None, None, 1)},
+        {"kl": KL(ONE, None, 1.0)},
+        {"other": [ONE]},
+        {"other": [ONE, ONE]},
+    ]
+    for _ in range(4):
+        for way in ways:
+            assert repeating(torch.ones(4), **way).twice.tolist() == [2 + ("kl" in way)] * 4
+    assert len(called) == 2 * len(ways)
 
 
 ONE = torch.ones(4)
@@ -229,7 +342,7 @@ def test_counters_of_a_launch_that_breaks_off_are_discarded(adding: Launcher) ->
     """In a repeated call as in one that is made anew."""
     device, broken = torch.device("cpu"), []
 
-    def start(*arguments: Any) -> None:
+    def start(*arguments: Any, stream: int | None = None) -> None:
         if broken:
             raise RuntimeError("out of memory")
         add(*arguments)
@@ -244,7 +357,7 @@ def test_counters_of_a_launch_that_breaks_off_are_discarded(adding: Launcher) ->
     repeating = Repeating(function)
     for _ in range(3):
         repeating(ONE)
-    assert [type(x) for x in repeating.known.values()] == [Known]
+    assert all(map(callable, repeating.known.values()))
     counters = COUNTERS.take(device, 3)
     broken.append(True)
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -258,15 +371,15 @@ def test_launches_have_counters_of_their_own_where_they_are_given_such(
     """As in a graph that is captured."""
     given, used = list[Tensor](), list[int]()
 
-    def take(device: torch.device, count: int) -> Tensor:
+    def of(device: torch.device, stream: int, count: int) -> Tensor:
         given.append(torch.zeros(count))
         return given[-1]
 
-    def start(out: Any, settings: Any, BLOCK: int) -> None:
+    def start(out: Any, settings: Any, BLOCK: int, stream: int | None = None) -> None:
         p_counters = out[2]
         used.append(p_counters if isinstance(p_counters, int) else p_counters.data_ptr())
 
-    monkeypatch.setattr(COUNTERS, "_take", take)
+    monkeypatch.setattr(COUNTERS, "of", of)
     adding.compiled["the only one"][1, 1, 1] = start
 
     def function(x: Tensor) -> Tensor:
@@ -279,7 +392,7 @@ def test_launches_have_counters_of_their_own_where_they_are_given_such(
     repeating = Repeating(function)
     for _ in range(3):
         repeating(ONE)
-    assert [type(x) for x in repeating.known.values()] == [Known]
+    assert all(map(callable, repeating.known.values()))
     assert used == [x.data_ptr() for x in given]
     assert [len(x) for x in given] == [3, 5] * 3
 
@@ -301,8 +414,12 @@ def test_a_launch_that_is_looked_at_is_not_repeated(
     assert len(seen) == 1
 
 
+LAYOUT_OF = Layouts()
+ROW = torch.zeros(4)
+
+
 def key(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-    return Layout(args, kwargs).key
+    return LAYOUT_OF(args, kwargs)[0]
 
 
 @pytest.mark.parametrize(
@@ -317,6 +434,8 @@ def key(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         (1, True),
         (None, 0),
         ([X, X], [X, torch.zeros(2, 64)]),
+        ([torch.zeros(5)[1:], *torch.zeros(2, 4)], [torch.zeros(4), ROW, ROW]),
+        ([X], [X, X]),
         (Response(X), X),
         (Response(X, start=X[0]), Response(X, index=X[0])),
         (AttentionInputs(X, X, 0.5), AttentionInputs(X, X, 0.25)),
@@ -335,7 +454,7 @@ def test_calls_that_differ_are_not_alike(one: Any, other: Any) -> None:
 
 def test_calls_are_alike_whose_numbers_a_launch_takes_as_they_come() -> None:
     assert key(KL(X, X, 0.5)) == key(KL(X, X, 1))
-    assert Layout((KL(X, X, 1),), {}).own[-1] == 1.0
+    assert LAYOUT_OF((KL(X, X, 1),), {})[1][-1] == 1.0
     assert key(CONFIG) == key(ShapingConfig(lam=0.5))  # adapters make it anew for each call
     assert key(ShapingConfig(score_clip=(-1.0, 2.0))) == key(ShapingConfig(score_clip=(-1.0, 2.0)))
     assert key(X, X[1:]) == key(torch.ones(2, 64), torch.ones(1, 64))

@@ -179,7 +179,6 @@ def shape_rewards(
     stats = call.of_rows(rows.STATS, 4)
     status = call.tensors[rows.STATUS] = torch.empty(call.batch, dtype=torch.int32)
     call.run()
-    entropy, last_share, share, error = stats.unbind(1)
     return ShapedRewards(
         out,
         advantages,
@@ -188,7 +187,7 @@ def shape_rewards(
         penalty,
         status,
         moments,
-        RowStats(entropy, last_share, share if layers else None, error),
+        RowStats(stats, bool(layers)),
     )
 
 

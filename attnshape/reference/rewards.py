@@ -169,7 +169,7 @@ def shape_rewards(
             if config.on_nan == "zero_row":
                 for x in outputs:
                     x[row] = 0.0
-    stats = RowStats(entropy, last_share, share if attention else None, error)
+    stats = RowStats(torch.stack([entropy, last_share, share, error], 1), attention)
     moments = row_moments(advantages, response)
     return ShapedRewards(rewards, advantages, returns, weights, penalty, status, moments, stats)
 

@@ -127,9 +127,7 @@ def shape_rewards(
     entropy = -torch.where(p == 0, 0.0, p * p.log()).sum(1)
     last_share = p.gather(1, at_column(mask.last, width)).sum(1)
     entropy, last_share = (torch.where(whole == 0, 0.0, x) for x in (entropy, last_share))
-    entropy, last_share, share, error = (
-        torch.where(usable, x.to(dtype), 0.0) for x in (entropy, last_share, mass, error)
-    )
+    stats = torch.stack([x.to(dtype) for x in (entropy, last_share, mass, error)], 1)
     moments = moments_of(mask.select(outputs[1]), mask)
     rewards, advantages, returns, weights, *kls = (rows.restore(x) for x in outputs)
     return ShapedRewards(
@@ -140,5 +138,5 @@ def shape_rewards(
         kls[0] if kls else None,
         status,
         moments,
-        RowStats(entropy, last_share, share if attention else None, error),
+        RowStats(torch.where(usable[:, None], stats, 0.0), attention),
     )

@@ -14,12 +14,15 @@ from attnshape.bench.cases import Case, Shape, outputs_of
 from attnshape.problems import mapped
 from benchmarks.cases import COLUMN, LONG, SMALL, UNEQUAL
 from benchmarks.on_gpu.machine import Machine, Outputs
+from benchmarks.on_gpu.tuning import injected
 from benchmarks.on_gpu.work import Item, Worker
 
+LONGER = Case("fused", Shape(2, 8192, 16384))
+"""In three launches."""
 CASES = [
     Case("fused", SMALL),
     Case("fused", Shape(8, 1024, 2048)),
-    Case("fused", Shape(2, 8192, 16384)),
+    LONGER,
     Case("credit", Shape(8, 1024, 2048)),
     Case("row", Shape(8, 1024, 2048)),
     *(Case("sweep", shape) for shape in (Shape(300, 700), *LONG, *UNEQUAL)),
@@ -38,6 +41,9 @@ def items(machine: Machine) -> Iterator[Item]:
             if ask is not rows_in_any_batch or divisible(case):
                 name = f"{ask.__name__.replace('_', ' ')}: {case.name}"
                 yield Item(name, functools.partial(asked, case=case, ask=ask))
+    for ask in (repeats_under_load, replays, two_streams):
+        name = f"{ask.__name__.replace('_', ' ')}, dependent launches: {LONGER.name}"
+        yield Item(name, functools.partial(asked, case=LONGER, ask=functools.partial(dependent, ask=ask)))
     for case in COMPILED:
         yield Item(f"torch.compile: {case.name}", functools.partial(asked, case=case, ask=compiled), 120)
 
@@ -53,7 +59,11 @@ def asked(worker: Worker, case: Case, ask: Callable[[Machine, Case], Tensor]) ->
     with worker.watched():
         prepared(machine, case)()
     differed = int(ask(machine, case).sum())
-    line: dict[str, Any] = {"case": case.name, "asked": ask.__name__, "differed": differed}
+    line: dict[str, Any] = {
+        "case": case.name,
+        "asked": getattr(ask, "func", ask).__name__,
+        "differed": differed,
+    }
     return (
         line if differed == 0 else line | {"status": "wrong", "error": f"{differed} outputs differ in a bit"}
     )
@@ -62,6 +72,12 @@ def asked(worker: Worker, case: Case, ask: Callable[[Machine, Case], Tensor]) ->
 def prepared(machine: Machine, case: Case, seed: int = 0) -> Callable[[], Outputs]:
     arguments = machine.arguments(case, seed)
     return lambda: outputs_of(case.what, machine.call(case, arguments))
+
+
+def dependent(machine: Machine, case: Case, ask: Callable[[Machine, Case], Tensor]) -> Tensor:
+    """With launches that begin before the ones that they follow have ended."""
+    with injected({"attention.DEPENDENT": True}):
+        return ask(machine, case)
 
 
 def repeats_under_load(machine: Machine, case: Case) -> Tensor:

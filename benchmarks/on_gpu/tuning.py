@@ -63,7 +63,15 @@ def rounds() -> Iterator[Round]:
         for split in (attention.chunks_per_program, *map(Fixed, (4, 6, 8, 11, 16, 32)))
     ]
     yield Round("split", grids, [*read[:2], Case("fused", Shape(8, 1024, 2048)), Case("fused", SMALL)])
-    yield Round("places", product(attention__REGISTERS=(168, 128, 96)), read)
+    long = [
+        read[2],
+        Case("row", ATTENTION[1]),
+        *(Case("fused", x) for x in (ATTENTION[2], Shape(8, 4096, 8192))),
+    ]
+    yield Round("dependent", product(attention__DEPENDENT=(False, True)), long)
+    others = ({}, {"shape": 128}, {"shape": 96}, {"scores": 128}, {"means": 72}, {"means": 80})
+    most = [attention.REGISTERS | some for some in others]
+    yield Round("places", product(attention__REGISTERS=most), read)
     sweeps = [Case(what, shape) for what in ("sweep", "gae") for shape in SWEEPS]
     sweeps += [Case("sweep", shape) for shape in (Shape(1024, 4096), Shape(512, 4096))]
     settings = [

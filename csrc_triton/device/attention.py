@@ -19,6 +19,7 @@ from csrc_triton.device.layout import (
     is_visible,
     position_of,
     slot_base,
+    tokens_of_chunk,
 )
 from csrc_triton.device.math import INF, LOG2E, tanh
 
@@ -61,17 +62,17 @@ def slots_of_row(axis, left, response, keys, i_b, mean: tl.constexpr):
     spare = mean.SPARE
     score = slot_base(left.p_score_cu, i_b, left.score_slots_per_row, spare, mean.KEYS)
     n_kept = slot_base(left.p_score_cu, i_b + 1, left.score_slots_per_row, spare, mean.KEYS) - score
-    kept = keys.first * 0
     # A row that does not own its tokens does not own slots either.
     whole = keys.whole
     if response.p_cu is not None:
         whole = whole & bounds_of_row(response.p_cu, response.n_rows, response.width, i_b).whole
-    n_kept = tl.where(whole, n_kept, 0)
+    n_kept = tl.where(whole, tl.minimum(n_kept, keys.n_chunks), 0)
     score = tl.where(whole, score, 0)
+    kept = keys.n_chunks * 0
     if response.p_start is not None:
         start = tl.load(response.p_start + i_b).to(tl.int64)
-        kept = tl.maximum(start - keys.first, 0) // mean.KEYS
-    return Slots(first, score, kept, n_kept)
+        kept = tl.minimum(tl.maximum(start - keys.first, 0) // mean.KEYS, keys.n_chunks).to(tl.int32)
+    return Slots(first, score, kept, n_kept.to(tl.int32))
 
 
 @triton.jit
@@ -85,12 +86,12 @@ def heads_of(layer, i_h, product: tl.constexpr):
 
 
 @triton.jit
-def is_attended(attended, i, inside):
-    """Whether the query sees keys ``i`` ([N]), counted from the first visible one."""
+def is_attended(attended, i, n):
+    """Whether the query sees keys ``i`` ([N]), counted from the first visible one, of ``n``."""
     axis = attended.axis
     keys = attended.keys
     at_mask = keys.row * axis.stride_mb + (keys.bos + keys.first) * axis.stride_mt
-    return inside & is_visible(axis.p_mask, at_mask, axis.stride_mt, i, 0, keys.end - keys.first)
+    return is_visible(axis.p_mask, at_mask, axis.stride_mt, i, 0, n)
 
 
 @triton.jit
@@ -130,7 +131,7 @@ def chunk_scores(
     p_query,  # of this row and key head
     p_key,  # of this row and key head, at the chunk's first key
     m_q,  # [M] which heads there are
-    inside,  # [N] which keys may be read
+    o_n,  # [N] which keys, counted from the chunk's first
     layer,
     product: tl.constexpr,
 ):
@@ -138,17 +139,16 @@ def chunk_scores(
 
     The keys are the many rows of the product, which tensor cores want in its first operand.
     """
-    o_n = tl.arange(0, inside.shape[0])
     if product.FAR:
         o_n = o_n.to(tl.int64)
     p_k = p_key + o_n[:, None] * layer.stride_kt * product.KEY_UNIT
-    scores = tl.zeros([inside.shape[0], m_q.shape[0]], dtype=tl.float32)
+    scores = tl.zeros([o_n.shape[0], m_q.shape[0]], dtype=tl.float32)
     if held is None:
         for start in tl.range(0, product.D, product.BLOCK_D, num_stages=product.STAGES):
             q = query_part(p_query, layer.stride_qh, m_q, start, product)
-            scores = add_product(scores, q, p_k, inside[:, None], start, product)
+            scores = add_product(scores, q, p_k, start, product)
     else:
-        scores = add_product(scores, held, p_k, inside[:, None], 0, product)
+        scores = add_product(scores, held, p_k, 0, product)
     return scaled_scores(scores, layer.scaling, layer.softcap)
 
 
@@ -167,18 +167,16 @@ def add_product(
     scores,  # [N, M]
     q,  # [M, BLOCK_D]
     p_k,  # [N, 1]
-    m_k,  # [N, 1]
     start,
     product: tl.constexpr,
 ):
     """Adds the product over one part of the width."""
     o_d = start + tl.arange(0, product.BLOCK_D)
-    k = tl.load(
-        p_k + o_d[None, :] * product.STRIDE_KD,
-        mask=m_k & (o_d < product.D)[None, :],
-        other=0.0,
-        eviction_policy="evict_first",
-    )  # [N, BLOCK_D]
+    p_k = p_k + o_d[None, :] * product.STRIDE_KD
+    if product.D % product.BLOCK_D == 0:
+        k = tl.load(p_k, eviction_policy="evict_first")  # [N, BLOCK_D]
+    else:
+        k = tl.load(p_k, mask=(o_d < product.D)[None, :], other=0.0, eviction_policy="evict_first")
     if product.UPCAST or q.dtype != k.dtype:
         q = q.to(tl.float32)
         k = k.to(tl.float32)
@@ -222,28 +220,66 @@ def attend(attended, heads, begin, stop, product: tl.constexpr, CHUNK: tl.conste
     o_h = heads.o_h
     m_h = heads.m_h
     o_n = tl.arange(0, CHUNK)
+    o_f = tl.arange(0, CHUNK // FEW)
+    n = (keys.end - keys.first).to(tl.int32)
+    p_partials = partials_of_head(left, o_h) + slots.first * (CHUNK // FEW) * 2
+    p_chunk = p_key + begin.to(tl.int64) * CHUNK * layer.stride_kt * product.KEY_UNIT
+    p_kept = left.p_scores + (slots.score + begin - slots.kept) * heads.n * CHUNK
+    p_kept = p_kept + (o_h[None, :] * CHUNK + o_n[:, None])
     # A row that sees nothing has no position that its query could be read at.
     held = held_query(p_query, layer.stride_qh, m_h & as_mask(begin < stop), product)
     for i_c in tl.range(begin, stop, num_stages=product.STAGES):
         i = i_c * CHUNK + o_n  # counted from the first visible key
-        inside = i < keys.end - keys.first
-        visible = is_attended(attended, i, inside)
-        slot = slots.first + i_c  # int64
-        p_chunk = p_key + (slot - slots.first) * CHUNK * layer.stride_kt * product.KEY_UNIT
-        scores = chunk_scores(held, p_query, p_chunk, m_h, inside, layer, product)
+        visible = is_attended(attended, i, n)
+        # What is behind the last key reads the last again: no load has a condition of its own.
+        here = tl.minimum(o_n, n - 1 - i_c * CHUNK)
+        scores = chunk_scores(held, p_query, p_chunk, m_h, here, layer, product)
         if layer.p_mask_row is not None:
             added = mask_values(attended, o_h[None, :], i[:, None], visible[:, None] & m_h[None, :])
             # -inf hides a key, whatever its score.
             scores = tl.where(added == -INF, -INF, scores + added * LOG2E)
         scores = tl.where(visible[:, None], scores, -INF)
         largest, sums = softmax_partial(scores)
-        few = slot * (CHUNK // FEW) + tl.arange(0, CHUNK // FEW)
-        p_partial = partials_of_head(left, o_h)[None, :] + few[:, None] * 2
-        p_partial = p_partial[:, :, None] + tl.arange(0, 2)[None, None, :]
-        tl.store(p_partial, tl.join(largest, sums), mask=m_h[None, :, None])
+        p_few = p_partials[None, :] + (o_f + i_c * (CHUNK // FEW))[:, None] * 2
+        store_from_here(p_few, largest, sums, m_h[None, :], product.PTX)
         kept = (i_c >= slots.kept) & (i_c - slots.kept < slots.n_kept)
-        p_kept = left.p_scores + (slots.score + i_c - slots.kept) * heads.n * CHUNK
-        tl.store(p_kept + (o_h[None, :] * CHUNK + o_n[:, None]), scores, mask=m_h[None, :] & as_mask(kept))
+        store_from_here(p_kept, scores, None, m_h[None, :] & as_mask(kept), product.PTX)
+        p_kept += heads.n * CHUNK
+        p_chunk += CHUNK * layer.stride_kt.to(tl.int64) * product.KEY_UNIT
+
+
+@triton.jit
+def store_from_here(p_x, x, y, mask, PTX: tl.constexpr):
+    """Stores ``x`` (float32), and ``y`` behind it if there is one, each by a thread that has it.
+
+    ``tl.store`` hands numbers on first, through shared memory and behind two barriers, so that neighbours are
+    stored by neighbours. What a warp has of a product fills sectors of 32 bytes as it is.
+    """
+    if PTX:
+        p_x = p_x.to(tl.int64)
+        mask = mask.to(tl.int32)
+        if y is None:
+            tl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.f32 [$1], $2; mov.b32 $0, 0; }",
+                "=r,l,f,r",
+                [p_x, x, mask],
+                tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+        else:
+            tl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.ne.s32 p, $4, 0; @p st.global.v2.f32 [$1], {$2, $3}; mov.b32 $0, 0; }",
+                "=r,l,f,f,r",
+                [p_x, x, y, mask],
+                tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+    else:
+        tl.store(p_x, x, mask=mask)
+        if y is not None:
+            tl.store(p_x + 1, y, mask=mask)
 
 
 @triton.jit
@@ -314,7 +350,7 @@ def mean_of_group(attended, live, t, i_h, mean: tl.constexpr):
     slots = attended.slots
     seen = (t >= keys.first) & (t < keys.end)
     i = tl.where(seen, t - keys.first, 0).to(tl.int32)
-    i_c = i // mean.KEYS - slots.kept.to(tl.int32)
+    i_c = i // mean.KEYS - slots.kept
     seen = seen & (i_c >= 0) & (i_c < slots.n_kept)
     heads = attended.layer.kv_heads * mean.G
     first = i_h * mean.G
@@ -410,7 +446,7 @@ def store_mean(
     Also whether one of the tokens that count lies outside its row's keys.
     """
     keys = attended.keys
-    j = i_c * CHUNK + tl.arange(0, CHUNK)
+    j = tokens_of_chunk(i_c, CHUNK)
     live = is_live(response, place, j)
     t = position_of(response, place, j, live)
     outside = is_outside(response, keys, live, t) | (keys.sound == 0)

@@ -201,6 +201,11 @@ def is_outside(response, keys, live, t):
     return live & outside
 
 
+@triton.jit
+def tokens_of_chunk(i_c, CHUNK: tl.constexpr):
+    return i_c * CHUNK + tl.arange(0, CHUNK)
+
+
 # Chunks of tokens in tensors of [B, R] or [M], of which a thread has four neighbours: so it is said that rows
 # begin at multiples of as many bytes, whether they do or not. How wide they are read and written follows from
 # their bound, of which only ``WIDE`` says that 4 divides it.
@@ -235,6 +240,24 @@ def token_mask(response, place, j, inside):
     p_row = p_mask + first_token(place, response.stride_mask)
     p_row = tl.multiple_of(p_row, bytes_of_four(p_mask.dtype.element_ty))
     return tl.load(p_row + j, mask=inside, other=0)
+
+
+@triton.jit
+def fetch_input(p_x, stride, place):
+    """Asks for one input of a row, to be in the second-level cache when it is read: by PTX."""
+    if p_x is not None:
+        LINE: tl.constexpr = 1024 // p_x.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
+        p_row = p_x + first_token(place, stride)
+        for start in range(0, place.length, 128 * LINE):
+            j = start + tl.arange(0, 128) * LINE
+            tl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+                "=r,l,r",
+                [(p_row + j).to(tl.int64), (j < place.length).to(tl.int32)],
+                tl.int32,
+                is_pure=False,
+                pack=1,
+            )
 
 
 @triton.jit

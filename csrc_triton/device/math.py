@@ -31,9 +31,9 @@ def is_finite(x):
 
 
 @triton.jit
-def log2(x, LG2: tl.constexpr):
-    """Of positive ``x``, not subnormal; with ``LG2`` to 2**-22, absolute within [0.5, 2], else relative."""
-    if LG2:
+def log2(x, PTX: tl.constexpr):
+    """Of positive ``x``, not subnormal; with ``PTX`` to 2**-22, absolute within [0.5, 2], else relative."""
+    if PTX:
         y = tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1
         )

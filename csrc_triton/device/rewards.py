@@ -10,6 +10,7 @@ import triton.language as tl
 
 from csrc_triton.device.layout import (
     as_mask,
+    fetch_input,
     first_token,
     is_inside,
     kept,
@@ -17,6 +18,7 @@ from csrc_triton.device.layout import (
     store_tokens,
     token_input,
     token_mask,
+    tokens_of_chunk,
 )
 from csrc_triton.device.math import clamp, expm1_residual, number
 from csrc_triton.device.scan import group_sums, largest, not_finite, smallest, sum_of
@@ -154,9 +156,21 @@ def row_at(place, inputs, settings):
 
 
 @triton.jit
+def fetch_tokens(response, inputs, place):
+    """Asks for all inputs of a row's tokens before they are read."""
+    fetch_input(response.p_mask, response.stride_mask, place)
+    fetch_input(response.p_index, response.stride_index, place)
+    fetch_input(inputs.p_values, inputs.stride_values, place)
+    fetch_input(inputs.p_logprobs, inputs.stride_logprobs, place)
+    fetch_input(inputs.p_ref_logprobs, inputs.stride_ref_logprobs, place)
+    fetch_input(inputs.p_kl, inputs.stride_kl, place)
+    fetch_input(inputs.p_token_rewards, inputs.stride_token_rewards, place)
+
+
+@triton.jit
 def read_facts(job, place, i_c, rules: tl.constexpr, SOURCE: tl.constexpr):
     """The mask of a chunk, and its weights, as they are stored."""
-    j = i_c * rules.CHUNK + tl.arange(0, rules.CHUNK)
+    j = tokens_of_chunk(i_c, rules.CHUNK)
     inside = is_inside(place, j, rules.WIDE)
     mask = token_mask(job.response, place, j, inside)
     weights = tl.full(j.shape, 0.0, tl.float32)
@@ -172,7 +186,7 @@ def chunk_facts(i_c, read, rules: tl.constexpr, SOURCE: tl.constexpr):
     Tokens are not counted where no credit asks for it.
     """
     mask, weights = read
-    j = i_c * rules.CHUNK + tl.arange(0, rules.CHUNK)
+    j = tokens_of_chunk(i_c, rules.CHUNK)
     bits = live_bits(mask)
     least = tl.full([rules.CHUNK // 4], 0.0, tl.float32)
     mass = tl.full([], 0.0, tl.float32)

@@ -39,6 +39,7 @@ from csrc_triton.device.layout import (
     live_bits,
     store_tokens,
     token_mask,
+    tokens_of_chunk,
     zero_tokens,
 )
 from csrc_triton.device.math import LN2, TINY, clamp, log2
@@ -111,7 +112,7 @@ def shape_tokens(row, facts, rule, job, board, state, state_value, j, read, k, n
             share = share / rule.divisor
         elif rules.NORMALIZATION == "sum_to_length":
             share = share * (1.0 / rule.divisor)
-        surprise = share * -log2(tl.maximum(share, TINY), rules.LG2)
+        surprise = share * -log2(tl.maximum(share, TINY), rules.PTX)
         entropy = sum_of(surprise)
         spread = sum_of(found.spread)
     bad = found.bad
@@ -282,7 +283,7 @@ def shape_row(row, attended, job, mean: tl.constexpr, rules: tl.constexpr, SOURC
     entropies, spreads, firsts, seconds = no_sums()
     for i_k in tl.range(0, n_shaped, num_stages=rules.STAGES):
         k = n_shaped * 0 + i_k
-        j = tokens_of(n_shaped - 1 - k, rules)
+        j = tokens_of_chunk(n_shaped - 1 - k, rules.CHUNK)
         read = read_tokens(job, row.place, j, None, rules)
         added, bad_here, state, state_value = shape_tokens(
             row, facts, rule, job, None, state, state_value, j, read, k, n_shaped, rules
@@ -300,11 +301,6 @@ def shape_row(row, attended, job, mean: tl.constexpr, rules: tl.constexpr, SOURC
 
 
 @triton.jit
-def tokens_of(i_c, rules: tl.constexpr):
-    return i_c * rules.CHUNK + tl.arange(0, rules.CHUNK)
-
-
-@triton.jit
 def chunks_to_shape(facts, CHUNK: tl.constexpr):
     """How many of a row's chunks have more than zeros: none after its last unmasked token.
 
@@ -318,13 +314,22 @@ def chunks_to_shape(facts, CHUNK: tl.constexpr):
 
 @triton.jit
 def share_facts(row, board, job, i_c, rules: tl.constexpr, SOURCE: tl.constexpr):
-    """The first task of a chunk: its facts, for all programs of the row."""
+    """The first task of a chunk: its facts, for all programs of the row; and zeros where no token counts."""
     found, mass = chunk_facts(i_c, read_facts(job, row.place, i_c, rules, SOURCE), rules, SOURCE)
     count, last, mass = summed_facts(found, mass)
     tl.store(board.p_doubles + MASS * board.slots + i_c, mass.to(tl.float64))
     tl.store(board.p_ints + COUNT * board.slots + i_c, count)
     tl.store(board.p_ints + LAST * board.slots + i_c, last)
     arrive(board.p_made)
+    if last < 0:  # whoever waits does not wait for zeros
+        zero_chunk(row, job, i_c, rules)
+
+
+@triton.jit
+def zero_chunk(row, job, i_c, rules: tl.constexpr):
+    begin = i_c * rules.CHUNK
+    count = tl.minimum(row.place.length - begin, rules.CHUNK)
+    zero_tokens(job.out, row.place.lo + begin, count, rules.CHUNK, rules.WIDE)
 
 
 @triton.jit
@@ -349,10 +354,11 @@ def shared_facts(row, board, n_chunks):
 @triton.jit
 def shape_chunk(row, board, job, i_c, n_chunks, rules: tl.constexpr):
     """The second task of a chunk: all the rest. The last one finishes the row."""
-    j = tokens_of(i_c, rules)
+    j = tokens_of_chunk(i_c, rules.CHUNK)
     # On their way while others' facts are waited for; of a chunk that has a token to shape.
     mask = token_mask(job.response, row.place, j, is_inside(row.place, j, rules.WIDE))
-    read = read_tokens(job, row.place, j, tl.min(live_bits(mask)) != 0, rules)
+    counting = tl.min(live_bits(mask)) != 0
+    read = read_tokens(job, row.place, j, counting, rules)
     facts = shared_facts(row, board, n_chunks)
     rule, facts = credit_rule(row, job.response, facts, rules)
     n_shaped = chunks_to_shape(facts, rules.CHUNK)
@@ -367,10 +373,8 @@ def shape_chunk(row, board, job, i_c, n_chunks, rules: tl.constexpr):
         tl.store(p_doubles + SPREAD * board.slots, added.spread.to(tl.float64))
         tl.store(p_doubles + FIRST_MOMENT * board.slots, added.first_moment)
         tl.store(p_doubles + SECOND_MOMENT * board.slots, added.second_moment)
-    else:
-        begin = i_c * rules.CHUNK
-        count = tl.minimum(row.place.length - begin, rules.CHUNK)
-        zero_tokens(job.out, row.place.lo + begin, count, rules.CHUNK, rules.WIDE)
+    elif counting:
+        zero_chunk(row, job, i_c, rules)
     if arrive(board.p_done) == n_chunks - 1:
         sums, bad = sums_of_chunks(board, n_chunks, n_shaped)
         status = begin_row(row, facts, rule, job, rules)

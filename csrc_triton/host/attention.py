@@ -30,6 +30,7 @@ from csrc_triton.launch import (
     Launcher,
     ceil_div,
     contiguous,
+    has_ptx,
     interpreted,
     padded,
     processors,
@@ -54,11 +55,12 @@ SPLIT = 6
 """Chunks of keys that a program reads where not all programs run at a time."""
 MOST = 32
 """And at most, where they do."""
-REGISTERS = 168
-"""Of a thread, at most, of a program that may sweep a row: nothing spills. 128, so four programs on a
-multiprocessor and not three, are not faster."""
-LIGHT = 128
-"""Of one that does not: it takes 80 then, and six programs fit. With 168 it took 114; four were slower."""
+REGISTERS = {"shape": 168, "mean": 128, "scores": 80, "means": 64}
+"""Of a thread, at most, by how a row is finished, and of who averages scores: nothing spills. With 128 where
+a row is swept, so four programs on a multiprocessor and not three, it is not faster. Who only reads keys has
+80, so that six fit, as when it was measured: with 128 it would take 94. Who averages has 64: eight fit."""
+MANY = {"shape": 168, "mean": 168, "scores": 168, "means": 80}
+"""The same of more than eight query heads a key head."""
 SCAN = 1024
 """Tokens a preparation program looks at at once."""
 ONE_LAUNCH = 2048
@@ -66,6 +68,10 @@ ONE_LAUNCH = 2048
 
 A packed batch counts as one response: how its rows divide it is known on the device only. In each further
 CHUNK one program works alone; two more launches take as long as some two of them.
+"""
+DEPENDENT = False
+"""Whether of the launches of a long response each may begin before the one before it has ended, where the GPU
+can (programmatic dependent launch): it then waits for that one's end before it reads or writes. Not measured.
 """
 
 ATTEND = Launcher(attend_kernel, "layer.p_query", "layer.p_key")
@@ -171,23 +177,35 @@ def average(
     layer: LayerInputs, n_layers: int, response: Response, inputs: Inputs, out: Outputs, add: bool
 ) -> None:
     """A layer's mean over heads to ``p_credit``, or on top of what is there."""
-    finish: Literal["mean", "scores"] = "mean" if response.width <= ONE_LAUNCH else "scores"
-    read = attend(layer, n_layers, response, finish, inputs=inputs, out=out, add=add)
-    if finish == "mean":
+    if response.width <= ONE_LAUNCH:
+        attend(layer, n_layers, response, "mean", inputs=inputs, out=out, add=add)
         return
+    rules = Rules(CHUNK, DEPENDENT=are_dependent(layer.key.device))
+    read = attend(layer, n_layers, response, "scores", inputs=inputs, out=out, rules=rules, add=add)
     n_tasks, chunks_per_row = chunks_of(response)
     leaders = 0 if response.p_cu is None else response.n_rows
     launch(
         MEANS,
         n_tasks + leaders,
-        registers(72),
+        registers((REGISTERS if read["mean"].G <= 8 else MANY)["means"]) | dependent(rules),
         **read,
         response=response,
         inputs=inputs,
         out=out,
         grid=Grid(None, n_tasks, leaders, chunks_per_row=chunks_per_row),
-        rules=Rules(CHUNK),
+        rules=rules,
     )
+
+
+def are_dependent(device: torch.device) -> bool:
+    """Whether launches begin before the ones that they follow have ended."""
+    able = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    return DEPENDENT and able and has_ptx()
+
+
+def dependent(rules: Rules) -> dict[str, bool]:
+    """With which such a launch is compiled."""
+    return {"launch_pdl": True} if rules.DEPENDENT else {}
 
 
 def chunks_of(response: Response) -> tuple[int, int]:
@@ -232,10 +250,11 @@ def attend(
     operands, product = operands_of(layer, n_layers, kept)
     mean = Mean(layer.causal, group, min(4, padded(group)), chunk, spare, add)
     heavy = width > product.BLOCK_D or (rules is not None and rules.TWO_RECURRENCES)
+    most = (REGISTERS if product.M <= 8 else MANY)[finish]
     launch(
         ATTEND,
         grid.n_tasks + leaders,
-        registers(255 if heavy else REGISTERS if finish == "shape" else LIGHT),
+        registers(255 if heavy else most),
         axis=axis,
         layer=operands,
         left=left,
@@ -383,6 +402,7 @@ def operands_of(layer: LayerInputs, n_layers: int = 1, only_kept: bool = False) 
         only_kept,
         interpreted(),
         torch.version.hip is not None,
+        has_ptx(),
     )
     return operands, product
 
@@ -399,6 +419,7 @@ def _product(
     only_kept: bool,
     interpreted: bool,
     amd: bool,
+    ptx: bool,
 ) -> Product:
     # Parts of 16 fit registers where operands are wide, or loaded element by element. Tensor cores add 16 by
     # 16 all the same, so bits do not depend on alignment; the interpreter's products would.
@@ -418,6 +439,7 @@ def _product(
         STAGES=stages if wide else 1,
         FOLD=max(16, 1024 // max(8, padded(group))),
         ONLY_KEPT=only_kept,
+        PTX=ptx,
     )
 
 
@@ -450,7 +472,7 @@ def _mask_row_strides(x: Tensor, packed: bool) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1) if x.ndim == 3 else 0, x.stride(-1)
 
 
-def launch(launcher: Launcher, programs: int, *options: dict[str, int], **arguments: Any) -> None:
+def launch(launcher: Launcher, programs: int, *options: dict[str, Any], **arguments: Any) -> None:
     """Programs of a kernel, and one more where packed tokens may belong to no row."""
     response, out = arguments["response"], arguments.get("out")
     if response.p_cu is not None and out is not None:

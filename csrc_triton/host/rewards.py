@@ -15,9 +15,11 @@ from csrc_triton.host import attention
 from csrc_triton.host.attention import (
     LayerInputs,
     ResponseInputs,
+    are_dependent,
     attend,
     average,
     chunks_of,
+    dependent,
     launch,
     response_of,
 )
@@ -26,7 +28,7 @@ from csrc_triton.launch import (
     Launcher,
     ceil_div,
     contiguous,
-    interpreted,
+    has_ptx,
     processors,
     registers,
     row_stride,
@@ -183,7 +185,7 @@ def sweep(
         UNIT=all(isinstance(x, float | int) and x == 1 for x in (gl, gl_value)),
         TWO_RECURRENCES=second and "returns" in outputs,
         ZERO_NONFINITE=zero_nonfinite,
-        LG2=not interpreted() and torch.version.hip is None,
+        PTX=has_ptx(),
     )
     job = {"response": where, "inputs": inputs, "settings": settings, "out": Outputs(*shaped), "rules": rules}
     if layers is None:
@@ -221,6 +223,7 @@ def _attend(layers: Sequence[LayerInputs], job: dict[str, Any]) -> None:
     if fused:
         attend(layers[-1], len(layers), **job, finish="shape", add=bool(apart))
     else:
+        job["rules"] = job["rules"]._replace(DEPENDENT=are_dependent(layers[0].key.device))
         _sweep(job, "weights")
 
 
@@ -236,7 +239,7 @@ def _sweep(job: dict[str, Any], source: Literal["weights"] | None) -> None:
     if chunked:
         warps = 1 if alone else 4  # nobody waits for other warps of a chunk
     most = LIGHT if rules.CREDIT is None else REGISTERS[warps] if alone else NARROW
-    options = registers(255 if rules.TWO_RECURRENCES else most) | {"num_warps": warps}
+    options = registers(255 if rules.TWO_RECURRENCES else most) | {"num_warps": warps} | dependent(rules)
     if longest == 1:  # nothing to read ahead
         job["rules"] = rules._replace(STAGES=1)
     if not chunked:

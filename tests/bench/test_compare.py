@@ -1,6 +1,5 @@
 """`compare` passes where the outputs agree, and sees every kind of fault."""
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch, **faults: Any) -> None:
 
     def changed(*args: Any, **kwargs: Any) -> Any:
         shaped = attnshape.shape_rewards(*args, **kwargs)
-        return dataclasses.replace(shaped, **{name: f(getattr(shaped, name)) for name, f in faults.items()})
+        return shaped._replace(**{name: f(getattr(shaped, name)) for name, f in faults.items()})
 
     monkeypatch.setattr(module, "shape_rewards", changed)
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from csrc_triton import launch
 from csrc_triton.launch import COUNTERS, Counters, Launcher
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
 
 class Inputs(NamedTuple):
@@ -159,9 +159,11 @@ class Gpu:
             self.pools[x.untyped_storage().data_ptr()] = threading.get_ident()
             return x
 
-        stream = SimpleNamespace(cuda_stream=7, synchronize=lambda: None)
+        stream = SimpleNamespace(synchronize=lambda: None)
+        driver = SimpleNamespace(get_current_stream=lambda index: 7 + index)
         monkeypatch.setattr(torch, "zeros", made)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+        monkeypatch.setattr(triton.runtime.driver, "_active", driver)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
 
     def in_pool_of_this_thread(self, x: torch.Tensor) -> bool:

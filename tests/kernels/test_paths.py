@@ -1,4 +1,7 @@
-"""The paths a call may take: the same bits whichever is chosen, and in whatever order programs run."""
+"""The paths a call may take: the same bits whichever is chosen, and in whatever order programs run.
+
+And with what kernels say in PTX, or without it.
+"""
 
 import dataclasses
 import itertools
@@ -13,6 +16,7 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import ptx
 from support.problems import Problem, check_shaped, make_problem, mapped, pack, problems, to_float64
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
@@ -55,9 +59,11 @@ def assert_same_bits(a: Any, b: Any, name: str = "") -> None:
         bits = torch.int32 if a.dtype == torch.float32 else a.dtype
         a, b = (torch.where(x.isnan(), torch.nan, x) if x.is_floating_point() else x for x in (a, b))
         assert a.view(bits).equal(b.view(bits)), name
-    elif dataclasses.is_dataclass(a):
-        for field in dataclasses.fields(a):
-            assert_same_bits(getattr(a, field.name), getattr(b, field.name), field.name)
+    elif isinstance(a, tuple):
+        for field, *both in zip(type(a)._fields, a, b, strict=True):  # type: ignore[attr-defined]
+            assert_same_bits(*both, field)
+    else:
+        assert a == b, name
 
 
 EVERY_PATH = [
@@ -106,6 +112,27 @@ def test_every_path_has_the_same_bits(
     apart, one = ["attend_kernel scores", "means_kernel"], ["attend_kernel shape"]
     rows, chunks = [*apart, "rows_kernel"], [*apart, "chunks_kernel"]
     assert [x for x in launches if x != "prepare_kernel"] == [*one * 2, *rows, *chunks, *chunks]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_row_out_of_range_is_the_same_on_every_path(packed: bool, choose: Callable[..., None]) -> None:
+    """NaN at its tokens that count, and 0 at the others: in chunks of both kinds, and in those of one."""
+    problem = long_problem(5, attention_mask=False)
+    problem.response.mask[0] = torch.arange(60) % 3 != 0
+    problem.response.mask[0, 20:40] = 0
+    problem.response.start[0] = 1000
+    problem = pack(problem) if packed else problem
+    results = []
+    for path in EVERY_PATH:
+        choose(**path)
+        results.append(shaped(problem))
+    width = problem.response.mask.shape[-1] if not packed else int(problem.response.cu_seqlens[1])
+    masked = problem.response.mask.flatten()[:width] == 0
+    for result in results:
+        assert_same_bits(results[0], result)
+        of_row = result.advantages.flatten()[:width].cpu()
+        assert of_row[masked].eq(0).all()
+        assert of_row[~masked].isnan().all()
 
 
 @settings(max_examples=15)
@@ -369,3 +396,42 @@ def test_rows_are_cut_where_they_are_long_and_few(
 def test_programs_read_more_keys_the_more_there_are() -> None:
     grids = ((8, 1), (64, 8), (64, 32), (256, 32), (1024, 128))
     assert [attention.chunks_per_program(*grid, 132) for grid in grids] == [1, 2, 8, 32, 6]
+
+
+# PTX
+
+
+@INTERPRETED
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("path", EVERY_PATH)
+def test_bits_are_the_same_with_ptx(path: dict, packed: bool, choose: Callable[..., None]) -> None:
+    problem = long_problem(7, holes=True, config=ShapingConfig(lam=0.9, kl_estimator="k3"))
+    problem = pack(problem) if packed else problem
+    choose(**path)
+    want = shaped(problem)
+    with ptx.executed() as done:
+        assert_same_bits(want, shaped(problem))
+    expected = {"st.global.f32", "st.global.v2.f32", "lg2.approx.ftz.f32"}
+    if path["one_launch"]:
+        expected.add("prefetch.global.L2")
+    assert expected <= done.instructions.keys()
+
+
+LINE = 128
+
+
+@INTERPRETED
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rows_inputs_are_asked_for_line_by_line(packed: bool, dtype: torch.dtype) -> None:
+    """Before its keys are read: 128 bytes after 128 bytes, and nothing that is not an input's."""
+    problem = long_problem(8, keys=400, width=300)
+    problem.given["values"] = problem.given["values"].to(dtype)
+    problem = pack(problem) if packed else problem
+    kl, mask = problem.given["kl"], problem.response.mask
+    inputs = [mask, problem.given["values"], kl.logprobs, kl.ref_logprobs]
+    inputs += [x for x in [problem.given.get("token_rewards")] if x is not None]
+    with ptx.executed() as done:
+        shaped(problem)
+    rows = [row for x in inputs for row in (x if x.ndim == 2 else problem.rows(x))]
+    assert done.prefetched == {at for x in rows for at in range(x.data_ptr(), x.data_ptr() + x.nbytes, LINE)}

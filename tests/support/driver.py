@@ -10,6 +10,7 @@ import ctypes
 import functools
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -133,7 +134,20 @@ def recorded(log: Path, call: Callable[[], Any]) -> Iterator[dict[str, Any]]:
         if got["threads"] != 32 * asked.compiled.metadata.num_warps:
             wrong.append(f"threads: got {got['threads']}, want {asked.compiled.metadata.num_warps} warps")
         numbers = [kind for kind, _ in parameters.values() if not kind.startswith("*")]
-        yield {"kernel": got["name"], "how": asked.how, "wrong": wrong, "numbers": numbers}
+        attributes = {
+            "attributes": got["attributes"],
+            "ptx": memory_and_dependence(asked.compiled.asm["ptx"]),
+        }
+        yield {"kernel": got["name"], "how": asked.how, "wrong": wrong, "numbers": numbers, **attributes}
+
+
+def memory_and_dependence(ptx: str) -> list[str]:
+    """Instructions by which launches depend on each other, and the first that touches global memory."""
+    found = re.findall(
+        r"griddepcontrol\.\w+|(?:ld|st|atom|red)\.\S*global|cp\.async\.\w+\.shared\.global", ptx
+    )
+    touched = next((i for i, x in enumerate(found) if not x.startswith("grid")), len(found))
+    return [*found[:touched], "memory", *(x for x in found[touched:] if x.startswith("grid"))]
 
 
 def calls() -> Iterator[tuple[str, functools.partial[Any]]]:
@@ -153,7 +167,7 @@ def calls() -> Iterator[tuple[str, functools.partial[Any]]]:
     def response(width: int, batch: int = 2) -> Response:
         return Response(torch.ones(batch, width), start=torch.zeros(batch, dtype=torch.int64))
 
-    def sweep(width: int, batch: int, outputs: tuple[str, ...], **given: Any) -> Callable[[], Any]:
+    def sweep(width: int, batch: int, outputs: tuple[str, ...], **given: Any) -> functools.partial[Any]:
         tokens = torch.empty(batch, width)
         place = response(width, batch)
         # One tensor as two inputs, too.
@@ -171,6 +185,9 @@ def calls() -> Iterator[tuple[str, functools.partial[Any]]]:
         yield "rows", sweep(30, 2, ("advantages", "returns"), gl=gl)
     for width in (5200, 5300):
         yield "chunks", sweep(width, 1, everything, score=scores[1], credit="uniform", gl=0.95)
+    for width in (2100, 5200):
+        long = sweep(width, 2, everything, score=scores[2], credit=[layer(width + 100)])
+        yield "dependent", functools.partial(dependent(long.func), *long.args, **long.keywords)
     yield "scores, mean", functools.partial(csrc_triton.attention_row, [layer(2100)])
     yield (
         "columns",
@@ -187,6 +204,20 @@ def calls() -> Iterator[tuple[str, functools.partial[Any]]]:
     shape_rewards = attnshape.shape_rewards.__wrapped__
     yield "fused", functools.partial(shape_rewards, *scored, **tokens, backend="triton")
     yield "whiten, many parts", functools.partial(csrc_triton.whiten, *given, torch.ones(5000, 3))
+
+
+def dependent(function: Callable[..., Any]) -> Callable[..., Any]:
+    """With launches that begin before the ones that they follow have ended."""
+    from csrc_triton.host import attention
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        attention.DEPENDENT = True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            attention.DEPENDENT = False
+
+    return call
 
 
 class Mixed(NamedTuple):

@@ -163,7 +163,9 @@ def alike_already(check: Any, core: Any) -> Any:
     signed = {x.name for x in (core.int1, core.int32, core.int64, core.float16, core.float32, core.float64)}
     most = 64  # constants of a type
 
-    def checked(semantic: Any, lhs: Any, rhs: Any, *flags: bool) -> Any:
+    def checked(semantic: Any, lhs: Any, rhs: Any, *flags: bool, **of_inline_assembly: bool) -> Any:
+        if of_inline_assembly:
+            return check(semantic, lhs, rhs, *flags, **of_inline_assembly)
         left, right = type(lhs) is core.tensor, type(rhs) is core.tensor
         division = len(flags) == 4 and flags[3]
         if division or not (left or right):

@@ -112,6 +112,8 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **paramete
     for (int j = 0; j < function->size[i]; j++) fprintf(log, "%02x", ((uint8_t *)parameters[i])[j]);
     fprintf(log, "\"");
   }
+  fprintf(log, "], \"attributes\": [");
+  for (unsigned i = 0; i < c->numAttrs; i++) fprintf(log, i ? ", %d" : "%d", (int)c->attrs[i].id);
   fprintf(log, "]}\n");
   return fflush(log), CUDA_SUCCESS;
 }

@@ -40,13 +40,13 @@ def repeated(log: Path, call: functools.partial[Any]) -> dict[str, Any]:
     repeating = plans.Repeating(function)
     for _ in range(2):
         others = again(call)
-        repeating(*others.args, **others.keywords)
+        repeating.call(others.args, others.keywords)
     given = again(call)
     inputs: set[int] = set()
     mapped([*given.args, given.keywords], lambda x: inputs.add(x.data_ptr()) or x)
     inputs |= {x.data_ptr() for x in COUNTERS._of_stream.values()}
     anew = functools.partial(function, *given.args, **given.keywords)
-    repeat = functools.partial(repeating, *given.args, **given.keywords)
+    repeat = functools.partial(repeating.call, given.args, given.keywords)
 
     want, launches, started = noted(log, anew)
     got, launched = reached(log, repeat)
@@ -54,11 +54,12 @@ def repeated(log: Path, call: functools.partial[Any]) -> dict[str, Any]:
     sizes: dict[int, int] = {}
     for x, y in zip(*map(outputs, (want, got)), strict=True):
         assert (x.dtype, x.shape, x.stride()) == (y.dtype, y.shape, y.stride())
-        memory[x.untyped_storage().data_ptr()] = y.untyped_storage().data_ptr()
-        sizes[y.untyped_storage().data_ptr()] = y.untyped_storage().nbytes()
-    wrong = []
+        whole = x.untyped_storage()
+        begin = y.data_ptr() - (x.data_ptr() - whole.data_ptr())
+        memory[whole.data_ptr()], sizes[begin] = begin, whole.nbytes()
+    returned, wrong = len(sizes), []
     for expected, found, asked in zip(launches, launched, started, strict=True):
-        wrong += [key for key in ("name", "grid", "threads") if expected[key] != found[key]]
+        wrong += [key for key in ("name", "grid", "threads", "attributes") if expected[key] != found[key]]
         parameters = asked.parameters()
         for (name, (_, value)), *both in zip(
             parameters.items(), expected["parameters"], found["parameters"], strict=False
@@ -76,15 +77,15 @@ def repeated(log: Path, call: functools.partial[Any]) -> dict[str, Any]:
     for (begin, size), (after, _) in itertools.pairwise(spans):
         if begin + size > after:
             wrong.append(f"{size} bytes at {begin:x} reach to {after:x}")
-    owners = len({x.untyped_storage().data_ptr() for x in outputs(got)})
     with torch.autograd.profiler.profile() as profile:
         repeat()
     return {
-        "repeated": [isinstance(x, plans.Known) for x in repeating.known.values()],
+        "repeated": [callable(x) for x in repeating.known.values()],
         "wrong": wrong,
         "launched": len(launched),
-        "outputs": owners,
-        "between": len(sizes) - owners,
+        "returned": len(outputs(got)),
+        "outputs": len({x.untyped_storage().data_ptr() for x in outputs(got)}),
+        "between": len(sizes) - returned,
         "operators": collections.Counter(e.name for e in profile.function_events or ()),
         "functions": [functions(anew), functions(repeat)],
     }
@@ -105,7 +106,7 @@ def again(call: functools.partial[Any]) -> functools.partial[Any]:
 
 def outputs(result: Any) -> list[Tensor]:
     found: list[Tensor] = []
-    plans.structure_of(result, found)
+    mapped(result, lambda x: found.append(x) or x)
     return found
 
 

@@ -66,9 +66,7 @@ def expected(score, credit, mask, config=None, cu=None, **inputs) -> ShapedRewar
 def check_shape(score, credit, mask, config=None, cu=None, **inputs) -> Shaped:
     """Every output within the bounds of the float64 reference; returns them."""
     got = shape(score, credit, mask, config, (*EVERYTHING, "moments"), cu, **inputs)
-    entropy, last_share, _, error = got.stats.unbind(1)
-    stats = RowStats(entropy, last_share, None, error)
-    shaped = ShapedRewards(*got[:5], status=got.status, moments=got.moments, row_stats=stats)
+    shaped = ShapedRewards(*got[:6], got.moments, RowStats(got.stats, of_attention=False))
     drawn = mapped(problem_of(score, credit, mask, config, cu, **inputs), lambda x: x.cpu())
     want = to_float64(drawn).shaped(reference.shape_rewards)
     found = errors(drawn, mapped(shaped, lambda x: x.cpu()), want)
