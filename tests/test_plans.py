@@ -379,15 +379,18 @@ def test_counters_of_a_launch_that_breaks_off_are_discarded(adding: Launcher) ->
 def test_launches_have_counters_of_their_own_where_they_are_given_such(
     adding: Launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a graph that is captured."""
+    """As in a graph that is captured. They are of the stream that a repeated call launches on."""
     given, used = list[Tensor](), list[int]()
+    asked, launched = list[int](), list[int | None]()
 
     def of(device: torch.device, stream: int, count: int) -> Tensor:
+        asked.append(stream)
         given.append(torch.zeros(count))
         return given[-1]
 
     def start(out: Any, settings: Any, BLOCK: int, stream: int | None = None) -> None:
         p_counters = out[2]
+        launched.append(stream)
         used.append(p_counters if isinstance(p_counters, int) else p_counters.data_ptr())
 
     monkeypatch.setattr(COUNTERS, "of", of)
@@ -406,6 +409,7 @@ def test_launches_have_counters_of_their_own_where_they_are_given_such(
     assert all(map(callable, repeating.known.values()))
     assert used == [x.data_ptr() for x in given]
     assert [len(x) for x in given] == [3, 5] * 3
+    assert launched == [None] * 4 + asked[4:]
 
 
 def test_a_launch_that_is_looked_at_is_not_repeated(
