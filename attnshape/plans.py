@@ -82,7 +82,7 @@ class Reader:
         line(f"if ({' | '.join(own or ['0'])}) % 16:")
         line("    key += ('aligned', *[x % 16 == 0 for x in addresses])")
         line(f"if len({{*addresses}}) < {len(own)}:")
-        line("    key += (*map(addresses.index, addresses),)")
+        line("    key += ('the same', *map(addresses.index, addresses))")
         line(f"return key, {tuple_of([*own, self.number])}")
 
     def add(self, at: str, x: Any) -> None:

@@ -9,14 +9,7 @@ from typing import Any
 
 
 class Written:
-    """A function of Python, line by line.
-
-    Examples:
-        >>> text = Written("add(x)")
-        >>> text.line(f"return x + {text.constant(0.5)}")
-        >>> text.function()(1)
-        1.5
-    """
+    """A function of Python, line by line."""
 
     def __init__(self, head: str) -> None:
         self.lines = [f"def {head}:"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnshape import KL, AttentionInputs, Response, ShapingConfig, plans
 from attnshape.plans import Layouts
-from csrc_triton import launch, plan
+from csrc_triton import launch, plan, written
 from csrc_triton.launch import COUNTERS, Launcher
 
 X = torch.zeros(2, 64)
@@ -162,8 +162,9 @@ class Both(NamedTuple):
     between: Tensor
 
 
-def both_of(launcher: Launcher, n: int) -> Callable[[Tensor], Both]:
+def both_of(launcher: Launcher) -> Callable[[Tensor], Both]:
     def function(x: Tensor) -> Both:
+        n = len(x)
         out = Outputs(EMPTY(n), EMPTY(n))
         launcher(1, {}, out=out, settings=Settings(x, 0.0, n), BLOCK=16)
         return Both(out.p_twice, out.p_between)
@@ -172,7 +173,7 @@ def both_of(launcher: Launcher, n: int) -> Callable[[Tensor], Both]:
 
 
 def test_outputs_of_one_shape_are_one_allocation(adding: Launcher) -> None:
-    repeating = Repeating(both_of(adding, 8))
+    repeating = Repeating(both_of(adding))
     results = [repeating(torch.full((8,), float(i))) for i in range(4)]
     for i, (twice, between) in enumerate(results):
         assert twice.tolist() == between.tolist() == [2 * i] * 8
@@ -195,7 +196,7 @@ def test_outputs_are_allocations_of_their_own(
     adding: Launcher, monkeypatch: pytest.MonkeyPatch, n: int, together: int
 ) -> None:
     monkeypatch.setattr(plan, "TOGETHER", together)
-    repeating = Repeating(both_of(adding, n))
+    repeating = Repeating(both_of(adding))
     for _ in range(3):
         twice, between = repeating(torch.ones(n))
     assert twice.untyped_storage().data_ptr() != between.untyped_storage().data_ptr()
@@ -216,7 +217,7 @@ class Half(NamedTuple):
 
 def test_an_output_of_which_a_part_is_returned_too_is_an_allocation(adding: Launcher) -> None:
     """They are the same to autograd as in a call made anew."""
-    function = both_of(adding, 8)
+    function = both_of(adding)
 
     def halved(x: Tensor) -> Half:
         both = function(x)
@@ -242,11 +243,21 @@ def test_an_output_of_which_a_part_is_returned_too_is_an_allocation(adding: Laun
 def test_a_call_that_returns_something_else_is_made_anew(
     adding: Launcher, returned: Callable[[Both], Any]
 ) -> None:
-    function = both_of(adding, 4)
+    function = both_of(adding)
     repeating = Repeating(lambda x: returned(function(x)))
     for i in range(4):
         assert repeating(torch.full((4,), float(i)))[0].view(torch.float32).tolist() == [2 * i] * 4
     assert list(repeating.known.values()) == [plans.NEVER]
+
+
+def test_layouts_of_a_structure_are_compiled_once(adding: Launcher) -> None:
+    repeating, compiled = Repeating(both_of(adding)), list[int]()
+    for n in (8, 12, 16):
+        for _ in range(3):
+            assert repeating(torch.ones(n)).twice.tolist() == [2] * n
+        compiled.append(written._compiled.cache_info().misses)
+    assert all(map(callable, repeating.known.values()))
+    assert compiled[0] == compiled[2]
 
 
 def test_calls_of_several_structures_are_repeated_by_turns(adding: Launcher) -> None:
@@ -368,15 +379,18 @@ def test_counters_of_a_launch_that_breaks_off_are_discarded(adding: Launcher) ->
 def test_launches_have_counters_of_their_own_where_they_are_given_such(
     adding: Launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a graph that is captured."""
+    """As in a graph that is captured. They are of the stream that a repeated call launches on."""
     given, used = list[Tensor](), list[int]()
+    asked, launched = list[int](), list[int | None]()
 
     def of(device: torch.device, stream: int, count: int) -> Tensor:
+        asked.append(stream)
         given.append(torch.zeros(count))
         return given[-1]
 
     def start(out: Any, settings: Any, BLOCK: int, stream: int | None = None) -> None:
         p_counters = out[2]
+        launched.append(stream)
         used.append(p_counters if isinstance(p_counters, int) else p_counters.data_ptr())
 
     monkeypatch.setattr(COUNTERS, "of", of)
@@ -395,6 +409,7 @@ def test_launches_have_counters_of_their_own_where_they_are_given_such(
     assert all(map(callable, repeating.known.values()))
     assert used == [x.data_ptr() for x in given]
     assert [len(x) for x in given] == [3, 5] * 3
+    assert launched == [None] * 4 + asked[4:]
 
 
 def test_a_launch_that_is_looked_at_is_not_repeated(

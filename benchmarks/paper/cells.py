@@ -25,12 +25,14 @@ Method: TypeAlias = Literal[
     "norm-weighted rollout",
     "gradient x value",
     "gradient x value, signed",
+    "relevance, signed",
 ]
 """The paper's five; three controls of ABC; two neighbouring methods; sources that read all layers.
 
 ``ABC shuffled``: ABC's credit in random order within the response. ``ABC profile``: the mean of ABC's credit
 at a token's relative position, over the run so far. ``ABC, random weights``: the attention of a reward model
-that was never trained; the score is the trained one's.
+that was never trained; the score is the trained one's. ``relevance`` is taken a third of the layers up, as
+``source="relevance"`` takes it: in a reward model of two layers at the first.
 """
 
 # Set before the first run, and not moved since.
@@ -62,7 +64,6 @@ TRAININGS = tuple(f"training {i}" for i in range(1, 6))
 """Reward models for the testbed's policy that differ in the seed of their training."""
 TRAINING_SEEDS = SEEDS[:2]
 """Policy seeds of each training."""
-TRAINING_METHODS: tuple[Method, ...] = ("sparse", "ABC", "gradient x value, signed")
 
 # Added after others' runs had been seen.
 RUNAWAY_KL = 100.0
@@ -74,12 +75,18 @@ RTO_BEST = 0.4
 QUALITY_LAYERS, QUALITIES = 4, (100, 200, 1200)
 """Steps of training of further reward models of this depth."""
 
+SIGNED_SOURCES: dict[Method, str] = {
+    "gradient x value, signed": "gradient x value",
+    "relevance, signed": "relevance a third up",
+}
+"""Which of ``sources.SOURCES`` is paid as signed token rewards; relevance was run with ``TRAININGS`` only."""
+TRAINING_METHODS: tuple[Method, ...] = ("sparse", "ABC", *SIGNED_SOURCES)
 DEEP_SOURCES: tuple[Method, ...] = (
     "norm-weighted rollout",
     "gradient x value",
     "gradient x value, signed",
 )
-SIGNED: tuple[Method, ...] = ("R3HF", "RTO", "gradient x value, signed")
+SIGNED: tuple[Method, ...] = ("R3HF", "RTO", *SIGNED_SOURCES)
 """Methods whose token rewards stand in place of credit or beside a share of it that says nothing."""
 DEEP_METHODS: tuple[Method, ...] = ("sparse", "ABC", *DEEP_SOURCES, "ABC shuffled")
 LENGTHS: tuple[tuple[Length, dict[str, Any]], ...] = (

@@ -95,19 +95,40 @@ def claims(results: Results) -> dict[str, list[dict[str, Any]]]:
         pairs.append((DEEP_SOURCES[-1], "sparse"))
         return [ahead(*pair, f"4-layer reward model{note}", models=DEEP, **settings) for pair in pairs]
 
-    def over_trainings(first: Method, lam: float) -> dict[str, Any]:
+    def over_trainings(
+        first: Method,
+        second: Method,
+        lam: float,
+        value: Callable[[Run], float | None] = Run.mean,
+        verb: str = "is ahead of",
+        note: str = "",
+    ) -> dict[str, Any]:
         """Pairs of reward-model trainings: of each the mean over its policy seeds."""
         leads = []
         for models in TRAININGS:
-            found = differences(of(first, models=models, lam=lam), of("sparse", models=models, lam=lam))
+            runs = (of(method, models=models, lam=lam) for method in (first, second))
+            found = differences(*runs, value)
             if all(seed in found for seed in TRAINING_SEEDS):
                 leads.append(statistics.fmean(found[seed] for seed in TRAINING_SEEDS))
-        return claim(f"{first} is ahead of sparse, both at lambda {lam:g}, by training", lead_of(leads))
+        text = f"{first} {verb} {second}, both at lambda {lam:g}{note}, by training"
+        return claim(text, lead_of(leads))
+
+    def by_training(lam: float) -> list[dict[str, Any]]:
+        """Relevance goes further from the initial policy than the rest: it is held against them there too."""
+        kl = KL_MARKS[-1]
+        at_kl = partial(Run.reward_at_kl, kl=kl), "has more reward than", f", where KL first reaches {kl:g}"
+        penalised = Run.penalised, "has more score less KL penalty than"
+        relevance: Method = "relevance, signed"
+        others: tuple[Method, ...] = ("sparse", "gradient x value, signed")
+        return [
+            *[over_trainings(method, "sparse", lam) for method in TRAINING_METHODS[1:]],
+            over_trainings(relevance, others[1], lam),
+            *[over_trainings(relevance, other, lam, *at_kl) for other in others],
+            *[over_trainings(relevance, other, lam, *penalised) for other in others],
+        ]
 
     return {
-        "Over five trainings of the reward model": [
-            over_trainings(method, lam) for lam in (LAM, 1.0) for method in TRAINING_METHODS[1:]
-        ],
+        "Over five trainings of the reward model": [*by_training(LAM), *by_training(1.0)],
         "The paper's claims": [
             *[ahead("ABC", "sparse", f"{n} tokens", n, **settings) for n, settings in LENGTHS],
             *[ahead("ABC", "uniform", f"{n} tokens", n, **settings) for n, settings in LENGTHS],

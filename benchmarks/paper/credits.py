@@ -14,7 +14,7 @@ import attnshape
 from attnshape import credit
 from attnshape.demo.ppo import ActorCritic, Judge, Judgement, Rollout, Source, source_of
 from attnshape.demo.ppo import Method as DemoMethod
-from benchmarks.paper.cells import Method
+from benchmarks.paper.cells import SIGNED_SOURCES, Method
 from benchmarks.paper.sources import SOURCES
 
 PROFILE_BINS = 20
@@ -41,8 +41,8 @@ def source_for(method: Method, *, beta: float, seed: int, dpo: ActorCritic | Non
             if dpo is None:
                 raise ValueError("method: RTO needs a DPO-trained policy, got none")
             return LogRatio(dpo, beta)
-        case "gradient x value, signed":
-            return signed_gradient
+        case _ if method in SIGNED_SOURCES:
+            return signed(SIGNED_SOURCES[method])
         case _ if method in get_args(DemoMethod):
             return source_of(method)
         case _:
@@ -140,10 +140,14 @@ def from_reward_model(name: str) -> Source:
     return judged
 
 
-def signed_gradient(_actor: ActorCritic, judge: Judge, rollout: Rollout) -> Judgement:
-    """Gradient x value as signed token rewards beside an even share of the score, which they leave whole."""
-    score, weights = _weights("gradient x value", judge, rollout)
-    return Judgement(score, "uniform", token_rewards=credit.centered(weights, rollout.response_mask))
+def signed(name: str) -> Source:
+    """One of ``SOURCES`` as signed token rewards beside an even share of the score, which stays whole."""
+
+    def judged(_actor: ActorCritic, judge: Judge, rollout: Rollout) -> Judgement:
+        score, weights = _weights(name, judge, rollout)
+        return Judgement(score, "uniform", token_rewards=credit.centered(weights, rollout.response_mask))
+
+    return judged
 
 
 def incremental(_actor: ActorCritic, judge: Judge, rollout: Rollout) -> Judgement:

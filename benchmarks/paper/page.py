@@ -47,6 +47,7 @@ def tables(summary: Summary, paper: dict[str, Any]) -> dict[str, str]:
         "headline",
         "methods 40-60",
         "methods 8-16",
+        "trainings",
         "lambda",
         "lengths",
         "beta",

@@ -28,6 +28,8 @@ from benchmarks.paper.cells import (
     RTO_BEST,
     SHIFTS,
     SPARSE_BEST,
+    TRAINING_METHODS,
+    TRAININGS,
     Length,
     Method,
 )
@@ -92,11 +94,19 @@ def summarise(results: Results) -> dict[str, Any]:
     def deep(**settings: Any) -> dict[str, Any]:
         return over_sparse("{}", DEEP_METHODS, HEADLINE, models=DEEP, **settings)
 
+    def of_trainings(method: Method, lam: float) -> list[Run]:
+        return [run for models in TRAININGS for run in results.of(method, HEADLINE, models=models, lam=lam)]
+
     return {
         "coverage": coverage(results),
         "testbed": results.training,
         "methods 40-60": methods(HEADLINE),
         "methods 8-16": methods(PAPER),
+        "trainings": {
+            f"{method}, lambda {lam:g}": group(of_trainings(method, lam))
+            for lam in (LAM, 1.0)
+            for method in TRAINING_METHODS
+        },
         "learning rates": choice(results.selection("sparse", "lam", "lr"), "sparse, lambda {:g}, lr {:g}"),
         "RTO's share": choice(results.selection("RTO", "beta"), "RTO, beta {:g}"),
         "headline": headline(results),

@@ -31,11 +31,11 @@ RUNS = Table("runs", _key)
 
 
 def write_training(testbed: Models, folder: Path) -> None:
-    """How well the testbed's own models learned, beside what the folder has of others."""
+    """How well the testbed's own models learned. What the folder has stays: its runs are of those models."""
     if testbed.training:
         path = folder / TRAINING
         known = json.loads(path.read_text()) if path.is_file() else {}
-        known |= {name: asdict(metrics) for name, metrics in testbed.training.items()}
+        known = {name: asdict(metrics) for name, metrics in testbed.training.items()} | known
         folder.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
             file.write(json.dumps(known, indent=1, sort_keys=True) + "\n")

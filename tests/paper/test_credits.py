@@ -6,7 +6,9 @@ from support.paper_models import save_models, tiny_models
 from transformers import AutoModelForSequenceClassification
 
 import attnshape
+from attnshape import credit
 from attnshape.demo.ppo import ActorCritic, Judge, Rollout, source_of
+from attnshape.tap.tap import Source as TapSource
 from benchmarks.paper.cells import Method
 from benchmarks.paper.credits import Profile, abc_credit, shuffle, source_for
 
@@ -132,12 +134,25 @@ def test_incremental_scores_stand_in_place_of_the_score(batch: Batch) -> None:
     torch.testing.assert_close(rewards, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_signed_gradients_leave_the_score_whole(batch: Batch) -> None:
-    _actor, judge, rollout = batch
-    out = shaped(batch, "gradient x value, signed")
+@pytest.mark.parametrize(
+    ("method", "tap"), [("gradient x value, signed", "gradient_value"), ("relevance, signed", "relevance")]
+)
+def test_signed_sources_pay_what_the_tap_gives_and_leave_the_score_whole(
+    batch: Batch, method: Method, tap: TapSource
+) -> None:
+    actor, judge, rollout = batch
+    mask = rollout.response_mask
+    out = shaped(batch, method)
     torch.testing.assert_close(out.rewards.sum(1), judge(rollout, "sparse").score, rtol=1e-4, atol=1e-4)
-    assert (out.rewards < 0).any()
-    assert (out.rewards > 0).any()
+    ids, attention, start = judge.read(rollout)
+    with torch.enable_grad(), attnshape.AttentionTap(judge.model, source=tap) as tapped:
+        score = judge.standardized(judge.model(ids, attention_mask=attention).logits)
+    weights = credit.gradient_weights(score, tapped.take(), attnshape.Response(mask, start=start))
+    rewards = source(method)(actor, judge, rollout).token_rewards
+    for row, expected, n in zip(rewards, weights, mask.sum(1).tolist(), strict=True):
+        torch.testing.assert_close(row[:n], expected[:n] - expected[:n].mean(), rtol=1e-4, atol=1e-5)
+        assert not row[n:].any()
+        assert row.min() < 0 < row.max()
 
 
 def test_rto_adds_log_ratios_in_the_scores_unit(batch: Batch, tmp_path: Path) -> None:
