@@ -30,6 +30,7 @@ SOURCES = (
     CreditSource("signed_rollout"),
     CreditSource("gradient_value"),
     CreditSource("gradient_embedding"),
+    CreditSource("relevance", 0),
     CreditSource("relevance"),
 )
 DRAWS = 4
