@@ -63,12 +63,10 @@ def rounds() -> Iterator[Round]:
         for split in (attention.chunks_per_program, *map(Fixed, (4, 6, 8, 11, 16, 32)))
     ]
     yield Round("split", grids, [*read[:2], Case("fused", Shape(8, 1024, 2048)), Case("fused", SMALL)])
-    long = [
-        read[2],
-        Case("row", ATTENTION[1]),
-        *(Case("fused", x) for x in (ATTENTION[2], Shape(8, 4096, 8192))),
-    ]
-    yield Round("dependent", product(attention__DEPENDENT=(False, True)), long)
+    ways = product(attention__ONE_LAUNCH=(attention.ONE_LAUNCH, 1024), attention__DEPENDENT=(False, True))
+    shapes = (*ATTENTION[1:], Shape(8, 2048, 4096), Shape(8, 4096, 8192))
+    long = [*(Case("fused", shape) for shape in shapes), read[2], Case("row", ATTENTION[1])]
+    yield Round("dependent", ways, long)
     others = ({}, {"shape": 128}, {"shape": 96}, {"scores": 128}, {"means": 72}, {"means": 80})
     most = [attention.REGISTERS | some for some in others]
     yield Round("places", product(attention__REGISTERS=most), read)
