@@ -70,6 +70,8 @@ def test_who_kills_two_workers_is_answered_and_its_neighbours_are_scored(pool: P
 def test_a_worker_that_hangs_is_killed_and_its_completion_scored(
     pool: Pool, notes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # It may have failed to load meanwhile, whereupon whoever waits is refused.
+    wait_for(lambda: pool.count(State.READY))
     before = restarts(pool)
     held = put(pool, Act.HANG_ONCE)
     wait_for((notes / HUNG).exists)
