@@ -187,7 +187,7 @@ def average(
     launch(
         MEANS,
         n_tasks + leaders,
-        registers((REGISTERS if read["mean"].G <= 8 else MANY)["means"]) | dependent(rules),
+        most_registers(read["mean"].G, "means") | dependent(rules),
         **read,
         response=response,
         inputs=inputs,
@@ -197,10 +197,16 @@ def average(
     )
 
 
+def most_registers(group: int, what: str) -> dict[str, int]:
+    """Of programs that finish a row so, or average, with so many query heads a key head."""
+    return registers((REGISTERS if group <= 8 else MANY)[what])
+
+
 def are_dependent(device: torch.device) -> bool:
     """Whether launches begin before the ones that they follow have ended."""
-    able = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
-    return DEPENDENT and able and has_ptx()
+    if not DEPENDENT or not has_ptx():
+        return False
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def dependent(rules: Rules) -> dict[str, bool]:
@@ -250,11 +256,10 @@ def attend(
     operands, product = operands_of(layer, n_layers, kept)
     mean = Mean(layer.causal, group, min(4, padded(group)), chunk, spare, add)
     heavy = width > product.BLOCK_D or (rules is not None and rules.TWO_RECURRENCES)
-    most = (REGISTERS if product.M <= 8 else MANY)[finish]
     launch(
         ATTEND,
         grid.n_tasks + leaders,
-        registers(255 if heavy else most),
+        registers(255) if heavy else most_registers(group, finish),
         axis=axis,
         layer=operands,
         left=left,
