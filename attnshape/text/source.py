@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from attnshape import credit
 from attnshape.ops import attention_column_credit, attention_credit, attention_rollout
 from attnshape.tap import AttentionTap
-from attnshape.tap.find import attention_layers
+from attnshape.tap.find import attention_layers, models_of
 from attnshape.tap.tap import GRADIENTS, ONE_LAYER
 from attnshape.text.load import Layers, QueryPosition, SourceName
 from attnshape.text.score_fn import ScoreFn
@@ -111,8 +111,7 @@ class CreditSource:
         position: Any = "last_visible" if isinstance(query_position, int) else query_position
         layer: Any = self.layer
         if layer == "all":
-            models = {n: m for n, m in model.named_modules() if isinstance(m, PreTrainedModel)}
-            layer = range(len(attention_layers(model, models)))
+            layer = range(len(attention_layers(model, models_of(model))))
         if self.name == "columns":
             return AttentionTap(model, layer, query_position="all")
         return AttentionTap(model, layer, source=self.name, query_position=position)
