@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from attnshape import credit
 from attnshape.ops import attention_column_credit, attention_credit, attention_rollout
