@@ -23,6 +23,7 @@ from attnshape.text.load import (
     check_pooling,
     load_reward_model,
     load_tokenizer,
+    most_tokens,
 )
 from attnshape.text.reader import Example, Reader
 from attnshape.text.score_fn import ScoreFn, parse_score_fn
@@ -307,7 +308,8 @@ class CreditModel:
 
     def reader(self, max_length: int | None = None) -> Reader:
         """Makes examples of completions, of at most so many tokens."""
-        return Reader(self.tokenizer, self.model.config, max_length)
+        limits = [limit for limit in (max_length, most_tokens(self.model)) if limit is not None]
+        return Reader(self.tokenizer, self.model.config, min(limits, default=None))
 
     def probe(self, source: CreditSource | None = None) -> None:
         """A first forward, which compiles kernels; raises ValueError if the model cannot be read."""

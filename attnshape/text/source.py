@@ -18,6 +18,7 @@ from attnshape.ops import attention_column_credit, attention_credit, attention_r
 from attnshape.tap import AttentionTap
 from attnshape.tap.find import attention_layers, models_of
 from attnshape.tap.tap import GRADIENTS, ONE_LAYER
+from attnshape.tap.trial import evaluating
 from attnshape.text.load import Layers, QueryPosition, SourceName
 from attnshape.text.score_fn import ScoreFn
 from attnshape.types import Response
@@ -217,13 +218,13 @@ SourceTap: TypeAlias = AttentionTap | Rescoring
 
 
 def score_texts(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, score_fn: ScoreFn) -> Tensor:
-    """One forward's scores ``[N]`` of ids ``[N, S]``, padded on the right with whatever.
+    """One forward's scores ``[N]`` of ids ``[N, S]``, padded on the right with whatever; without dropout.
 
     Raises:
         ValueError: what the model gives is no logits per text.
     """
     last = input_ids.gather(1, attention_mask.sum(1, keepdim=True).clamp(min=1) - 1)
-    with _padding(model, set(last[:, 0].tolist())) as pad:
+    with evaluating(model), _padding(model, set(last[:, 0].tolist())) as pad:
         ids = input_ids.masked_fill(attention_mask == 0, pad)
         logits = getattr(model(input_ids=ids, attention_mask=attention_mask), "logits", None)
     if logits is None or logits.ndim != 2 or len(logits) != len(input_ids):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnshape.text.align import Alignment, Spans, align
-from attnshape.text.place import Block, Messages, Place, place_of_reply, render
+from attnshape.text.place import Block, Messages, Place, check_contents, place_of_reply, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,6 +105,9 @@ def align_texts(
         raise ValueError(f"source and start must be as many, got {len(sources)} and {len(starts)}")
     _require_fast(source_tokenizer, "source_tokenizer")
     texts = [item if isinstance(item, str) else render(item, source_tokenizer) for item in sources]
+    for item, text in zip(sources, texts, strict=True):
+        if not isinstance(item, str):
+            check_contents(item, text)
     bos = source_tokenizer.bos_token
     special = [isinstance(item, str) and not (bos and item.startswith(str(bos))) for item in sources]
     if input_ids is None:
