@@ -295,9 +295,10 @@ class Attended:
         batch, length = layer.attended.shape
         place = torch.arange(length, device=inputs.key.device)
         total = torch.zeros((), dtype=layer.dtype, device=inputs.key.device)
-        for queries in torch.split(place, query_chunk(layer)):
-            rows = attend(layer, queries.expand(batch, -1))
-            total = total + rows.masked_fill(~layer.attended[:, None, queries, None], 0.0).sum(2)
+        with torch.autocast(place.device.type, enabled=False):
+            for queries in torch.split(place, query_chunk(layer)):
+                rows = attend(layer, queries.expand(batch, -1))
+                total = total + rows.masked_fill(~layer.attended[:, None, queries, None], 0.0).sum(2)
         row = (total / layer.attended.sum(1).clamp(min=1)[:, None, None]).log()
         heads, width = inputs.query.shape[1], inputs.query.shape[-1]
         if inputs.cu_seqlens is not None:

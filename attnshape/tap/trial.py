@@ -94,7 +94,7 @@ def _scored_tokens(head: PreTrainedModel, layer: nn.Module, device: torch.device
 
 def _read(scores_of: Callable[..., Tensor], noise: float, ids: slice, mask: slice) -> set[int]:
     """The positions that show in the score, of rows with these tokens and this mask."""
-    other = torch.cat([torch.zeros(1, LENGTH), torch.eye(LENGTH)]).bool()
+    other = torch.cat([torch.zeros(1, LENGTH, device="cpu"), torch.eye(LENGTH, device="cpu")]).bool()
     scores = scores_of(other, [(ids, mask)] * len(other))
     moved = (scores[1:] - scores[0]).abs().amax(-1) > noise * scores.abs().max().clamp(min=1e-3)
     return set(moved.nonzero().flatten().tolist())
@@ -103,7 +103,7 @@ def _read(scores_of: Callable[..., Tensor], noise: float, ids: slice, mask: slic
 def _is_mean(scores_of: Callable[..., Tensor], noise: float) -> bool:
     """Of a head that reads all that is visible: whether the share of other tokens is all it goes by."""
     spans = [slice(0, 2), slice(0, 4), slice(0, 4), slice(0, 4)]
-    other = torch.zeros(4, LENGTH, dtype=torch.bool)
+    other = torch.zeros(4, LENGTH, dtype=torch.bool, device="cpu")
     other[0, 0] = other[1, :2] = other[2, 1:3] = other[3, 0] = True  # 1 of 2, 2 of 4, 2 of 4, 1 of 4
     scores = scores_of(other, [(span, span) for span in spans])
     gap = (scores[1:] - scores[0]).abs().amax(-1) / scores.abs().max()
@@ -119,7 +119,10 @@ def _scores(
     spans: Sequence[tuple[slice, slice]],
 ) -> Tensor:
     """float32 ``[rows, labels]``; bool ``other [rows, S]`` says which tokens are the other one."""
-    ids, mask = _tokens(head, device).repeat(len(other), 1), torch.zeros(other.shape, dtype=torch.long)
+    ids, mask = (
+        _tokens(head, device).repeat(len(other), 1),
+        torch.zeros(other.shape, dtype=torch.long, device="cpu"),
+    )
     for row, (tokens, visible) in enumerate(spans):
         kept = ids[row, tokens].clone()
         if pad is not None:
@@ -129,8 +132,8 @@ def _scores(
 
     def replace(module: nn.Module, args: Any, output: Any) -> Any:
         stream = _first(output)
-        generator = torch.Generator().manual_seed(0)
-        pair = torch.randn(2, stream.shape[-1], generator=generator).to(stream)
+        generator = torch.Generator("cpu").manual_seed(0)
+        pair = torch.randn(2, stream.shape[-1], generator=generator, device="cpu").to(stream)
         new = torch.where(other.to(stream.device)[..., None], pair[1], pair[0])
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
