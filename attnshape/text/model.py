@@ -196,6 +196,12 @@ class CreditModel:
         )
 
     @property
+    def device(self) -> torch.device:
+        """Where the model takes its input; one whose weights are offloaded moves it itself."""
+        own: torch.device = self.model.device
+        return torch.device("cpu") if own.type == "meta" else own
+
+    @property
     def signed(self) -> bool:
         """Whether weights may be negative: token rewards, by way of ``credit.centered``, and no credit."""
         return self.source.signed
@@ -238,7 +244,7 @@ class CreditModel:
                 examples[i] = reader.read_reply(prompt, text, offsets)
             except ValueError as error:
                 errors[i] = str(error)
-        device, width = self.model.device, max(map(len, rows), default=0)
+        device, width = self.device, max(map(len, rows), default=0)
         score = torch.full((len(rows),), math.nan, dtype=torch.float32, device=device)
         weights = torch.zeros(len(rows), width, dtype=torch.float32, device=device)
         failed = 0
@@ -287,7 +293,7 @@ class CreditModel:
         return self._forward(examples)[0]
 
     def _forward(self, examples: Sequence[Example], tap: SourceTap | None = None) -> tuple[Tensor, Response]:
-        tokens, position = Tokens.of(examples, self.model.device), self.query_position
+        tokens, position = Tokens.of(examples, self.device), self.query_position
         if tap is not None and isinstance(position, int) and str(tap.query_position) != "all":
             tap.query_position = _positions(position, tokens.attention_mask.sum(1))
         return score_texts(

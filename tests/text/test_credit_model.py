@@ -9,6 +9,7 @@ import pytest
 import torch
 from parity.toys import Offline, save_policy, save_reward_model
 from support.reward_models import save
+from support.tap_models import offload
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -66,6 +67,13 @@ def test_a_model_that_is_being_trained_is_scored_without_dropout(world: World, s
     torch.testing.assert_close(found.score, wanted.score)
     torch.testing.assert_close(found.weights, wanted.weights)
     assert all(module.training for module in model.modules())
+
+
+def test_a_model_whose_weights_are_offloaded(world: World) -> None:
+    wanted = CreditModel(world.reward)(PROMPTS, world.ids, world.policy)
+    model = offload(AutoModelForSequenceClassification.from_pretrained(world.reward))
+    found = CreditModel(model, AutoTokenizer.from_pretrained(world.reward))(PROMPTS, world.ids, world.policy)
+    torch.testing.assert_close(found[:2], wanted[:2])
 
 
 def by_hand(world: World, source: str, ids: list[int]) -> tuple[Tensor, Tensor]:
