@@ -128,8 +128,8 @@ class CreditModel:
         shaped = attnshape.shape_rewards(out.score, out.weights, out.mask, values=values)
 
     Args:
-        model: a folder or hub name of a sequence classifier, or one that is loaded, wrapped or not (PEFT, data
-            parallel, ``torch.compile``).
+        model: a folder or hub name of a sequence classifier, or one that is loaded, in a wrapper too (PEFT,
+            data parallel, ``torch.compile``).
         tokenizer: of a loaded model, a fast one; found by the model's name if not given.
         source, layer, span: what weighs the tokens, see ``CreditSource``.
         score_fn: the score, such as ``"logit[1] - logit[0]"``.
