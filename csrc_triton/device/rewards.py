@@ -23,7 +23,6 @@ from csrc_triton.device.layout import (
 from csrc_triton.device.math import clamp, expm1_residual, number
 from csrc_triton.device.scan import at_token, group_sums, largest, last_of_groups, not_finite, sum_of
 
-
 NEGATIVE_ZERO = tl.constexpr(1 << 31)  # its bits
 
 
@@ -73,7 +72,7 @@ class Neighbours(NamedTuple):
 
     count: Any  # of unmasked ones
     last: Any  # of them; -1 if there is none
-    signs: Any  # the largest bits of a weight, uint32: above ``NEGATIVE_ZERO`` where one is below 0, or NaN
+    bits: Any  # of their weights, the largest as uint32: above those of -0 where one is below 0, or NaN
 
 
 class CreditRule(NamedTuple):
@@ -191,16 +190,16 @@ def chunk_facts(i_c, read, rules: tl.constexpr, SOURCE: tl.constexpr):
     """
     mask, weights = read
     bits = live_bits(mask, rules.PTX)
-    signs = tl.full([rules.CHUNK // 4], 0, tl.uint32)
+    largest_bits = tl.full([rules.CHUNK // 4], 0, tl.uint32)
     mass = tl.full([], 0.0, tl.float32)
     if SOURCE is not None:
         weights = kept(bits, weights.to(tl.float32))
         mass = sum_of(weights)
-        signs = largest(weights.to(tl.uint32, bitcast=True))
+        largest_bits = largest(weights.to(tl.uint32, bitcast=True))
     count = tl.full([rules.CHUNK // 4], 0, tl.int32)
     if rules.CREDIT is not None:
         count = -group_sums(bits)
-    return Neighbours(count, last_of_groups(bits, i_c * rules.CHUNK), signs), mass
+    return Neighbours(count, last_of_groups(bits, i_c * rules.CHUNK), largest_bits), mass
 
 
 @triton.jit
@@ -211,13 +210,13 @@ def no_facts(rules: tl.constexpr):
 
 @triton.jit
 def both_facts(a, b):
-    return Neighbours(a.count + b.count, tl.maximum(a.last, b.last), tl.maximum(a.signs, b.signs))
+    return Neighbours(a.count + b.count, tl.maximum(a.last, b.last), tl.maximum(a.bits, b.bits))
 
 
 @triton.jit
 def summed_facts(found, mass):
     """Unmasked tokens, the last of them, and the sum of their weights: -inf where one is negative."""
-    negative = tl.max((found.signs > NEGATIVE_ZERO).to(tl.int32)) != 0
+    negative = tl.max((found.bits > NEGATIVE_ZERO).to(tl.int32)) != 0
     mass = tl.where(negative, mass - float("inf"), mass)  # whose row falls back
     return tl.sum(found.count), tl.max(found.last), mass
 
@@ -304,9 +303,10 @@ def even_score(numbers, facts, rule, credit):
 
 
 @triton.jit
-def read_tokens(job, place, wanted, rules: tl.constexpr):
-    """All inputs of a chunk's tokens, on their way at once; anything where they are not ``wanted``."""
+def read_tokens(job, place, start, wanted, rules: tl.constexpr):
+    """All inputs of a chunk from ``start`` on, on their way at once; anything where they are not ``wanted``."""
     inputs = job.inputs
+    place = part_of(place, start)
     j = tl.arange(0, rules.CHUNK)
     all_inside = is_inside(place, j, rules.WIDE)
     inside = all_inside if wanted is None else all_inside & as_mask(wanted)
@@ -365,10 +365,11 @@ def credit_at(rule, at, weight, bits, rules: tl.constexpr):
 
 
 @triton.jit
-def chunk_rewards(row, place, start, facts, rule, job, tokens, rules: tl.constexpr):
+def chunk_rewards(row, start, facts, rule, job, tokens, rules: tl.constexpr):
     """Credit, KL and rewards of a chunk from token ``start`` on: stored, and what the rest needs of them."""
     inputs = job.inputs
     out = job.out
+    place = part_of(row.place, start)
     numbers = row.numbers
     bits = tokens.bits
     at = rule.at - start

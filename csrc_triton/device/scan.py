@@ -66,6 +66,21 @@ def quarters(x):
 
 
 @triton.jit
+def quarters_of_both(x, y):
+    """``quarters`` of two in turns: the first of both, the second of both; lanes exchange them at once."""
+    N: tl.constexpr = x.shape[0]
+    both = tl.permute(tl.reshape(tl.join(x, y), [N // 4, 2, 2, 2]), (0, 3, 1, 2))
+    even, odd = tl.split(both)
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    x0, y0 = tl.split(first)
+    x1, y1 = tl.split(second)
+    x2, y2 = tl.split(third)
+    x3, y3 = tl.split(fourth)
+    return x0, y0, x1, y1, x2, y2, x3, y3
+
+
+@triton.jit
 def interleaved(first, second, third, fourth):
     """What ``quarters`` took apart."""
     N: tl.constexpr = 4 * first.shape[0]
@@ -74,11 +89,12 @@ def interleaved(first, second, third, fourth):
 
 @triton.jit
 def at_token(at, x, N: tl.constexpr):
-    """``x`` at token ``at`` of ``N``, 0 at the others.
+    """``x`` at token ``at``, 0 at the others of ``N``; ``at`` may be any.
 
-    One comparison for each four neighbours: a comparison of each token is three instructions, not one.
+    A comparison for each four neighbours, and by bits: a thread has 16 tokens and seven conditions.
     """
-    here = ((4 * tl.arange(0, N // 4) ^ (at & 0x7FFFFFFC)) - 1) >> 31
+    group = tl.where(at < 0, 0x7FFFFFFC, at & -4)
+    here = ((4 * tl.arange(0, N // 4) ^ group) - 1) >> 31
     return interleaved(
         kept(here, tl.where((at & 3) == 0, x, 0.0)),
         kept(here, tl.where((at & 3) == 1, x, 0.0)),
@@ -92,21 +108,10 @@ def composed_quarters(a, b, floor, UNIT: tl.constexpr):
     """Of each four neighbours the last three, and all four composed."""
     if UNIT:
         b0, b1, b2, b3 = quarters(b)
-        a0, a1, a2, a3 = b0, b1, b2, b3
-    else:
-        N: tl.constexpr = a.shape[0]
-        pairs = tl.permute(tl.reshape(tl.join(a, b), [N // 4, 2, 2, 2]), (0, 3, 1, 2))
-        even, odd = tl.split(pairs)
-        first, third = tl.split(even)
-        second, fourth = tl.split(odd)
-        a0, b0 = tl.split(first)
-        a1, b1 = tl.split(second)
-        a2, b2 = tl.split(third)
-        a3, b3 = tl.split(fourth)
-    if UNIT:
         b = ((b3 + b2) + b1) + b0
-        a = a3
+        a, a1, a2, a3 = b, b1, b2, b3  # not looked at
     else:
+        a0, b0, a1, b1, a2, b2, a3, b3 = quarters_of_both(a, b)
         b = tl.fma(a0, tl.fma(a1, tl.fma(a2, b3, b2), b1), b0)
         a = tl.maximum(((a3 * a2) * a1) * a0, floor)  # at the end: none is above 1
     return (a3, b3, a2, b2, a1, b1), a, b

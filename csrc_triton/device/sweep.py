@@ -93,22 +93,21 @@ def any_bad(bad):
 
 
 @triton.jit
-def shape_tokens(
-    row, place, facts, rule, job, board, state, state_value, read, k, n_chunks, rules: tl.constexpr
-):
+def shape_tokens(row, facts, rule, job, board, state, state_value, read, k, n_chunks, rules: tl.constexpr):
     """Everything of the ``k``-th of a row's chunks from the right; what it adds to the row, and the carries.
 
-    Its tokens are at ``place``. What is not finite makes all that follows from it so: only the last of that is
-    looked at. The second that is returned is NaN where it is so for one of four neighbours, else 0: [N / 4].
+    What is not finite makes all that follows from it so: only the last of that is looked at. The second that
+    is returned is NaN where it is so for one of four neighbours, else 0: [N / 4].
     """
     out = job.out
     start = (n_chunks - 1 - k) * rules.CHUNK
+    place = part_of(row.place, start)
     j = tl.arange(0, rules.CHUNK)
     numbers = row.numbers
     tokens = there(read, rules)
     bits = tokens.bits
     value = tokens.value
-    found = chunk_rewards(row, place, start, facts, rule, job, tokens, rules)
+    found = chunk_rewards(row, start, facts, rule, job, tokens, rules)
     entropy = tl.full([], 0.0, tl.float32)
     spread = entropy
     if out.p_stats is not None:
@@ -288,10 +287,9 @@ def shape_row(row, attended, job, mean: tl.constexpr, rules: tl.constexpr, SOURC
     entropies, spreads, firsts, seconds = no_sums()
     for i_k in tl.range(0, n_shaped, num_stages=rules.STAGES):
         k = n_shaped * 0 + i_k
-        place = part_of(row.place, (n_shaped - 1 - k) * rules.CHUNK)
-        read = read_tokens(job, place, None, rules)
+        read = read_tokens(job, row.place, (n_shaped - 1 - k) * rules.CHUNK, None, rules)
         added, bad_here, state, state_value = shape_tokens(
-            row, place, facts, rule, job, None, state, state_value, read, k, n_shaped, rules
+            row, facts, rule, job, None, state, state_value, read, k, n_shaped, rules
         )
         counted += added.count
         bad += bad_here
@@ -359,21 +357,20 @@ def shared_facts(row, board, n_chunks):
 @triton.jit
 def shape_chunk(row, board, job, i_c, n_chunks, rules: tl.constexpr):
     """The second task of a chunk: all the rest. The last one finishes the row."""
-    place = part_of(row.place, i_c * rules.CHUNK)
+    start = i_c * rules.CHUNK
+    place = part_of(row.place, start)
     j = tl.arange(0, rules.CHUNK)
     # On their way while others' facts are waited for; of a chunk that has a token to shape.
     mask = token_mask(job.response, place, j, is_inside(place, j, rules.WIDE))
     counting = tl.min(live_bits(mask, rules.PTX)) != 0
-    read = read_tokens(job, place, counting, rules)
+    read = read_tokens(job, row.place, start, counting, rules)
     facts = shared_facts(row, board, n_chunks)
     rule, facts = credit_rule(row, job.response, facts, rules)
     n_shaped = chunks_to_shape(facts, rules.CHUNK)
     if i_c < n_shaped:
         k = n_shaped - 1 - i_c
         none = no_carry()  # of its own: what it needs is on the board
-        added, bad, _, _ = shape_tokens(
-            row, place, facts, rule, job, board, none, none, read, k, n_shaped, rules
-        )
+        added, bad, _, _ = shape_tokens(row, facts, rule, job, board, none, none, read, k, n_shaped, rules)
         p_doubles = board.p_doubles + k
         tl.store(board.p_ints + COUNT_SHAPED * board.slots + k, added.count)
         tl.store(board.p_ints + NONFINITE_OUTPUT * board.slots + k, any_bad(bad).to(tl.int32))

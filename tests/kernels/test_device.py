@@ -1,16 +1,19 @@
 import ast
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from support import ptx
 from support.kernels import kernels
 from torch import Tensor
 
 import csrc_triton
 from csrc_triton.device import math as device_math
+from csrc_triton.device.layout import live_bits
 from csrc_triton.device.rewards import kl_estimate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,6 +64,22 @@ def test_relative_accuracy(function, truth) -> None:
     assert (actual[overflown] == math.inf).all()
     error = (actual - wanted).abs()[~overflown] / wanted.abs().clamp(min=1e-300)[~overflown]
     assert error.max() < 1e-6
+
+
+@triton.jit
+def bits_kernel(p_mask, p_out, N: tl.constexpr, PTX: tl.constexpr):
+    o = tl.arange(0, N)
+    tl.store(p_out + o, live_bits(tl.load(p_mask + o), PTX))
+
+
+@pytest.mark.parametrize("by_ptx", [False, True])
+def test_every_byte_but_0_is_unmasked(by_ptx: bool) -> None:
+    mask = torch.arange(1024, device=DEVICE).flip(0).mul(37).to(torch.uint8)
+    bits = torch.empty(1024, dtype=torch.int32, device=DEVICE)
+    with ptx.executed() if by_ptx and DEVICE.type == "cpu" else nullcontext():
+        bits_kernel[(1,)](mask, bits, 1024, by_ptx)
+    assert mask.unique().numel() == 256
+    assert torch.equal(bits, torch.where(mask != 0, -1, 0).int())
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
