@@ -304,7 +304,7 @@ def even_score(numbers, facts, rule, credit):
 
 @triton.jit
 def read_tokens(job, place, start, wanted, rules: tl.constexpr):
-    """All inputs of a chunk from ``start`` on, on their way at once; anything where they are not ``wanted``."""
+    """All inputs of the chunk that begins at ``start``, on their way at once; anything if not ``wanted``."""
     inputs = job.inputs
     place = part_of(place, start)
     j = tl.arange(0, rules.CHUNK)

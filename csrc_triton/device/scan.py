@@ -104,24 +104,31 @@ def at_token(at, x, N: tl.constexpr):
 
 
 @triton.jit
-def composed_quarters(a, b, floor, UNIT: tl.constexpr):
+def composed_quarters(a, b, floor, UNIT: tl.constexpr, TOGETHER: tl.constexpr):
     """Of each four neighbours the last three, and all four composed."""
     if UNIT:
         b0, b1, b2, b3 = quarters(b)
         b = ((b3 + b2) + b1) + b0
         a, a1, a2, a3 = b, b1, b2, b3  # not looked at
     else:
-        a0, b0, a1, b1, a2, b2, a3, b3 = quarters_of_both(a, b)
+        if TOGETHER:
+            a0, b0, a1, b1, a2, b2, a3, b3 = quarters_of_both(a, b)
+        else:
+            a0, a1, a2, a3 = quarters(a)
+            b0, b1, b2, b3 = quarters(b)
         b = tl.fma(a0, tl.fma(a1, tl.fma(a2, b3, b2), b1), b0)
         a = tl.maximum(((a3 * a2) * a1) * a0, floor)  # at the end: none is above 1
     return (a3, b3, a2, b2, a1, b1), a, b
 
 
 @triton.jit
-def affine_scan(a, b, floor, UNIT: tl.constexpr):
-    """``w_i = a_i * w_{i+1} + b_i`` ([N]) as far as it needs no carry. ``UNIT``: every ``a`` is 1."""
-    tokens, a, b = composed_quarters(a, b, floor, UNIT)
-    groups, a, b = composed_quarters(a, b, floor, UNIT)
+def affine_scan(a, b, floor, UNIT: tl.constexpr, TOGETHER: tl.constexpr):
+    """``w_i = a_i * w_{i+1} + b_i`` ([N]) as far as it needs no carry. ``UNIT``: every ``a`` is 1.
+
+    ``TOGETHER``: lanes exchange both at once, which takes less instructions and more registers.
+    """
+    tokens, a, b = composed_quarters(a, b, floor, UNIT, TOGETHER)
+    groups, a, b = composed_quarters(a, b, floor, UNIT, TOGETHER)
     N: tl.constexpr = b.shape[0]
     o = tl.arange(0, N)
     for i in tl.static_range(16):
@@ -226,7 +233,7 @@ def largest(x):
 
 @triton.jit
 def last_of_groups(bits, start):
-    """The last of four neighbours whose bits are -1, counted from ``start`` as the first of all; -1 if none."""
+    """The last of four neighbours whose bits are -1, where the first of all is ``start``; -1 if none."""
     first, second, third, fourth = quarters(bits)
     last = tl.maximum(tl.maximum(tl.maximum(~first, 1 | ~second), 2 | ~third), 3 | ~fourth)
     return last | (start + 4 * tl.arange(0, last.shape[0]))

@@ -15,6 +15,7 @@ import csrc_triton
 from csrc_triton.device import math as device_math
 from csrc_triton.device.layout import live_bits
 from csrc_triton.device.rewards import kl_estimate
+from csrc_triton.device.scan import at_token
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -80,6 +81,20 @@ def test_every_byte_but_0_is_unmasked(by_ptx: bool) -> None:
         bits_kernel[(1,)](mask, bits, 1024, by_ptx)
     assert mask.unique().numel() == 256
     assert torch.equal(bits, torch.where(mask != 0, -1, 0).int())
+
+
+@triton.jit(do_not_specialize=["at"])
+def at_token_kernel(p_out, at, N: tl.constexpr):
+    tl.store(p_out + tl.arange(0, N), at_token(at, 3.0, N))
+
+
+@pytest.mark.parametrize("at", [-(2**31), -513, -512, -1, 0, 1, 6, 510, 511, 512, 2**31 - 1])
+def test_a_number_at_one_token_of_a_chunk(at: int) -> None:
+    """Counted from the chunk's first: another chunk's is before or behind it."""
+    out = torch.full((512,), torch.nan, device=DEVICE)
+    at_token_kernel[(1,)](out, at, 512)
+    assert out.nonzero().flatten().tolist() == [at] * (0 <= at < 512)
+    assert out.sum() == 3 * (0 <= at < 512)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import random
 import sys
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
