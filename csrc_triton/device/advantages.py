@@ -62,8 +62,7 @@ def recurrence(reward, value, bits, gl, gamma, WITH_VALUES: tl.constexpr, rules:
     b = gl * reward
     if WITH_VALUES:
         b = tl.fma(gamma - gl, value, b)
-    # Who redistributes nothing has fewer registers.
-    return affine_scan(a, b, least_coefficient(gl), rules.UNIT, rules.CREDIT is not None)
+    return affine_scan(a, b, least_coefficient(gl), rules.UNIT, rules.TOGETHER)
 
 
 @triton.jit

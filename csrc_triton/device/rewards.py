@@ -337,7 +337,8 @@ def read_tokens(job, place, start, wanted, rules: tl.constexpr):
 @triton.jit
 def there(read, rules: tl.constexpr):
     """The inputs of tokens, waited for."""
-    bits = live_bits(read.mask, rules.PTX)
+    # Triton takes PTX to cost nothing, and computes it twice rather than exchange what follows from it.
+    bits = live_bits(read.mask, rules.PTX and not rules.TOGETHER)
     kl = read.logprob.to(tl.float32)
     if rules.KL_ESTIMATOR != "given":
         kl -= read.ref_logprob.to(tl.float32)

@@ -125,7 +125,7 @@ def composed_quarters(a, b, floor, UNIT: tl.constexpr, TOGETHER: tl.constexpr):
 def affine_scan(a, b, floor, UNIT: tl.constexpr, TOGETHER: tl.constexpr):
     """``w_i = a_i * w_{i+1} + b_i`` ([N]) as far as it needs no carry. ``UNIT``: every ``a`` is 1.
 
-    ``TOGETHER``: lanes exchange both at once, which takes less instructions and more registers.
+    ``TOGETHER``: as of the rules.
     """
     tokens, a, b = composed_quarters(a, b, floor, UNIT, TOGETHER)
     groups, a, b = composed_quarters(a, b, floor, UNIT, TOGETHER)
