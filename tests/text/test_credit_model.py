@@ -57,6 +57,17 @@ def test_weights_are_eager_attention(world: World) -> None:
         assert not out.weights[i, len(ids) :].any()
 
 
+@pytest.mark.parametrize("source", ["attention", "relevance", "leave_one_out"])
+def test_a_model_that_is_being_trained_is_scored_without_dropout(world: World, source: SourceName) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(world.reward, attention_dropout=0.5)
+    judge = CreditModel(model, AutoTokenizer.from_pretrained(world.reward), source=source)
+    wanted = judge(PROMPTS, world.ids, world.policy)
+    found = CreditModel(model.train(), judge.tokenizer, source=source)(PROMPTS, world.ids, world.policy)
+    torch.testing.assert_close(found.score, wanted.score)
+    torch.testing.assert_close(found.weights, wanted.weights)
+    assert all(module.training for module in model.modules())
+
+
 def by_hand(world: World, source: str, ids: list[int]) -> tuple[Tensor, Tensor]:
     """Of the policy's text alone, which both tokenizers split into words: score, and the reader's weights."""
     model = AutoModelForSequenceClassification.from_pretrained(world.reward).eval()
