@@ -75,11 +75,13 @@ def bits_kernel(p_mask, p_out, N: tl.constexpr, PTX: tl.constexpr):
 
 @pytest.mark.parametrize("by_ptx", [False, True])
 def test_every_byte_but_0_is_unmasked(by_ptx: bool) -> None:
-    mask = torch.arange(1024, device=DEVICE).flip(0).mul(37).to(torch.uint8)
+    g = torch.Generator().manual_seed(0)
+    mask = torch.randint(256, (1024,), generator=g) * (torch.rand(1024, generator=g) < 0.5)
+    mask = mask.to(DEVICE, torch.uint8)
     bits = torch.empty(1024, dtype=torch.int32, device=DEVICE)
     with ptx.executed() if by_ptx and DEVICE.type == "cpu" else nullcontext():
         bits_kernel[(1,)](mask, bits, 1024, by_ptx)
-    assert mask.unique().numel() == 256
+    assert mask.unique().numel() > 200
     assert torch.equal(bits, torch.where(mask != 0, -1, 0).int())
 
 
