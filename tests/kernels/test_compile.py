@@ -112,7 +112,7 @@ def test_chunks_of_keys_are_on_their_way(compiled: tuple[str, list[dict]]) -> No
 def test_512_tokens_are_swept_in_few_instructions(compiled: tuple[str, list[dict]]) -> None:
     """128 bits at a time, 16 tokens a lane: weights, values, both log-probabilities; five outputs, or two.
 
-    Of 1200 instructions of a warp, 161 are the loop before's, over mask and weights, which is no fact of these.
+    Of a warp's 1200 instructions the loop before, over mask and weights, has 161, which no fact here counts.
     """
     target, variants = compiled
     by_case = {x["case"]: x for x in variants if x["kernel"] == "rows_kernel"}
