@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import get_args
 
 import pytest
 import torch
 import transformers
 from support import zoo
-from support.tap_models import LENGTH, batch, build, randomise
+from support.tap_models import LENGTH, batch, build, offload, randomise
 from torch import nn
 
 from attnshape.tap import AttentionTap
@@ -99,28 +98,6 @@ def test_an_adapter_on_the_embedding(source):
         merged.get_input_embeddings().weight += adapter.b(adapter.a.weight)
     ids, mask = batch("right")
     torch.testing.assert_close(weights(model, source, ids, mask), weights(merged, source, ids, mask))
-
-
-def offload(model):
-    """Weights are on the device while their own module runs, and on none else, as accelerate has it."""
-
-    def run(module, forward, own, *args, **kwargs):
-        for name, parameter in own.items():
-            module._parameters[name] = parameter
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            for name, parameter in own.items():
-                module._parameters[name] = nn.Parameter(parameter.to("meta"))
-
-    for module in model.modules():
-        own = dict(module.named_parameters(recurse=False))
-        module.forward = functools.update_wrapper(
-            functools.partial(run, module, module.forward, own), module.forward
-        )
-        for name, parameter in own.items():
-            module._parameters[name] = nn.Parameter(parameter.to("meta"))
-    return model
 
 
 @pytest.mark.parametrize("source", SOURCES)
