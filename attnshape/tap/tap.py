@@ -42,7 +42,7 @@ from attnshape.tap.find import (
 from attnshape.tap.flow import Flow, Norms, Pulls
 from attnshape.tap.hooks import Entry, Given, in_trial, unwatch, watch
 from attnshape.tap.relevance import FixedNorms
-from attnshape.tap.trial import SCORED, Scored, mixes_elsewhere, scored_tokens
+from attnshape.tap.trial import SCORED, Scored, mixes_elsewhere, scored_tokens, sees_size
 from attnshape.types import AttentionInputs, SignedInputs
 
 Source: TypeAlias = Literal[
@@ -165,6 +165,7 @@ class AttentionTap:
         self._moved: ValueError | None = None
         self._scored: Scored | str | None = None
         self._mixes: bool | str = False
+        self._sized: bool | str = True
         self._call: _Call | None = None
         self._entries: list[Entry] = []
         self._handles: list[RemovableHandle] = []
@@ -275,6 +276,12 @@ class AttentionTap:
             )
         if elsewhere is not None and not self._embeddings:
             raise elsewhere
+        if self._sized is False:
+            raise ValueError(
+                f"source: {type(self._models[-1].module).__name__} divides its token embeddings by their own "
+                "size before all else, so that 'gradient_embedding' would be rounding; want another gradient "
+                "source, or leave_one_out, or the model in more bits"
+            )
         if self._source in _NO_OTHER_MIXING:
             self._refuse_other_mixing()
         always = self._check == "always"
@@ -313,6 +320,8 @@ class AttentionTap:
         """Find out what has to be tried, with the weights at hand; what is known is not tried again."""
         if self._source in _NO_OTHER_MIXING:
             self._mixes = mixes_elsewhere(self._models[-1].module, self._attention, device)
+        if self._embeddings:
+            self._sized = sees_size(self._models[-1].module, self._embeddings, device)
         if self._reads_pooled() and self._head is not None and not self._head[1]:
             self._scored = scored_tokens(self._head[0], self._last, device)
 

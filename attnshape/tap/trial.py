@@ -37,6 +37,7 @@ SCORED: dict[Scored, tuple[int, ...]] = {
 """What is read of rows: full, padded right, padded left, and ending in pad tokens that are not masked."""
 
 _mixing: WeakKeyDictionary[nn.Module, bool | str] = WeakKeyDictionary()
+_sized: WeakKeyDictionary[nn.Module, bool | str] = WeakKeyDictionary()
 _scored: WeakKeyDictionary[nn.Module, Scored | str | None] = WeakKeyDictionary()
 
 
@@ -63,6 +64,42 @@ def mixes_elsewhere(
 
     mixes: bool | str = _once(_mixing, model, try_it)
     return mixes
+
+
+def sees_size(model: PreTrainedModel, embeddings: Sequence[nn.Module], device: torch.device) -> bool | str:
+    """Whether the size of token embeddings shows in what a model makes of them, beyond rounding.
+
+    It does not where a norm comes first: then no gradient has a part along them. A sentence where the model
+    cannot be tried.
+    """
+
+    def try_it() -> bool:
+        factor, seen = 1.0, False
+
+        def scale(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            nonlocal seen
+            seen = True
+            return output * factor
+
+        tokens = _tokens(model, device, LENGTH + 1)
+        handles = [module.register_forward_hook(scale) for module in embeddings]
+        try:
+            with trial():
+                one = _first(_call(model, input_ids=tokens[None, :-1])).float()
+                other = _first(_call(model, input_ids=tokens[None, 1:])).float()
+                factor = 4.0
+                larger = _first(_call(model, input_ids=tokens[None, :-1])).float()
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not seen:
+            raise ValueError("its embeddings did not run")
+        # What a gradient is rounded by, relative to its length, and some more.
+        least = {torch.float64: 1e-13, torch.float32: 1e-5}.get(model.dtype, 1e-3)
+        return float((larger - one).norm()) > least * float((other - one).norm())
+
+    sized: bool | str = _once(_sized, model, try_it)
+    return sized
 
 
 def scored_tokens(head: PreTrainedModel, attention: nn.Module, device: torch.device) -> Scored | str | None:

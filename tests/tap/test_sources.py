@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 import transformers
+from support import zoo
 from support.tap_models import (
     LENGTH,
     SIZE,
@@ -277,3 +278,23 @@ def test_what_else_reads_what_enters_a_layer_is_no_part_of_relevance():
             response = Response(mask, start=torch.zeros(3, dtype=torch.int32))
             found.append(gradient_weights(score, tap.take(), response))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_embeddings_whose_size_a_norm_takes_off_at_once_are_refused(dtype):
+    """DeBERTa v3, ModernBERT, Bloom: what is left of gradient times embedding is rounding."""
+    ids, mask = batch("right")
+
+    def taken(model):
+        with torch.enable_grad(), AttentionTap(model.to(dtype), source="gradient_embedding") as tap:
+            score = model(input_ids=ids, attention_mask=mask).logits[:, 0]
+        return gradient_weights(score, tap.take(), Response(mask, start=torch.zeros(3, dtype=torch.int32)))
+
+    options = {"position_biased_input": False, "type_vocab_size": 0, "layer_norm_eps": 1e-7}
+    model = zoo.build("DebertaV2ForSequenceClassification", **options)
+    if dtype == torch.float64:  # where it is not
+        assert 0 < taken(model).abs().max() < 1e-4 * taken(build("llama")).abs().max()
+    else:
+        with pytest.raises(ValueError, match="divides its token embeddings by their own size"):
+            taken(model)
+    assert taken(build("llama")).abs().max() > 1e-3
