@@ -289,7 +289,7 @@ def option_calls() -> Calls:
         functools.partial(reading_on, attnshape.shape_rewards),
         {
             "score": torch.empty(256),
-            "credit_or_inputs": long,
+            "credit": long,
             "response": short,
             "values": tokens[0][:1].expand(256, -1),
             "kl": KL(tokens[1][:1].expand(256, -1), tokens[2][:1].expand(256, -1), 0.1),

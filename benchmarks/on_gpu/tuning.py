@@ -67,11 +67,11 @@ def rounds() -> Iterator[Round]:
         for split in (attention.chunks_per_program, *(Cut(n, n) for n in (4, 6, 8, 11, 16, 32)))
     ]
     yield Round("split", grids, [*read[:2], Case("fused", Shape(8, 1024, 2048)), Case("fused", SMALL)])
-    readers = product(
-        attention__ONE_LAUNCH=(attention.ONE_LAUNCH, 1024),
-        attention__READ_ON=((), READING_ON),
-        attention__PROGRAMS=(attention.PROGRAMS, 3, 4),
-    )
+    readers = [
+        {"attention.ONE_LAUNCH": longest, "attention.READ_ON": finishes, "attention.PROGRAMS": programs}
+        for longest in (attention.ONE_LAUNCH, 1024)
+        for finishes, programs in (((), attention.PROGRAMS), (READING_ON, 2), (READING_ON, 3))
+    ]
     many = [*read[1:], Case("row", ATTENTION[1]), Case("fused", Shape(512, 512, 1024))]
     yield Round("reading on", readers, many)
     ways = product(attention__ONE_LAUNCH=(attention.ONE_LAUNCH, 1024), attention__DEPENDENT=(False, True))
