@@ -44,10 +44,11 @@ class Given:
         within = (places >= 0) & (at + np.uint64(size) <= ends[places])
         if not within.all():
             wrong = int(at[~within][0])
-            behind = wrong - self.ends[bisect.bisect_right(self.begins, wrong) - 1]
+            piece = bisect.bisect_right(self.begins, wrong) - 1
+            where = f"{wrong - self.ends[piece]} bytes behind one" if piece >= 0 else "before all of them"
             raise IndexError(
-                f"{what} at {(~within).sum()} of {at.size} addresses that are in no tensor of the launch, "
-                f"the first {behind} bytes behind the end of one"
+                f"{what} at {(~within).sum()} of {at.size} addresses that are in no tensor of the launch; "
+                f"the first is {where}"
             )
 
 
