@@ -1,4 +1,4 @@
-"""What the tests change in Triton's interpreter: its speed, a scan's order, and what may be read and written."""
+"""What the tests change in Triton's interpreter: its speed, a scan's order, what may be read and written."""
 
 from contextlib import nullcontext
 
