@@ -118,6 +118,10 @@ def owned(x: Tensor) -> Tensor:
     return x if whole else x.clone(memory_format=torch.contiguous_format)
 
 
+in_full: Any = torch._C._DisableAutocast
+"""Context in which products are of their operands' dtype, also where the caller has autocast on."""
+
+
 def is_traced() -> bool:
     """Whether a compiler looks on, or a mode that replaces tensors by fake ones or records what is done."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
@@ -129,7 +133,7 @@ def operator(
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Registers a function as ``attnshape::<its name>``, which is called instead where a compiler looks on.
 
-    Either way no gradient is recorded.
+    Either way no gradient is recorded, and autocast is off.
 
     Args:
         outputs: from the function's arguments to the structure it returns, of ``Output``.
@@ -149,7 +153,8 @@ def operator(
             tensors: Sequence[Tensor], floats: Sequence[float], ints: Sequence[int], structure: str
         ) -> list[Tensor]:
             leaves = Leaves([], [], [])
-            result: Any = function(**arguments(tensors, floats, ints, structure))  # type: ignore[call-arg]
+            with in_full():
+                result: Any = function(**arguments(tensors, floats, ints, structure))  # type: ignore[call-arg]
             flatten(result, leaves)
             return [owned(x) for x in leaves.tensors]
 
@@ -173,7 +178,10 @@ def operator(
             grad = torch.is_grad_enabled()
             torch._C._set_grad_enabled(False)  # a tenth of what `torch.no_grad` costs
             try:
-                return function(*args, **kwargs)
+                if not torch._C._is_any_autocast_enabled():
+                    return function(*args, **kwargs)
+                with in_full():
+                    return function(*args, **kwargs)
             finally:
                 torch._C._set_grad_enabled(grad)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from attnshape import checks, vectorized
+from attnshape import compile as compiling
 from attnshape.deletion import deletion_scores, leave_one_out
 from attnshape.ops import attention_column_credit, attention_credit, attention_rollout
 from attnshape.types import Response, SignedInputs, compute_dtype
@@ -86,7 +87,7 @@ def uniform(response: Response | Tensor) -> Tensor:
     """
     response = Response.of(response)
     rows = _rows(response)
-    each = rows.live / rows.live.sum(1, keepdim=True).clamp(min=1)
+    each = rows.live.float() / rows.live.sum(1, keepdim=True).clamp(min=1)
     return rows.restore(each)
 
 
@@ -398,7 +399,8 @@ def gradient_weights(
         raise ValueError(
             "score: got a tensor without a graph, want it from a forward under torch.enable_grad()"
         )
-    (gradient,) = torch.autograd.grad(score.sum(), inputs, allow_unused=True)
+    with torch.inference_mode(False):  # the caller's mode may be another than the forward's
+        (gradient,) = torch.autograd.grad(score, inputs, torch.ones_like(score), allow_unused=True)
     if gradient is None:
         raise ValueError("inputs: got a tensor that the score does not depend on, want that forward's take()")
     with torch.no_grad():
@@ -448,4 +450,5 @@ def signed_rollout(
     checks.check_response(response, checked[0].batch_size, checked[0].key)
     if validate:
         checks.validate_response(response, checks.validate_attention(checked))
-    return vectorized.signed_rollout(layers, response)
+    with compiling.in_full():
+        return vectorized.signed_rollout(layers, response)

@@ -90,7 +90,7 @@ def leave_one_out(
     whole: dict[int, Cut] = {cut[0]: (cut[0], ()) for cut, _ in groups}
     found = texts.scores([*(whole.values() if score is None else ()), *(cut for cut, _ in groups)])
     full = {b: found[cut] for b, cut in whole.items()} if score is None else score.double().tolist()
-    out = torch.zeros(texts.rows.live.shape, dtype=torch.float64)
+    out = torch.zeros(texts.rows.live.shape, dtype=torch.float64, device="cpu")
     for cut, members in groups:
         out[cut[0], members] = (full[cut[0]] - found[cut]) / len(members)
     dtype = torch.float64 if score is not None and score.dtype == torch.float64 else texts.dtype
@@ -146,11 +146,13 @@ def deletion_scores(
         checks.check_number("fractions", fraction)
         if not 0 < fraction <= 1:
             raise ValueError(f"fractions: got {fraction}, want numbers above 0, at most 1")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     rows = texts.rows.padded(weights).double().cpu()
     cuts: list[list[Cut | None]] = []
     for b, tokens in enumerate(texts.tokens):
-        shuffled = [tokens[i] for i in torch.randperm(len(tokens), generator=generator).tolist()]
+        shuffled = [
+            tokens[i] for i in torch.randperm(len(tokens), generator=generator, device="cpu").tolist()
+        ]
         values = rows[b, shuffled]
         order = [shuffled[i] for i in values.argsort(descending=True, stable=True).tolist()]
         known = bool(order) and not bool(values.isnan().any())

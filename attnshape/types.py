@@ -29,7 +29,7 @@ def compute_dtype(*tensors: object) -> torch.dtype:
 @functools.lru_cache
 def float32_rounded(x: float) -> float:
     """``gamma`` and ``gamma * lam`` are rounded to float32 once, before any arithmetic."""
-    return torch.tensor(x, dtype=torch.float32).item()
+    return torch.tensor(x, dtype=torch.float32, device="cpu").item()
 
 
 def decay(gamma: float, lam: float | Tensor) -> float | Tensor:

@@ -408,3 +408,11 @@ def test_dtype_of_results() -> None:
     assert single.rewards.dtype == torch.float32
     double = reference.shape_rewards(f64([1.0])[0], f64([1.0, 2.0]), torch.ones(1, 2))
     assert double.rewards.dtype == F64
+
+
+def test_scores_that_require_grad() -> None:
+    score, values = torch.tensor([2.0, -1.0], requires_grad=True), torch.ones(2, 3, requires_grad=True)
+    out = reference.shape_rewards(score, "uniform", torch.ones(2, 3), values=values)
+    plain = reference.shape_rewards(score.detach(), "uniform", torch.ones(2, 3), values=values.detach())
+    assert torch.equal(out.advantages, plain.advantages)
+    assert not out.rewards.requires_grad

@@ -20,6 +20,9 @@ from attnshape.text.html import PAGE_FOOT, credit_section, page_head
 from attnshape.text.load import RewardModelConfig
 from attnshape.text.model import CreditModel
 
+WIDTH = 120
+"""Characters that both tables take."""
+
 
 def audit_file(
     config: RewardModelConfig,
@@ -61,6 +64,8 @@ def audit_file(
             on_skip=lambda i, reason: skip(rows[i].number, reason),
         )
     console = Console(highlight=False)
+    if not console.is_terminal:  # a file wraps nothing
+        console.width = max(console.width, WIDTH)
     console.print(_table(found))
     for reason in dict.fromkeys(refused.reason for refused in found.refused):
         without = (refused.source for refused in found.refused if refused.reason == reason)
@@ -88,7 +93,8 @@ def _table(found: Audit) -> Table:
         "errors); in: share of completions beyond random; entropy: 100% is even credit; attention: on the "
         "response; cost: time, in forwards. ±: a source with signs."
     )
-    table = Table("source", caption=caption, caption_justify="left")
+    table = Table(caption=caption, caption_justify="left")
+    table.add_column("source", overflow="fold")
     for heading in (f"moves at {shares}", "of leave-one-out", "in", "entropy", "attention", "cost"):
         table.add_column(heading, justify="right")
     table.add_row("random", _curve(found.random), "0", "", "", "", "")
@@ -111,7 +117,10 @@ def _curve(moves: Collection[float]) -> str:
 
 
 def _overlaps(rows: Collection[SourceAudit]) -> Table:
-    table = Table("overlap of the top tenth", *map(str, range(1, len(rows) + 1)))
+    table = Table()
+    table.add_column("overlap of the top tenth", overflow="fold")
+    for number in range(1, len(rows) + 1):
+        table.add_column(str(number))
     for number, row in enumerate(rows, 1):
         cells = ["" if other is row else f"{row.overlap[other.source]:.2f}" for other in rows]
         table.add_row(f"{number} {row.source}", *cells)

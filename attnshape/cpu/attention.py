@@ -404,7 +404,7 @@ def attention_row(inputs: Sequence[AttentionInputs]) -> Tensor:
     first = inputs[0]
     dtype, layers = compute_dtype(*[x.key for x in inputs]), [Layer(x) for x in inputs]
     shape = first.key.shape[:1] if first.packed else (first.key.shape[0], first.key.shape[2])
-    out = (torch.zeros if first.packed else torch.empty)(shape, dtype=dtype)
+    out = (torch.zeros if first.packed else torch.empty)(shape, dtype=dtype, device="cpu")
     places = np.array([memory.place_of(out)] * (OUT + 1), np.int64)  # the others are not looked at
 
     def finish(lost: Array, means: Array, low: int, high: int, held: object = out) -> None:

@@ -69,11 +69,11 @@ class Call:
     def tokens(self, name: int) -> Tensor:
         """An output of the mask's shape; 0 at packed tokens of no row."""
         make = torch.empty if self.whole else torch.zeros
-        out = self.tensors[name] = make(self.mask.shape, dtype=self.dtype)
+        out = self.tensors[name] = make(self.mask.shape, dtype=self.dtype, device="cpu")
         return out
 
     def of_rows(self, name: int, columns: int) -> Tensor:
-        out = self.tensors[name] = torch.empty((self.batch, columns), dtype=self.dtype)
+        out = self.tensors[name] = torch.empty((self.batch, columns), dtype=self.dtype, device="cpu")
         return out
 
     def recurrence(
@@ -133,7 +133,7 @@ def attention_credit(
     credit = call.attended(inputs)
     call.choices[rows.SHAPED] = 1
     call.choices[rows.NORMALIZATION] = NORMALIZATIONS[normalization]
-    call.read(rows.SCORE, torch.zeros(call.batch))
+    call.read(rows.SCORE, torch.zeros(call.batch, device="cpu"))
     call.run()
     return credit
 
@@ -177,7 +177,7 @@ def shape_rewards(
     penalty = None if tokens.kl is None else call.tokens(rows.KL_OUT)
     advantages, returns, moments = call.recurrence(tokens.values, tokens.bootstrap, config)
     stats = call.of_rows(rows.STATS, 4)
-    status = call.tensors[rows.STATUS] = torch.empty(call.batch, dtype=torch.int32)
+    status = call.tensors[rows.STATUS] = torch.empty(call.batch, dtype=torch.int32, device="cpu")
     call.run()
     return ShapedRewards(
         out,

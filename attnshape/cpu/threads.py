@@ -18,7 +18,7 @@ than twice as much each."""
 
 # glibc keeps free memory up to twice the largest block that it has seen freed; more goes to the system.
 # Before that a call's outputs would be mapped anew each time, page by page: more than computing them costs.
-torch.empty(31 << 20, dtype=torch.uint8)
+torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 _own = threading.local()
 _pool: ThreadPoolExecutor | None = None

@@ -124,7 +124,7 @@ def whiten(
     gather: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
     shape = (1, x.numel()) if x.ndim < 2 or not x.numel() else (-1, x.shape[-1])
-    out = torch.empty(x.shape, dtype=compute_dtype(x))
+    out = torch.empty(x.shape, dtype=compute_dtype(x), device="cpu")
     tensors = [counted(mask).reshape(shape), x.reshape(shape), out.view(shape)]
     places = np.array([place_of(x) for x in tensors], np.int64)
     if out.dtype == torch.float32 and out.nbytes >= memory.PAST:

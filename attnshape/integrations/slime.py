@@ -155,12 +155,12 @@ def _spread(
     dense_share: float,
 ) -> Tensor:
     """``[R]``: ``own`` of all tokens, and what credit adds to it."""
-    flat = torch.full((len(mask),), own)
+    flat = torch.full((len(mask),), own, dtype=torch.float32)
     values = weights if signed is None else signed
     if values is None or not mask:
         return flat
     row = torch.tensor([values], dtype=torch.float32), torch.tensor([mask]) != 0
-    return flat + added(torch.tensor([own]), *row, dense_share, signed=signed is not None)[0]
+    return flat + added(flat[:1], *row, dense_share, signed=signed is not None)[0]
 
 
 def compute_advantages(args: Namespace, rollout_data: dict[str, Any]) -> None:

@@ -126,7 +126,7 @@ def completion_advantages(
     given = parts.isfinite()
     parts = torch.where(given, parts if weights is None else parts * weights.to(parts), 0.0)
     scored, total = given.any(1), parts.sum(1)
-    ids = torch.arange(len(score)) // group if isinstance(group, int) else group.cpu()
+    ids = torch.arange(len(score), device="cpu") // group if isinstance(group, int) else group.cpu()
     out = torch.zeros_like(parts)
     for i in range(len(parts)):
         members = [j for j in range(len(parts)) if ids[j] == ids[i] and scored[j]]

@@ -79,6 +79,7 @@ def redistribute(
     return shape_rewards(score, credit, response, config=config).rewards
 
 
+@torch.no_grad()
 def shape_rewards(
     score: Tensor,
     credit: Tensor | AttentionLayers | CreditName,

@@ -162,9 +162,9 @@ def build(
     """
     for device in dict.fromkeys(config.devices):
         check_device(device)
-    reader = Reader(
-        *load_reading(config.model, trust_remote_code=config.trust_remote_code), config.max_batch_tokens
-    )
+    tokenizer, reading, most = load_reading(config.model, trust_remote_code=config.trust_remote_code)
+    most = config.max_batch_tokens if most is None else min(most, config.max_batch_tokens)
+    reader = Reader(tokenizer, reading, most)
     cpus = config.devices.count("cpu")
     threads = max(1, torch.get_num_threads() // max(1, cpus))
     jobs = [Job(config, device, threads, config.max_batch_tokens) for device in config.devices]

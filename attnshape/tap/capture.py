@@ -295,9 +295,10 @@ class Attended:
         batch, length = layer.attended.shape
         place = torch.arange(length, device=inputs.key.device)
         total = torch.zeros((), dtype=layer.dtype, device=inputs.key.device)
-        for queries in torch.split(place, query_chunk(layer)):
-            rows = attend(layer, queries.expand(batch, -1))
-            total = total + rows.masked_fill(~layer.attended[:, None, queries, None], 0.0).sum(2)
+        with torch.autocast(place.device.type, enabled=False):
+            for queries in torch.split(place, query_chunk(layer)):
+                rows = attend(layer, queries.expand(batch, -1))
+                total = total + rows.masked_fill(~layer.attended[:, None, queries, None], 0.0).sum(2)
         row = (total / layer.attended.sum(1).clamp(min=1)[:, None, None]).log()
         heads, width = inputs.query.shape[1], inputs.query.shape[-1]
         if inputs.cu_seqlens is not None:
@@ -389,6 +390,40 @@ class Embedded:
         )
 
 
+def check_whole(query: Tensor, key: Tensor) -> None:
+    """``ValueError`` where a layer had earlier keys, or room for later ones, so that positions are not those
+    of the tokens."""
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"query: the layer had {query.shape[2]} queries for {key.shape[2]} keys; a tapped forward takes "
+            "whole sequences, without earlier past_key_values or a static cache"
+        )
+
+
+def moved(asked: dict[str, Any], given: dict[str, Any]) -> ValueError | None:
+    """An error where a model inside another reads tokens at other positions than those that were asked about.
+
+    Args:
+        asked: what the outer one was called with.
+        given: what that calls the inner one with.
+    """
+    ids, own = asked.get("input_ids"), given.get("input_ids", given.get("inputs_embeds"))
+    if not isinstance(ids, Tensor) or not isinstance(own, Tensor) or ids.ndim != 2 or own.ndim not in (2, 3):
+        return None
+    # Rows that are not as many are laid out anew, and positions in packed ones count from each row's own.
+    is_packed = "attention_mask" not in given and ("position_ids" in given or "cu_seq_lens_q" in given)
+    if own.shape[:2] == ids.shape or len(own) != len(ids) or is_packed:
+        return None
+    common = min(own.shape[1], ids.shape[1])
+    if own.ndim == 2 and torch.equal(own[:, :common], ids[:, :common]):  # more padding on the right, or less
+        return None
+    return ValueError(
+        f"input_ids: the model was given {list(ids.shape)} tokens and reads {list(own.shape[:2])}, so "
+        "positions in the one are not those in the other (prompt tuning?); want a tap on the model inside, "
+        "where they count what it reads"
+    )
+
+
 def last_non_pad(head: PreTrainedModel, input_ids: Tensor | None, query: Tensor) -> Tensor:
     """The tokens that transformers' sequence-classification heads score, int32 ``[B]``."""
     batch, _, length, _ = query.shape
@@ -423,11 +458,7 @@ def attended_by(
     if isinstance(key, DTensor):
         raise ValueError("key: sharded over devices (ring or context parallel), want every key on one device")
     batch, _, length, _ = key.shape
-    if query.shape[2] != length:
-        raise ValueError(
-            f"query: the layer had {query.shape[2]} queries for {length} keys; a tapped forward takes whole "
-            "sequences, without earlier past_key_values or a static cache"
-        )
+    check_whole(query, key)
     sight = sight_of(module, function, length, layer_mask, options)
     if sight.padding is not None and sight.padding.shape != (batch, length):
         raise ValueError(f"attention_mask: got {list(sight.padding.shape)}, want [B, S] = {[batch, length]}")

@@ -56,6 +56,28 @@ def lookups(module: Any) -> list[tuple[dict[str, Any], str, AttentionFunction]]:
     return found + [(forward.__globals__, n, forward.__globals__[n]) for n in names]
 
 
+def models_of(model: nn.Module) -> dict[str, PreTrainedModel]:
+    """The transformers models that are behind a score, by name, the outermost first.
+
+    Of models beside each other it is the one that reads tokens, and what is inside of it.
+
+    Raises:
+        ValueError: there is none, or there are several.
+    """
+    kind = type(model).__name__
+    models = {n: m for n, m in model.named_modules() if isinstance(m, PreTrainedModel)}
+    beside = [n for n in models if not any(is_inside(n, other) for other in models if other != n)]
+    reading = [n for n in beside if models[n].main_input_name == "input_ids"] or beside
+    if not reading:
+        raise ValueError(f"model: {kind} holds no transformers.PreTrainedModel")
+    if len(reading) > 1:
+        raise ValueError(
+            f"model: {kind} holds {len(reading)} models that read text ({', '.join(reading)}), and the score "
+            "may be of any or all; want a tap on one of them, or one on each"
+        )
+    return {n: m for n, m in models.items() if n == reading[0] or is_inside(n, reading[0])}
+
+
 def embeddings(models: Sequence[PreTrainedModel]) -> list[nn.Module]:
     """The modules that embed the models' tokens: one, or several with the same weight."""
     for model in models:
@@ -64,9 +86,17 @@ def embeddings(models: Sequence[PreTrainedModel]) -> list[nn.Module]:
         except NotImplementedError:
             continue
         if isinstance(embedding, nn.Module):
-            same = (m for m in models[0].modules() if isinstance(m, nn.Embedding) and m is not embedding)
+            own = set(embedding.modules())  # an adapter's has the embedding that it changes inside
+            same = (m for m in models[0].modules() if isinstance(m, nn.Embedding) and m not in own)
             return [embedding, *(m for m in same if m.weight is getattr(embedding, "weight", None))]
     return []
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """How many tokens it has embeddings for."""
+    embedding: Any = model.get_input_embeddings()
+    sizes = (m.num_embeddings for m in embedding.modules() if isinstance(m, nn.Embedding))
+    return next(sizes, model.config.get_text_config().vocab_size)
 
 
 def attention_layers(model: nn.Module, models: Mapping[str, PreTrainedModel]) -> list[str]:
@@ -76,7 +106,7 @@ def attention_layers(model: nn.Module, models: Mapping[str, PreTrainedModel]) ->
     causal the others attend to something else (cross attention); where none is the model is an encoder.
 
     Args:
-        models: every transformers model inside ``model`` by name, the outermost first.
+        models: ``models_of(model)``.
     """
     kind = type(model).__name__
     outermost = next(iter(models.values()))
@@ -86,7 +116,7 @@ def attention_layers(model: nn.Module, models: Mapping[str, PreTrainedModel]) ->
             "row of attention is behind its score; want source='gradient_embedding'"
         )
     modules = dict(model.named_modules())
-    found = [name for name, module in modules.items() if can_tap(type(module))]
+    found = [n for n, m in modules.items() if can_tap(type(m)) and any(is_inside(n, p) for p in models)]
     text = embeddings(list(models.values()))
     if text:
         reads_text = {name: any(m is text[0] for m in inner.modules()) for name, inner in models.items()}
@@ -112,7 +142,9 @@ def layers_around(model: nn.Module, attention: nn.Module) -> tuple[nn.ModuleList
 
 
 def is_compiled(module: nn.Module) -> bool:
-    return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+    if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+        return True
+    return hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")  # forward = torch.compile(…)
 
 
 def choose(names: Sequence[str], layer: int | Sequence[int]) -> list[str]:

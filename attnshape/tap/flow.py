@@ -209,14 +209,17 @@ class Flow:
             # What stands in padding reaches nothing.
             sound = (gap + added + other).isfinite().all(-1, keepdim=True)
             gap, other, after = (torch.where(sound, x, 0.0) for x in (gap, other, after))
-            added = torch.where(sound, added, 0.0)
+            # By the size of each token: one with massive activations is no measure of the others.
+            size = after.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(after.dtype).tiny)
+            gap, other, own = gap / size, other / size, torch.where(sound, added, 0.0) / size
             # Least squares with one more tensor at most: what is left of ``added`` without that.
-            own = added - _share(added, other) * other
-            constant = _share(gap, own)
-            missed = (gap - constant * added - _share(gap - constant * added, other) * other).norm()
-            rounding = 4 * torch.finfo(dtype).eps * after.norm()
-            constant = torch.where((constant - 1).abs() * added.norm() <= rounding, 1.0, constant)
-            none = (constant * added).norm() <= rounding  # the stream as it was before the attention
+            alone = own - _share(own, other) * other
+            constant = _share(gap, alone)
+            missed = (gap - constant * own - _share(gap - constant * own, other) * other).norm()
+            # Models that were tried leave a quarter of this at most.
+            rounding = 2 * torch.finfo(dtype).eps * size.numel() ** 0.5
+            constant = torch.where((constant - 1).abs() * own.norm() <= rounding, 1.0, constant)
+            none = (constant * own).norm() <= rounding  # the stream as it was before the attention
             fits.append(
                 torch.stack([(none | (missed > rounding + 1e-3 * gap.norm())).to(constant), constant])
             )

@@ -41,9 +41,9 @@ def centers_of(module: nn.Module, like: Tensor) -> bool | None:
 
 
 def _tried(module: nn.Module, like: Tensor) -> bool | None:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     # Far from a mean of 0, where a norm that centres its tokens differs from one that does not.
-    probe = (torch.randn(2, like.shape[-1], generator=generator) + 1).to(like)
+    probe = (torch.randn(2, like.shape[-1], generator=generator, device="cpu") + 1).to(like)
     probe = torch.stack([probe[0], probe[1], probe[0] + probe[1], torch.zeros_like(probe[0])])
     try:
         given = module.forward(probe.view(*[1] * (like.ndim - 2), *probe.shape))

@@ -20,8 +20,10 @@ from attnshape.tap.capture import (
     Pooling,
     QueryPosition,
     attended_by,
+    check_whole,
     differentiable,
     last_non_pad,
+    moved,
 )
 from attnshape.tap.find import (
     AttentionFunction,
@@ -35,6 +37,7 @@ from attnshape.tap.find import (
     is_compiled,
     is_inside,
     layers_around,
+    models_of,
 )
 from attnshape.tap.flow import Flow, Norms, Pulls
 from attnshape.tap.hooks import Entry, Given, in_trial, unwatch, watch
@@ -60,7 +63,7 @@ RELEVANCE_UP = 3
 negative are found best there (``benchmarks/language``): they know their neighbours and have not moved on."""
 _CHECKS = ("first", "always", "never")
 _POSITIONS = ("pooled", "last_visible", "last_response", "mean", "all")
-_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q")
+_ARGUMENTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cu_seq_lens_q")
 
 
 class AttentionTap:
@@ -115,10 +118,7 @@ class AttentionTap:
             raise ValueError(f"source: got {source!r}, want one of {_SOURCES}")
         if check not in _CHECKS:
             raise ValueError(f"check: got {check!r}, want one of {_CHECKS}")
-        modules = dict(model.named_modules())
-        models = {n: m for n, m in modules.items() if isinstance(m, PreTrainedModel)}
-        if not models:
-            raise ValueError(f"model: {type(model).__name__} holds no transformers.PreTrainedModel")
+        modules, models = dict(model.named_modules()), models_of(model)
         self._source, self._check = source, check
         self._embeddings: list[nn.Module] = []
         self._attention: list[nn.Module] = []
@@ -159,6 +159,10 @@ class AttentionTap:
         ]
         self._norms = FixedNorms(model, self._has_entered) if source == "relevance" else None
         self._head = classifier([m.module for m in self._models])
+        # What is around the model may put tokens of its own before those that it is given.
+        self._around = None if self._is_compiled or model is self._models[0].module else model
+        self._asked: dict[str, Any] = {}
+        self._moved: ValueError | None = None
         self._scored: Scored | str | None = None
         self._mixes: bool | str = False
         self._call: _Call | None = None
@@ -198,12 +202,14 @@ class AttentionTap:
         self._reset()
         if self._is_compiled:
             # Nothing can be tried while a graph is traced.
-            self._try_model()
+            self._try_model(self._models[-1].module.device)
         self._thread = threading.get_ident()
         self._entries = watch(*self._watched(), self)
         for flow in self._flows:
             flow.open()
         self._handles = [m.register_forward_hook(self._on_embedding) for m in self._embeddings]
+        if self._around is not None:
+            self._handles.append(self._around.register_forward_pre_hook(self._on_around, with_kwargs=True))
         if self._norms is not None:
             _, block = layers_around(self._models[-1].module, self._layers[0].module)
             self._handles.append(block.register_forward_pre_hook(self._on_block, with_kwargs=True))
@@ -255,6 +261,7 @@ class AttentionTap:
         norms = None if self._norms is None else self._norms.seen
         halved = self._embeddings and self._models[0].module.config.is_encoder_decoder
         halved = halved and not self._layers[0].again
+        elsewhere = self._moved
         self._reset()
         for layer, count in zip(self._layers, forwards, strict=True):
             if count != 1:
@@ -266,6 +273,8 @@ class AttentionTap:
             raise ValueError(
                 "source: the decoder's embeddings were not seen, so the gradient would be of a part"
             )
+        if elsewhere is not None and not self._embeddings:
+            raise elsewhere
         if self._source in _NO_OTHER_MIXING:
             self._refuse_other_mixing()
         always = self._check == "always"
@@ -300,12 +309,12 @@ class AttentionTap:
                 f"and {why}; want source='gradient_embedding', or 'attention' for the row itself"
             )
 
-    def _try_model(self) -> None:
+    def _try_model(self, device: torch.device) -> None:
         """Find out what has to be tried, with the weights at hand; what is known is not tried again."""
         if self._source in _NO_OTHER_MIXING:
-            self._mixes = mixes_elsewhere(self._models[-1].module, self._attention)
+            self._mixes = mixes_elsewhere(self._models[-1].module, self._attention, device)
         if self._reads_pooled() and self._head is not None and not self._head[1]:
-            self._scored = scored_tokens(self._head[0], self._last)
+            self._scored = scored_tokens(self._head[0], self._last, device)
 
     def _reads_pooled(self) -> bool:
         return (
@@ -315,7 +324,7 @@ class AttentionTap:
         )
 
     def _reset(self) -> None:
-        self._call = None
+        self._call, self._moved, self._asked = None, None, {}
         for layer in self._layers:
             layer.forwards, layer.attended, layer.again = 0, None, False
         for flow in self._flows:
@@ -323,19 +332,27 @@ class AttentionTap:
         if self._norms is not None:
             self._norms.seen = 0
 
+    def _on_around(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What holds the tapped model is called."""
+        if not self._is_other_thread() and not in_trial():
+            self._asked = _given(tuple(inspect.signature(module.forward).parameters), args, kwargs)
+
     def on_call(self, level: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A model is called: a forward begins, or reaches a model inside the one that began it."""
         if self._is_other_thread():
             return
-        given = dict(zip(self._models[level].parameters, args, strict=False)) | kwargs
-        given = {name: given[name] for name in _ARGUMENTS if given.get(name) is not None}
+        given = _given(self._models[level].parameters, args, kwargs)
         call = self._call
         if call is not None and call.level < level:
             self._call = _Call(call.outermost, level, given | call.given, call.seen)
+            if not torch.compiler.is_compiling():
+                self._moved = self._moved or moved(call.given, given)
         else:
             self._call = _Call(level, level, given, [False] * len(self._layers))
             if not torch.compiler.is_compiling():
-                self._try_model()
+                self._moved, self._asked = moved(self._asked, given), {}
+                tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+                self._try_model(next((x.device for x in tensors), self._models[level].module.device))
 
     def on_return(self, level: int) -> None:
         """A model returns; what its layers do later is gradient checkpointing, which runs them again."""
@@ -372,6 +389,7 @@ class AttentionTap:
         # The forward goes on, whatever happens; take() says why there is nothing to give.
         try:
             if self._source == "gradient_value":
+                check_whole(query, value)
                 layer.attended = value = differentiable(value)
             else:
                 position, pooled = self._position(call.given.get("input_ids"), query)
@@ -502,6 +520,12 @@ class AttentionTap:
     def _is_other_thread(self) -> bool:
         # A compiled graph cannot ask which thread runs it.
         return not torch.compiler.is_compiling() and threading.get_ident() != self._thread
+
+
+def _given(parameters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a model is called with, as far as it matters here."""
+    given = dict(zip(parameters, args, strict=False)) | kwargs
+    return {name: given[name] for name in _ARGUMENTS if given.get(name) is not None}
 
 
 def _still(x: Any) -> Any:

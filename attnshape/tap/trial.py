@@ -7,6 +7,7 @@ Trials run inside a forward of the caller's, where sharded models have their wei
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from attnshape.tap.capture import Pooling
-from attnshape.tap.find import layers_around
+from attnshape.tap.find import layers_around, vocabulary
 from attnshape.tap.hooks import trial
 
 Scored: TypeAlias = Pooling | Literal["last_non_pad"]
@@ -39,15 +40,21 @@ _mixing: WeakKeyDictionary[nn.Module, bool | str] = WeakKeyDictionary()
 _scored: WeakKeyDictionary[nn.Module, Scored | str | None] = WeakKeyDictionary()
 
 
-def mixes_elsewhere(model: PreTrainedModel, attention: Sequence[nn.Module]) -> bool | str:
+def mixes_elsewhere(
+    model: PreTrainedModel, attention: Sequence[nn.Module], device: torch.device
+) -> bool | str:
     """Whether tokens reach each other when the attention of these modules moves nothing.
 
     A sentence where the model cannot be tried.
+
+    Args:
+        device: of the caller's input: that of the trial's where the weights are offloaded and on none.
     """
 
     def try_it() -> bool:
-        ids = _tokens(model).repeat(2, 1)
-        ids[1, 1] = _tokens(model, LENGTH + 1)[-1]
+        tokens = _tokens(model, device, LENGTH + 1)
+        ids = tokens[:LENGTH].repeat(2, 1)
+        ids[1, 1] = tokens[-1]
         with trial(attention):
             one, other = _first(_call(model, input_ids=ids)).float()
         moved = (one - other).abs().amax(-1)
@@ -58,59 +65,64 @@ def mixes_elsewhere(model: PreTrainedModel, attention: Sequence[nn.Module]) -> b
     return mixes
 
 
-def scored_tokens(head: PreTrainedModel, attention: nn.Module) -> Scored | str | None:
+def scored_tokens(head: PreTrainedModel, attention: nn.Module, device: torch.device) -> Scored | str | None:
     """Which tokens of what the last layer gives a head scores; None for none of ``Scored``.
 
     In the place of the layer's output every token is the same but one, and that one shows in the score if it
     is read. A sentence where the model cannot be tried.
     """
     scored: Scored | str | None = _once(
-        _scored, head, lambda: _scored_tokens(head, layers_around(head, attention)[0][-1])
+        _scored, head, lambda: _scored_tokens(head, layers_around(head, attention)[0][-1], device)
     )
     return scored
 
 
-def _scored_tokens(head: PreTrainedModel, layer: nn.Module) -> Scored | None:
+def _scored_tokens(head: PreTrainedModel, layer: nn.Module, device: torch.device) -> Scored | None:
     full, padded_right, padded_left = slice(0, LENGTH), slice(0, LIVE), slice(LENGTH - LIVE, LENGTH)
     pad = head.config.get_text_config().pad_token_id
     groups = {"full": (full, full), "right": (padded_right, padded_right), "left": (padded_left, padded_left)}
     if pad is not None:
         groups["pad ids"] = (padded_right, full)  # which the mask shows
-    read = {name: _read(head, layer, pad, *spans) for name, spans in groups.items()}
+    scores, noise = functools.partial(_scores, head, layer, pad, device), _noise(head)
+    read = {name: _read(scores, noise, *spans) for name, spans in groups.items()}
     for scored, positions in SCORED.items():
         if list(read.values()) == [{p} for p in positions[: len(read)]]:
             return scored
     every = [set(range(*mask.indices(LENGTH))) for _, mask in groups.values()]
-    return "mean" if list(read.values()) == every and _is_mean(head, layer, pad) else None
+    return "mean" if list(read.values()) == every and _is_mean(scores, noise) else None
 
 
-def _read(head: PreTrainedModel, layer: nn.Module, pad: int | None, ids: slice, mask: slice) -> set[int]:
+def _read(scores_of: Callable[..., Tensor], noise: float, ids: slice, mask: slice) -> set[int]:
     """The positions that show in the score, of rows with these tokens and this mask."""
-    other = torch.cat([torch.zeros(1, LENGTH), torch.eye(LENGTH)]).bool()
-    scores = _scores(head, layer, pad, other, [(ids, mask)] * len(other))
-    moved = (scores[1:] - scores[0]).abs().amax(-1) > _noise(head) * scores.abs().max().clamp(min=1e-3)
+    other = torch.cat([torch.zeros(1, LENGTH, device="cpu"), torch.eye(LENGTH, device="cpu")]).bool()
+    scores = scores_of(other, [(ids, mask)] * len(other))
+    moved = (scores[1:] - scores[0]).abs().amax(-1) > noise * scores.abs().max().clamp(min=1e-3)
     return set(moved.nonzero().flatten().tolist())
 
 
-def _is_mean(head: PreTrainedModel, layer: nn.Module, pad: int | None) -> bool:
+def _is_mean(scores_of: Callable[..., Tensor], noise: float) -> bool:
     """Of a head that reads all that is visible: whether the share of other tokens is all it goes by."""
     spans = [slice(0, 2), slice(0, 4), slice(0, 4), slice(0, 4)]
-    other = torch.zeros(4, LENGTH, dtype=torch.bool)
+    other = torch.zeros(4, LENGTH, dtype=torch.bool, device="cpu")
     other[0, 0] = other[1, :2] = other[2, 1:3] = other[3, 0] = True  # 1 of 2, 2 of 4, 2 of 4, 1 of 4
-    scores = _scores(head, layer, pad, other, [(span, span) for span in spans])
+    scores = scores_of(other, [(span, span) for span in spans])
     gap = (scores[1:] - scores[0]).abs().amax(-1) / scores.abs().max()
-    return bool((gap[:2] < _noise(head)).all() and gap[2] > _noise(head))
+    return bool((gap[:2] < noise).all() and gap[2] > noise)
 
 
 def _scores(
     head: PreTrainedModel,
     layer: nn.Module,
     pad: int | None,
+    device: torch.device,
     other: Tensor,
     spans: Sequence[tuple[slice, slice]],
 ) -> Tensor:
     """float32 ``[rows, labels]``; bool ``other [rows, S]`` says which tokens are the other one."""
-    ids, mask = _tokens(head).repeat(len(other), 1), torch.zeros(other.shape, dtype=torch.long)
+    ids, mask = (
+        _tokens(head, device).repeat(len(other), 1),
+        torch.zeros(other.shape, dtype=torch.long, device="cpu"),
+    )
     for row, (tokens, visible) in enumerate(spans):
         kept = ids[row, tokens].clone()
         if pad is not None:
@@ -120,8 +132,8 @@ def _scores(
 
     def replace(module: nn.Module, args: Any, output: Any) -> Any:
         stream = _first(output)
-        generator = torch.Generator().manual_seed(0)
-        pair = torch.randn(2, stream.shape[-1], generator=generator).to(stream)
+        generator = torch.Generator("cpu").manual_seed(0)
+        pair = torch.randn(2, stream.shape[-1], generator=generator, device="cpu").to(stream)
         new = torch.where(other.to(stream.device)[..., None], pair[1], pair[0])
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
@@ -137,12 +149,14 @@ def _scores(
 
 
 def _call(model: PreTrainedModel, **inputs: Tensor) -> Any:
-    with torch.no_grad(), _evaluating(model):
+    # What was compiled would be traced by what is tried, and could not tell that it is.
+    with torch.no_grad(), evaluating(model), torch.compiler.set_stance("force_eager"):
         return model.forward(**inputs)
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """All of it in the mode of ``eval()``, and then in its own again."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -159,15 +173,19 @@ def _first(output: Any) -> Tensor:
     return first
 
 
-def _tokens(model: PreTrainedModel, count: int = LENGTH) -> Tensor:
+def _tokens(model: PreTrainedModel, device: torch.device, count: int = LENGTH) -> Tensor:
     """``count`` token ids, all different, to which the config gives no meaning."""
     embedding: Any = model.get_input_embeddings()
+    own = next(embedding.parameters()).device
+    device = device if own.type == "meta" else own
     configs = model.config, model.config.get_text_config()
     special = {
         x for config in configs for name, x in vars(config).items() if "token" in name and type(x) is int
     }
-    free = (i for i in range(embedding.num_embeddings) if i not in special)
-    return torch.tensor([i for i, _ in zip(free, range(count), strict=False)], device=embedding.weight.device)
+    free = (i for i in range(vocabulary(model)) if i not in special)
+    return torch.tensor(
+        [i for i, _ in zip(free, range(count), strict=False)], device=device if own.type == "meta" else own
+    )
 
 
 def _noise(model: PreTrainedModel) -> float:

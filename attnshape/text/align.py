@@ -104,14 +104,14 @@ def align(source_offsets: Offsets, target_offsets: Offsets) -> Alignment:
             f"source_offsets and target_offsets must be of as many sequences, got {got[0]} and {got[1]}"
         )
     sources, targets = source_shape[-1], target_shape[-1]
-    source_mask = torch.zeros(len(source_rows), sources, dtype=torch.bool)
+    source_mask = torch.zeros(len(source_rows), sources, dtype=torch.bool, device="cpu")
     source_index, target_index, share = [], [], []
     for b, (source, target) in enumerate(zip(source_rows, target_rows, strict=True)):
         row_source, row_target, row_share = _align_row(source, target, source_mask[b, : len(source)])
         source_index.append(row_source + b * sources)
         target_index.append(row_target + b * targets)
         share.append(row_share)
-    empty = torch.zeros(0, dtype=torch.int64)
+    empty = torch.zeros(0, dtype=torch.int64, device="cpu")
     return Alignment(
         source_shape=source_shape,
         target_shape=target_shape,
@@ -125,7 +125,8 @@ def align(source_offsets: Offsets, target_offsets: Offsets) -> Alignment:
 def _align_row(source: Tensor, target: Tensor, source_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Source index, target index and share of one sequence's entries, by target; fills ``source_mask``."""
     if not len(source) or not len(target):
-        return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0).double()
+        none = source.new_zeros(0)
+        return none, none, none.double()
     source_has_width = source[:, 1] > source[:, 0]
     end_before = torch.where(source_has_width, source[:, 1], 0).cummax(0).values
     source_start = torch.where(source_has_width, source[:, 0], end_before)
@@ -179,7 +180,7 @@ def _expand(counts: Tensor) -> tuple[Tensor, Tensor]:
     """``counts[i]`` times each ``i``, and the times counted: ``[2, 1]`` gives ``0 0 1`` and ``0 1 0``."""
     index = torch.repeat_interleave(counts)
     first = counts.cumsum(0) - counts
-    return index, torch.arange(len(index)) - first[index]
+    return index, torch.arange(len(index), device="cpu") - first[index]
 
 
 def _rows(offsets: Offsets, name: str) -> tuple[list[Tensor], tuple[int, ...]]:
@@ -192,7 +193,8 @@ def _rows(offsets: Offsets, name: str) -> tuple[list[Tensor], tuple[int, ...]]:
     else:
         batched = any(not len(item) or not isinstance(item[0], Integral) for item in offsets)
         rows = [
-            torch.tensor(row, dtype=torch.int64).reshape(-1, 2) for row in (offsets if batched else [offsets])
+            torch.tensor(row, dtype=torch.int64, device="cpu").reshape(-1, 2)
+            for row in (offsets if batched else [offsets])
         ]
         length = max(map(len, rows), default=0)
     for b, row in enumerate(rows):

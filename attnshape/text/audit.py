@@ -227,7 +227,7 @@ class _Run:
 
     def __init__(self, model: CreditModel, examples: Sequence[Example], fractions: tuple[float, ...]) -> None:
         self.model, self.fractions = model, fractions
-        on_gpu = model.model.device.type != "cpu"
+        on_gpu = model.device.type != "cpu"
         self.clock = time.perf_counter if on_gpu else time.process_time  # not another process's time
         self.seconds = 0.0
         self.left_out = {i: ONE_TOKEN for i, example in enumerate(examples) if len(example.positions) < 2}
@@ -275,7 +275,7 @@ class _Run:
 
     def _moves(self, weights: Tensor, seed: int = 0) -> Tensor:
         """How far scores move against verdicts when the tokens of the largest weights go, ``[N, F]``."""
-        device = self.model.model.device
+        device = self.model.device
         left = torch.zeros(len(weights), len(self.fractions), dtype=torch.float64)
         for rows in self.batches:
             tokens = Tokens.of([self.examples[row] for row in rows], device)

@@ -131,10 +131,11 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 def load_reading(
     name: str, *, trust_remote_code: bool = False
-) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
-    """A reward model's tokenizer and configuration, without its weights; an adapter's from its base model.
+) -> tuple[PreTrainedTokenizerBase, PretrainedConfig, int | None]:
+    """A reward model's tokenizer, configuration and ``most_tokens``, without its weights.
 
-    A padding token outside the vocabulary is none: then the last token of a text is scored.
+    An adapter's are those of its base model. A padding token outside the vocabulary is none: then the last
+    token of a text is scored.
 
     Raises:
         ValueError: there is no such model or tokenizer, or its score is computed by code that is not
@@ -142,7 +143,31 @@ def load_reading(
     """
     adapter = _adapter(name)
     tokenizer, found = _reading(name, adapter, trust_remote_code)
-    return tokenizer, found.config
+    return tokenizer, found.config, _most_tokens_of(found.config)
+
+
+def most_tokens(model: PreTrainedModel) -> int | None:
+    """Of a text, where a model keeps positions for padding, as RoBERTa does; None: it keeps none."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    words: Any = model.get_input_embeddings()
+    tables = {m for m in model.modules() if isinstance(m, nn.Embedding)} - set(words.modules())
+    kept = [
+        table.padding_idx + 1
+        for table in tables
+        if table.padding_idx is not None and table.num_embeddings == positions
+    ]
+    return positions - max(kept) if positions is not None and kept else None
+
+
+def _most_tokens_of(config: PretrainedConfig) -> int | None:
+    """The same by the configuration: of a model without weights."""
+    from transformers import AutoModelForSequenceClassification
+
+    kinds = AutoModelForSequenceClassification._model_mapping
+    if type(config) not in kinds:  # code of its own
+        return None
+    with torch.device("meta"):
+        return most_tokens(kinds[type(config)](config))
 
 
 def load_reward_model(

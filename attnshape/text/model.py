@@ -23,6 +23,7 @@ from attnshape.text.load import (
     check_pooling,
     load_reward_model,
     load_tokenizer,
+    most_tokens,
 )
 from attnshape.text.reader import Example, Reader
 from attnshape.text.score_fn import ScoreFn, parse_score_fn
@@ -195,6 +196,12 @@ class CreditModel:
         )
 
     @property
+    def device(self) -> torch.device:
+        """Where the model takes its input; one whose weights are offloaded moves it itself."""
+        own: torch.device = self.model.device
+        return torch.device("cpu") if own.type == "meta" else own
+
+    @property
     def signed(self) -> bool:
         """Whether weights may be negative: token rewards, by way of ``credit.centered``, and no credit."""
         return self.source.signed
@@ -237,9 +244,9 @@ class CreditModel:
                 examples[i] = reader.read_reply(prompt, text, offsets)
             except ValueError as error:
                 errors[i] = str(error)
-        device, width = self.model.device, max(map(len, rows), default=0)
-        score = torch.full((len(rows),), math.nan, device=device)
-        weights = torch.zeros(len(rows), width, device=device)
+        device, width = self.device, max(map(len, rows), default=0)
+        score = torch.full((len(rows),), math.nan, dtype=torch.float32, device=device)
+        weights = torch.zeros(len(rows), width, dtype=torch.float32, device=device)
         failed = 0
         for batch in self.batches(examples):
             weighed = self._each(self._weigh_policy, [examples[i] for i in batch])
@@ -252,8 +259,9 @@ class CreditModel:
                     errors[i] = NOT_FINITE
                 else:
                     score[i], weights[i, : len(rows[i])] = found
-        mask = torch.tensor([live + [False] * (width - len(live)) for live in own], dtype=torch.bool)
-        return Credited(score, weights, mask.view(len(rows), width).to(device), errors)
+        padded = [live + [False] * (width - len(live)) for live in own]
+        mask = torch.tensor(padded, dtype=torch.bool, device=device)
+        return Credited(score, weights, mask.view(len(rows), width), errors)
 
     def _weigh_policy(self, examples: Sequence[Example]) -> list[tuple[Tensor, Tensor]]:
         """Score and weights of each, carried to the policy's tokens."""
@@ -285,7 +293,7 @@ class CreditModel:
         return self._forward(examples)[0]
 
     def _forward(self, examples: Sequence[Example], tap: SourceTap | None = None) -> tuple[Tensor, Response]:
-        tokens, position = Tokens.of(examples, self.model.device), self.query_position
+        tokens, position = Tokens.of(examples, self.device), self.query_position
         if tap is not None and isinstance(position, int) and str(tap.query_position) != "all":
             tap.query_position = _positions(position, tokens.attention_mask.sum(1))
         return score_texts(
@@ -307,7 +315,8 @@ class CreditModel:
 
     def reader(self, max_length: int | None = None) -> Reader:
         """Makes examples of completions, of at most so many tokens."""
-        return Reader(self.tokenizer, self.model.config, max_length)
+        limits = [limit for limit in (max_length, most_tokens(self.model)) if limit is not None]
+        return Reader(self.tokenizer, self.model.config, min(limits, default=None))
 
     def probe(self, source: CreditSource | None = None) -> None:
         """A first forward, which compiles kernels; raises ValueError if the model cannot be read."""
@@ -363,7 +372,7 @@ def scored_by(source: CreditSource, weighed: Weighed, examples: Sequence[Example
             row = align(example.spans, example.policy_spans)(row)
             has_text = [start < end for start, end in example.policy_spans]
         if source.signed:
-            row = centered(row[None], torch.tensor([has_text]))[0]
+            row = centered(row[None], torch.tensor([has_text], device="cpu"))[0]
         numbers = [_rounded(x) for x in row.tolist()]
         scored.append(
             Scored(
@@ -390,7 +399,9 @@ def _positions(position: int, lengths: Tensor) -> Tensor:
 
 def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     return pad_sequence(
-        [torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True, padding_value=value
+        [torch.tensor(row, dtype=torch.int64, device="cpu") for row in rows],
+        batch_first=True,
+        padding_value=value,
     )
 
 

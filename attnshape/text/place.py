@@ -85,6 +85,20 @@ def render(messages: Messages, tokenizer: PreTrainedTokenizerBase, **options: An
     return text
 
 
+def check_contents(messages: Messages, text: str) -> None:
+    """Raises ValueError where ``text``, which the template made of them, has a content as Python writes it.
+
+    A text model's template does so with a list of parts, as chat APIs have them.
+    """
+    for i, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, list | dict) and content and str(content) in text:
+            raise ValueError(
+                f"messages[{i}]: got a {type(content).__name__} as content, which the chat template writes "
+                "as it is, brackets and all; want a string"
+            )
+
+
 def place_of_reply(
     messages: Messages,
     tokenizer: PreTrainedTokenizerBase,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from attnshape.text.place import Place, place_of_reply, render, whole
+from attnshape.text.place import Place, check_contents, place_of_reply, render, whole
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -112,6 +112,7 @@ class Reader:
         """
         checked = _checked(messages)
         text = render(checked, self.tokenizer)
+        check_contents(checked, text)
         ids, spans = self._encode(text, add_special_tokens=False)
         place = place_of_reply(checked, self.tokenizer, text)
         return _example(text, checked[-1]["content"], place, ids, spans, policy_offsets)

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from attnshape import credit
 from attnshape.ops import attention_column_credit, attention_credit, attention_rollout
 from attnshape.tap import AttentionTap
-from attnshape.tap.find import attention_layers
+from attnshape.tap.find import attention_layers, models_of
 from attnshape.tap.tap import GRADIENTS, ONE_LAYER
+from attnshape.tap.trial import evaluating
 from attnshape.text.load import Layers, QueryPosition, SourceName
 from attnshape.text.score_fn import ScoreFn
 from attnshape.types import Response
@@ -111,8 +111,7 @@ class CreditSource:
         position: Any = "last_visible" if isinstance(query_position, int) else query_position
         layer: Any = self.layer
         if layer == "all":
-            models = {n: m for n, m in model.named_modules() if isinstance(m, PreTrainedModel)}
-            layer = range(len(attention_layers(model, models)))
+            layer = range(len(attention_layers(model, models_of(model))))
         if self.name == "columns":
             return AttentionTap(model, layer, query_position="all")
         return AttentionTap(model, layer, source=self.name, query_position=position)
@@ -219,13 +218,13 @@ SourceTap: TypeAlias = AttentionTap | Rescoring
 
 
 def score_texts(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, score_fn: ScoreFn) -> Tensor:
-    """One forward's scores ``[N]`` of ids ``[N, S]``, padded on the right with whatever.
+    """One forward's scores ``[N]`` of ids ``[N, S]``, padded on the right with whatever; without dropout.
 
     Raises:
         ValueError: what the model gives is no logits per text.
     """
     last = input_ids.gather(1, attention_mask.sum(1, keepdim=True).clamp(min=1) - 1)
-    with _padding(model, set(last[:, 0].tolist())) as pad:
+    with evaluating(model), _padding(model, set(last[:, 0].tolist())) as pad:
         ids = input_ids.masked_fill(attention_mask == 0, pad)
         logits = getattr(model(input_ids=ids, attention_mask=attention_mask), "logits", None)
     if logits is None or logits.ndim != 2 or len(logits) != len(input_ids):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnshape.text.align import Alignment, Spans, align
-from attnshape.text.place import Block, Messages, Place, place_of_reply, render
+from attnshape.text.place import Block, Messages, Place, check_contents, place_of_reply, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,12 +105,15 @@ def align_texts(
         raise ValueError(f"source and start must be as many, got {len(sources)} and {len(starts)}")
     _require_fast(source_tokenizer, "source_tokenizer")
     texts = [item if isinstance(item, str) else render(item, source_tokenizer) for item in sources]
+    for item, text in zip(sources, texts, strict=True):
+        if not isinstance(item, str):
+            check_contents(item, text)
     bos = source_tokenizer.bos_token
     special = [isinstance(item, str) and not (bos and item.startswith(str(bos))) for item in sources]
     if input_ids is None:
         encoded = _encoded(source_tokenizer, texts, special)
     else:
-        rows = torch.as_tensor(input_ids)
+        rows = torch.as_tensor(input_ids, device="cpu")
         encoded = _given(source_tokenizer, texts, rows[None] if single and rows.ndim == 1 else rows)
     target_offsets, changed = [], []
     for b, (item, text, response) in enumerate(zip(sources, texts, targets, strict=True)):
@@ -133,7 +136,7 @@ def align_texts(
         **vars(found),
         input_ids=encoded.input_ids.view(shape),
         attention_mask=encoded.attention_mask.view(shape),
-        changed=torch.tensor(changed[0] if single else changed, dtype=torch.bool),
+        changed=torch.tensor(changed[0] if single else changed, dtype=torch.bool, device="cpu"),
     )
 
 
@@ -152,13 +155,13 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: list
     width = max((len(row["input_ids"]) for row in rows), default=0)
     if any(len(row["input_ids"]) < width for row in rows) and tokenizer.pad_token_id is None:
         raise ValueError("source_tokenizer has no padding token, want one, or texts one by one")
-    ids = torch.full((len(rows), width), tokenizer.pad_token_id or 0, dtype=torch.int64)
+    ids = torch.full((len(rows), width), tokenizer.pad_token_id or 0, dtype=torch.int64, device="cpu")
     mask = torch.zeros_like(ids)
     offsets: list[Spans] = []
     for b, row in enumerate(rows):
         n = len(row["input_ids"])
         first = width - n if tokenizer.padding_side == "left" else 0
-        ids[b, first : first + n] = torch.tensor(row["input_ids"], dtype=torch.int64)
+        ids[b, first : first + n] = torch.tensor(row["input_ids"], dtype=torch.int64, device="cpu")
         mask[b, first : first + n] = 1
         offsets.append([(0, 0)] * first + row["offset_mapping"] + [(0, 0)] * (width - n - first))
     return _Encoded(ids, mask, offsets)

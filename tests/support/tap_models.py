@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,6 +200,25 @@ class Adapted(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model["model"].forward(*args, **kwargs)
+
+
+def offload(model: Any) -> Any:
+    """Weights are on the device while their own module runs, and on none else, as accelerate has it."""
+
+    def run(module: nn.Module, forward: Any, own: dict[str, nn.Parameter], *args: Any, **kwargs: Any) -> Any:
+        module._parameters.update(own)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            for name, parameter in own.items():
+                module._parameters[name] = nn.Parameter(parameter.to("meta"))
+
+    for module in model.modules():
+        own, forward = dict(module.named_parameters(recurse=False)), module.forward
+        module.forward = functools.update_wrapper(functools.partial(run, module, forward, own), forward)
+        for name, parameter in own.items():
+            module._parameters[name] = nn.Parameter(parameter.to("meta"))
+    return model
 
 
 def batch(padding: str, pad: int = PAD) -> tuple[Tensor, Tensor]:

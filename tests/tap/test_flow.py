@@ -352,3 +352,25 @@ def test_what_is_not_finite_in_padding_does_not_hide_a_factor():
             rolled.append(attnshape.attention_rollout(tap.take(), response))
             handle.remove()
     torch.testing.assert_close(rolled[1][0], rolled[0][0])
+
+
+@pytest.mark.parametrize("source", ["rollout", "signed_rollout"])
+def test_a_massive_activation_is_no_measure_of_other_tokens(source):
+    """The first token of large decoders is hundreds of times as long as others, and is rounded so."""
+    ids, mask = batch("none")
+    ids[:, 0] = 1
+    response = Response(mask[:, 1:], start=torch.ones(3, dtype=torch.int32))
+    roll = attnshape.attention_rollout if source == "rollout" else credit.signed_rollout
+    rolled = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build("llama")
+        with torch.no_grad():
+            embeddings = model.model.embed_tokens.weight
+            embeddings /= embeddings.norm(dim=-1, keepdim=True)
+            embeddings[1] *= 300
+            for layer in model.model.layers:
+                layer.self_attn.o_proj.weight *= 0.1
+            with AttentionTap(model.to(dtype), source=source) as tap:
+                model(ids, attention_mask=mask)
+        rolled.append(roll(tap.take(), response))
+    torch.testing.assert_close(*rolled, rtol=0.1, atol=0.02)

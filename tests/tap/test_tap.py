@@ -368,11 +368,12 @@ def test_generation_inside_a_tap_goes_on_and_take_refuses():
             tap.take()
 
 
-def test_earlier_keys_are_refused():
+@pytest.mark.parametrize("source", ["attention", "gradient_value"])
+def test_earlier_keys_are_refused(source):
     model = build("llama", head=False)
     ids, mask = batch("left")
     past = model(ids[:, :-2], attention_mask=mask[:, :-2], use_cache=True).past_key_values
-    with AttentionTap(model) as tap:
+    with torch.enable_grad(), AttentionTap(model, source=source) as tap:
         model(ids[:, -2:], attention_mask=mask, past_key_values=past)
     with pytest.raises(ValueError, match=r"2 queries for 14 keys.*past_key_values"):
         tap.take()

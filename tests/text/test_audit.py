@@ -177,7 +177,7 @@ def write(path: Path, rows: list[str]) -> Path:
 
 
 def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["audit", *map(str, arguments), "--device", "cpu"], env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, ["audit", *map(str, arguments), "--device", "cpu"], env={"COLUMNS": "80"})
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from parity.toys import Offline, save_policy, save_reward_model
 from support.reward_models import save
+from support.tap_models import offload
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -55,6 +56,24 @@ def test_weights_are_eager_attention(world: World) -> None:
         torch.testing.assert_close(normalised(out.weights[i])[: len(ids)], expected, rtol=1e-4, atol=1e-6)
         assert 0 < out.weights[i].sum() < 1  # of all that the scored token attends to
         assert not out.weights[i, len(ids) :].any()
+
+
+@pytest.mark.parametrize("source", ["attention", "relevance", "leave_one_out"])
+def test_a_model_that_is_being_trained_is_scored_without_dropout(world: World, source: SourceName) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(world.reward, attention_dropout=0.5)
+    judge = CreditModel(model, AutoTokenizer.from_pretrained(world.reward), source=source)
+    wanted = judge(PROMPTS, world.ids, world.policy)
+    found = CreditModel(model.train(), judge.tokenizer, source=source)(PROMPTS, world.ids, world.policy)
+    torch.testing.assert_close(found.score, wanted.score)
+    torch.testing.assert_close(found.weights, wanted.weights)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_model_whose_weights_are_offloaded(world: World) -> None:
+    wanted = CreditModel(world.reward)(PROMPTS, world.ids, world.policy)
+    model = offload(AutoModelForSequenceClassification.from_pretrained(world.reward))
+    found = CreditModel(model, AutoTokenizer.from_pretrained(world.reward))(PROMPTS, world.ids, world.policy)
+    torch.testing.assert_close(found[:2], wanted[:2])
 
 
 def by_hand(world: World, source: str, ids: list[int]) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,8 @@ from transformers import (
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
     PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 from attnshape.tap import AttentionTap
@@ -264,7 +266,7 @@ def test_a_padding_token_outside_the_vocabulary(llama: Path, pad: int) -> None:
     alone = LlamaForSequenceClassification.from_pretrained(llama, pad_token_id=None).eval()
     edited(llama, config={"pad_token_id": pad})
     model, tok = load_reward_model(str(llama), "cpu")
-    _, config = load_reading(str(llama))
+    _, config, _ = load_reading(str(llama))
     assert model.config.pad_token_id is config.pad_token_id is None
     reader = Reader(tok, model.config)
     texts = ["great", "It was great, not bad at all!", "awful<pad>", "<s>", "plot<|im_end|>"]
@@ -282,6 +284,29 @@ def test_a_token_that_the_model_has_no_embedding_for(llama: Path) -> None:
     model, _ = load_reward_model(str(llama), "cpu")
     with pytest.raises(ValueError, match="token '<320>' is 320, the model has embeddings for 320"):
         Reader(tok, model.config).read("", "It was <320>")
+
+
+def test_positions_that_are_kept_for_padding_are_not_a_texts(tmp_path: Path) -> None:
+    """RoBERTa and its kin count positions from behind their padding token's."""
+    torch.manual_seed(0)
+    config = RobertaConfig(**SHAPE, pad_token_id=1, num_labels=1)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    model = CreditModel(str(tmp_path))
+    reader, (tok, reading, most) = model.reader(), load_reading(str(tmp_path))
+    assert reader.max_length == most == LIMIT - 2
+    longest = reader.read("", "\n" * (LIMIT - 3))
+    assert len(longest.input_ids) == LIMIT - 2
+    assert model.score([longest])[0].finite
+    for other in (reader, Reader(tok, reading, most)):
+        with pytest.raises(ValueError, match=f"{LIMIT - 1} tokens are more than the {LIMIT - 2}"):
+            other.read("", "\n" * (LIMIT - 2))
+    assert model.reader(9).max_length == 9
+
+
+def test_other_models_have_all_their_positions(llama: Path) -> None:
+    assert load_reading(str(llama))[2] is None
+    assert CreditModel(str(llama)).reader().max_length == LIMIT
 
 
 def test_an_unused_pooler_is_no_part_of_the_score(tmp_path: Path) -> None:

@@ -181,6 +181,24 @@ def test_a_completion_by_names(reader: Reader) -> None:
             reader.read_record(bad)
 
 
+def test_content_that_the_template_does_not_know(reader: Reader, folder: Path) -> None:
+    """Parts, as chat APIs have them: a text model's template writes them like Python."""
+    part = {"type": "text", "text": "How was it?"}
+    reply = {"role": "assistant", "content": "great"}
+    with pytest.raises(ValueError, match=r"messages\[1\]: got a list as content.*want a string"):
+        reader.read_messages(
+            [{"role": "system", "content": "hm"}, {"role": "user", "content": [part]}, reply]
+        )
+    tok = tokenizer()
+    tok.chat_template = (
+        "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+        "{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endif %} {% endfor %}"
+    )
+    model, _ = load_reward_model(str(folder), "cpu")
+    knows = Reader(tok, model.config)
+    assert knows.read_messages([{"role": "user", "content": [part]}, reply]).prompt == "How was it? "
+
+
 def test_a_text_without_tokens(folder: Path) -> None:
     model, tok = load_reward_model(str(folder), "cpu")
     tok.add_bos_token = False

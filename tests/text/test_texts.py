@@ -132,6 +132,12 @@ def test_a_conversation_knows_where_its_reply_is(policy: PreTrainedTokenizerFast
         assert (carried[1, j] > 0) == (start < 4 and end > 1), spans
 
 
+def test_content_that_the_template_writes_like_python(policy: PreTrainedTokenizerFast) -> None:
+    parts = [{**CONVERSATION[0], "content": [{"type": "text", "text": "hm"}]}, *CONVERSATION[1:]]
+    with pytest.raises(ValueError, match=r"messages\[0\]: got a list as content"):
+        align_texts(with_special(), parts, policy, "polite")
+
+
 def test_a_reply_that_the_template_lost_gets_no_weight(policy: PreTrainedTokenizerFast) -> None:
     """A training run goes on: the credit is nothing, and `shape_rewards` falls back to sparse."""
     tok = with_special()
