@@ -258,6 +258,7 @@ class Rules(NamedTuple):
     CHUNK: int  # tokens
     WIDE: bool = False  # whether rows begin at multiples of 4 tokens and 16 bytes of float32, and so end
     STAGES: int = 3  # chunks of a row whose tokens are on their way at once, to shared memory, and one
+    TOGETHER: bool = False  # whether lanes exchange both numbers of a step of the recurrence at once
     CREDIT: str | None = None  # None: nothing is redistributed
     EVEN: bool = False  # whether the score is every token's, and what credit does not spread lies evenly
     NORMALIZATION: str = "none"

@@ -345,7 +345,8 @@ def differentiable(x: Tensor) -> Tensor:
         raise ValueError(
             "source: a gradient source wants a forward under torch.enable_grad(), got one without"
         )
-    return x if x.requires_grad else x.detach().requires_grad_()
+    # Not ``x`` itself, which other parts of the model may read too.
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
 
 
 @dataclass

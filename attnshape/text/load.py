@@ -196,10 +196,16 @@ def load_reward_model(
         return model.to(device).eval(), tokenizer
 
 
-def check_pooling(model: PreTrainedModel, query_position: QueryPosition) -> None:
+def check_pooling(model: nn.Module, query_position: QueryPosition) -> None:
     """Raises ValueError where nobody knows which token a model of its own code scores."""
-    kinds = [kind for kind in type(model).__mro__ if "forward" in vars(kind)]
-    if query_position == "pooled" and not kinds[0].__module__.startswith("transformers."):
+    from attnshape.tap.find import classifier, models_of
+
+    own = next(iter(models_of(model).values()))
+    kinds = [kind for kind in type(own).__mro__ if "forward" in vars(kind)]
+    is_known = kinds[0].__module__.startswith("transformers.")
+    # What is around a classifier hands its logits on; around anything else it makes the score.
+    is_known = is_known and (own is model or classifier([own]) is not None)
+    if query_position == "pooled" and not is_known:
         raise ValueError(
             f"query_position='pooled': which token {type(model).__name__} scores is in its own code; want "
             "'last_visible', 'last_response' or an integer such as 0 (--query-position)"

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from attnshape.credit import centered
 from attnshape.ops import shape_rewards
+from attnshape.tap.find import models_of
 from attnshape.text.align import align
 from attnshape.text.load import (
     Layers,
@@ -127,7 +128,8 @@ class CreditModel:
         shaped = attnshape.shape_rewards(out.score, out.weights, out.mask, values=values)
 
     Args:
-        model: a folder or hub name of a sequence classifier, or one that is loaded.
+        model: a folder or hub name of a sequence classifier, or one that is loaded, in a wrapper too (PEFT,
+            data parallel, ``torch.compile``).
         tokenizer: of a loaded model, a fast one; found by the model's name if not given.
         source, layer, span: what weighs the tokens, see ``CreditSource``.
         score_fn: the score, such as ``"logit[1] - logit[0]"``.
@@ -143,7 +145,7 @@ class CreditModel:
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | nn.Module,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         source: SourceName = "attention",
@@ -160,19 +162,23 @@ class CreditModel:
         self.source = CreditSource(source, layer, span)  # type: ignore[arg-type]
         self.score_fn = parse_score_fn(score_fn) if isinstance(score_fn, str) else score_fn
         self.query_position, self.batch_tokens = query_position, batch_tokens
-        self.name: str = model if isinstance(model, str) else model.config.name_or_path
+        self.model: nn.Module
         if isinstance(model, str):
-            model, found = load_reward_model(model, device, trust_remote_code=trust_remote_code)
-        elif tokenizer is None:
-            found = load_tokenizer(self.name, trust_remote_code=trust_remote_code)
-        self.model, self.tokenizer = model, found if tokenizer is None else tokenizer
+            self.name = model
+            self.model, found = load_reward_model(model, device, trust_remote_code=trust_remote_code)
+            tokenizer = found if tokenizer is None else tokenizer
+        else:
+            self.model, self.name = model, next(iter(models_of(model).values())).config.name_or_path
+        if tokenizer is None:
+            tokenizer = load_tokenizer(self.name, trust_remote_code=trust_remote_code)
+        self.tokenizer = tokenizer
         if not self.tokenizer.is_fast:
             raise ValueError(
                 f"tokenizer: want a fast one, which gives offsets, got {type(self.tokenizer).__name__}"
             )
-        check_pooling(model, query_position)
+        check_pooling(self.model, query_position)
         if not trust_remote_code:  # code of its own may give other logits than its configuration says
-            self.score_fn.check(model.config.num_labels)
+            self.score_fn.check(self._own.config.num_labels)
         self.tap = self._tap(self.source)
 
     def _tap(self, source: CreditSource) -> SourceTap:
@@ -195,10 +201,15 @@ class CreditModel:
             trust_remote_code=config.trust_remote_code,
         )
 
+    @functools.cached_property
+    def _own(self) -> PreTrainedModel:
+        """The classifier itself, whatever is around it."""
+        return next(iter(models_of(self.model).values()))
+
     @property
     def device(self) -> torch.device:
         """Where the model takes its input; one whose weights are offloaded moves it itself."""
-        own: torch.device = self.model.device
+        own: torch.device = self._own.device
         return torch.device("cpu") if own.type == "meta" else own
 
     @property
@@ -315,12 +326,12 @@ class CreditModel:
 
     def reader(self, max_length: int | None = None) -> Reader:
         """Makes examples of completions, of at most so many tokens."""
-        limits = [limit for limit in (max_length, most_tokens(self.model)) if limit is not None]
-        return Reader(self.tokenizer, self.model.config, min(limits, default=None))
+        limits = [limit for limit in (max_length, most_tokens(self._own)) if limit is not None]
+        return Reader(self.tokenizer, self._own.config, min(limits, default=None))
 
     def probe(self, source: CreditSource | None = None) -> None:
         """A first forward, which compiles kernels; raises ValueError if the model cannot be read."""
-        token = int(self.model.config.get_text_config().pad_token_id == 0)
+        token = int(self._own.config.get_text_config().pad_token_id == 0)
         position = self.query_position
         length = 2 + abs(position) if isinstance(position, int) else 2
         self.score([Example("", "a", [token] * length, [1], [(0, 1)])], *([] if source is None else [source]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple, TypeAlias, get_args
@@ -237,6 +237,9 @@ def score_texts(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, sco
 def _padding(model: nn.Module, last: set[int]) -> Iterator[int]:
     """The model's padding token; where it has none, one for this batch that leaves the scores as they are."""
     config: Any = getattr(model, "config", None)
+    if config is None:
+        with suppress(ValueError):  # a wrapper has none of its own
+            config = next(iter(models_of(model).values())).config
     if config is None:
         yield 0
         return

@@ -61,8 +61,8 @@ def recurrence(reward, value, bits, gl, gamma, WITH_VALUES: tl.constexpr, rules:
         a = chosen(bits, a, tl.full([], 1.0, tl.float32))
     b = gl * reward
     if WITH_VALUES:
-        b += (gamma - gl) * value
-    return affine_scan(a, b, least_coefficient(gl), rules.UNIT)
+        b = tl.fma(gamma - gl, value, b)
+    return affine_scan(a, b, least_coefficient(gl), rules.UNIT, rules.TOGETHER)
 
 
 @triton.jit
@@ -101,4 +101,4 @@ def carry_into(board, a, b, k, n_chunks, floor, SECOND: tl.constexpr):
         tl.store(p_group_b - k, group_b)
         publish(p_group_flags - k)
     group = carry_of_groups(p_group_a, p_group_b, p_group_flags, k // GROUP)
-    return right_a * group + right_b
+    return tl.fma(right_a, group, right_b)

@@ -206,6 +206,16 @@ def tokens_of_chunk(i_c, CHUNK: tl.constexpr):
     return i_c * CHUNK + tl.arange(0, CHUNK)
 
 
+@triton.jit
+def part_of(place, start):
+    """What of a row is left from token ``start`` on, as a row of its own.
+
+    A chunk's tokens are counted from its first: so addresses of a thread differ by constants.
+    """
+    bos, position, lo = place.bos + start, place.start + start, place.lo + start
+    return Place(place.row, bos, position, lo, place.length - start, place.whole)
+
+
 # Chunks of tokens in tensors of [B, R] or [M], of which a thread has four neighbours: so it is said that rows
 # begin at multiples of as many bytes, whether they do or not. How wide they are read and written follows from
 # their bound, of which only ``WIDE`` says that 4 divides it.
@@ -261,9 +271,28 @@ def fetch_input(p_x, stride, place):
 
 
 @triton.jit
-def live_bits(mask):
+def live_bits(mask, PTX: tl.constexpr):
     """-1 where tokens are unmasked, 0 where masked."""
-    if mask.dtype == tl.uint8:
+    if PTX and mask.dtype == tl.uint8:
+        # Four bytes at once: the sign of each where it is not 0, then made as wide as a token.
+        bits = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 x;
+            and.b32 x, $4, 0x7f7f7f7f;
+            add.u32 x, x, 0x7f7f7f7f;
+            or.b32 x, x, $4;
+            prmt.b32 $0, x, 0, 0x8888;
+            prmt.b32 $1, x, 0, 0x9999;
+            prmt.b32 $2, x, 0, 0xaaaa;
+            prmt.b32 $3, x, 0, 0xbbbb;
+            }""",
+            "=r,=r,=r,=r,r",
+            [mask],
+            tl.int32,
+            is_pure=True,
+            pack=4,
+        )
+    elif mask.dtype == tl.uint8:
         bits = (0 - (mask.to(tl.int32) << 16)) >> 24
     else:
         bits = tl.where(mask != 0, -1, 0)
@@ -309,10 +338,11 @@ def zero_tokens(out, lo, count, N: tl.constexpr, WIDE: tl.constexpr):
     if WIDE:
         count = count // 4 * 4
     zero = tl.full([N], 0.0, tl.float32)
+    j = tl.arange(0, N)
     for start in range(0, count, N):
-        j = start + tl.arange(0, N)
-        store_tokens(out.p_rewards, lo, j, zero, j < count)
-        store_tokens(out.p_advantages, lo, j, zero, j < count)
-        store_tokens(out.p_returns, lo, j, zero, j < count)
-        store_tokens(out.p_credit, lo, j, zero, j < count)
-        store_tokens(out.p_kl, lo, j, zero, j < count)
+        inside = j < count - start
+        store_tokens(out.p_rewards, lo + start, j, zero, inside)
+        store_tokens(out.p_advantages, lo + start, j, zero, inside)
+        store_tokens(out.p_returns, lo + start, j, zero, inside)
+        store_tokens(out.p_credit, lo + start, j, zero, inside)
+        store_tokens(out.p_kl, lo + start, j, zero, inside)

@@ -15,13 +15,15 @@ from csrc_triton.device.layout import (
     is_inside,
     kept,
     live_bits,
+    part_of,
     store_tokens,
     token_input,
     token_mask,
-    tokens_of_chunk,
 )
 from csrc_triton.device.math import clamp, expm1_residual, number
-from csrc_triton.device.scan import group_sums, largest, not_finite, smallest, sum_of
+from csrc_triton.device.scan import at_token, group_sums, largest, last_of_groups, not_finite, sum_of
+
+NEGATIVE_ZERO = tl.constexpr(1 << 31)  # its bits
 
 
 class Numbers(NamedTuple):
@@ -70,7 +72,7 @@ class Neighbours(NamedTuple):
 
     count: Any  # of unmasked ones
     last: Any  # of them; -1 if there is none
-    least: Any  # of their weights and 0
+    bits: Any  # of their weights, the largest as uint32: above those of -0 where one is below 0, or NaN
 
 
 class CreditRule(NamedTuple):
@@ -170,7 +172,8 @@ def fetch_tokens(response, inputs, place):
 @triton.jit
 def read_facts(job, place, i_c, rules: tl.constexpr, SOURCE: tl.constexpr):
     """The mask of a chunk, and its weights, as they are stored."""
-    j = tokens_of_chunk(i_c, rules.CHUNK)
+    place = part_of(place, i_c * rules.CHUNK)
+    j = tl.arange(0, rules.CHUNK)
     inside = is_inside(place, j, rules.WIDE)
     mask = token_mask(job.response, place, j, inside)
     weights = tl.full(j.shape, 0.0, tl.float32)
@@ -186,35 +189,34 @@ def chunk_facts(i_c, read, rules: tl.constexpr, SOURCE: tl.constexpr):
     Tokens are not counted where no credit asks for it.
     """
     mask, weights = read
-    j = tokens_of_chunk(i_c, rules.CHUNK)
-    bits = live_bits(mask)
-    least = tl.full([rules.CHUNK // 4], 0.0, tl.float32)
+    bits = live_bits(mask, rules.PTX)
+    largest_bits = tl.full([rules.CHUNK // 4], 0, tl.uint32)
     mass = tl.full([], 0.0, tl.float32)
     if SOURCE is not None:
         weights = kept(bits, weights.to(tl.float32))
         mass = sum_of(weights)
-        least = smallest(weights)
+        largest_bits = largest(weights.to(tl.uint32, bitcast=True))
     count = tl.full([rules.CHUNK // 4], 0, tl.int32)
     if rules.CREDIT is not None:
         count = -group_sums(bits)
-    return Neighbours(count, largest(j | ~bits), least), mass
+    return Neighbours(count, last_of_groups(bits, i_c * rules.CHUNK), largest_bits), mass
 
 
 @triton.jit
 def no_facts(rules: tl.constexpr):
     none = tl.full([rules.CHUNK // 4], 0, tl.int32)
-    return Neighbours(none, none - 1, none.to(tl.float32))
+    return Neighbours(none, none - 1, none.to(tl.uint32))
 
 
 @triton.jit
 def both_facts(a, b):
-    return Neighbours(a.count + b.count, tl.maximum(a.last, b.last), tl.minimum(a.least, b.least))
+    return Neighbours(a.count + b.count, tl.maximum(a.last, b.last), tl.maximum(a.bits, b.bits))
 
 
 @triton.jit
 def summed_facts(found, mass):
     """Unmasked tokens, the last of them, and the sum of their weights: -inf where one is negative."""
-    negative = tl.max((found.least < 0.0).to(tl.int32)) != 0
+    negative = tl.max((found.bits > NEGATIVE_ZERO).to(tl.int32)) != 0
     mass = tl.where(negative, mass - float("inf"), mass)  # whose row falls back
     return tl.sum(found.count), tl.max(found.last), mass
 
@@ -288,8 +290,9 @@ def kl_estimate(log_ratio, input_clip, output_clip, ESTIMATOR: tl.constexpr):
 
 
 @triton.jit
-def redistributed_score(score, credit, on_score, dense_share):
-    return dense_share * score * credit + tl.where(on_score, (1.0 - dense_share) * score, 0.0)
+def redistributed_score(score, credit, at, dense_share):
+    on_score = at_token(at, (1.0 - dense_share) * score, credit.shape[0])
+    return tl.fma(dense_share * score, credit, on_score)
 
 
 @triton.jit
@@ -300,9 +303,11 @@ def even_score(numbers, facts, rule, credit):
 
 
 @triton.jit
-def read_tokens(job, place, j, wanted, rules: tl.constexpr):
-    """All inputs of tokens ``j``, on their way at once; anything where they are not ``wanted``."""
+def read_tokens(job, place, start, wanted, rules: tl.constexpr):
+    """All inputs of the chunk that begins at ``start``, on their way at once; anything if not ``wanted``."""
     inputs = job.inputs
+    place = part_of(place, start)
+    j = tl.arange(0, rules.CHUNK)
     all_inside = is_inside(place, j, rules.WIDE)
     inside = all_inside if wanted is None else all_inside & as_mask(wanted)
     zero = tl.full(j.shape, 0.0, tl.float32)
@@ -332,7 +337,8 @@ def read_tokens(job, place, j, wanted, rules: tl.constexpr):
 @triton.jit
 def there(read, rules: tl.constexpr):
     """The inputs of tokens, waited for."""
-    bits = live_bits(read.mask)
+    # Triton takes PTX to cost nothing, and computes it twice rather than exchange what follows from it.
+    bits = live_bits(read.mask, rules.PTX and not rules.TOGETHER)
     kl = read.logprob.to(tl.float32)
     if rules.KL_ESTIMATOR != "given":
         kl -= read.ref_logprob.to(tl.float32)
@@ -341,9 +347,8 @@ def there(read, rules: tl.constexpr):
 
 
 @triton.jit
-def credit_at(rule, weight, bits, on_score, rules: tl.constexpr):
+def credit_at(rule, at, weight, bits, rules: tl.constexpr):
     """Credit of tokens; 0 where masked."""
-    one_hot = tl.where(on_score, rule.total, 0.0)
     if rules.CREDIT == "given":
         credit = weight
         if rules.NORMALIZATION != "none":
@@ -352,29 +357,30 @@ def credit_at(rule, weight, bits, on_score, rules: tl.constexpr):
             if rules.EVEN:
                 credit = tl.full(bits.shape, 0.0, tl.float32) + rule.each
             else:
-                credit = one_hot
+                credit = at_token(at, rule.total, rules.CHUNK)
     elif rules.CREDIT == "uniform":
         credit = tl.full(bits.shape, 0.0, tl.float32) + rule.each
     else:
-        credit = one_hot
+        credit = at_token(at, rule.total, rules.CHUNK)
     return kept(bits, credit)
 
 
 @triton.jit
-def chunk_rewards(row, facts, rule, job, tokens, j, rules: tl.constexpr):
-    """Credit, KL and rewards of tokens ``j``: stored, and what the rest needs of them."""
+def chunk_rewards(row, start, facts, rule, job, tokens, rules: tl.constexpr):
+    """Credit, KL and rewards of a chunk from token ``start`` on: stored, and what the rest needs of them."""
     inputs = job.inputs
     out = job.out
-    place = row.place
+    place = part_of(row.place, start)
     numbers = row.numbers
     bits = tokens.bits
+    at = rule.at - start
+    j = tl.arange(0, rules.CHUNK)
     credit = tl.full(j.shape, 0.0, tl.float32)
     reward = credit
     spread = credit
     bad = tl.full([rules.CHUNK // 4], 0.0, tl.float32)
     if rules.CREDIT is not None:
-        on_score = j == rule.at
-        credit = credit_at(rule, tokens.weight, bits, on_score, rules)
+        credit = credit_at(rule, at, tokens.weight, bits, rules)
         if inputs.p_score is None:
             bad = not_finite(credit, bad)
         store_tokens(out.p_credit, place.lo, j, credit, tokens.inside)
@@ -382,10 +388,10 @@ def chunk_rewards(row, facts, rule, job, tokens, j, rules: tl.constexpr):
             if rules.EVEN:
                 spread = kept(bits, even_score(numbers, facts, rule, credit))
             else:
-                spread = redistributed_score(numbers.score, credit, on_score, numbers.dense_share)
+                spread = redistributed_score(numbers.score, credit, at, numbers.dense_share)
             reward = spread
         if inputs.p_terminal is not None:
-            reward = tl.where(on_score, reward + numbers.terminal, reward)
+            reward += at_token(at, numbers.terminal, rules.CHUNK)
     if inputs.p_token_rewards is not None:
         reward = tokens.token_reward if rules.CREDIT is None else reward + tokens.token_reward
     if rules.KL_ESTIMATOR is not None:
@@ -398,7 +404,7 @@ def chunk_rewards(row, facts, rule, job, tokens, j, rules: tl.constexpr):
                 kl = kl_estimate(kl, None, None, estimator)
         kl = kept(bits, kl)
         store_tokens(out.p_kl, place.lo, j, kl, tokens.inside)
-        reward -= numbers.kl_coef * kl
+        reward = tl.fma(-numbers.kl_coef, kl, reward)
     reward = kept(bits, reward)
     store_tokens(out.p_rewards, place.lo, j, reward, tokens.inside)
     return ChunkRewards(reward, credit, spread, bad)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from csrc_triton.device.handoff import wait_for
+from csrc_triton.device.layout import kept
 from csrc_triton.device.math import TINY
 
 LANES = tl.constexpr(32)
@@ -22,7 +23,12 @@ GROUP = tl.constexpr(16)
 @triton.jit
 def compose_affine(a1, b1, a2, b2, floor):
     """The step ``a1, b1``, then the step ``a2, b2``; ``floor`` is what ``least_coefficient`` says."""
-    return tl.maximum(a1 * a2, floor), a2 * b1 + b2
+    a = a1 * a2
+    if a.dtype == tl.float64:  # of which `maximum` takes ten instructions
+        a = tl.where(a < floor, floor, a)
+    else:
+        a = tl.maximum(a, floor)
+    return a, tl.fma(a2, b1, b2)
 
 
 @triton.jit
@@ -60,6 +66,21 @@ def quarters(x):
 
 
 @triton.jit
+def quarters_of_both(x, y):
+    """``quarters`` of two in turns: the first of both, the second of both; lanes exchange them at once."""
+    N: tl.constexpr = x.shape[0]
+    both = tl.permute(tl.reshape(tl.join(x, y), [N // 4, 2, 2, 2]), (0, 3, 1, 2))
+    even, odd = tl.split(both)
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    x0, y0 = tl.split(first)
+    x1, y1 = tl.split(second)
+    x2, y2 = tl.split(third)
+    x3, y3 = tl.split(fourth)
+    return x0, y0, x1, y1, x2, y2, x3, y3
+
+
+@triton.jit
 def interleaved(first, second, third, fourth):
     """What ``quarters`` took apart."""
     N: tl.constexpr = 4 * first.shape[0]
@@ -67,25 +88,47 @@ def interleaved(first, second, third, fourth):
 
 
 @triton.jit
-def composed_quarters(a, b, floor, UNIT: tl.constexpr):
+def at_token(at, x, N: tl.constexpr):
+    """``x`` at token ``at``, 0 at the others of ``N``; ``at`` may be any.
+
+    A comparison for each four neighbours, and by bits: a thread has 16 tokens and seven conditions.
+    """
+    group = tl.where(at < 0, 0x7FFFFFFC, at & -4)
+    here = ((4 * tl.arange(0, N // 4) ^ group) - 1) >> 31
+    return interleaved(
+        kept(here, tl.where((at & 3) == 0, x, 0.0)),
+        kept(here, tl.where((at & 3) == 1, x, 0.0)),
+        kept(here, tl.where((at & 3) == 2, x, 0.0)),
+        kept(here, tl.where((at & 3) == 3, x, 0.0)),
+    )
+
+
+@triton.jit
+def composed_quarters(a, b, floor, UNIT: tl.constexpr, TOGETHER: tl.constexpr):
     """Of each four neighbours the last three, and all four composed."""
-    a0, a1, a2, a3 = quarters(a)
-    b0, b1, b2, b3 = quarters(b)
     if UNIT:
+        b0, b1, b2, b3 = quarters(b)
         b = ((b3 + b2) + b1) + b0
-        a = a3
+        a, a1, a2, a3 = b, b1, b2, b3  # not looked at
     else:
-        a, b = compose_affine(a3, b3, a2, b2, floor)
-        a, b = compose_affine(a, b, a1, b1, floor)
-        a, b = compose_affine(a, b, a0, b0, floor)
+        if TOGETHER:
+            a0, b0, a1, b1, a2, b2, a3, b3 = quarters_of_both(a, b)
+        else:
+            a0, a1, a2, a3 = quarters(a)
+            b0, b1, b2, b3 = quarters(b)
+        b = tl.fma(a0, tl.fma(a1, tl.fma(a2, b3, b2), b1), b0)
+        a = tl.maximum(((a3 * a2) * a1) * a0, floor)  # at the end: none is above 1
     return (a3, b3, a2, b2, a1, b1), a, b
 
 
 @triton.jit
-def affine_scan(a, b, floor, UNIT: tl.constexpr):
-    """``w_i = a_i * w_{i+1} + b_i`` ([N]) as far as it needs no carry. ``UNIT``: every ``a`` is 1."""
-    tokens, a, b = composed_quarters(a, b, floor, UNIT)
-    groups, a, b = composed_quarters(a, b, floor, UNIT)
+def affine_scan(a, b, floor, UNIT: tl.constexpr, TOGETHER: tl.constexpr):
+    """``w_i = a_i * w_{i+1} + b_i`` ([N]) as far as it needs no carry. ``UNIT``: every ``a`` is 1.
+
+    ``TOGETHER``: as of the rules.
+    """
+    tokens, a, b = composed_quarters(a, b, floor, UNIT, TOGETHER)
+    groups, a, b = composed_quarters(a, b, floor, UNIT, TOGETHER)
     N: tl.constexpr = b.shape[0]
     o = tl.arange(0, N)
     for i in tl.static_range(16):
@@ -123,7 +166,7 @@ def affine_before(composed, carry, UNIT: tl.constexpr):
     if UNIT:
         right = carry + composed.b
     else:
-        right = composed.a.to(tl.float64) * carry + composed.b
+        right = tl.fma(composed.a.to(tl.float64), carry, composed.b.to(tl.float64))
     first, second, third, fourth = expanded(composed.groups, right, UNIT)
     groups = interleaved(
         first.to(tl.float32), second.to(tl.float32), third.to(tl.float32), fourth.to(tl.float32)
@@ -141,9 +184,9 @@ def expanded(steps, carry, UNIT: tl.constexpr):
         second = third + b2
         first = second + b1
     else:
-        third = a3 * carry + b3
-        second = a2 * third + b2
-        first = a1 * second + b1
+        third = tl.fma(a3, carry, b3)
+        second = tl.fma(a2, third, b2)
+        first = tl.fma(a1, second, b1)
     return first, second, third, carry
 
 
@@ -151,6 +194,14 @@ def expanded(steps, carry, UNIT: tl.constexpr):
 def sum_of(x):
     """Sum of [N]: of neighbours, then of the quarters, then of halves."""
     return sum_of_groups(group_sums(x))
+
+
+@triton.jit
+def sum_of_products(x, y):
+    """The same of ``x * y``."""
+    x0, x1, x2, x3 = quarters(x)
+    y0, y1, y2, y3 = quarters(y)
+    return sum_of_groups(tl.fma(x0, y0, x1 * y1) + tl.fma(x2, y2, x3 * y3))
 
 
 @triton.jit
@@ -174,17 +225,18 @@ def sum_of_groups(x):
 
 
 @triton.jit
-def smallest(x):
-    """Of four neighbours, [N / 4]; NaN is none of them."""
-    first, second, third, fourth = quarters(x)
-    return tl.minimum(tl.minimum(first, second), tl.minimum(third, fourth))
-
-
-@triton.jit
 def largest(x):
     """Of four neighbours, [N / 4]."""
     first, second, third, fourth = quarters(x)
-    return tl.maximum(tl.maximum(first, second), tl.maximum(third, fourth))
+    return tl.maximum(tl.maximum(tl.maximum(first, second), third), fourth)  # Hopper takes three at once
+
+
+@triton.jit
+def last_of_groups(bits, start):
+    """The last of four neighbours whose bits are -1, where the first of all is ``start``; -1 if none."""
+    first, second, third, fourth = quarters(bits)
+    last = tl.maximum(tl.maximum(tl.maximum(~first, 1 | ~second), 2 | ~third), 3 | ~fourth)
+    return last | (start + 4 * tl.arange(0, last.shape[0]))
 
 
 @triton.jit
@@ -216,7 +268,7 @@ def no_carry():
 @triton.jit
 def carry_of(state):
     """Into the next chunk."""
-    return state.a * state.group + state.b
+    return tl.fma(state.a, state.group, state.b)
 
 
 @triton.jit
@@ -224,7 +276,7 @@ def advance(state, a, b, k, floor):
     """After the ``k``-th chunk from the right, ``w = a * carry + b``."""
     a, b = compose_affine(state.a, state.b, a, b, floor)
     full = k % GROUP == GROUP - 1
-    group = tl.where(full, a * state.group + b, state.group)
+    group = tl.where(full, tl.fma(a, state.group, b), state.group)
     return Carry(group, tl.where(full, 1.0, a), tl.where(full, 0.0, b))
 
 
@@ -262,7 +314,7 @@ def carry_of_groups(p_a, p_b, p_flags, n_groups):
         found = pairs_at(p_a, p_b, group * GROUP + GROUP - 1)
         for i in tl.static_range(GROUP):
             a, b = pair_of(found, i)
-            carry = tl.where(first + i < n_groups, a * carry + b, carry)
+            carry = tl.where(first + i < n_groups, tl.fma(a, carry, b), carry)
     return any_of(carry)
 
 

@@ -37,9 +37,9 @@ from csrc_triton.device.layout import (
     is_inside,
     kept,
     live_bits,
+    part_of,
     store_tokens,
     token_mask,
-    tokens_of_chunk,
     zero_tokens,
 )
 from csrc_triton.device.math import LN2, TINY, clamp, log2
@@ -61,9 +61,11 @@ from csrc_triton.device.scan import (
     add_lanes,
     add_to_lane,
     affine_before,
+    at_token,
     no_carry,
     not_finite,
     sum_of,
+    sum_of_products,
 )
 
 
@@ -91,19 +93,21 @@ def any_bad(bad):
 
 
 @triton.jit
-def shape_tokens(row, facts, rule, job, board, state, state_value, j, read, k, n_chunks, rules: tl.constexpr):
+def shape_tokens(row, facts, rule, job, board, state, state_value, read, k, n_chunks, rules: tl.constexpr):
     """Everything of the ``k``-th of a row's chunks from the right; what it adds to the row, and the carries.
 
-    Its tokens are ``j``. What is not finite makes all that follows from it so: only the last of that is
-    looked at. The second that is returned is NaN where it is so for one of four neighbours, else 0: [N / 4].
+    What is not finite makes all that follows from it so: only the last of that is looked at. The second that
+    is returned is NaN where it is so for one of four neighbours, else 0: [N / 4].
     """
     out = job.out
-    place = row.place
+    start = (n_chunks - 1 - k) * rules.CHUNK
+    place = part_of(row.place, start)
+    j = tl.arange(0, rules.CHUNK)
     numbers = row.numbers
     tokens = there(read, rules)
     bits = tokens.bits
     value = tokens.value
-    found = chunk_rewards(row, facts, rule, job, tokens, j, rules)
+    found = chunk_rewards(row, start, facts, rule, job, tokens, rules)
     entropy = tl.full([], 0.0, tl.float32)
     spread = entropy
     if out.p_stats is not None:
@@ -112,8 +116,7 @@ def shape_tokens(row, facts, rule, job, board, state, state_value, j, read, k, n
             share = share / rule.divisor
         elif rules.NORMALIZATION == "sum_to_length":
             share = share * (1.0 / rule.divisor)
-        surprise = share * -log2(tl.maximum(share, TINY), rules.PTX)
-        entropy = sum_of(surprise)
+        entropy = -sum_of_products(share, log2(tl.maximum(share, TINY), rules.PTX))
         spread = sum_of(found.spread)
     bad = found.bad
     advantage = found.reward
@@ -122,7 +125,7 @@ def shape_tokens(row, facts, rule, job, board, state, state_value, j, read, k, n
         valued: tl.constexpr = job.inputs.p_values is not None
         reward = found.reward
         if job.inputs.p_bootstrap is not None:
-            reward = tl.where(j == facts.last, reward + numbers.gamma * numbers.bootstrap, reward)
+            reward += at_token(facts.last - start, numbers.gamma * numbers.bootstrap, rules.CHUNK)
         step = reward - value
         composed = recurrence(reward, value, bits, numbers.gl, numbers.gamma, valued, rules)
         carry, state = carried(board, state, composed, k, n_chunks, numbers.gl, 0)
@@ -143,7 +146,7 @@ def shape_tokens(row, facts, rule, job, board, state, state_value, j, read, k, n
     if out.p_moments is not None:
         exact = advantage.to(tl.float64)
         first = sum_of(exact)
-        second = sum_of(exact * exact)
+        second = sum_of_products(exact, exact)
     bad = not_finite(last, bad)
     count = 0
     if rules.CREDIT is None:
@@ -212,7 +215,8 @@ def fill_row(place, job, x, rules: tl.constexpr):
     """``x`` at the row's unmasked tokens, of which all else is written."""
     for start in range(0, place.length, rules.CHUNK):
         j = start + tl.arange(0, rules.CHUNK)
-        live = live_bits(token_mask(job.response, place, j, is_inside(place, j, rules.WIDE))) != 0
+        mask = token_mask(job.response, place, j, is_inside(place, j, rules.WIDE))
+        live = live_bits(mask, rules.PTX) != 0
         store_tokens(job.out.p_rewards, place.lo, j, x, live)
         store_tokens(job.out.p_advantages, place.lo, j, x, live)
         store_tokens(job.out.p_returns, place.lo, j, x, live)
@@ -283,10 +287,9 @@ def shape_row(row, attended, job, mean: tl.constexpr, rules: tl.constexpr, SOURC
     entropies, spreads, firsts, seconds = no_sums()
     for i_k in tl.range(0, n_shaped, num_stages=rules.STAGES):
         k = n_shaped * 0 + i_k
-        j = tokens_of_chunk(n_shaped - 1 - k, rules.CHUNK)
-        read = read_tokens(job, row.place, j, None, rules)
+        read = read_tokens(job, row.place, (n_shaped - 1 - k) * rules.CHUNK, None, rules)
         added, bad_here, state, state_value = shape_tokens(
-            row, facts, rule, job, None, state, state_value, j, read, k, n_shaped, rules
+            row, facts, rule, job, None, state, state_value, read, k, n_shaped, rules
         )
         counted += added.count
         bad += bad_here
@@ -354,18 +357,20 @@ def shared_facts(row, board, n_chunks):
 @triton.jit
 def shape_chunk(row, board, job, i_c, n_chunks, rules: tl.constexpr):
     """The second task of a chunk: all the rest. The last one finishes the row."""
-    j = tokens_of_chunk(i_c, rules.CHUNK)
+    start = i_c * rules.CHUNK
+    place = part_of(row.place, start)
+    j = tl.arange(0, rules.CHUNK)
     # On their way while others' facts are waited for; of a chunk that has a token to shape.
-    mask = token_mask(job.response, row.place, j, is_inside(row.place, j, rules.WIDE))
-    counting = tl.min(live_bits(mask)) != 0
-    read = read_tokens(job, row.place, j, counting, rules)
+    mask = token_mask(job.response, place, j, is_inside(place, j, rules.WIDE))
+    counting = tl.min(live_bits(mask, rules.PTX)) != 0
+    read = read_tokens(job, row.place, start, counting, rules)
     facts = shared_facts(row, board, n_chunks)
     rule, facts = credit_rule(row, job.response, facts, rules)
     n_shaped = chunks_to_shape(facts, rules.CHUNK)
     if i_c < n_shaped:
         k = n_shaped - 1 - i_c
         none = no_carry()  # of its own: what it needs is on the board
-        added, bad, _, _ = shape_tokens(row, facts, rule, job, board, none, none, j, read, k, n_shaped, rules)
+        added, bad, _, _ = shape_tokens(row, facts, rule, job, board, none, none, read, k, n_shaped, rules)
         p_doubles = board.p_doubles + k
         tl.store(board.p_ints + COUNT_SHAPED * board.slots + k, added.count)
         tl.store(board.p_ints + NONFINITE_OUTPUT * board.slots + k, any_bad(bad).to(tl.int32))

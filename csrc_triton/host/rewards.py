@@ -240,6 +240,8 @@ def _sweep(job: dict[str, Any], source: Literal["weights"] | None) -> None:
         warps = 1 if alone else 4  # nobody waits for other warps of a chunk
     most = LIGHT if rules.CREDIT is None else REGISTERS[warps] if alone else NARROW
     options = registers(255 if rules.TWO_RECURRENCES else most) | {"num_warps": warps} | dependent(rules)
+    # Two warps wait for each other then, and have the registers for it; four would spill.
+    rules = job["rules"] = rules._replace(TOGETHER=warps == 2)
     if longest == 1:  # nothing to read ahead
         job["rules"] = rules._replace(STAGES=1)
     if not chunked:

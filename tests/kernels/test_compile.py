@@ -111,10 +111,11 @@ def test_chunks_of_keys_are_on_their_way(compiled: tuple[str, list[dict]]) -> No
             assert facts["loop_instructions"] <= 200, described(facts)  # for 64 keys
 
 
-def test_a_warp_sweeps_512_tokens_with_a_third_of_the_instructions_of_four(
-    compiled: tuple[str, list[dict]],
-) -> None:
-    """128 bits at a time, 16 tokens a lane: weights, values, both log-probabilities; five outputs, or two."""
+def test_512_tokens_are_swept_in_few_instructions(compiled: tuple[str, list[dict]]) -> None:
+    """128 bits at a time, 16 tokens a lane: weights, values, both log-probabilities; five outputs, or two.
+
+    Of a warp's 1200 instructions the loop before, over mask and weights, has 161, which no fact here counts.
+    """
     target, variants = compiled
     by_case = {x["case"]: x for x in variants if x["kernel"] == "rows_kernel"}
     sweep, gae = by_case["sweep, 4096x512"], by_case["gae, 4096x512"]
@@ -125,12 +126,16 @@ def test_a_warp_sweeps_512_tokens_with_a_third_of_the_instructions_of_four(
     assert sweep["longest_wide"] == 4 * (4 + 5)
     assert gae["longest_wide"] == 4 * (2 + 2)
     # sm_120 computes float64 in more. Barriers of one warp keep memory in order; nobody waits.
-    assert sweep["longest_loop"] <= (1450 if target == "sm_120" else 1100), described(sweep)
-    assert gae["longest_loop"] <= (1050 if target == "sm_120" else 720), described(gae)
+    assert sweep["longest_loop"] <= (1200 if target == "sm_120" else 920), described(sweep)
+    assert gae["longest_loop"] <= (900 if target == "sm_120" else 600), described(gae)
     assert max(sweep["longest_barriers"], gae["longest_barriers"]) <= 2
     assert by_case["sweep, 4096x511"]["wide_loads"] == by_case["gae, 4096x511"]["wide_loads"] == 0
     # Few rows, or narrow ones: four warps, with 128 tokens each.
-    assert by_case["sweep, 4096x511"]["longest_loop"] <= (800 if target == "sm_120" else 620)
+    assert by_case["sweep, 4096x511"]["longest_loop"] <= (680 if target == "sm_120" else 500)
+    # Rows of several chunks: two, with 256 tokens each.
+    two = by_case["sweep, 2048x4096"]
+    assert two["warps"] == 2
+    assert two["longest_loop"] <= (860 if target == "sm_120" else 640), described(two)
 
 
 def test_rows_of_several_chunks_are_read_ahead(compiled: tuple[str, list[dict]]) -> None:

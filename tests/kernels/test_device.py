@@ -1,17 +1,21 @@
 import ast
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from support import ptx
 from support.kernels import kernels
 from torch import Tensor
 
 import csrc_triton
 from csrc_triton.device import math as device_math
+from csrc_triton.device.layout import live_bits
 from csrc_triton.device.rewards import kl_estimate
+from csrc_triton.device.scan import at_token
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -61,6 +65,38 @@ def test_relative_accuracy(function, truth) -> None:
     assert (actual[overflown] == math.inf).all()
     error = (actual - wanted).abs()[~overflown] / wanted.abs().clamp(min=1e-300)[~overflown]
     assert error.max() < 1e-6
+
+
+@triton.jit
+def bits_kernel(p_mask, p_out, N: tl.constexpr, PTX: tl.constexpr):
+    o = tl.arange(0, N)
+    tl.store(p_out + o, live_bits(tl.load(p_mask + o), PTX))
+
+
+@pytest.mark.parametrize("by_ptx", [False, True])
+def test_every_byte_but_0_is_unmasked(by_ptx: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    mask = torch.randint(256, (1024,), generator=g) * (torch.rand(1024, generator=g) < 0.5)
+    mask = mask.to(DEVICE, torch.uint8)
+    bits = torch.empty(1024, dtype=torch.int32, device=DEVICE)
+    with ptx.executed() if by_ptx and DEVICE.type == "cpu" else nullcontext():
+        bits_kernel[(1,)](mask, bits, 1024, by_ptx)
+    assert mask.unique().numel() > 200
+    assert torch.equal(bits, torch.where(mask != 0, -1, 0).int())
+
+
+@triton.jit(do_not_specialize=["at"])
+def at_token_kernel(p_out, at, N: tl.constexpr):
+    tl.store(p_out + tl.arange(0, N), at_token(at, 3.0, N))
+
+
+@pytest.mark.parametrize("at", [-(2**31), -513, -512, -1, 0, 1, 6, 510, 511, 512, 2**31 - 1])
+def test_a_number_at_one_token_of_a_chunk(at: int) -> None:
+    """Counted from the chunk's first: another chunk's is before or behind it."""
+    out = torch.full((512,), torch.nan, device=DEVICE)
+    at_token_kernel[(1,)](out, at, 512)
+    assert out.nonzero().flatten().tolist() == [at] * (0 <= at < 512)
+    assert out.sum() == 3 * (0 <= at < 512)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

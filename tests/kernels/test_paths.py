@@ -223,6 +223,27 @@ def test_a_groups_advantages_are_one_launch(
     assert launches[:2] == ["attend_kernel shape"] * 2
 
 
+@pytest.mark.parametrize("lam", [0.9, 1.0])
+def test_rows_have_the_same_bits_by_one_warp_two_or_four(lam: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whom two exchange both numbers of a step of the recurrence at once."""
+    g = torch.Generator().manual_seed(3)
+    score = torch.randn(2, generator=g).to(DEVICE)
+    weights, values = (torch.rand(2, 300, generator=g).to(DEVICE) for _ in range(2))
+    response = Response((torch.rand(2, 300, generator=g) < 0.8).to(DEVICE))
+    config = ShapingConfig(lam=lam, gamma=0.99, dense_share=0.8)
+    found = []
+    for warps in (1, 2, 4):
+        monkeypatch.setattr(rewards, "warps_of", lambda *_, warps=warps: warps)
+        monkeypatch.setattr(rewards, "in_chunks", lambda *_: False)
+        every = attnshape.shape_rewards(
+            score, weights, response, values=values, config=config, backend="triton"
+        )
+        found.append((every, attnshape.gae(weights, values, response, config, backend="triton")))
+    for shaped, estimated in found[1:]:
+        assert_same_bits(shaped, found[0][0])
+        assert_same_bits(estimated, found[0][1])
+
+
 @pytest.mark.parametrize(
     ("width", "lam"), [*itertools.product([15, 16, 17, 257], [1.0, 0.9]), (256, 1.0), (530, 0.9999)]
 )
@@ -417,12 +438,13 @@ def test_programs_read_on_where_they_may(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("path", EVERY_PATH)
 def test_bits_are_the_same_with_ptx(path: dict, packed: bool, choose: Callable[..., None]) -> None:
     problem = long_problem(7, holes=True, config=ShapingConfig(lam=0.9, kl_estimator="k3"))
+    problem.response = dataclasses.replace(problem.response, mask=problem.response.mask.bool())
     problem = pack(problem) if packed else problem
     choose(**path)
     want = shaped(problem)
     with ptx.executed() as done:
         assert_same_bits(want, shaped(problem))
-    expected = {"st.global.f32", "st.global.v2.f32", "lg2.approx.ftz.f32"}
+    expected = {"st.global.f32", "st.global.v2.f32", "lg2.approx.ftz.f32", "prmt.b32"}
     if path["one_launch"]:
         expected.add("prefetch.global.L2")
     assert expected <= done.instructions.keys()

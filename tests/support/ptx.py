@@ -24,13 +24,12 @@ class Executed:
         self.instructions: collections.Counter[str] = collections.Counter()
         self.prefetched: set[int] = set()
 
-    def assembly(self, code: str, operands: Sequence[np.ndarray], types: Sequence[Any]) -> list[np.ndarray]:
-        """The results of a block: ``$0`` and on, before its operands.
+    def assembly(self, code: str, operands: Sequence[np.ndarray], n: int) -> list[np.ndarray]:
+        """The ``n`` results of a block: ``$0`` and on, before its operands.
 
         Raises:
             NotImplementedError: an instruction that no kernel holds.
         """
-        n = len(types)
         values: dict[str, Any] = {f"${n + i}": x for i, x in enumerate(operands)}
         for statement in filter(None, map(str.strip, code.strip().strip("{}").split(";"))):
             found = re.fullmatch(r"(?:@(\w+) )?(\S+) (.*)", statement)
@@ -46,11 +45,19 @@ class Executed:
 
     def instruction(self, name: str, names: list[str], values: dict[str, Any], where: np.ndarray) -> None:
         to, *given = names
-        read = [values[x] if x in values else int(x) for x in given]
+        read = [values[x] if x in values else int(x, 0) for x in given]
         if name == "setp.ne.s32":
             values[to] = read[0] != read[1]
         elif name == "mov.b32":
             values[to] = np.int32(read[0])
+        elif name == "and.b32":
+            values[to] = read[0] & read[1]
+        elif name == "or.b32":
+            values[to] = read[0] | read[1]
+        elif name == "add.u32":
+            values[to] = read[0] + read[1]
+        elif name == "prmt.b32":
+            values[to] = permuted(*read)
         elif name == "lg2.approx.ftz.f32":
             values[to] = np.log2(read[0])
         elif name == "prefetch.global.L2":
@@ -67,6 +74,17 @@ class Executed:
             raise NotImplementedError(name)
 
 
+def permuted(a: np.ndarray, b: int, selector: int) -> np.ndarray:
+    """Four bytes of ``a`` (uint32) and then ``b``, or as many times the sign of one."""
+    source = [(x >> 8 * i) & 0xFF for x in (a, b) for i in range(4)]
+    made = np.zeros_like(a)
+    for i in range(4):
+        chosen = selector >> 4 * i
+        byte = source[chosen & 7]
+        made |= (np.where(byte & 0x80, 0xFF, 0) if chosen & 8 else byte).astype(a.dtype) << 8 * i
+    return made
+
+
 @contextmanager
 def executed() -> Iterator[Executed]:
     """With kernels as they are where there is PTX."""
@@ -79,11 +97,20 @@ def executed() -> Iterator[Executed]:
     def create_inline_asm(
         _: Any, code: str, constraints: str, operands: Any, types: Any, pure: bool, pack: int
     ) -> Results:
-        assert pack == 1
-        assert constraints.count("=") == len(types)
-        found = done.assembly(code, [x.data for x in operands], types)
-        scalars = (x.scalar for x in types)
-        return Results(TensorHandle(np.ascontiguousarray(x), y) for x, y in zip(found, scalars, strict=True))
+        assert constraints.count("=") == pack * len(types)
+        given = [x.data for x in operands]
+        if pack > 1:  # so many elements of a byte in a register of each operand
+            assert pack == 4
+            assert all(x.dtype.itemsize == 1 for x in given)
+            given = [np.ascontiguousarray(x).view(np.uint32) for x in given]
+        found = done.assembly(code, given, pack * len(types))
+        if pack > 1:
+            found = [np.stack(found[i : i + pack], axis=-1).ravel() for i in range(0, len(found), pack)]
+        results = []
+        for x, kind in zip(found, types, strict=True):
+            x = np.ascontiguousarray(x)
+            results.append(TensorHandle(x.view(np.int32) if x.dtype == np.uint32 else x, kind.scalar))
+        return Results(results)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "create_inline_asm", create_inline_asm)

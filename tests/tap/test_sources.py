@@ -7,14 +7,20 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from support.tap_models import (
+    LENGTH,
+    SIZE,
+    VOCABULARY,
     Adapted,
     ValueHead,
     assert_same,
     batch,
     build,
+    randomise,
     state,
 )
+from transformers.modeling_utils import AttentionInterface
 
 from attnshape import Response
 from attnshape.credit import gradient_weights
@@ -211,3 +217,63 @@ def test_layers_that_run_without_gradients_are_refused(source):
         model(ids, attention_mask=mask)
     with pytest.raises(ValueError, match=f"runs a LlamaDecoderLayer without gradients.*'{source}'"):
         tap.take()
+
+
+def shared_keys_and_values():
+    """A decoder whose upper layers attend with the values of lower ones, and read embeddings again."""
+    if not hasattr(transformers, "Gemma4TextConfig"):
+        pytest.skip("transformers has no Gemma 4")
+    config = transformers.Gemma4TextConfig(
+        **SIZE | {"num_hidden_layers": 4}, num_kv_shared_layers=2, num_global_key_value_heads=2,
+        layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=5, head_dim=8,
+        global_head_dim=8, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY,
+    )  # fmt: skip
+    model = transformers.Gemma4ForCausalLM._from_config(config, attn_implementation="sdpa")
+    randomise(model)
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize("layer", [0, 3])
+def test_values_that_several_layers_share_count_in_their_own(monkeypatch, layer, is_frozen):
+    model = shared_keys_and_values().requires_grad_(not is_frozen)
+    ids, mask = batch("right")
+    attend, factor = AttentionInterface._global_mapping["sdpa"], torch.ones(LENGTH, dtype=torch.float64)
+
+    def scaled(module, query, key, value, *args, **kwargs):
+        if module.layer_idx == layer:
+            value = value * factor[:, None]
+        return attend(module, query, key, value, *args, **kwargs)
+
+    def score():
+        return model(ids, attention_mask=mask).logits[torch.arange(3), mask.sum(1) - 1, 5]
+
+    with torch.enable_grad(), AttentionTap(model, layer, source="gradient_value") as tap:
+        weights = gradient_weights(
+            score(), tap.take(), Response(mask, start=torch.zeros(3, dtype=torch.int32))
+        )
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", scaled)
+    for token in (0, 2, 4):
+        moved = []
+        for step in (0.02, -0.02):  # norms compute in float32
+            factor[token] = 1 + step
+            moved.append(score())
+        factor[token] = 1
+        difference = (moved[0] - moved[1]) / 0.04
+        torch.testing.assert_close(
+            weights[:, token], difference, rtol=0, atol=float(weights.abs().max()) / 100
+        )
+
+
+def test_what_else_reads_what_enters_a_layer_is_no_part_of_relevance():
+    """The embeddings, of which every layer of this decoder is told again beside its stream."""
+    model = shared_keys_and_values()
+    ids, mask = batch("right")
+    found = []
+    for is_frozen in (False, True):
+        model.requires_grad_(not is_frozen)
+        with torch.enable_grad(), AttentionTap(model, 0, source="relevance") as tap:
+            score = model(ids, attention_mask=mask).logits[torch.arange(3), mask.sum(1) - 1, 5]
+            response = Response(mask, start=torch.zeros(3, dtype=torch.int32))
+            found.append(gradient_weights(score, tap.take(), response))
+    torch.testing.assert_close(*found)

@@ -69,6 +69,35 @@ def test_a_model_that_is_being_trained_is_scored_without_dropout(world: World, s
     assert all(module.training for module in model.modules())
 
 
+class Around(nn.Module):
+    """A wrapper without a configuration, as data parallel has it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+@pytest.mark.parametrize("source", ["attention", "relevance", "leave_one_out"])
+def test_a_model_in_a_wrapper(world: World, source: SourceName) -> None:
+    wanted = CreditModel(world.reward, source=source)(PROMPTS, world.ids, world.policy)
+    model = AutoModelForSequenceClassification.from_pretrained(world.reward)
+    judge = CreditModel(Around(model), AutoTokenizer.from_pretrained(world.reward), source=source)
+    torch.testing.assert_close(judge(PROMPTS, world.ids, world.policy)[:2], wanted[:2])
+    assert judge.reader().max_length == CreditModel(world.reward).reader().max_length
+
+
+def test_a_wrapper_that_makes_the_score_itself(world: World) -> None:
+    model = Around(AutoModelForSequenceClassification.from_pretrained(world.reward).base_model)
+    tokenizer = AutoTokenizer.from_pretrained(world.reward)
+    with pytest.raises(ValueError, match="which token Around scores is in its own code; want 'last_visible'"):
+        CreditModel(model, tokenizer, score_fn="logit[0]")
+    with pytest.raises(ValueError, match=r"Linear holds no transformers\.PreTrainedModel"):
+        CreditModel(nn.Linear(1, 1), tokenizer)
+
+
 def test_a_model_whose_weights_are_offloaded(world: World) -> None:
     wanted = CreditModel(world.reward)(PROMPTS, world.ids, world.policy)
     model = offload(AutoModelForSequenceClassification.from_pretrained(world.reward))
