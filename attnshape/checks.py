@@ -31,6 +31,7 @@ from attnshape.types import (
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
+NUMBERS, WHOLE = (int, float, Tensor), (int, torch.SymInt)
 
 CHOICES = {
     "backend": get_args(Backend),
@@ -179,6 +180,12 @@ def _check_layer(x: AttentionInputs) -> None:
     if x.head_mask is not None:
         _has_shape("head_mask", _is_tensor("head_mask", x.head_mask), (heads,), "[Hq]")
         _is_on("head_mask", x.head_mask, key.device, "key")
+    if not isinstance(x.scaling, NUMBERS):
+        raise TypeError(f"scaling: got {type(x.scaling).__name__}, want a number")
+    if x.softcap is not None and not isinstance(x.softcap, NUMBERS):
+        raise TypeError(f"softcap: got {type(x.softcap).__name__}, want a number or None")
+    if x.sliding_window is not None and not isinstance(x.sliding_window, WHOLE):
+        raise TypeError(f"sliding_window: got {type(x.sliding_window).__name__}, want an int or None")
     if not math.isfinite(x.scaling):
         raise ValueError(f"scaling: got {x.scaling}, want a finite number")
     if x.softcap is not None and not x.softcap > 0:
@@ -486,6 +493,15 @@ def validate_response(response: Response, lengths: Sequence[int] | None, score_i
                     f"response.start: row {b} starts at {start} and its last unmasked token lies at "
                     f"{start + last}, want positions within 0:{lengths[b]}"
                 )
+
+
+def validate_config(config: ShapingConfig) -> None:
+    """Raises where a lambda of a row is no share."""
+    for name in ("lam", "lam_value"):
+        x = getattr(config, name)
+        if isinstance(x, Tensor) and not ((x >= 0) & (x <= 1)).all():
+            row = int((~((x >= 0) & (x <= 1))).nonzero()[0])
+            raise ValueError(f"{name}: row {row} is {x[row].item():.4g}, want numbers from 0 to 1")
 
 
 def validate_credit(credit: Tensor, response: Response) -> None:

@@ -12,6 +12,9 @@ def log_metrics(out: ShapedRewards | GroupAdvantages, prefix: str = "attnshape/"
 
     One transfer from the device, which waits for it.
 
+    Raises:
+        TypeError: ``out`` is something else, such as what ``gae`` returned, which has no metrics.
+
     Args:
         out: what ``shape_rewards`` or ``group_advantages`` returned.
         prefix: of every name.
@@ -23,6 +26,10 @@ def log_metrics(out: ShapedRewards | GroupAdvantages, prefix: str = "attnshape/"
         >>> log_metrics(out)["attnshape/credit_last_share"]
         1.0
     """
+    if not isinstance(out, ShapedRewards | GroupAdvantages):
+        raise TypeError(
+            f"out: got {type(out).__name__}, want what shape_rewards or group_advantages returned"
+        )
     metrics = out.metrics
     values: list[float] = torch.stack([x.float() for x in metrics.values()]).tolist()
     return {prefix + name: value for name, value in zip(metrics, values, strict=True)}

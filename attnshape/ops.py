@@ -341,7 +341,7 @@ def shape_rewards(
         bootstrap: ``[B]``, value of the state after a truncated completion.
         config: how to shape, see ``ShapingConfig``.
         backend: as for ``attention_row``.
-        validate: check index values and the credit's signs too, which synchronises with the device.
+        validate: check index values, the credit's signs and lambdas too, which synchronises with the device.
 
     Returns:
         ``ShapedRewards``; float32, or float64 where every floating input is; 0 where masked (but see
@@ -373,6 +373,7 @@ def shape_rewards(
         lengths = None if layers is None else checks.validate_attention(layers)
         checks.validate_response(response, lengths, config.score_index)
         checks.validate_layout(response, config.mask_layout)
+        checks.validate_config(config)
         if isinstance(credit, Tensor):
             checks.validate_credit(credit, response)
     compute = _function("shape_rewards", backend, response.mask.device, layers or (), score, *tokens.floating)
@@ -445,6 +446,7 @@ def gae(
     if validate:
         checks.validate_response(response, None)
         checks.validate_layout(response, config.mask_layout)
+        checks.validate_config(config)
     compute = _function("gae", backend, response.mask.device, (), rewards, values, bootstrap)
     out: Advantages = compute(rewards, values, response, config, bootstrap)
     return out

@@ -157,6 +157,9 @@ BAD_INPUTS = [
     ({"softcap": 0.0}, ValueError, "softcap: got 0.0"),
     ({"sliding_window": 0}, ValueError, "sliding_window: got 0"),
     ({"scaling": float("inf")}, ValueError, "scaling: got inf"),
+    ({"scaling": None}, TypeError, "scaling: got NoneType, want a number"),
+    ({"softcap": "30"}, TypeError, "softcap: got str, want a number or None"),
+    ({"sliding_window": 2.5}, TypeError, "sliding_window: got float, want an int or None"),
     ({"cu_seqlens": torch.zeros(4)}, TypeError, "cu_seqlens: got torch.float32"),
     ({"cu_seqlens": torch.zeros(4, dtype=torch.int32)}, ValueError, "want [N, Hkv, D] with cu_seqlens"),
 ]
@@ -166,6 +169,19 @@ BAD_INPUTS = [
 def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         call(**changes)
+
+
+def test_what_only_validation_or_the_log_says() -> None:
+    mask, score = torch.ones(2, 3), torch.ones(2)
+    config = ShapingConfig(lam=torch.tensor([0.5, 1.5]))
+    for function in (
+        lambda: attnshape.gae(mask, mask, mask, config, validate=True),
+        lambda: attnshape.shape_rewards(score, "uniform", mask, values=mask, config=config, validate=True),
+    ):
+        with pytest.raises(ValueError, match=r"lam: row 1 is 1\.5, want numbers from 0 to 1"):
+            function()
+    with pytest.raises(TypeError, match="out: got Advantages, want what shape_rewards or group_advantages"):
+        attnshape.log_metrics(attnshape.gae(mask, None, mask))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), BAD_CONFIGS)

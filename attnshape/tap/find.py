@@ -65,6 +65,8 @@ def models_of(model: nn.Module) -> dict[str, PreTrainedModel]:
         ValueError: there is none, or there are several.
     """
     kind = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {kind}")
     models = {n: m for n, m in model.named_modules() if isinstance(m, PreTrainedModel)}
     beside = [n for n in models if not any(is_inside(n, other) for other in models if other != n)]
     reading = [n for n in beside if models[n].main_input_name == "input_ids"] or beside

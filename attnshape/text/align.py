@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
-from typing import TypeAlias
+from numbers import Real
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -183,6 +183,17 @@ def _expand(counts: Tensor) -> tuple[Tensor, Tensor]:
     return index, torch.arange(len(index), device="cpu") - first[index]
 
 
+def _spans(row: Any, name: str) -> Tensor:
+    try:
+        return (
+            torch.tensor(row, device="cpu")
+            if len(row)
+            else torch.zeros(0, 2, dtype=torch.int64, device="cpu")
+        )
+    except (TypeError, ValueError) as error:  # no numbers, or not as many in each
+        raise ValueError(f"{name} must be pairs (start, end) of characters, got {row!r:.60}") from error
+
+
 def _rows(offsets: Offsets, name: str) -> tuple[list[Tensor], tuple[int, ...]]:
     """Each sequence's spans as int64 ``[S, 2]``, and ``(S,)``, or ``(B, S)`` for a batch of up to ``S``."""
     rows: list[Tensor]
@@ -191,14 +202,11 @@ def _rows(offsets: Offsets, name: str) -> tuple[list[Tensor], tuple[int, ...]]:
         rows = list(offsets.cpu()) if batched else [offsets.cpu()]
         length = offsets.shape[-2] if offsets.ndim > 1 else 0
     else:
-        batched = any(not len(item) or not isinstance(item[0], Integral) for item in offsets)
-        rows = [
-            torch.tensor(row, dtype=torch.int64, device="cpu").reshape(-1, 2)
-            for row in (offsets if batched else [offsets])
-        ]
+        batched = any(not len(item) or not isinstance(item[0], Real) for item in offsets)
+        rows = [_spans(row, name) for row in (offsets if batched else [offsets])]
         length = max(map(len, rows), default=0)
     for b, row in enumerate(rows):
-        if row.ndim != 2 or row.shape[1] != 2 or row.is_floating_point():
+        if row.ndim != 2 or row.shape[1] != 2 or row.dtype == torch.bool or row.is_floating_point():
             raise ValueError(
                 f"{name} must be pairs (start, end) of characters, got {tuple(row.shape)} {row.dtype}"
             )

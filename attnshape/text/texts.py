@@ -81,6 +81,9 @@ def align_texts(
         input_ids: the reward model's own tokens of the sources, ``[S]`` or ``[B, S]``, padded on either side,
             with or without special tokens, if there are any already.
 
+    Returns:
+        A ``TextAlignment``; its tensors are on the CPU, and what it carries is where the weights are.
+
     Raises:
         ValueError: a text does not hold its response, or more than once and ``start`` is not given; the
             arguments are not as many; ``input_ids`` are not the tokens of the sources; a tokenizer that must

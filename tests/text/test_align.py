@@ -270,6 +270,10 @@ def test_nan_stays_with_its_tokens() -> None:
         ([[(0, 1)]], [(0, 1)], "1 sequences and one"),
         ([[(0, 1)]], [[(0, 1)]] * 2, "1 sequences and 2 sequences"),
         (torch.zeros(4, 3), [(0, 1)], r"source_offsets must be pairs .* \(4, 3\)"),
+        ([(0, 1, 2), (1, 2, 3)], [(0, 1)], r"source_offsets must be pairs .* \(2, 3\)"),
+        ([(0, 1)], [(0.0, 1.5)], r"target_offsets must be pairs .* torch\.float32"),
+        ([(0, 1)], [(0, 1), (1,)], r"target_offsets must be pairs .* got \[\(0, 1\), \(1,\)\]"),
+        ("ab", [(0, 1)], "source_offsets must be pairs .* got 'a'"),
     ],
 )
 def test_bad_offsets(source: list, target: list, message: str) -> None:
