@@ -168,6 +168,14 @@ def calls() -> Calls:
     yield from column_calls()
 
 
+def reading_on(function: Callable[..., Any], **arguments: Any) -> Any:
+    """With as many programs as run at a time, which read on where a row's keys end."""
+    from benchmarks.on_gpu.tuning import READING_ON, injected
+
+    with injected({"attention.READ_ON": READING_ON}):
+        return function(**arguments)
+
+
 def call_case(case: Any, **arguments: Any) -> Any:
     return case.call(arguments, "triton")
 
@@ -251,6 +259,7 @@ def option_calls() -> Calls:
     where = Response(torch.empty(1, 4200).expand(256, -1), start=torch.zeros(256, dtype=torch.int32))
     many = {"inputs": long, "response": where, "backend": "triton"}
     yield "credit, many long rows", attnshape.attention_credit, many
+    yield "credit, reading on", functools.partial(reading_on, attnshape.attention_credit), many
     yield (
         "fused, last_response, index",
         fused,
@@ -273,6 +282,19 @@ def option_calls() -> Calls:
     )
     decoupled = ShapingConfig(
         lam=row, lam_value=0.9, score_index=position, on_nan="zero_row", kl_estimator="k2"
+    )
+    short = Response(mask[:1].expand(256, -1), start=where.start)
+    yield (
+        "fused, reading on",
+        functools.partial(reading_on, attnshape.shape_rewards),
+        {
+            "score": torch.empty(256),
+            "credit": long,
+            "response": short,
+            "values": tokens[0][:1].expand(256, -1),
+            "kl": KL(tokens[1][:1].expand(256, -1), tokens[2][:1].expand(256, -1), 0.1),
+            "backend": "triton",
+        },
     )
     yield "sweep, decoupled lam", fused, {"credit": tokens[4], "response": mask, "config": decoupled, **given}
     yield "sweep, lam 1", fused, {"credit": "uniform", "response": mask, **given}

@@ -134,9 +134,10 @@ class Grid(NamedTuple):
     p_counters: Any
     n_tasks: Any
     n_leaders: Any = 0  # programs of packed rows whose bounds are not sound
-    split: Any = 1  # chunks of keys of a program
-    splits_per_row: Any = 1
-    chunks_per_row: Any = 0
+    chunks_per_row: Any = 0  # of tokens
+    split: Any = 1  # chunks of keys that a program reads
+    step: Any = 1  # of how many a row's are a multiple; None: of one, and programs read on in the next row
+    slots_per_row: Any = 1  # so many times as many
     p_doubles: Any = None  # what the programs of a row tell each other: float64 [DOUBLES, chunks]
     p_ints: Any = None  # and int32 [INTS, chunks]
 

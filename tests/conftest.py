@@ -15,9 +15,12 @@ if not torch.cuda.is_available():
 
 import pytest
 from hypothesis import HealthCheck, is_hypothesis_test, settings
-from support import fast_interpreter
+from support import bounds, fast_interpreter
 
-INTERPRETER = fast_interpreter.install() if os.environ.get("TRITON_INTERPRET") == "1" else "none: compiled"
+INTERPRETER = "none: compiled"
+if os.environ.get("TRITON_INTERPRET") == "1":
+    bounds.install()
+    INTERPRETER = fast_interpreter.install()
 
 settings.register_profile(
     "attnshape", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]

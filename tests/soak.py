@@ -7,6 +7,7 @@ that fails is made as plain as it can be while it still fails, and printed as a 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from attnshape import ShapingConfig
 from attnshape.files import whole_file
 from attnshape.problems import Problem, make_problem, mapped, pack
 from attnshape.reference import advantages
+from benchmarks.on_gpu.tuning import injected
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "soak.json"
@@ -37,7 +40,8 @@ PLAIN: Case = {
     "sliding_window": None, "sinks": False, "lse": False, "head_mask": False, "nonfinite": None,
     "exact": False, "dense_share": 0.8, "gamma": 1.0, "lam": 1.0, "lam_value": None, "mask_semantics": "skip",
     "carry_masked": False, "normalization": "sum_to_one", "score_index": "last_unmasked", "score_clip": None,
-    "kl_estimator": "k1", "kl_input_clip": None, "kl_output_clip": None, "on_nan": "propagate",
+    "kl_estimator": "k1", "kl_input_clip": None, "kl_output_clip": None, "on_nan": "propagate", "path": None,
+    "lost": None,
 }  # fmt: skip
 """The plainest value of everything that is drawn."""
 MADE = (
@@ -99,6 +103,9 @@ def drawn(seed: int, longest: int) -> Case:
         "kl_input_clip": pick(None, 0.25),
         "kl_output_clip": pick(None, 0.125),
         "on_nan": pick("propagate", "zero_row"),
+        # Whether one launch does all, whether programs share rows, and the chunks of keys that each reads.
+        "path": pick(None, (coin(), coin(), *pick((1, 1), (2, 2), (r.randint(1, 9), None)))),
+        "lost": pick(None, None, None, -3, 10**6),
     }
 
 
@@ -120,6 +127,11 @@ def problem_of(**case: Any) -> Problem:
         )
     if case["packed"]:
         problem = pack(problem)
+    if case["lost"] is not None:  # a row that is out of range
+        response, row = problem.response, int(torch.randint(0, batch, (), generator=g))
+        where = response.start if response.cu_seqlens is None else response.cu_seqlens
+        if where is not None and case["source"] == "attention":
+            where[row] = case["lost"]
     if case["source"] == "weights":
         weights = torch.rand(problem.response.mask.shape, generator=g) ** 4
         if torch.rand((), generator=g) < 0.1:
@@ -137,10 +149,29 @@ def failure(case: Case, backend: str) -> str | None:
     from support.problems import check_shaped
 
     try:
-        check_shaped(problem_of(**case), backend)
+        with taken(case.get("path") if backend == "triton" else None):
+            check_shaped(problem_of(**case), backend)
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:300]}"
     return None
+
+
+@contextlib.contextmanager
+def taken(path: tuple[bool, bool, int, int | None] | None) -> Iterator[None]:
+    """With short chunks, and kernels that take this path; as they are if there is none."""
+    if path is None:
+        yield
+        return
+    one_launch, in_chunks, split, step = path
+    constants = {
+        "attention.CHUNK": 16,
+        "attention.KEYS": 32,
+        "attention.ONE_LAUNCH": 1 << 30 if one_launch else -1,
+        "attention.chunks_per_program": lambda *_: (split, step),
+        "rewards.in_chunks": lambda *_: in_chunks,
+    }
+    with injected(constants):
+        yield
 
 
 def _kind(found: str | None) -> str | None:
@@ -191,8 +222,9 @@ def begin() -> None:
     torch.set_num_threads(1)
     advantages._recurrence = compiled_recurrence()
     if os.environ.get("TRITON_INTERPRET") == "1":
-        from support import fast_interpreter
+        from support import bounds, fast_interpreter
 
+        bounds.install()
         fast_interpreter.install()
 
 

@@ -14,7 +14,7 @@ from attnshape.bench.cases import Case, Shape, outputs_of
 from attnshape.problems import mapped
 from benchmarks.cases import COLUMN, LONG, SMALL, UNEQUAL
 from benchmarks.on_gpu.machine import Machine, Outputs
-from benchmarks.on_gpu.tuning import injected
+from benchmarks.on_gpu.tuning import Constants, Cut, injected
 from benchmarks.on_gpu.work import Item, Worker
 
 LONGER = Case("fused", Shape(2, 8192, 16384))
@@ -41,9 +41,13 @@ def items(machine: Machine) -> Iterator[Item]:
             if ask is not rows_in_any_batch or divisible(case):
                 name = f"{ask.__name__.replace('_', ' ')}: {case.name}"
                 yield Item(name, functools.partial(asked, case=case, ask=ask))
-    for ask in (repeats_under_load, replays, two_streams):
-        name = f"{ask.__name__.replace('_', ' ')}, dependent launches: {LONGER.name}"
-        yield Item(name, functools.partial(asked, case=LONGER, ask=functools.partial(dependent, ask=ask)))
+    for how, case, constants in (
+        ("dependent launches", LONGER, {"attention.DEPENDENT": True}),
+        ("reading on", CASES[1], {"attention.chunks_per_program": Cut(21, None)}),
+    ):
+        for ask in (repeats_under_load, replays, two_streams):
+            name = f"{ask.__name__.replace('_', ' ')}, {how}: {case.name}"
+            yield Item(name, functools.partial(asked, case=case, ask=ask, constants=constants))
     for case in COMPILED:
         yield Item(f"torch.compile: {case.name}", functools.partial(asked, case=case, ask=compiled), 120)
 
@@ -53,15 +57,18 @@ def divisible(case: Case) -> bool:
     return case.what != "whiten" and not case.shape.packed and case.shape.batch > 1
 
 
-def asked(worker: Worker, case: Case, ask: Callable[[Machine, Case], Tensor]) -> dict[str, Any]:
+def asked(
+    worker: Worker, case: Case, ask: Callable[[Machine, Case], Tensor], constants: Constants | None = None
+) -> dict[str, Any]:
     """How many outputs differed, and of how many calls."""
     machine = worker.machine
-    with worker.watched():
-        prepared(machine, case)()
-    differed = int(ask(machine, case).sum())
+    with injected(constants or {}):
+        with worker.watched():
+            prepared(machine, case)()
+        differed = int(ask(machine, case).sum())
     line: dict[str, Any] = {
         "case": case.name,
-        "asked": getattr(ask, "func", ask).__name__,
+        "asked": ask.__name__,
         "differed": differed,
     }
     return (
@@ -72,12 +79,6 @@ def asked(worker: Worker, case: Case, ask: Callable[[Machine, Case], Tensor]) ->
 def prepared(machine: Machine, case: Case, seed: int = 0) -> Callable[[], Outputs]:
     arguments = machine.arguments(case, seed)
     return lambda: outputs_of(case.what, machine.call(case, arguments))
-
-
-def dependent(machine: Machine, case: Case, ask: Callable[[Machine, Case], Tensor]) -> Tensor:
-    """With launches that begin before the ones that they follow have ended."""
-    with injected({"attention.DEPENDENT": True}):
-        return ask(machine, case)
 
 
 def repeats_under_load(machine: Machine, case: Case) -> Tensor:

@@ -29,6 +29,10 @@ SECONDS = 0.06
 """Of one timing, about."""
 ROOM = "csrc_triton.host."
 
+READING_ON = ("scores", "mean", "shape")
+"""However rows are finished."""
+
+
 Constants = Mapping[str, Any]
 """By name, such as ``attention.KEYS``."""
 
@@ -60,9 +64,16 @@ def rounds() -> Iterator[Round]:
     )
     grids = [
         {"attention.chunks_per_program": split}
-        for split in (attention.chunks_per_program, *map(Fixed, (4, 6, 8, 11, 16, 32)))
+        for split in (attention.chunks_per_program, *(Cut(n, n) for n in (4, 6, 8, 11, 16, 32)))
     ]
     yield Round("split", grids, [*read[:2], Case("fused", Shape(8, 1024, 2048)), Case("fused", SMALL)])
+    readers = [
+        {"attention.ONE_LAUNCH": longest, "attention.READ_ON": finishes, "attention.PROGRAMS": programs}
+        for longest in (attention.ONE_LAUNCH, 1024)
+        for finishes, programs in (((), attention.PROGRAMS), (READING_ON, 2), (READING_ON, 3))
+    ]
+    many = [*read[1:], Case("row", ATTENTION[1]), Case("fused", Shape(512, 512, 1024))]
+    yield Round("reading on", readers, many)
     ways = product(attention__ONE_LAUNCH=(attention.ONE_LAUNCH, 1024), attention__DEPENDENT=(False, True))
     shapes = (*ATTENTION[1:], Shape(8, 2048, 4096), Shape(8, 4096, 8192))
     long = [*(Case("fused", shape) for shape in shapes), read[2], Case("row", ATTENTION[1])]
@@ -94,8 +105,18 @@ def rounds() -> Iterator[Round]:
     yield Round("steps", ways, [Case("sweep", shape) for shape in rows])
 
 
+class Cut(NamedTuple):
+    """So many chunks of keys a program, whatever there is."""
+
+    split: int
+    step: int | None
+
+    def __call__(self, *_: Any) -> tuple[int, int | None]:
+        return self
+
+
 class Fixed(int):
-    """So many chunks of keys, or warps, a program, whatever there is."""
+    """So many warps a program, whatever there is."""
 
     def __call__(self, *_: Any, **__: Any) -> int:
         return int(self)

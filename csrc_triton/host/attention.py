@@ -55,12 +55,18 @@ SPLIT = 6
 """Chunks of keys that a program reads where not all programs run at a time."""
 MOST = 32
 """And at most, where they do."""
+READ_ON: tuple[str, ...] = ()
+"""How rows are finished for whose keys only as many programs are started as run at a time, each of which
+reads on where a row ends: no last wave then, and few that wait for their first keys. Not measured.
+"""
 REGISTERS = {"shape": 168, "mean": 128, "scores": 80, "means": 64}
 """Of a thread, at most, by how a row is finished, and of who averages scores: nothing spills. With 128 where
 a row is swept, so four programs on a multiprocessor and not three, it is not faster. Who only reads keys has
 80, so that six fit, as when it was measured: with 128 it would take 94. Who averages has 64: eight fit."""
 MANY = {"shape": 168, "mean": 168, "scores": 168, "means": 80}
 """The same of more than eight query heads a key head."""
+REGISTERS_OF_PROCESSOR = 65536
+"""Of all threads of a multiprocessor, of NVIDIA's GPUs."""
 SCAN = 1024
 """Tokens a preparation program looks at at once."""
 ONE_LAUNCH = 2048
@@ -245,21 +251,27 @@ def attend(
     kv_heads, width, device = key.shape[1], key.shape[-1], key.device
     slots_per_row = 0 if cu is not None else ceil_div(axis.width, chunk)
     slots = batch * slots_per_row if cu is None else axis.width // chunk + batch
-    split = chunks_per_program(batch * kv_heads, ceil_div(slots, max(batch, 1)), processors(device))
-    splits_per_row = max(1, ceil_div(slots_per_row, split))
-    n_tasks = batch * splits_per_row if cu is None else axis.width // (chunk * split) + batch
+    chunks = ceil_div(slots, max(batch, 1))
+    split, step = chunks_per_program(batch * kv_heads, chunks, processors(device), finish)
+    of_slot = step or 1
+    steps_per_row = max(1, ceil_div(slots_per_row, of_slot))
+    steps = batch * steps_per_row if cu is None else axis.width // (chunk * of_slot) + batch
+    n_tasks = ceil_div(steps * of_slot * kv_heads, split)
     leaders = 0 if cu is None else batch
     counters = COUNTERS.take(device, batch * (kv_heads + 1))
-    grid = Grid(counters, n_tasks * kv_heads, leaders, split, splits_per_row)
+    grid = Grid(counters, n_tasks, leaders, split=split, step=step, slots_per_row=steps_per_row)
     left, spare = workspace(key, query.shape[1], cu, slots_per_row, slots, response, finish != "scores")
     kept = layer.lse is not None and response.p_start is not None
     operands, product = operands_of(layer, n_layers, kept)
     mean = Mean(layer.causal, group, min(4, padded(group)), chunk, spare, add)
     heavy = width > product.BLOCK_D or (rules is not None and rules.TWO_RECURRENCES)
+    most = registers(255) if heavy else most_registers(group, finish)
+    if step is None:  # what is the same for all rows stays in registers
+        most = registers(min(255, REGISTERS_OF_PROCESSOR // (32 * WARPS * PROGRAMS)))
     launch(
         ATTEND,
         grid.n_tasks + leaders,
-        registers(255) if heavy else most_registers(group, finish),
+        most,
         axis=axis,
         layer=operands,
         left=left,
@@ -453,14 +465,18 @@ def chunk_size(key: Tensor) -> int:
     return KEYS // 2 if padded(key.shape[-1]) * key.element_size() >= 512 else KEYS
 
 
-def chunks_per_program(rows: int, chunks: int, processors: int) -> int:
+def chunks_per_program(rows: int, chunks: int, processors: int, finish: str) -> tuple[int, int | None]:
     """Chunks of keys that a program reads one after the other, of the ``chunks`` of each of so many rows.
 
-    The fewest with which all programs run at a time, ``PROGRAMS`` on a multiprocessor.
+    The fewest with which all programs run at a time, ``PROGRAMS`` on a multiprocessor. And of how many a row
+    has a whole number: of as many, or of one where a program reads on in the next row.
     """
-    splits = range(1, MOST + 1)
-    fitting = (n for n in splits if rows * ceil_div(chunks, n) <= PROGRAMS * processors)
-    return next(fitting, SPLIT)
+    programs = PROGRAMS * processors
+    fitting = (n for n in range(1, MOST + 1) if rows * ceil_div(chunks, n) <= programs)
+    split = next(fitting, None)
+    if split is None and finish in READ_ON:
+        return ceil_div(rows * chunks, programs), None
+    return (split or SPLIT,) * 2
 
 
 def _position_strides(x: Tensor, packed: bool, keys: int) -> tuple[int, int, int]:
@@ -480,7 +496,7 @@ def _mask_row_strides(x: Tensor, packed: bool) -> tuple[int, int, int]:
 def launch(launcher: Launcher, programs: int, *options: dict[str, Any], **arguments: Any) -> None:
     """Programs of a kernel, and one more where packed tokens may belong to no row."""
     response, out = arguments["response"], arguments.get("out")
-    if response.p_cu is not None and out is not None:
+    if response.p_cu is not None and out is not None and arguments.get("FINISH") != "scores":
         programs += 1
     if not programs:
         return

@@ -102,7 +102,9 @@ def test_chunks_of_keys_are_on_their_way(compiled: tuple[str, list[dict]]) -> No
     target, variants = compiled
     aligned = whole(variants)
     assert aligned
-    for facts in aligned:
+    reading_on = [x for x in variants if x["case"].endswith("reading on") and x["kernel"] == "attend_kernel"]
+    assert len(reading_on) == 2
+    for facts in aligned + reading_on:
         assert facts["on_their_way"] == STAGES - 1, described(facts)
         if target != "gfx942":
             assert facts["loop_barriers"] <= 2, described(facts)

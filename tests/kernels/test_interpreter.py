@@ -1,4 +1,6 @@
-"""What the tests change in Triton's interpreter changes nothing but its speed and a scan's order."""
+"""What the tests change in Triton's interpreter: its speed, a scan's order, what may be read and written."""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ import triton
 import triton.language as tl
 from support import fast_interpreter
 from torch import Tensor
+from triton.runtime.errors import InterpreterError
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled")
 
@@ -82,3 +85,30 @@ def test_an_interpreter_that_is_not_known_is_left_as_it_is(monkeypatch: pytest.M
     assert "as it is, slowly: its interpreter (another) is not known" in fast_interpreter.install()
     assert vars(interpreter) == before
     assert interpreter.ScanOps.generic_scan is scan
+
+
+@triton.jit
+def copy_kernel(p_x, p_out, from_x, to_out, n, N: tl.constexpr):
+    o = tl.arange(0, N)
+    tl.store(p_out + to_out + o, tl.load(p_x + from_x + o, mask=o < n), mask=o < n)
+    tl.atomic_add(p_out + to_out, 1)
+
+
+@pytest.mark.parametrize(
+    ("from_x", "to_out", "n", "wrong"),
+    [
+        (0, 0, 6, None),  # what a mask leaves out is no access
+        (1, 0, 6, "masked_load at 1 of 6 addresses .* 0 bytes behind"),
+        (-2, 0, 6, "masked_load at 2 of 6 addresses"),
+        (0, 1, 6, "masked_store at 1 of 6 addresses .* 0 bytes behind"),
+        (0, -1, 6, "masked_store at 1 of 6 addresses .* 20 bytes behind"),
+        (0, 7, 0, "atomic_rmw at 1 of 1 addresses .* 4 bytes behind"),
+    ],
+)
+def test_who_reads_or_writes_beside_a_tensor_is_stopped(
+    from_x: int, to_out: int, n: int, wrong: str | None
+) -> None:
+    around = torch.zeros(64)
+    x, out = around[8:14], around[20:26]
+    with nullcontext() if wrong is None else pytest.raises(InterpreterError, match=wrong):
+        copy_kernel[(1,)](x, out, from_x, to_out, n, 8)

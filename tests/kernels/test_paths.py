@@ -39,11 +39,13 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
 def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes the launchers take a path."""
 
-    def chosen(one_launch: bool = True, in_chunks: bool = False, split: int | None = None) -> None:
+    def chosen(
+        one_launch: bool = True, in_chunks: bool = False, split: int | None = None, step: int | None = 1
+    ) -> None:
         monkeypatch.setattr(attention, "ONE_LAUNCH", 1 << 30 if one_launch else -1)
         monkeypatch.setattr(rewards, "in_chunks", lambda *_: in_chunks)
         if split is not None:
-            monkeypatch.setattr(attention, "chunks_per_program", lambda *_: split)
+            monkeypatch.setattr(attention, "chunks_per_program", lambda *_: (split, step))
 
     return chosen
 
@@ -67,12 +69,13 @@ def assert_same_bits(a: Any, b: Any, name: str = "") -> None:
 
 
 EVERY_PATH = [
-    {"one_launch": one_launch, "in_chunks": in_chunks, "split": split}
-    for one_launch, in_chunks, split in [
-        (True, False, 1),
-        (True, False, 3),
-        (False, False, 1),
-        (False, True, 3),
+    {"one_launch": one_launch, "in_chunks": in_chunks, "split": split, "step": step}
+    for one_launch, in_chunks, split, step in [
+        (True, False, 1, 1),
+        (True, False, 3, 3),
+        (False, False, 4, None),
+        (True, False, 8, None),
+        (False, True, 3, 3),
     ]
 ]
 
@@ -111,7 +114,7 @@ def test_every_path_has_the_same_bits(
     check_shaped(problem, "triton", DEVICE)
     apart, one = ["attend_kernel scores", "means_kernel"], ["attend_kernel shape"]
     rows, chunks = [*apart, "rows_kernel"], [*apart, "chunks_kernel"]
-    assert [x for x in launches if x != "prepare_kernel"] == [*one * 2, *rows, *chunks, *chunks]
+    assert [x for x in launches if x != "prepare_kernel"] == [*one * 2, *rows, *one, *chunks, *chunks]
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -416,7 +419,15 @@ def test_rows_are_cut_where_they_are_long_and_few(
 
 def test_programs_read_more_keys_the_more_there_are() -> None:
     grids = ((8, 1), (64, 8), (64, 32), (256, 32), (1024, 128))
-    assert [attention.chunks_per_program(*grid, 132) for grid in grids] == [1, 2, 8, 32, 6]
+    splits = [attention.chunks_per_program(*grid, 132, "shape") for grid in grids]
+    assert splits == [(n, n) for n in (1, 2, 8, 32, 6)]
+
+
+def test_programs_read_on_where_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "READ_ON", frozenset({"scores"}))
+    assert attention.chunks_per_program(1024, 128, 132, "scores") == (497, None)
+    assert attention.chunks_per_program(1024, 128, 132, "mean") == (6, 6)
+    assert attention.chunks_per_program(256, 32, 132, "scores") == (32, 32)
 
 
 # PTX

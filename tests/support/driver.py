@@ -178,7 +178,9 @@ def calls() -> Iterator[tuple[str, functools.partial[Any]]]:
     scores = {batch: torch.empty(batch) for batch in (1, 2)}
     for cap in (50, 30.5):
         credit = [layer(40, softcap=cap, attention_mask=torch.ones(2, 40))]
-        yield "attend", sweep(20, 2, everything, score=scores[2], credit=credit, gl=0.95)
+        attend = sweep(20, 2, everything, score=scores[2], credit=credit, gl=0.95)
+        yield "attend", attend
+    yield "reading on", changed(attend, MOST=0, READ_ON=("shape",))
     spread = ("rewards", "credit", "status", "moments")
     yield "groups", sweep(20, 2, spread, score=scores[2], credit=[layer(40)], even=True)
     for gl in (0.5, 0.25):
@@ -187,7 +189,7 @@ def calls() -> Iterator[tuple[str, functools.partial[Any]]]:
         yield "chunks", sweep(width, 1, everything, score=scores[1], credit="uniform", gl=0.95)
     for width in (2100, 5200):
         long = sweep(width, 2, everything, score=scores[2], credit=[layer(width + 100)])
-        yield "dependent", functools.partial(dependent(long.func), *long.args, **long.keywords)
+        yield "dependent", changed(long, DEPENDENT=True)
     yield "scores, mean", functools.partial(csrc_triton.attention_row, [layer(2100)])
     yield (
         "columns",
@@ -206,18 +208,21 @@ def calls() -> Iterator[tuple[str, functools.partial[Any]]]:
     yield "whiten, many parts", functools.partial(csrc_triton.whiten, *given, torch.ones(5000, 3))
 
 
-def dependent(function: Callable[..., Any]) -> Callable[..., Any]:
-    """With launches that begin before the ones that they follow have ended."""
+def changed(call: functools.partial[Any], **constants: Any) -> functools.partial[Any]:
+    """With other constants of the launches that read queries and keys."""
     from csrc_triton.host import attention
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        attention.DEPENDENT = True
+    def function(*args: Any, **kwargs: Any) -> Any:
+        before = {name: getattr(attention, name) for name in constants}
+        for name, value in constants.items():
+            setattr(attention, name, value)
         try:
-            return function(*args, **kwargs)
+            return call.func(*args, **kwargs)
         finally:
-            attention.DEPENDENT = False
+            for name, value in before.items():
+                setattr(attention, name, value)
 
-    return call
+    return functools.partial(function, *call.args, **call.keywords)
 
 
 class Mixed(NamedTuple):

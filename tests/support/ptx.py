@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.bounds import GIVEN
 from triton._C.libtriton import interpreter as memory
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -66,6 +67,7 @@ class Executed:
             for i, x in enumerate(read):
                 assert x.dtype == np.float32
                 at = (values[to] + 4 * i).astype(np.uint64)
+                GIVEN.check(name, at, where, 4)
                 assert not (at[where] % (4 * len(read)) != 4 * i).any(), "a store that is not aligned"
                 memory.store(at, np.ascontiguousarray(x), np.ascontiguousarray(where))
         else:

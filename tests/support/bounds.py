@@ -1,0 +1,98 @@
+"""Whether interpreted kernels read and write what they were given, and nothing beside it.
+
+Beyond a tensor lies another one, or nothing: on a GPU the result is a wrong number elsewhere, now and then.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Given:
+    """The memory of a launch's tensors: where each piece begins and ends, in bytes."""
+
+    def __init__(self) -> None:
+        self.begins: list[int] = []
+        self.ends: list[int] = []
+
+    def take(self, arguments: Any) -> None:
+        """Of these arguments, in place of those of the launch before."""
+        self.begins, self.ends = [], []
+        for begin, end in sorted(pieces(arguments)):
+            if self.ends and begin <= self.ends[-1]:
+                self.ends[-1] = max(self.ends[-1], end)
+            else:
+                self.begins.append(begin)
+                self.ends.append(end)
+
+    def check(self, what: str, addresses: np.ndarray, mask: np.ndarray | None, size: int) -> None:
+        """Raises: IndexError: one of the addresses that count, of ``size`` bytes each, is of no tensor."""
+        at = addresses.ravel() if mask is None else addresses[np.broadcast_to(mask, addresses.shape)]
+        if not at.size:
+            return
+        low, high = int(at.min()), int(at.max())
+        piece = bisect.bisect_right(self.begins, low) - 1
+        if piece >= 0 and high + size <= self.ends[piece]:
+            return
+        begins, ends = np.array(self.begins, np.uint64), np.array(self.ends, np.uint64)
+        places = np.searchsorted(begins, at, "right") - 1
+        within = (places >= 0) & (at + np.uint64(size) <= ends[places])
+        if not within.all():
+            wrong = int(at[~within][0])
+            piece = bisect.bisect_right(self.begins, wrong) - 1
+            where = f"{wrong - self.ends[piece]} bytes behind one" if piece >= 0 else "before all of them"
+            raise IndexError(
+                f"{what} at {(~within).sum()} of {at.size} addresses that are in no tensor of the launch; "
+                f"the first is {where}"
+            )
+
+
+GIVEN = Given()
+
+
+def pieces(x: Any) -> Iterator[tuple[int, int]]:
+    if isinstance(x, torch.Tensor):
+        if x.numel():
+            last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+            yield x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+    elif isinstance(x, (tuple, list)):
+        for held in x:
+            yield from pieces(held)
+
+
+def install() -> None:
+    """Looks at each access of Triton's interpreter from now on."""
+    from triton.runtime import interpreter
+
+    init_args, builder = interpreter.GridExecutor._init_args_hst, interpreter.InterpreterBuilder
+
+    def begun(executor: Any, arguments: Any, named: dict[str, Any]) -> Any:
+        there = init_args(executor, arguments, named)
+        GIVEN.take([*there[0], *there[1].values()])
+        return there
+
+    def looked_at(name: str, place: int | None) -> Any:
+        method, what = getattr(builder, name), name.removeprefix("create_")
+        first = 1 if name == "create_atomic_rmw" else 0
+
+        def checked(self: Any, *arguments: Any) -> Any:
+            pointers = arguments[first]
+            size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
+            GIVEN.check(what, pointers.data, None if place is None else arguments[place].data, size)
+            return method(self, *arguments)
+
+        return checked
+
+    interpreter.GridExecutor._init_args_hst = begun
+    for name, place in {
+        "create_masked_load": 1,
+        "create_masked_store": 2,
+        "create_atomic_rmw": 3,
+        "create_atomic_cas": None,
+    }.items():
+        setattr(builder, name, looked_at(name, place))
