@@ -100,8 +100,8 @@ class ServedRewardModel:
         # Told now, and without the key, which http.client would show.
         if api_key and not re.fullmatch(r"[!-~]([ -~]*[!-~])?", api_key):
             raise ValueError(
-                f"api_key, or {API_KEY} in the environment: want visible ASCII characters in one line, without "
-                "a line break at the end"
+                f"api_key, or {API_KEY} in the environment: want visible ASCII characters in one line, "
+                "without a line break at the end"
             )
         self._headers = {} if not api_key else {"Authorization": f"Bearer {api_key}"}
         self._open = build_opener(ProxyHandler({})).open

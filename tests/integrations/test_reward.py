@@ -190,7 +190,7 @@ def test_an_overloaded_server_is_asked_again(server: Server) -> None:
 def test_a_server_that_is_there_is_waited_for_as_one_that_loads(
     server: Server, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
-    """A large model that is loaded again takes longer than ``ATTEMPTS``; at the start it is waited for too."""
+    """A large model that is loaded again takes longer than ``ATTEMPTS``."""
     monkeypatch.setattr(reward, "LAST_PAUSE", 0.001)
     server.answers["/score"] = [(status, "come again")] * (2 * ATTEMPTS) + [(200, ANSWER)]
     judge = reward_model(url=server.url)
