@@ -153,8 +153,8 @@ def check_loss(actor: Any) -> None:
     if torch.equal(*gradients):
         raise ValueError(
             f"actor_rollout_ref.actor.policy_loss.loss_mode: got {name}, which takes the mean of a "
-            "completion's advantages, so that the credit is lost; want vanilla or another that has one per token, or "
-            "+reward.reward_kwargs.dense_share=0"
+            "completion's advantages, so that the credit is lost; want vanilla or another that has one per "
+            "token, or +reward.reward_kwargs.dense_share=0"
         )
 
 
