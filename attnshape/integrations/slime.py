@@ -258,9 +258,9 @@ def check_args(args: Namespace) -> None:
 
     if getattr(args, "use_opsm", False) and args.advantage_estimator != "ppo" and _dense_share(args):
         raise ValueError(
-            "--use-opsm: drops what is off policy and has an advantage below zero, token by token; credit gives "
-            "the tokens of one sample different signs, and the good ones of a bad sample would stay; want it "
-            "off, or attnshape: {dense_share: 0}"
+            "--use-opsm: drops what is off policy and has an advantage below zero, token by token; credit "
+            "gives tokens of one sample different signs, and the good ones of a bad sample would stay; want "
+            "it off, or attnshape: {dense_share: 0}"
         )
 
 
