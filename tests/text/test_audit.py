@@ -219,9 +219,8 @@ def test_what_was_measured_outlives_a_full_disk_and_a_closed_pipe(
             result = invoke(*command)
         assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, "gone")
         assert ("3 completions" in result.stdout) == (name == "whole_file")
-        assert (
-            json.loads(figures.read_text())["completions"] == 3
-        )  # of the first run, where it cannot be written
+        # Of the first run, where the second cannot write it.
+        assert json.loads(figures.read_text())["completions"] == 3
 
 
 def test_what_the_command_refuses(tmp_path: Path) -> None:

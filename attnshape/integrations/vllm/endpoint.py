@@ -108,10 +108,20 @@ class Endpoint:
             raise HTTPException(401, "want the header 'Authorization: Bearer' with the API key", CHALLENGE)
         async with self._door.completions(request, self._reader) as (examples, many):
             answers = await self._answers(request, examples)
-        return JSONResponse(answers if many else answers[0])
+        if many:  # one that the engine does not take costs no other
+            return JSONResponse([{"error": str(x)} if isinstance(x, ValueError) else x for x in answers])
+        (only,) = answers
+        if isinstance(only, ValueError):
+            raise HTTPException(422, str(only)) from only
+        return JSONResponse(only)
 
-    async def _answers(self, request: Request, examples: Sequence[Example | str]) -> list[dict[str, Any]]:
-        """Raises ClientDisconnect when nobody waits any more; the engine then drops what it was asked."""
+    async def _answers(
+        self, request: Request, examples: Sequence[Example | str]
+    ) -> list[dict[str, Any] | ValueError]:
+        """Answers, or why the engine does not take a completion.
+
+        Raises ClientDisconnect when nobody waits any more; the engine then drops what it was asked.
+        """
         asked = [asyncio.create_task(self._ask(example)) for example in examples]
         answered = asyncio.create_task(asyncio.wait(asked))
         gone = asyncio.create_task(hung_up(request))
@@ -119,12 +129,13 @@ class Endpoint:
             await asyncio.wait((answered, gone), return_when=asyncio.FIRST_COMPLETED)
             if not answered.done():
                 raise ClientDisconnect
-            errors = [error for task in asked if (error := task.exception()) is not None]
-            for error in errors:
-                if isinstance(error, ValueError):  # the engine does not take it
-                    raise HTTPException(422, str(error)) from error
-                raise HTTPException(503, str(error) or type(error).__name__, RETRY_AFTER) from error
-            return [task.result() for task in asked]
+            found: list[dict[str, Any] | ValueError] = []
+            for task in asked:
+                error = task.exception()
+                if error is not None and not isinstance(error, ValueError):
+                    raise HTTPException(503, str(error) or type(error).__name__, RETRY_AFTER) from error
+                found.append(task.result() if error is None else error)
+            return found
         finally:
             tasks: list[asyncio.Future[Any]] = [*asked, gone, answered]
             for task in tasks:

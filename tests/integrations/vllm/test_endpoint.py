@@ -261,6 +261,32 @@ def test_one_that_cannot_be_read_is_an_error_in_its_place(engine: Engine) -> Non
     serve(engine, test)
 
 
+def test_one_that_the_engine_refuses_is_an_error_in_its_place(engine: Engine) -> None:
+    theirs, short = (
+        engine.data,
+        len(engine.renderer.tokenizer(PAIR["prompt"] + PAIR["response"])["input_ids"]),
+    )
+
+    def refuses(ids: list[int]) -> torch.Tensor:
+        if len(ids) > short:
+            raise ValueError("prompt is too long for the cache")
+        return theirs(ids)
+
+    engine.data = refuses  # type: ignore[method-assign]
+    long = {**PAIR, "response": "great, not bad at all"}
+
+    async def test(client: httpx2.AsyncClient) -> None:
+        reply = await client.post("/score", json=[PAIR, long, PAIR])
+        first, second, third = reply.json()
+        assert (reply.status_code, second) == (200, {"error": "prompt is too long for the cache"})
+        assert first == third
+        assert sum(first["credit"]) == pytest.approx(1)
+        reply = await client.post("/score", json=long)
+        assert (reply.status_code, reply.json()) == (422, second)
+
+    serve(engine, test)
+
+
 def test_an_engine_that_dies_is_asked_again_later(engine: Engine) -> None:
     def dead(ids: list[int]) -> torch.Tensor:
         raise RuntimeError("the engine is dead")
