@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import importlib
 import json
@@ -381,6 +382,27 @@ def test_a_line_torn_off_is_written_anew(llama: Path, source: Path, tmp_path: Pa
         assert invoke(*arguments, "--resume").exit_code == 0
         assert out.read_bytes() == want
         assert page.read_bytes() == want_page
+
+
+def test_a_run_that_goes_on_is_not_resumed(
+    llama: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever lost sight of it would have both write each line."""
+    with monkeypatch.context() as first:
+        interrupt(first, KeyboardInterrupt, 3)
+        assert invoke(llama, source, "--batch-size", "1").exit_code == 130
+    (partial,) = tmp_path.glob("*.partial")
+    written = partial.read_bytes()
+    with partial.open("a") as running:
+        fcntl.flock(running, fcntl.LOCK_EX)
+        for arguments in ((), ("--resume",)):
+            result = invoke(llama, source, *arguments)
+            (said,) = result.stderr.splitlines()
+            assert result.exit_code == 1
+            assert said == f"{partial}: another run is writing it, want it to end first"
+        assert partial.read_bytes() == written
+    assert invoke(llama, source, "--resume").exit_code == 0
+    assert [row["line"] for row in read(tmp_path / "completions.credit.jsonl")] == [1, 2, 3, 4]
 
 
 def test_an_error_on_the_way_says_what_is_written(

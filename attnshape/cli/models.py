@@ -94,7 +94,7 @@ def credit(
     from attnshape.text.load import check_device
     from attnshape.text.model import CreditModel
     from attnshape.text.over_ray import credited_over_ray
-    from attnshape.text.partial import Partial
+    from attnshape.text.partial import Partial, Refused
     from attnshape.text.source import CreditSource
 
     if out is None:
@@ -116,12 +116,14 @@ def credit(
             settings = {**vars(config), "completions": read, "weights": weights, "page": shown}
             real = None if html is None else followed(html)
             partial = Partial(followed(out), real, settings, resumable=completions.is_file())
-            partial.check(resume)
     except ValueError as error:
         raise fail(error) from error
     try:
         others = [CreditSource(name) for name in beside or ()]  # type: ignore[arg-type]
         with contextlib.ExitStack() as stack:
+            if partial is not None:
+                stack.enter_context(partial.held())
+                partial.check(resume)
             options: dict[str, Any] = {
                 "with_page": html is not None,
                 "beside": others,
@@ -152,6 +154,8 @@ def credit(
                 page = None if html is None else stack.enter_context(whole_file(html))
                 to = standard(sys.stdout) if out == STANDARD else stack.enter_context(whole_file(out))
                 counts = write(found, to, page, **told)
+    except Refused as error:
+        raise fail(error) from error
     except (ValueError, OSError) as error:
         raise fail(f"{error}{_kept(partial)}") from error
     except KeyboardInterrupt:

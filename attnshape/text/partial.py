@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 _SECTION = re.compile(rb'<section id="c(\d+)"')
 SUFFIX = ".partial"
+
+
+class Refused(ValueError):
+    """A file that is not this run's to write."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +53,41 @@ class Partial:
         """Before work starts.
 
         Raises:
-            ValueError: there is something and ``resume`` is False; or something of other settings only.
+            Refused: there is something and ``resume`` is False; or something of other settings only.
         """
-        there = self.path.exists()
+        there = self.path.exists() and self.path.stat().st_size > 0
         if there and not resume:
             again = "remove it" if self.resumable else "move or remove it"
             hint = "--resume goes on behind it; to start again, " if self.resumable else ""
-            raise ValueError(f"{self.path} holds what an interrupted run has written: {hint}{again}")
+            raise Refused(f"{self.path} holds what an interrupted run has written: {hint}{again}")
         others = sorted(self.target.parent.glob(f"{glob.escape(self.target.name)}.*{SUFFIX}"))
+        others = [path for path in others if path != self.path]
         if resume and not there and others:
-            raise ValueError(
+            raise Refused(
                 f"--resume: {others[0]} is of another model, input or other options; to start again, "
                 "remove it"
             )
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While the block is open nobody else writes it: two runs would write each line twice.
+
+        Raises:
+            Refused: somebody does.
+        """
+        with self.path.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Refused(f"{self.path}: another run is writing it, want it to end first") from None
+            except OSError:  # a file system without locks
+                pass
+            try:
+                yield
+            finally:
+                with suppress(FileNotFoundError):  # it has its name by now
+                    if not self.path.stat().st_size:
+                        self.path.unlink()
 
     def done(self) -> Iterator[int]:
         """The numbers of the lines that are written, in order; cuts off what is not in both files, whole."""
