@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from support.order import Order
+from triton._C.libtriton import interpreter as memory
+from triton.runtime import interpreter
 
 
 class Given:
@@ -19,10 +22,12 @@ class Given:
     def __init__(self) -> None:
         self.begins: list[int] = []
         self.ends: list[int] = []
+        self.order: type[Order] | None = None  # what looks at the order of accesses, if it is looked at
+        self.now: Order | None = None  # of this launch
 
     def take(self, arguments: Any) -> None:
         """Of these arguments, in place of those of the launch before."""
-        self.begins, self.ends = [], []
+        self.begins, self.ends, self.now = [], [], None
         for begin, end in sorted(pieces(arguments)):
             if self.ends and begin <= self.ends[-1]:
                 self.ends[-1] = max(self.ends[-1], end)
@@ -30,11 +35,49 @@ class Given:
                 self.begins.append(begin)
                 self.ends.append(end)
 
-    def check(self, what: str, addresses: np.ndarray, mask: np.ndarray | None, size: int) -> None:
-        """Raises: IndexError: one of the addresses that count, of ``size`` bytes each, is of no tensor."""
-        at = addresses.ravel() if mask is None else addresses[np.broadcast_to(mask, addresses.shape)]
+    def check(
+        self,
+        what: str,
+        addresses: np.ndarray,
+        mask: np.ndarray | None,
+        size: int,
+        values: np.ndarray | None = None,
+        semantics: Any = None,
+    ) -> None:
+        """Looks at one access.
+
+        Args:
+            what: it is, for a sentence.
+            mask: which of the addresses, of ``size`` bytes each, count.
+            values: that are stored.
+            semantics: of an atomic.
+
+        Raises:
+            IndexError: one of the addresses is of no tensor.
+            RaceError: the order of accesses is looked at, and nothing orders this one.
+        """
+        if mask is None:
+            mask = np.ones(addresses.shape, np.bool_)
+        at = addresses[np.broadcast_to(mask, addresses.shape)]
         if not at.size:
             return
+        self.within(what, at, size)
+        if self.order is None:
+            return
+        builder = interpreter.interpreter_builder
+        if self.now is None:
+            self.now = self.order(self.begins, self.ends, builder.grid_dim[0])
+        self.now.turn(builder.grid_idx[0])
+        if semantics is not None:
+            self.now.atomic(at, semantics.name)
+        elif values is None:
+            self.now.load(at)
+        else:
+            there = memory.load(addresses, mask, np.zeros(addresses.shape, values.dtype), values.dtype)
+            if not np.array_equal(there[mask], values[mask]):  # who stores what is there changes nothing
+                self.now.store(at)
+
+    def within(self, what: str, at: np.ndarray, size: int) -> None:
         low, high = int(at.min()), int(at.max())
         piece = bisect.bisect_right(self.begins, low) - 1
         if piece >= 0 and high + size <= self.ends[piece]:
@@ -67,8 +110,6 @@ def pieces(x: Any) -> Iterator[tuple[int, int]]:
 
 def install() -> None:
     """Looks at each access of Triton's interpreter from now on."""
-    from triton.runtime import interpreter
-
     init_args, builder = interpreter.GridExecutor._init_args_hst, interpreter.InterpreterBuilder
 
     def begun(executor: Any, arguments: Any, named: dict[str, Any]) -> Any:
@@ -83,12 +124,20 @@ def install() -> None:
         def checked(self: Any, *arguments: Any) -> Any:
             pointers = arguments[first]
             size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
-            GIVEN.check(what, pointers.data, None if place is None else arguments[place].data, size)
+            mask = None if place is None else arguments[place].data
+            values = arguments[1].data if "store" in name else None
+            semantics = arguments[-2] if "atomic" in name else None
+            GIVEN.check(what, pointers.data, mask, size, values, semantics)
             return method(self, *arguments)
 
         return checked
 
+    def barrier(_: Any) -> None:
+        if GIVEN.now is not None:
+            GIVEN.now.barrier()
+
     interpreter.GridExecutor._init_args_hst = begun
+    builder.create_barrier = barrier
     for name, place in {
         "create_masked_load": 1,
         "create_masked_store": 2,
