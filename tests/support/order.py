@@ -8,9 +8,6 @@ same address that acquires, and a barrier (vector clocks).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 
 
@@ -109,15 +106,3 @@ class Order:
                 before = self.released.get(address, clock)
                 self.released[address] = np.maximum(before, clock)
             clock[self.program] += 1
-
-
-@contextmanager
-def ordered() -> Iterator[None]:
-    """Interpreted launches are looked at. Raises: RaceError."""
-    from support.bounds import GIVEN
-
-    GIVEN.order, before = Order, GIVEN.order
-    try:
-        yield
-    finally:
-        GIVEN.order, GIVEN.now = before, None
