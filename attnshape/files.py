@@ -5,14 +5,32 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 
+def is_stream(path: Path) -> bool:
+    """Whether it is a device or a pipe, such as ``/dev/stdout``: written into, and never replaced."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def followed(path: Path) -> Path:
+    """Where a link leads, so that what is written replaces the file and not the link; else ``path``."""
+    return path.resolve() if path.is_symlink() and not is_stream(path) else path
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[TextIO]:
-    """A UTF-8 text file that takes its name when the block ends, and vanishes if the block raises."""
+    """A UTF-8 text file that takes its name when the block ends, and vanishes if the block raises.
+
+    A stream (``is_stream``) is written as it comes.
+    """
+    if is_stream(path):
+        with path.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
+        return
+    path = followed(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("w", encoding="utf-8", newline="\n") as file:
@@ -32,8 +50,9 @@ def kept_file(path: Path, part: Path) -> Iterator[TextIO]:
         with part.open("a", encoding="utf-8", newline="\n") as file:
             yield file
     except BaseException:
-        if not part.stat().st_size:
-            part.unlink()
+        with suppress(OSError):  # it could not be opened, which is what is said
+            if not part.stat().st_size:
+                part.unlink()
         raise
     part.replace(path)
 

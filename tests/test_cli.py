@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
+import lzma
 import operator
+import os
 import re
 import runpy
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ import attnshape
 from attnshape.cli import app
 from attnshape.demo.config import DemoConfig
 from attnshape.demo.ppo import PPOConfig
+from attnshape.files import is_stream
 from attnshape.text import file
 from attnshape.text.load import RewardModelConfig, load_reward_model
 from attnshape.text.model import CreditModel
@@ -419,6 +424,50 @@ def test_standard_input_and_output(llama: Path, source: Path, tmp_path: Path) ->
         assert result.exit_code == 0
         assert (result.stdout if written is None else written.read_text(encoding="utf-8")) == want
         assert "4 completions written to" in result.stderr
+
+
+def test_pipes_are_read_and_written_and_never_replaced(llama: Path, source: Path, tmp_path: Path) -> None:
+    assert invoke(llama, source).exit_code == 0
+    want = (tmp_path / "completions.credit.jsonl").read_text(encoding="utf-8")
+    given, taken, page = (tmp_path / name for name in ("given", "taken", "page"))
+    for pipe in (given, taken, page):
+        os.mkfifo(pipe)
+    end = os.open(taken, os.O_RDWR)
+    assert invoke(llama, source, "--out", taken).exit_code == 0
+    assert os.read(end, 1 << 16).decode() == want
+    os.close(end)
+    threading.Thread(target=given.write_bytes, args=(source.read_bytes(),), daemon=True).start()
+    result = invoke(llama, given)  # as of <(…)
+    assert (result.exit_code, result.stdout) == (0, want)
+    for arguments, message in [
+        (("--html", page), f"--html: got {page}, want a file"),
+        (("--out", taken, "--resume"), "--resume: want files"),
+    ]:
+        result = invoke(llama, source, *arguments)
+        assert (result.exit_code, message in result.stderr) == (1, True)
+    assert all(is_stream(pipe) for pipe in (given, taken, page))
+
+
+def test_a_link_is_followed(llama: Path, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    links = tmp_path / "out.jsonl", tmp_path / "page.html"
+    for link in links:
+        link.symlink_to(tmp_path / "far" / link.name)
+    assert invoke(llama, source, "--out", links[0], "--html", links[1]).exit_code == 0
+    assert all(link.is_symlink() and link.read_text(encoding="utf-8") for link in links)
+
+
+def test_a_file_of_another_kind_is_refused_whole(llama: Path, source: Path, tmp_path: Path) -> None:
+    text = source.read_bytes()
+    packed = gzip.compress(text), lzma.compress(text), text.decode().encode("utf-16"), b"PAR1\x15\4" + text
+    listed = json.dumps(RECORDS, indent=1).encode()
+    for i, content in enumerate([*packed, listed, b"\xef\xbb\xbf" + listed]):
+        (other := tmp_path / f"{i}.jsonl").write_bytes(content)
+        result = invoke(llama, other)
+        (said,) = result.stderr.splitlines()
+        want = "is no text in UTF-8" if i < len(packed) else "is one JSON list, want an object per line"
+        assert (result.exit_code, want in said) == (1, True)
+    assert not list(tmp_path.glob("*.credit.jsonl"))
 
 
 def test_a_conversation_that_the_template_changes_is_flagged(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
+import os
 from pathlib import Path
 
 import pytest
 
-from attnshape.files import json_rows, whole_file
+from attnshape.files import followed, is_stream, json_rows, kept_file, whole_file
 
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
@@ -15,6 +16,32 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
         file.writelines(["two", 3])  # type: ignore[list-item]
     assert [x.name for x in tmp_path.iterdir()] == ["figures.txt"]
     assert path.read_text() == "one"
+
+
+def test_a_pipe_is_written_into_and_a_link_followed(tmp_path: Path) -> None:
+    """What is no file is not replaced by one: for root that would be the machine's /dev/null."""
+    pipe, target, link = (tmp_path / name for name in ("pipe", "target.txt", "link.txt"))
+    os.mkfifo(pipe)
+    end = os.open(pipe, os.O_RDWR)
+    with whole_file(pipe) as file:
+        file.write("one")
+    assert os.read(end, 9) == b"one"
+    os.close(end)
+    assert is_stream(pipe)
+    target.write_text("old")
+    link.symlink_to(target)
+    with whole_file(link) as file:
+        file.write("new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert followed(pipe) == pipe
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_file_that_cannot_be_opened_says_why(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="too long") as caught, kept_file(tmp_path, tmp_path / ("x" * 300)):
+        pass
+    assert caught.value.__context__ is None  # and nothing that came of looking at it
 
 
 def test_a_row_has_a_line() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from attnshape.cli.base import errors, progress_bar
+from attnshape.cli.base import errors, progress_bar, standard
 from attnshape.files import whole_file
 from attnshape.text.audit import SOURCES, Audit, SourceAudit, audit, disputed_items
 from attnshape.text.file import readable
@@ -50,7 +50,8 @@ def audit_file(
     sources = [source for source in SOURCES if not names or source.name in names]
     model = CreditModel.load(config, device, batch_tokens)
     with contextlib.ExitStack() as stack:
-        lines = sys.stdin.buffer if str(completions) == "-" else stack.enter_context(completions.open("rb"))
+        is_file = str(completions) != "-"
+        lines = stack.enter_context(completions.open("rb")) if is_file else standard(sys.stdin).buffer
         rows = list(itertools.islice(readable(lines, model.reader(), iter(()), skip), limit))
     examples = [row.example for row in rows]
     with progress_bar() as progress:

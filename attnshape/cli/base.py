@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, TextIO
 
 import torch
 
 import attnshape
+from attnshape.files import is_stream
 from attnshape.text.load import (
     RewardModelConfig,
     SourceName,
@@ -66,6 +69,38 @@ errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 def fail(message: object) -> typer.Exit:
     errors.print(" ".join(str(message).split()), style="red")
     return typer.Exit(1)
+
+
+def check_output(path: Path) -> None:
+    """Before work starts, that a file can be written there."""
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise fail(f"there is no folder {path.parent}")
+    if path.is_dir():
+        raise fail(f"{path} is a folder, want a file")
+    if not os.access(path if is_stream(path) else folder, os.W_OK):
+        raise fail(f"{path}: you may not write there")
+
+
+def check_input(path: Path) -> None:
+    """Before work starts, that it can hold JSON lines; what is read once only is left alone."""
+    if not path.exists() or path.is_dir():
+        raise fail(f"{path}: there is no such file")
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        start = file.read(4096)
+    if any(byte < 32 and byte not in b"\t\n\r" for byte in start):
+        raise fail(f"{path} is no text in UTF-8; what is compressed comes as: zcat {path} | attnshape … -")
+    if start.removeprefix(b"\xef\xbb\xbf").split(b"\n", 1)[0].strip() == b"[":
+        raise fail(f"{path} is one JSON list, want an object per line, as of: jq -c '.[]' {path}")
+
+
+def standard(stream: TextIO | None) -> TextIO:
+    """Standard input or output, which a process may have been started without."""
+    if stream is None:
+        raise fail("-: standard input or output is closed")
+    return stream
 
 
 def progress_bar() -> Progress:

@@ -14,7 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from attnshape.cli.base import DEFAULT_DEVICE, Device, app, fail, progress_bar
+from attnshape.cli.base import DEFAULT_DEVICE, Device, app, check_output, fail, progress_bar
+from attnshape.files import whole_file
 from attnshape.types import Backend
 
 if TYPE_CHECKING:
@@ -157,8 +158,8 @@ def bench(
     from attnshape.bench.machine import in_words, machine_facts
     from attnshape.bench.measure import WrongResultError, measure, quick_cases
 
-    if json_file is not None and not json_file.resolve().parent.is_dir():
-        raise fail(f"there is no folder {json_file.resolve().parent}")
+    if json_file is not None:
+        check_output(json_file)
     where = torch.device(device)
     loads = [os.getloadavg()[0]]
     cases = list(quick_cases(where))
@@ -172,17 +173,16 @@ def bench(
                 wrong.append(str(error))
     loads.append(os.getloadavg()[0])
     machine = machine_facts(where)
-    if json_file is not None:
-        rows = [m.facts() | {"ratios": {n: r._asdict() for n, r in m.ratios.items()}} for m in measured]
-        json_file.write_text(
-            json.dumps({"machine": machine, "load": loads, "measured": rows}, indent=1) + "\n"
-        )
     console = Console(highlight=False)
     console.print(in_words(machine))
     console.print(f"load before {loads[0]:.1f}, after {loads[1]:.1f}, of {os.cpu_count()} processors")
     console.print(_bench_table(measured))
     for message in wrong:
         console.print(message, style="red")
+    if json_file is not None:
+        rows = [m.facts() | {"ratios": {n: r._asdict() for n, r in m.ratios.items()}} for m in measured]
+        with whole_file(json_file) as out:
+            out.write(json.dumps({"machine": machine, "load": loads, "measured": rows}, indent=1) + "\n")
     if wrong:
         raise typer.Exit(1)
 

@@ -22,12 +22,15 @@ from attnshape.cli.base import (
     Span,
     TrustRemoteCode,
     app,
+    check_input,
+    check_output,
     errors,
     fail,
     progress_bar,
     reward_model_config,
+    standard,
 )
-from attnshape.files import whole_file
+from attnshape.files import followed, is_stream, whole_file
 
 if TYPE_CHECKING:
     from attnshape.text.partial import Partial
@@ -49,7 +52,8 @@ def credit(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="JSONL to write, - for standard output; by default JSONL's name + .credit.jsonl, or - for -."
+            help="JSONL to write, - for standard output; by default JSONL's name + .credit.jsonl, or - where "
+            "JSONL is no file."
         ),
     ] = None,
     html: Annotated[
@@ -94,7 +98,8 @@ def credit(
     from attnshape.text.source import CreditSource
 
     if out is None:
-        out = STANDARD if completions == STANDARD else completions.with_suffix(".credit.jsonl")
+        named = completions.is_file() and completions != STANDARD
+        out = completions.with_suffix(".credit.jsonl") if named else STANDARD
     _check_files(completions, out, html, resume)
     if beside and html is None:
         raise fail("--beside: want --html, the page that shows it")
@@ -103,13 +108,14 @@ def credit(
     partial: Partial | None = None
     try:
         config = reward_model_config(model, score_fn, query_position, trust_remote_code, source, layer, span)
-        if out != STANDARD:
+        if out != STANDARD and not is_stream(out):
             # Lines are known by their numbers, so only in a file that is the same, and of the same model.
             read = [completions.resolve(), *_state(completions)] if completions.is_file() else []
             weights = [_state(path) for path in sorted(Path(model).glob("*"))]
             shown = None if html is None else list(beside or ())
             settings = {**vars(config), "completions": read, "weights": weights, "page": shown}
-            partial = Partial(out, html, settings, resumable=completions.is_file())
+            real = None if html is None else followed(html)
+            partial = Partial(followed(out), real, settings, resumable=completions.is_file())
             partial.check(resume)
     except ValueError as error:
         raise fail(error) from error
@@ -130,7 +136,7 @@ def credit(
                 for other in (None, *others):
                     credit_model.probe(other)
                 is_file = completions != STANDARD
-                lines = stack.enter_context(completions.open("rb")) if is_file else sys.stdin.buffer
+                lines = stack.enter_context(completions.open("rb")) if is_file else standard(sys.stdin).buffer
                 found = credited(credit_model, lines, **options)
             progress = stack.enter_context(progress_bar())
             total = completions.stat().st_size if completions.is_file() else None
@@ -144,7 +150,8 @@ def credit(
                 counts = write_files(found, partial, **told)
             else:
                 page = None if html is None else stack.enter_context(whole_file(html))
-                counts = write(found, sys.stdout, page, **told)
+                to = standard(sys.stdout) if out == STANDARD else stack.enter_context(whole_file(out))
+                counts = write(found, to, page, **told)
     except (ValueError, OSError) as error:
         raise fail(f"{error}{_kept(partial)}") from error
     except KeyboardInterrupt:
@@ -172,18 +179,15 @@ def _state(path: Path) -> tuple[int, int]:
 def _check_files(source: Path, out: Path, html: Path | None, resume: bool) -> None:
     """Before work starts."""
     paths = [path for path in (source, out, html) if path is not None and path != STANDARD]
-    if html == STANDARD:
-        raise fail("--html: got -, want a file")
+    if html is not None and (html == STANDARD or is_stream(html)):
+        raise fail(f"--html: got {html}, want a file")
     if len({path.resolve() for path in paths}) < len(paths):
         raise fail("the files that are read and written must be different ones")
-    if source != STANDARD and (not source.exists() or source.is_dir()):
-        raise fail(f"{source}: there is no such file")
+    if source != STANDARD:
+        check_input(source)
     for path in paths[source != STANDARD :]:
-        if not path.resolve().parent.is_dir():
-            raise fail(f"there is no folder {path.parent}")
-        if path.is_dir():
-            raise fail(f"{path} is a folder, want a file")
-    if resume and (out == STANDARD or not source.is_file()):
+        check_output(path)
+    if resume and (out == STANDARD or is_stream(out) or not source.is_file()):
         raise fail("--resume: want files; standard input cannot be read again")
 
 
@@ -218,10 +222,10 @@ def audit(
     from attnshape.cli.audit import audit_file
 
     for path in (json_file, html):
-        if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
-            raise fail(f"{path}: want a file, in a folder that is there")
-    if completions != STANDARD and not completions.is_file():
-        raise fail(f"{completions}: there is no such file")
+        if path is not None:
+            check_output(path)
+    if completions != STANDARD:
+        check_input(completions)
     try:
         config = reward_model_config(model, score_fn, query_position, trust_remote_code)
         skipped = audit_file(config, completions, device, source, limit, span, batch_tokens, json_file, html)

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import random
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -30,7 +31,9 @@ REQUESTS = 128
 """At once to a server, which makes batches of them."""
 ATTEMPTS, FIRST_PAUSE, LAST_PAUSE = 8, 1.0, 30.0
 """Of a request, and seconds between them: two minutes in all, or less."""
-ASK_AGAIN = (408, 429)
+LATER = (429, 503)
+"""A server that is there, and full or loading its model (again): asked for ``LOADING_SECONDS``."""
+ASK_AGAIN = (408, *LATER)
 CANNOT_BE_SCORED = 422
 API_KEY = "ATTNSHAPE_API_KEY"
 SHOWN = 200
@@ -81,16 +84,26 @@ class LocalRewardModel:
 class ServedRewardModel:
     """``attnshape serve`` at ``url``, asked without a proxy.
 
-    A server that is overloaded, not there or starting again is asked again, ``ATTEMPTS`` times in all.
+    A server that is not there is asked again, ``ATTEMPTS`` times in all; one that is overloaded or loads its
+    model again (429, 503) for ten minutes, as one that loads it at the start.
 
     Args:
         api_key: the server's ``--api-key``; by default the environment's ``ATTNSHAPE_API_KEY``.
+
+    Raises:
+        ValueError: a key that no header can carry.
     """
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         self._url = url.rstrip("/")
         api_key = api_key or os.environ.get(API_KEY)
-        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        # Told now, and without the key, which http.client would show.
+        if api_key and not re.fullmatch(r"[!-~]([ -~]*[!-~])?", api_key):
+            raise ValueError(
+                f"api_key, or {API_KEY} in the environment: want visible ASCII characters in one line, "
+                "without a line break at the end"
+            )
+        self._headers = {} if not api_key else {"Authorization": f"Bearer {api_key}"}
         self._open = build_opener(ProxyHandler({})).open
         self._threads = ThreadPoolExecutor(REQUESTS, thread_name_prefix="reward model")
 
@@ -125,22 +138,33 @@ class ServedRewardModel:
     def _ask(self, body: bytes, tokens: int) -> Scored:
         url = f"{self._url}/score"
         request = Request(url, body, {"Content-Type": "application/json", **self._headers})
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                time.sleep(min(FIRST_PAUSE * 2**attempt, LAST_PAUSE) * random.uniform(0.5, 1.0))
+        started, attempts, code = time.monotonic(), 0, 0
+        while attempts < ATTEMPTS or (code in LATER and time.monotonic() - started < LOADING_SECONDS):
+            if attempts:
+                pause = min(FIRST_PAUSE * 2 ** min(attempts, ATTEMPTS), LAST_PAUSE)
+                time.sleep(pause * random.uniform(0.5, 1.0))
+            attempts, code = attempts + 1, 0
             try:
                 with self._open(request, timeout=ANSWER_SECONDS) as answer:
                     found = answer.read()
                 return read_answer(url, found, tokens)
             except HTTPError as error:
-                problem = f"{error.code} {_shown(error.read())}"
-                if error.code == CANNOT_BE_SCORED:
+                code, problem = error.code, f"{error.code} {_shown(_body_of(error))}"
+                if code == CANNOT_BE_SCORED:
                     raise Unscored(f"{url}: {problem}") from error
-                if error.code < 500 and error.code not in ASK_AGAIN:
+                if code < 500 and code not in ASK_AGAIN:
                     raise ValueError(f"{url}: {problem}") from error
             except (OSError, HTTPException) as error:
                 problem = str(error)
-        raise RuntimeError(f"{url}: {problem}, {ATTEMPTS} times")
+        raise RuntimeError(f"{url}: {problem}, {attempts} times in {time.monotonic() - started:.0f} s")
+
+
+def _body_of(error: HTTPError) -> bytes:
+    """What there is of it: the status says enough where the connection broke on the way."""
+    try:
+        return error.read()
+    except (OSError, HTTPException):
+        return b""
 
 
 def read_answer(url: str, body: bytes, tokens: int) -> Scored:

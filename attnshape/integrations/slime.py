@@ -103,7 +103,7 @@ def post_process_rewards(args: Namespace, samples: Sequence[Sample]) -> tuple[li
     own = raw if args.advantage_estimator == "ppo" else _slimes_rewards(args, samples)
     known = [sample.metadata or {} for sample in samples]
     credit = [(of.get(CREDIT), of.get(SIGNED)) for of in known]
-    dense_share = float(_settings(args).get("dense_share", ShapingConfig().dense_share))
+    dense_share = _dense_share(args)
     if dense_share == 0 or all(c is None and s is None for c, s in credit):
         return raw, own
     rewards = []
@@ -256,6 +256,13 @@ def check_args(args: Namespace) -> None:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag}: got {getattr(args, name, None)}, want {value or 'none'}")
 
+    if getattr(args, "use_opsm", False) and args.advantage_estimator != "ppo" and _dense_share(args):
+        raise ValueError(
+            "--use-opsm: drops what is off policy and has an advantage below zero, token by token; credit "
+            "gives tokens of one sample different signs, and the good ones of a bad sample would stay; want "
+            "it off, or attnshape: {dense_share: 0}"
+        )
+
 
 @functools.cache
 def _check_slime() -> None:
@@ -273,6 +280,10 @@ def _context_parallel() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     require_parameters(cp_utils.all_gather_with_cp, "tensor", "total_length", "response_length")
     require_parameters(cp_utils.slice_log_prob_with_cp, "log_prob", "total_length", "response_length")
     return cp_utils.all_gather_with_cp, cp_utils.slice_log_prob_with_cp
+
+
+def _dense_share(args: Namespace) -> float:
+    return float(_settings(args).get("dense_share", ShapingConfig().dense_share))
 
 
 def _settings(args: Namespace) -> dict[str, Any]:

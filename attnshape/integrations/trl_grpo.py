@@ -15,9 +15,10 @@ completions, every ``logging_steps``, has a page beside it, ``completions_00010.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -41,6 +42,8 @@ _METHODS = {
     "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
     "_generate_and_score_completions": ("inputs",),
 }
+_OF_SIGNS = ("get_off_policy_mask", "get_gamma_weights")
+"""Those that drop or weigh a whole completion by the sign of its advantage: off-policy masks, VESPO."""
 _EPS = 1e-4
 """TRL's, added to standard deviations."""
 
@@ -379,7 +382,29 @@ def shaped_grpo_trainer(base: type[Any]) -> type[Any]:
                 self._logs["extra"][f"{prefix}/entropy"].extend(entropies)
 
     GRPOTrainer.__qualname__ = "GRPOTrainer"
+    for name in _OF_SIGNS:
+        if hasattr(base, name):
+            setattr(GRPOTrainer, name, staticmethod(_of_completions(getattr(base, name))))
     return GRPOTrainer
+
+
+def _of_completions(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``theirs``, given ``[B, 1]`` of the same sign as TRL's own in the place of advantages ``[B, T]``.
+
+    Signed credit gives a bad completion tokens above zero too; taken by themselves they would be kept of one
+    that is dropped, and it would be rewarded.
+    """
+    signature = inspect.signature(theirs)
+
+    @functools.wraps(theirs)
+    def of_completions(*args: Any, **kwargs: Any) -> Tensor:
+        given = signature.bind(*args, **kwargs)
+        advantages, mask = given.arguments["advantages"], given.arguments["mask"]
+        if advantages.shape[1] > 1:
+            given.arguments["advantages"] = (advantages * mask).sum(1, keepdim=True)
+        return theirs(*given.args, **given.kwargs)
+
+    return of_completions
 
 
 def _signed(source: CreditSource) -> Signed | None:

@@ -273,6 +273,7 @@ def check_config(config: Any) -> None:
     """Raises ValueError where verl would not make of the credit what ``RewardManager`` gives it for."""
     if dense_share_of(config):
         verl_groups.check_estimator(config.algorithm)
+        verl_groups.check_loss(config.actor_rollout_ref.actor)
     own_server = config.reward.reward_model.enable
     if own_server and config.reward.custom_reward_function.path is None:
         raise ValueError(

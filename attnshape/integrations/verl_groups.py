@@ -121,6 +121,43 @@ def _keeps_tokens_apart(estimator: Callable[..., tuple[Tensor, Tensor]], algorit
     return not torch.equal(*found)
 
 
+def check_loss(actor: Any) -> None:
+    """Raises ValueError for a loss of verl's policy that takes one advantage per completion.
+
+    It is tried: one whose gradient is the same wherever in a completion the advantage stands has only its
+    mean. A loss that needs more around it than a trial has is not known to lose anything.
+    """
+    name = actor.policy_loss.get("loss_mode", "vanilla")
+    if name == "vanilla":
+        return
+    from verl.trainer.ppo import core_algos
+    from verl.workers.config import ActorConfig, PolicyLossConfig
+
+    given = PolicyLossConfig(loss_mode=name, dro_beta=actor.policy_loss.get("dro_beta"))
+    config = ActorConfig(strategy="fsdp", ppo_micro_batch_size_per_gpu=1, rollout_n=1, policy_loss=given)
+    loss = core_algos.get_policy_loss_fn(name)
+    gradients = []
+    for row in ([3.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 3.0]):
+        log_prob = torch.full((2, 4), -1.0, requires_grad=True)
+        try:
+            value, _ = loss(
+                old_log_prob=log_prob.detach().clone(),
+                log_prob=log_prob,
+                advantages=torch.tensor([row, row]),
+                response_mask=torch.ones(2, 4),
+                config=config,
+            )
+        except Exception:
+            return
+        gradients.append(torch.autograd.grad(value, log_prob)[0])
+    if torch.equal(*gradients):
+        raise ValueError(
+            f"actor_rollout_ref.actor.policy_loss.loss_mode: got {name}, which takes the mean of a "
+            "completion's advantages, so that the credit is lost; want vanilla or another that has one per "
+            "token, or +reward.reward_kwargs.dense_share=0"
+        )
+
+
 def estimate(
     name: str,
     dense_share: float,

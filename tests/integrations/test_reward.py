@@ -119,6 +119,8 @@ class Server:
         self.answers: dict[str, list[tuple[int, str]]] = {"/health": [(200, READY)]}
         self.got: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
+        self.torn: set[int] = set()
+        """Statuses whose bodies end before their length."""
         parent = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -129,6 +131,8 @@ class Server:
                     self.close_connection = True
                     return
                 self.send_response(status)
+                if status in parent.torn:
+                    self.send_header("Content-Length", str(len(body) + 1))
                 self.end_headers()
                 self.wfile.write(body.encode())
 
@@ -182,11 +186,37 @@ def test_an_overloaded_server_is_asked_again(server: Server) -> None:
     assert len(server.got) == 4
 
 
-def test_a_server_that_stays_overloaded(server: Server) -> None:
-    server.answers["/score"] = [(503, "no worker")]
-    with pytest.raises(RuntimeError, match=f"/score: 503 no worker, {ATTEMPTS} times"):
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_server_that_is_there_is_waited_for_as_one_that_loads(
+    server: Server, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """A large model that is loaded again takes longer than ``ATTEMPTS``."""
+    monkeypatch.setattr(reward, "LAST_PAUSE", 0.001)
+    server.answers["/score"] = [(status, "come again")] * (2 * ATTEMPTS) + [(200, ANSWER)]
+    judge = reward_model(url=server.url)
+    assert ask(judge, "Good? ", "Yes", [(0, 2), (2, 3)]).score == 1.5
+    assert len(server.got) == 2 * ATTEMPTS + 1
+    monkeypatch.setattr(reward, "LOADING_SECONDS", 0.0)
+    server.answers["/score"] = [(status, "come again")]
+    with pytest.raises(RuntimeError, match=f"/score: {status} come again, {ATTEMPTS} times in "):
+        ask(judge, "Good? ", "Yes", [(0, 3)])
+
+
+def test_a_server_that_stays_away(server: Server) -> None:
+    server.answers["/score"] = [(0, "")]
+    with pytest.raises(RuntimeError, match=f"/score: .*, {ATTEMPTS} times in "):
         ask(reward_model(url=server.url), "Good? ", "Yes", [(0, 3)])
     assert len(server.got) == ATTEMPTS
+
+
+def test_a_refusal_that_breaks_off_is_known_by_its_status(server: Server) -> None:
+    server.torn = {502, 422}
+    server.answers["/score"] = [(502, "bad gate"), (200, ANSWER)]
+    judge = reward_model(url=server.url)
+    assert ask(judge, "Good? ", "Yes", [(0, 2), (2, 3)]).score == 1.5
+    server.answers["/score"] = [(422, '{"err')]
+    with pytest.raises(Unscored, match="/score: 422 nothing"):
+        ask(judge, "Good? ", "Yes", [(0, 3)])
 
 
 def test_a_completion_that_the_server_refuses(server: Server) -> None:
@@ -293,6 +323,16 @@ def test_the_key_of_a_server(server: Server, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("ATTNSHAPE_API_KEY")
     ask(reward_model(url=server.url), "Good? ", "Yes", spans)
     assert server.keys == ["Bearer given", "Bearer of the environment", None]
+    monkeypatch.setenv("ATTNSHAPE_API_KEY", "")
+    ask(reward_model(url=server.url + "//"), "Good? ", "Yes", spans)
+    assert server.keys[3:] == [None]
+
+
+@pytest.mark.parametrize("key", ["secret\n", "sécret", " secret"])
+def test_a_key_that_no_header_carries_is_not_shown(server: Server, key: str) -> None:
+    with pytest.raises(ValueError, match="api_key, or ATTNSHAPE_API_KEY in the environment: want") as caught:
+        reward_model(url=server.url, api_key=key)
+    assert "cret" not in str(caught.value)
 
 
 def test_a_reply_that_the_template_changed_is_scored(folder: Path, policy: Any, tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ def test_another_slime_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"custom_convert_samples_to_train_data_path": "a.b"}, "got a.b, want none"),
         ({"reward_key": "score"}, "--reward-key: got score, want none"),
         ({"megatron_config_path": "roles.yaml"}, "--megatron-config-path: got roles.yaml, want none"),
+        ({"advantage_estimator": "grpo", "use_opsm": True}, "--use-opsm: drops what is off policy"),
     ],
 )
 def test_settings_that_lose_token_rewards(changes: dict[str, Any], message: str) -> None:
@@ -107,6 +108,15 @@ def test_settings_that_lose_token_rewards(changes: dict[str, Any], message: str)
     ):
         with pytest.raises(ValueError, match=message):
             use()
+
+
+@pytest.mark.usefixtures("present")
+@pytest.mark.parametrize(
+    "changes", [{}, {"advantage_estimator": "grpo", "attnshape": {"dense_share": 0}}], ids=["critic", "off"]
+)
+def test_off_policy_masks_where_signs_are_slimes(changes: dict[str, Any]) -> None:
+    """GAE's advantages have a sign of their own for every token, without credit too."""
+    slime.check_args(arguments(use_opsm=True, **changes))
 
 
 @pytest.mark.usefixtures("present")

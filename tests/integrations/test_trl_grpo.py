@@ -141,6 +141,11 @@ def spread(own: Tensor, part: Tensor, credits: list[Tensor], share: float) -> Te
     return rows
 
 
+def group_advantage(rewards: Tensor) -> Tensor:
+    grouped = rewards.double().view(-1, GROUP)
+    return ((grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)).flatten()
+
+
 def close(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
 
@@ -325,6 +330,30 @@ def test_signed_weights_keep_the_mean_and_punish_what_lowered_the_score(world: W
         own = row.mean()
         w = w / w.abs().sum()
         close(row, own + 0.8 * own.abs() * n * (w - w.mean()))
+
+
+def test_an_off_policy_completion_is_dropped_whole(world: World) -> None:
+    """The tokens that signed credit puts above zero in a bad completion do not stay behind."""
+
+    class Masking(FakeTrainer):
+        @staticmethod
+        def get_off_policy_mask(advantages: Tensor, kl: Tensor, mask: Tensor) -> Tensor:
+            """TRL's, on a mean KL ``[B, 1]`` that is given: good, or near to the policy."""
+            return ((advantages >= 0) | (kl <= 0.5)).to(mask.dtype)
+
+    judge = CreditModel(world.reward, source="relevance")
+    trainer = world.trainer(cls=shaped_grpo_trainer(Masking), credit=judge, dense_share=1.0)
+    out = trainer._generate_and_score_completions(world.inputs())
+    advantages, mask = out["advantages"], out["completion_mask"]
+    own = group_advantage(trainer.given[:, 0])
+    bad = own < 0
+    assert (advantages[bad] > 0).any()  # so there is something to lose
+    far, near = torch.full((4, 1), 1.0), torch.full((4, 1), 0.1)
+    kept = trainer.get_off_policy_mask(advantages=advantages, kl=far, mask=mask)
+    assert kept.expand_as(mask).bool().tolist() == (~bad)[:, None].expand_as(mask).tolist()
+    assert trainer.get_off_policy_mask(advantages, near, mask).bool().all()
+    flat = own[:, None].float()  # with nothing spread TRL's own tensor comes through
+    assert trainer.get_off_policy_mask(flat, far, mask).bool()[:, 0].tolist() == (~bad).tolist()
 
 
 def test_functions_are_restored_after_an_error(world: World) -> None:

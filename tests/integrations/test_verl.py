@@ -155,7 +155,7 @@ def config(**changes: Any) -> Config:
         },
         algorithm={"adv_estimator": settings["adv_estimator"]},
         trainer={"use_v1": settings["use_v1"]},
-        actor_rollout_ref={"rollout": {"agent": agent}},
+        actor_rollout_ref={"actor": {"policy_loss": {}}, "rollout": {"agent": agent}},
     )
 
 
@@ -197,6 +197,34 @@ def test_settings_that_keep_token_rewards(changes: dict[str, Any]) -> None:
 def test_settings_that_lose_token_rewards(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         verl.check_config(config(**changes))
+
+
+def test_a_loss_of_one_advantage_per_completion_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def per_token(log_prob: Tensor, advantages: Tensor, **_: Any) -> tuple[Tensor, dict[str, Any]]:
+        return -(log_prob * advantages).mean(), {}
+
+    def of_means(log_prob: Tensor, advantages: Tensor, **_: Any) -> tuple[Tensor, dict[str, Any]]:
+        return -(log_prob.mean(1) * advantages.mean(1)).mean(), {}
+
+    def needs_more(**_: Any) -> tuple[Tensor, dict[str, Any]]:
+        raise KeyError("rollout_correction")
+
+    losses = {"mine": per_token, "geo_mean": of_means, "another": needs_more}
+    made = SimpleNamespace(ActorConfig=SimpleNamespace, PolicyLossConfig=SimpleNamespace)
+    core_algos = SimpleNamespace(get_policy_loss_fn=losses.__getitem__)
+    monkeypatch.setitem(sys.modules, "verl.trainer.ppo", SimpleNamespace(core_algos=core_algos))
+    monkeypatch.setitem(sys.modules, "verl.workers.config", made)
+
+    def with_loss(name: str, **changes: Any) -> Config:
+        found = config(adv_estimator="attnshape_grpo", **changes)
+        found["actor_rollout_ref"]["actor"]["policy_loss"] = {"loss_mode": name}
+        return found
+
+    for name in ("vanilla", "mine", "another"):
+        verl.check_config(with_loss(name))
+    with pytest.raises(ValueError, match="loss_mode: got geo_mean, which takes the mean of a completion's"):
+        verl.check_config(with_loss("geo_mean"))
+    verl.check_config(with_loss("geo_mean", reward_kwargs={"dense_share": 0}))
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (1.0, 0.95), (0.9, 0.5)])

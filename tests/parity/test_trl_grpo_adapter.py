@@ -353,6 +353,28 @@ def test_other_sources(world: World, source: str) -> None:
         close(seen["advantages"], own[:, None] * spread * scored.mask)
 
 
+def test_what_drops_or_weighs_a_completion_by_its_sign(world: World) -> None:
+    """TRL's functions, on the real run's advantages: a completion is taken as a whole, as TRL's own is."""
+    trainer = world.trained(credit={"source": "relevance"}, dense_share=1.0, settings={"max_steps": 1})
+    (seen,) = trainer.seen
+    mask, own = seen["completion_mask"], group_advantage(seen["rewards"][:, 0]).float()[:, None]
+    assert ((seen["advantages"] > 0) & (own < 0)).any()
+    logps = torch.linspace(-2, -1, mask.numel()).view(mask.shape)
+    for name, options in {
+        "get_off_policy_mask": {
+            "per_token_logps": logps - 1,
+            "sampling_per_token_logps": logps,
+            "off_policy_threshold": 0.5,
+        },
+        "get_gamma_weights": {"log_ratio_per_token": logps / 50, "importance_sampling_ratio": None},
+    }.items():
+        spread = getattr(trainer, name)(advantages=seen["advantages"], mask=mask, **options)
+        theirs = getattr(trl.GRPOTrainer, name)(advantages=own, mask=mask, **options)
+        assert torch.equal(spread, theirs), name
+    settings = {"off_policy_mask_threshold": 0.01, "num_iterations": 2, "max_steps": 4}
+    world.trained(credit={"source": "relevance"}, dense_share=0.8, settings=settings)
+
+
 def test_an_environments_tokens_get_none(world: World) -> None:
     answer = world.tokenizer.encode(" The search found three reviews", add_special_tokens=False)
 

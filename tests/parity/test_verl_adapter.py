@@ -460,6 +460,21 @@ def test_estimators_that_lose_the_credit(setup: Setup, name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", sorted(core_algos.POLICY_LOSS_REGISTRY))
+def test_losses_that_lose_the_credit(setup: Setup, name: str) -> None:
+    """Of verl's own only GMPO's takes one advantage per completion."""
+    changes: dict[str, Any] = {
+        "algorithm.adv_estimator": "attnshape_grpo",
+        "actor_rollout_ref.actor.policy_loss.loss_mode": name,
+        "actor_rollout_ref.actor.policy_loss.dro_beta": 0.1,
+    }
+    if name == "geo_mean":
+        with pytest.raises(ValueError, match="loss_mode: got geo_mean, which takes the mean"):
+            load_reward_manager(setup.config(**changes), setup.policy)
+        changes["+reward.reward_kwargs.dense_share"] = 0
+    load_reward_manager(setup.config(**changes), setup.policy)
+
+
 SERVE = """
 import sys
 from attnshape.text.score_fn import parse_score_fn

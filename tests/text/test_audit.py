@@ -209,8 +209,8 @@ def test_what_the_command_refuses(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", texts()[:3])
     for arguments, message in (
         ((folder, tmp_path / "none.jsonl"), "there is no such file"),
-        ((folder, source, "--html", tmp_path), "want a file, in a folder that is there"),
-        ((folder, source, "--json", tmp_path / "no" / "x"), "want a file, in a folder that is there"),
+        ((folder, source, "--html", tmp_path), "is a folder, want a file"),
+        ((folder, source, "--json", tmp_path / "no" / "x"), "there is no folder"),
         ((folder, write(tmp_path / "one.jsonl", texts()[:1])), "want at least two completions"),
         ((save(tmp_path / "two", "two_labels"), source), "has 2 labels"),
         ((folder, source, "--source", "magic"), "--source: got 'magic', want one of attention, columns"),
