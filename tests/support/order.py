@@ -16,15 +16,17 @@ class RaceError(AssertionError):
 
 
 class Last:
-    """By address, the last access of a kind: whose, when by its own clock, and behind how many barriers."""
+    """By address, the last access of a kind: whose, when by its own clock, and behind how many barriers.
+
+    Of several programs that load an address only the last is known.
+    """
 
     def __init__(self, n: int) -> None:
         self.program = np.full(n, -1, np.int32)
         self.time = np.zeros(n, np.int32)
         self.barriers = np.full(n, -1, np.int64)
-
         self.block = np.full(n, -1, np.int64)
-        self.blocks: list[np.ndarray] = []
+        self.blocks: list[np.ndarray] = []  # the places of each access
 
     def note(self, at: np.ndarray, program: int, time: int, barriers: int) -> None:
         self.program[at], self.time[at], self.barriers[at] = program, time, barriers
