@@ -64,6 +64,23 @@ def audit_file(
             on_step=lambda: progress.advance(task),
             on_skip=lambda i, reason: skip(rows[i].number, reason),
         )
+    try:  # what was measured is in one of the two, if the disk is full or nobody reads on
+        if json_file is not None:
+            with whole_file(json_file) as out:
+                out.write(json.dumps(found.to_json(), indent=1) + "\n")
+    finally:
+        _print(found)
+    if html is not None:
+        items = disputed_items(model, examples, found, sources, span)
+        with whole_file(html) as out:
+            out.write(page_head(f"Where sources disagree in {completions.name}", found.advice))
+            for i, item in zip(found.disputed, items, strict=True):
+                out.write(credit_section(rows[i].number, item))
+            out.write(PAGE_FOOT)
+    return skipped
+
+
+def _print(found: Audit) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:  # a file wraps nothing
         console.width = max(console.width, WIDTH)
@@ -73,17 +90,6 @@ def audit_file(
         console.print(f"without {', '.join(without)}: {reason}", soft_wrap=True, markup=False)
     console.print(_overlaps([found.ceiling, *found.sources]))
     console.print(found.advice, soft_wrap=True)
-    if json_file is not None:
-        with whole_file(json_file) as out:
-            out.write(json.dumps(found.to_json(), indent=1) + "\n")
-    if html is not None:
-        items = disputed_items(model, examples, found, sources, span)
-        with whole_file(html) as out:
-            out.write(page_head(f"Where sources disagree in {completions.name}", found.advice))
-            for i, item in zip(found.disputed, items, strict=True):
-                out.write(credit_section(rows[i].number, item))
-            out.write(PAGE_FOOT)
-    return skipped
 
 
 def _table(found: Audit) -> Table:

@@ -173,16 +173,20 @@ def bench(
                 wrong.append(str(error))
     loads.append(os.getloadavg()[0])
     machine = machine_facts(where)
-    console = Console(highlight=False)
-    console.print(in_words(machine))
-    console.print(f"load before {loads[0]:.1f}, after {loads[1]:.1f}, of {os.cpu_count()} processors")
-    console.print(_bench_table(measured))
-    for message in wrong:
-        console.print(message, style="red")
-    if json_file is not None:
-        rows = [m.facts() | {"ratios": {n: r._asdict() for n, r in m.ratios.items()}} for m in measured]
-        with whole_file(json_file) as out:
-            out.write(json.dumps({"machine": machine, "load": loads, "measured": rows}, indent=1) + "\n")
+    try:  # what was measured is in one of the two, if the disk is full or nobody reads on
+        if json_file is not None:
+            rows = [m.facts() | {"ratios": {n: r._asdict() for n, r in m.ratios.items()}} for m in measured]
+            with whole_file(json_file) as out:
+                out.write(json.dumps({"machine": machine, "load": loads, "measured": rows}, indent=1) + "\n")
+    except OSError as error:
+        raise fail(error) from error
+    finally:
+        console = Console(highlight=False)
+        console.print(in_words(machine))
+        console.print(f"load before {loads[0]:.1f}, after {loads[1]:.1f}, of {os.cpu_count()} processors")
+        console.print(_bench_table(measured))
+        for message in wrong:
+            console.print(message, style="red")
     if wrong:
         raise typer.Exit(1)
 

@@ -267,6 +267,23 @@ def _local(config: RewardModelConfig, device: str) -> RewardModel:
     return LocalRewardModel(config, device)
 
 
+def checked(values: Sequence[float], count: int, signed: bool) -> list[float]:
+    """Credit, or signed token rewards, of so many tokens; a reward function of the user's may have made them.
+
+    Raises:
+        ValueError: they are not as many, not finite, or credit that is negative.
+    """
+    if len(values) != count:
+        raise ValueError(f"credit: got {len(values)} weights for a response of {count} tokens")
+    numbers = [float(x) for x in values]
+    name = "token_rewards" if signed else "credit"
+    want = "finite ones" if signed else "finite weights, 0 or more (token_rewards have signs)"
+    for x in numbers:
+        if not _is_finite(x) or (x < 0 and not signed):
+            raise ValueError(f"{name}: got {x:g}, want {want}")
+    return numbers
+
+
 def token_rewards(
     score: float,
     credit: Sequence[float] | None,
@@ -286,15 +303,13 @@ def token_rewards(
         ``[R]`` float32.
 
     Raises:
-        ValueError: neither or both, or ``mask`` and they are not as many.
+        ValueError: neither or both; ``mask`` and they are not as many, or as ``checked``.
     """
     if (credit is None) == (signed is None):
         raise ValueError("want either credit or signed token rewards")
     values = credit if signed is None else signed
     assert values is not None
-    if len(values) != len(mask):
-        raise ValueError(f"credit: got {len(values)} weights for a response of {len(mask)} tokens")
-    given = torch.tensor([values], dtype=torch.float32)
+    given = torch.tensor([checked(values, len(mask), signed is not None)], dtype=torch.float32)
     shaped = shape_rewards(
         torch.tensor([score], dtype=torch.float32),
         given if signed is None else "uniform",

@@ -38,7 +38,7 @@ import attnshape
 from attnshape.config import ShapingConfig
 from attnshape.integrations import verl_groups
 from attnshape.integrations.framework import require_parameters, require_version
-from attnshape.integrations.reward import reward_model, token_rewards
+from attnshape.integrations.reward import checked, reward_model, token_rewards
 from attnshape.text.load import Layers, SourceName
 from attnshape.text.turns import spans_of
 
@@ -135,7 +135,7 @@ def reward_of(result: dict[str, Any], mask: Sequence[bool], dense_share: float, 
         or with ``dense_share = 0`` the float alone.
 
     Raises:
-        ValueError: ``credit`` and ``mask`` are not as many.
+        ValueError: ``credit`` and ``mask`` are not as many, or a weight is not finite, or negative.
     """
     score, terminal = float(result["score"]), float(result.get("terminal_reward", 0.0))
     credit, signed = result.get("credit"), result.get("token_rewards")
@@ -143,9 +143,7 @@ def reward_of(result: dict[str, Any], mask: Sequence[bool], dense_share: float, 
     if values is None or dense_share == 0:
         return score + terminal
     if groups:
-        if len(values) != len(mask):
-            raise ValueError(f"credit: got {len(values)} weights for a response of {len(mask)} tokens")
-        spread = {"credit": [float(x) for x in values], "signed": signed is not None}
+        spread = {"credit": checked(values, len(mask), signed is not None), "signed": signed is not None}
         return {"reward": score + terminal, "score": score, **spread}
     rewards: list[float] = token_rewards(
         score, credit, mask, dense_share=dense_share, signed=signed, terminal_reward=terminal

@@ -229,6 +229,7 @@ def create_app(config: ServeConfig, reader: Reader, pool: Pool) -> FastAPI:
             pool.metrics.requests.labels(str(status)).inc()
             pool.metrics.request_seconds.observe(time.monotonic() - started)
 
+    @app.head("/health", include_in_schema=False)  # as some load balancers ask
     @app.get("/health", responses={503: {"description": "No worker is ready."}})
     async def health() -> Response:
         """Whether requests can be answered: 200, or 503 while the model is loaded."""

@@ -154,6 +154,18 @@ def test_the_command_shows_ours_beside_the_baseline_and_the_copy(
     assert f"load before {found['load'][0]:.1f}, after {found['load'][1]:.1f}" in result.stdout
 
 
+def test_what_was_measured_is_shown_where_it_cannot_be_written(
+    few_cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("attnshape.cli.measure.whole_file", full)
+    result = bench("--device", "cpu", "--seconds", "0", "--json", tmp_path / "bench.json")
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, "no space left")
+    assert all(case.name in result.stdout for case in few_cases)
+
+
 def test_the_command_fails_where_a_result_is_wrong(
     few_cases: list[Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +182,7 @@ def test_the_command_fails_where_a_result_is_wrong(
     [
         (("--device", "nowhere"), "device: got 'nowhere', want "),
         (("--device", "cpu", "--json", "no/folder/x.json"), "there is no folder"),
+        (("--device", "cpu", "--json", "/"), "/ is a folder, want a file"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(arguments: tuple[str, ...], message: str) -> None:

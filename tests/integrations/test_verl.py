@@ -94,6 +94,21 @@ def test_for_groups_the_credit_travels_beside_the_score() -> None:
         verl.reward_of(result, MASK[:3], 0.75, groups=True)
 
 
+@pytest.mark.parametrize("groups", [False, True])
+def test_weights_of_a_users_function_are_checked(groups: bool) -> None:
+    """``shape_rewards`` would put the whole score on the last token, and say so where nobody looks."""
+    for credit in ([1.0, -0.5, 0.0, 0.5], [float("nan"), 0.0, 0.0, 1.0], [float("inf"), 0.0, 0.0, 1.0]):
+        with pytest.raises(ValueError, match=r"credit: got (-0.5|nan|inf), want finite weights, 0 or more"):
+            verl.reward_of({"score": 1.0, "credit": credit}, MASK, 0.5, groups)
+    signed = {"score": 1.0, "credit": None, "token_rewards": [float("nan"), 0.0, 0.0, 0.0]}
+    with pytest.raises(ValueError, match="token_rewards: got nan, want finite ones"):
+        verl.reward_of(signed, MASK, 0.5, groups)
+    weights = [0.5, 0.25, 0.0, 0.25]
+    result = {"score": 1.0, "credit": torch.tensor(weights)}
+    as_list = {**result, "credit": weights}
+    assert verl.reward_of(result, MASK, 0.5, groups) == verl.reward_of(as_list, MASK, 0.5, groups)
+
+
 def test_the_last_output_carries_the_credit() -> None:
     config = Config(algorithm={"adv_estimator": "attnshape_grpo"})
     reward = {"reward": 5.0, "score": 2.0, "credit": [0.5, 0.5], "signed": False}

@@ -409,6 +409,16 @@ def test_whoever_hangs_up_is_not_scored(folder: Path) -> None:
     run(test)
 
 
+def test_health_is_asked_either_way(server: Server) -> None:
+    async def test() -> None:
+        for state, status in ((State.READY, 200), (State.LOADING, 503)):
+            server.pool.workers[0].state = state
+            for method in ("GET", "HEAD"):
+                assert (await server.client.request(method, "/health")).status_code == status
+
+    run(test)
+
+
 def test_metrics_count_what_happened(server: Server) -> None:
     async def test() -> None:
         counted = await server.counted()

@@ -204,6 +204,26 @@ def test_the_command(tmp_path: Path) -> None:
     assert "gradient" not in some.stdout
 
 
+def test_what_was_measured_outlives_a_full_disk_and_a_closed_pipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError("gone")
+
+    folder, figures = save_one_word(tmp_path / "model", 0), tmp_path / "out.json"
+    source = write(tmp_path / "in.jsonl", texts()[:3])
+    command = folder, source, "--source", "attention", "--json", figures
+    for name in ("_print", "whole_file"):
+        with monkeypatch.context() as broken:
+            broken.setattr(f"attnshape.cli.audit.{name}", fails)
+            result = invoke(*command)
+        assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, "gone")
+        assert ("3 completions" in result.stdout) == (name == "whole_file")
+        assert (
+            json.loads(figures.read_text())["completions"] == 3
+        )  # of the first run, where it cannot be written
+
+
 def test_what_the_command_refuses(tmp_path: Path) -> None:
     folder = save_one_word(tmp_path / "model", 0)
     source = write(tmp_path / "in.jsonl", texts()[:3])
