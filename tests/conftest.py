@@ -102,5 +102,12 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
+def crossing_rows() -> Iterator[None]:
+    """For packed rows that cross each other: several programs store their tokens, NaN in the end."""
+    with bounds.in_any_order():
+        yield
+
+
+@pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -25,6 +25,7 @@ def with_bound(x: torch.Tensor, value: int) -> torch.Tensor:
     return x
 
 
+@pytest.mark.usefixtures("crossing_rows")
 @each_backend_with(
     value=[-1, -(2**31), 23, 24, 2**31 - 1],
     packed=[False, True],

@@ -156,10 +156,8 @@ def _scores(
     spans: Sequence[tuple[slice, slice]],
 ) -> Tensor:
     """float32 ``[rows, labels]``; bool ``other [rows, S]`` says which tokens are the other one."""
-    ids, mask = (
-        _tokens(head, device).repeat(len(other), 1),
-        torch.zeros(other.shape, dtype=torch.long, device="cpu"),
-    )
+    ids = _tokens(head, device).repeat(len(other), 1)
+    mask = torch.zeros(other.shape, dtype=torch.long, device="cpu")
     for row, (tokens, visible) in enumerate(spans):
         kept = ids[row, tokens].clone()
         if pad is not None:
@@ -220,9 +218,7 @@ def _tokens(model: PreTrainedModel, device: torch.device, count: int = LENGTH) -
         x for config in configs for name, x in vars(config).items() if "token" in name and type(x) is int
     }
     free = (i for i in range(vocabulary(model)) if i not in special)
-    return torch.tensor(
-        [i for i, _ in zip(free, range(count), strict=False)], device=device if own.type == "meta" else own
-    )
+    return torch.tensor([i for i, _ in zip(free, range(count), strict=False)], device=device)
 
 
 def _noise(model: PreTrainedModel) -> float:

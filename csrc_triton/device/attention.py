@@ -40,6 +40,7 @@ class Heads(NamedTuple):
     """The query heads of one key head, [M]."""
 
     i_h: Any  # the key head
+    first: Any
     o_h: Any
     m_h: Any  # which there are
     n: Any  # of all key heads
@@ -79,10 +80,12 @@ def slots_of_row(axis, left, response, keys, i_b, mean: tl.constexpr):
 def heads_of(layer, i_h, product: tl.constexpr):
     """The query heads of key head ``i_h``."""
     heads = layer.kv_heads * product.G
+    first = i_h * product.G
     o_g = tl.arange(0, product.M)
-    o_h = i_h * product.G + o_g
+    o_h = first + o_g
     m_h = o_g < product.G
-    return Heads(i_h, o_h, m_h, heads, head_weights(layer.p_head_mask, o_h, m_h, heads, layer.n_layers))
+    weight = head_weights(layer.p_head_mask, o_h, m_h, heads, layer.n_layers)
+    return Heads(i_h, first, o_h, m_h, heads, weight)
 
 
 @triton.jit
@@ -298,7 +301,7 @@ def fold_partials(attended, heads, CHUNK: tl.constexpr, FOLD: tl.constexpr):
     if layer.p_lse is None:
         n = attended.keys.n_chunks * (CHUNK // FEW)
         # A head that is not there reads the first one's: no load depends on a condition of its own.
-        p_head = partials_of_head(left, tl.where(heads.m_h, heads.o_h, heads.i_h))
+        p_head = partials_of_head(left, tl.where(heads.m_h, heads.o_h, heads.first))
         p_head += attended.slots.first * (CHUNK // FEW) * 2
         highest = tl.full([heads.o_h.shape[0], FOLD], -INF, tl.float32)
         terms = tl.zeros([heads.o_h.shape[0], FOLD], tl.float32)

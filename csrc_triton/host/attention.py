@@ -267,7 +267,7 @@ def attend(
     heavy = width > product.BLOCK_D or (rules is not None and rules.TWO_RECURRENCES)
     most = registers(255) if heavy else most_registers(group, finish)
     if step is None:  # what is the same for all rows stays in registers
-        most = registers(min(255, REGISTERS_OF_PROCESSOR // (32 * WARPS * PROGRAMS)))
+        most = registers(min(255, REGISTERS_OF_PROCESSOR // (32 * WARPS * PROGRAMS) // 8 * 8))
     launch(
         ATTEND,
         grid.n_tasks + leaders,

@@ -431,6 +431,7 @@ def test_tokens_out_of_range(outside: int, packed: bool, guarded: Callable[[], N
     guarded()
 
 
+@pytest.mark.usefixtures("crossing_rows")
 @pytest.mark.parametrize(
     ("bounds", "sound"),
     [

@@ -249,6 +249,7 @@ def test_indices_out_of_range(where: str, value: int, guarded: Callable[[], None
     guarded()
 
 
+@pytest.mark.usefixtures("crossing_rows")
 @pytest.mark.parametrize("where", ["keys", "response"])
 @pytest.mark.parametrize("bad", [(1, -5), (1, HUGE), (2, -HUGE), (3, 91), (3, 61), (0, HUGE)])
 def test_bounds_of_packed_rows_out_of_range(

@@ -112,3 +112,57 @@ def test_who_reads_or_writes_beside_a_tensor_is_stopped(
     x, out = around[8:14], around[20:26]
     with nullcontext() if wrong is None else pytest.raises(InterpreterError, match=wrong):
         copy_kernel[(1,)](x, out, from_x, to_out, n, 8)
+
+
+@triton.jit
+def hand_over_kernel(
+    p_x, p_out, p_counter, N: tl.constexpr, BEFORE: tl.constexpr, ORDER: tl.constexpr, BEHIND: tl.constexpr
+):
+    o = tl.arange(0, N)
+    i_p = tl.program_id(0)
+    tl.store(p_x + i_p * N + o, o + 1.0)
+    if BEFORE:
+        tl.debug_barrier()
+    arrived = tl.atomic_add(p_counter, 1, sem=ORDER, scope="gpu")
+    if BEHIND:
+        tl.debug_barrier()
+    if arrived == 1:
+        tl.store(p_out + o, tl.load(p_x + o) + tl.load(p_x + N + o))
+
+
+@pytest.mark.parametrize(
+    ("before", "order", "behind", "wrong"),
+    [
+        (True, "acq_rel", True, None),
+        (False, "acq_rel", True, "a release of what other threads may store later"),
+        (True, "relaxed", True, "which did not hand it over"),
+        (True, "release", True, "which did not hand it over"),
+        (True, "acquire", True, "which did not hand it over"),
+        (True, "acq_rel", False, "no barrier behind that"),
+    ],
+)
+def test_who_reads_what_was_not_handed_over_is_stopped(
+    before: bool, order: str, behind: bool, wrong: str | None
+) -> None:
+    x, out, counter = torch.zeros(16), torch.zeros(8), torch.zeros((), dtype=torch.int32)
+    with nullcontext() if wrong is None else pytest.raises(InterpreterError, match=wrong):
+        hand_over_kernel[(2,)](x, out, counter, 8, before, order, behind)
+    if wrong is None:
+        assert out.equal(2 * torch.arange(1.0, 9))
+
+
+@triton.jit
+def turned_kernel(p_x, p_out, N: tl.constexpr, BARRIER: tl.constexpr):
+    o = tl.arange(0, N)
+    tl.store(p_x + o, tl.load(p_x + o) + 1.0)
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(p_out + o, tl.load(p_x + N - 1 - o))
+
+
+def test_who_reads_what_its_other_threads_may_store_later_is_stopped() -> None:
+    x, out = torch.zeros(2, 8)
+    turned_kernel[(1,)](x, out, 8, True)
+    assert out.equal(torch.ones(8))
+    with pytest.raises(InterpreterError, match="of what this program did at that address, with no barrier"):
+        turned_kernel[(1,)](x, out, 8, False)

@@ -268,6 +268,7 @@ def test_a_row_keeps_its_bits_in_any_batch(width: int, lam: float, choose: Calla
             assert_same_bits(packed[i][width : 2 * width], alone[i][0])
 
 
+@pytest.mark.usefixtures("crossing_rows")
 def test_packed_bounds_that_are_not_sound(choose: Callable[..., None]) -> None:
     g = torch.Generator().manual_seed(0)
     x, values = torch.randn(2, 130, generator=g).to(DEVICE)

@@ -219,6 +219,7 @@ def test_rows_that_are_already_out_of_range_stay_so() -> None:
     assert all(getattr(out, name)[1].isnan().all() for name in TOKENS)
 
 
+@pytest.mark.usefixtures("crossing_rows")
 @pytest.mark.parametrize(
     ("bounds", "sound"),
     [

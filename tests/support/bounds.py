@@ -1,4 +1,4 @@
-"""Whether interpreted kernels read and write what they were given, and nothing beside it.
+"""Whether interpreted kernels read and write what they were given, nothing beside it, and in order.
 
 Beyond a tensor lies another one, or nothing: on a GPU the result is a wrong number elsewhere, now and then.
 """
@@ -7,10 +7,18 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from support.order import Order
+from triton._C.libtriton import interpreter as memory
+from triton.runtime import interpreter
+
+MOST, PROGRAMS = 1 << 22, 1024
+"""Bytes of memory and programs, at most, of a launch whose accesses are looked at for their order: what is
+known of each byte takes 48."""
 
 
 class Given:
@@ -19,10 +27,12 @@ class Given:
     def __init__(self) -> None:
         self.begins: list[int] = []
         self.ends: list[int] = []
+        self.is_looking = True  # at the order of accesses, too
+        self.order: Order | None = None  # of this launch's, from its first on
 
     def take(self, arguments: Any) -> None:
         """Of these arguments, in place of those of the launch before."""
-        self.begins, self.ends = [], []
+        self.begins, self.ends, self.order = [], [], None
         for begin, end in sorted(pieces(arguments)):
             if self.ends and begin <= self.ends[-1]:
                 self.ends[-1] = max(self.ends[-1], end)
@@ -30,11 +40,49 @@ class Given:
                 self.begins.append(begin)
                 self.ends.append(end)
 
-    def check(self, what: str, addresses: np.ndarray, mask: np.ndarray | None, size: int) -> None:
-        """Raises: IndexError: one of the addresses that count, of ``size`` bytes each, is of no tensor."""
-        at = addresses.ravel() if mask is None else addresses[np.broadcast_to(mask, addresses.shape)]
+    def check(
+        self,
+        what: str,
+        addresses: np.ndarray,
+        mask: np.ndarray | None,
+        size: int,
+        values: np.ndarray | None = None,
+        semantics: Any = None,
+    ) -> None:
+        """Looks at one access.
+
+        Args:
+            what: it is, for a sentence.
+            mask: which of the addresses, of ``size`` bytes each, count.
+            values: that are stored.
+            semantics: of an atomic.
+
+        Raises:
+            IndexError: one of the addresses is of no tensor.
+            RaceError: nothing says that it comes before or after another of the same address.
+        """
+        if mask is None:
+            mask = np.ones(addresses.shape, np.bool_)
+        at = addresses[np.broadcast_to(mask, addresses.shape)]
         if not at.size:
             return
+        self.within(what, at, size)
+        builder = interpreter.interpreter_builder
+        if not self.is_looking or sum(self.ends) - sum(self.begins) > MOST or builder.grid_dim[0] > PROGRAMS:
+            return
+        if self.order is None:
+            self.order = Order(self.begins, self.ends, builder.grid_dim[0])
+        self.order.turn(builder.grid_idx[0])
+        if semantics is not None:
+            self.order.atomic(at, semantics.name)
+        elif values is None:
+            self.order.load(at)
+        else:
+            there = memory.load(addresses, mask, np.zeros(addresses.shape, values.dtype), values.dtype)
+            if not np.array_equal(there[mask], values[mask]):  # who stores what is there changes nothing
+                self.order.store(at)
+
+    def within(self, what: str, at: np.ndarray, size: int) -> None:
         low, high = int(at.min()), int(at.max())
         piece = bisect.bisect_right(self.begins, low) - 1
         if piece >= 0 and high + size <= self.ends[piece]:
@@ -65,10 +113,18 @@ def pieces(x: Any) -> Iterator[tuple[int, int]]:
             yield from pieces(held)
 
 
+@contextmanager
+def in_any_order(*, is_fine: bool = True) -> Iterator[None]:
+    """For launches whose programs store one thing in the end, whoever is first."""
+    GIVEN.is_looking = not is_fine
+    try:
+        yield
+    finally:
+        GIVEN.is_looking = True
+
+
 def install() -> None:
     """Looks at each access of Triton's interpreter from now on."""
-    from triton.runtime import interpreter
-
     init_args, builder = interpreter.GridExecutor._init_args_hst, interpreter.InterpreterBuilder
 
     def begun(executor: Any, arguments: Any, named: dict[str, Any]) -> Any:
@@ -83,12 +139,20 @@ def install() -> None:
         def checked(self: Any, *arguments: Any) -> Any:
             pointers = arguments[first]
             size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
-            GIVEN.check(what, pointers.data, None if place is None else arguments[place].data, size)
+            mask = None if place is None else arguments[place].data
+            values = arguments[1].data if "store" in name else None
+            semantics = arguments[-2] if "atomic" in name else None
+            GIVEN.check(what, pointers.data, mask, size, values, semantics)
             return method(self, *arguments)
 
         return checked
 
+    def barrier(_: Any) -> None:
+        if GIVEN.order is not None:
+            GIVEN.order.barrier()
+
     interpreter.GridExecutor._init_args_hst = begun
+    builder.create_barrier = barrier
     for name, place in {
         "create_masked_load": 1,
         "create_masked_store": 2,

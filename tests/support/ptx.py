@@ -67,7 +67,7 @@ class Executed:
             for i, x in enumerate(read):
                 assert x.dtype == np.float32
                 at = (values[to] + 4 * i).astype(np.uint64)
-                GIVEN.check(name, at, where, 4)
+                GIVEN.check(name, at, where, 4, x)
                 assert not (at[where] % (4 * len(read)) != 4 * i).any(), "a store that is not aligned"
                 memory.store(at, np.ascontiguousarray(x), np.ascontiguousarray(where))
         else:
