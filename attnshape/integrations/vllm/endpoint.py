@@ -130,11 +130,11 @@ class Endpoint:
             if not answered.done():
                 raise ClientDisconnect
             found: list[dict[str, Any] | ValueError] = []
-            for task in asked:
-                error = task.exception()
+            for each in asked:
+                error = each.exception()
                 if error is not None and not isinstance(error, ValueError):
                     raise HTTPException(503, str(error) or type(error).__name__, RETRY_AFTER) from error
-                found.append(task.result() if error is None else error)
+                found.append(each.result() if error is None else error)
             return found
         finally:
             tasks: list[asyncio.Future[Any]] = [*asked, gone, answered]
