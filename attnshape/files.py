@@ -20,6 +20,12 @@ def followed(path: Path) -> Path:
     return path.resolve() if path.is_symlink() and not is_stream(path) else path
 
 
+def states(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of each file in a folder; of what is no folder, nothing."""
+    files = [(path, path.stat()) for path in sorted(folder.glob("*")) if path.is_file()]
+    return [(path.name, found.st_size, found.st_mtime_ns) for path, found in files]
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[TextIO]:
     """A UTF-8 text file that takes its name when the block ends, and vanishes if the block raises.

@@ -30,7 +30,7 @@ from attnshape.cli.base import (
     reward_model_config,
     standard,
 )
-from attnshape.files import followed, is_stream, whole_file
+from attnshape.files import followed, is_stream, states, whole_file
 
 if TYPE_CHECKING:
     from attnshape.text.partial import Partial
@@ -111,7 +111,7 @@ def credit(
         if out != STANDARD and not is_stream(out):
             # Lines are known by their numbers, so only in a file that is the same, and of the same model.
             read = [completions.resolve(), *_state(completions)] if completions.is_file() else []
-            weights = [_state(path) for path in sorted(Path(model).glob("*"))]
+            weights = states(Path(model))
             shown = None if html is None else list(beside or ())
             settings = {**vars(config), "completions": read, "weights": weights, "page": shown}
             real = None if html is None else followed(html)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 
+from attnshape.files import states
 from attnshape.text.load import RewardModelConfig
 from attnshape.text.model import CreditModel
 
@@ -22,6 +24,11 @@ class Job:
     """Of PyTorch on a CPU."""
     batch_tokens: int = 16384
     """The most that a forward of the process's own takes: those of leave-one-out."""
+    files: list[tuple[str, int, int]] = field(init=False)
+    """Of the model's folder when the server started, see ``states``."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "files", states(Path(self.config.model)))
 
 
 def work(job: Job, pipe: Connection) -> None:
@@ -34,6 +41,12 @@ def work(job: Job, pipe: Connection) -> None:
         signal.signal(name, signal.SIG_IGN)
     torch.set_num_threads(job.threads)
     try:
+        if (
+            states(Path(job.config.model)) != job.files
+        ):  # this worker would have another model than the others
+            raise ValueError(
+                f"{job.config.model} has changed since the server started; start the server anew"
+            )
         model = CreditModel.load(job.config, job.device, job.batch_tokens)
         model.probe()
     except Exception as error:

@@ -75,6 +75,24 @@ def test_it_says_what_is_wrong_and_ends(
         assert re.match(message, answer(pipe))
 
 
+@pytest.mark.parametrize("change", ["written", "linked"])
+def test_a_worker_that_is_started_again_has_the_servers_model(tmp_path: Path, change: str) -> None:
+    """Otherwise a newer checkpoint would answer beside the one that other workers hold."""
+    old, new, latest = tmp_path / "old", tmp_path / "new", tmp_path / "latest"
+    save(old, "llama")
+    latest.symlink_to(old)
+    ours, pipe = multiprocessing.Pipe()
+    job = Job(RewardModelConfig(model=str(latest)), "cpu", 1)
+    if change == "linked":
+        save(new, "llama")
+        latest.unlink()
+        latest.symlink_to(new)
+    else:
+        (old / "config.json").write_text((old / "config.json").read_text() + "\n")
+    work(job, pipe)
+    assert answer(ours) == f"cpu: {latest} has changed since the server started; start the server anew"
+
+
 def offline(folder: Path, example: Example) -> tuple[float, torch.Tensor]:
     """Score and credit on the reward model's tokens, of a batch of one."""
     model, _ = load_reward_model(str(folder), "cpu")
