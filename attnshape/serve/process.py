@@ -41,9 +41,9 @@ def work(job: Job, pipe: Connection) -> None:
         signal.signal(name, signal.SIG_IGN)
     torch.set_num_threads(job.threads)
     try:
-        name = job.config.model
-        if states(Path(name)) != job.files:  # other workers hold the old model
-            raise ValueError(f"{name} has changed since the server started; start the server anew")
+        folder = job.config.model
+        if states(Path(folder)) != job.files:  # other workers hold the old model
+            raise ValueError(f"{folder} has changed since the server started; start the server anew")
         model = CreditModel.load(job.config, job.device, job.batch_tokens)
         model.probe()
     except Exception as error:
