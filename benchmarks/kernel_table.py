@@ -413,7 +413,7 @@ def compiled(missing: dict[tuple[str, str], Variant]) -> Facts:
     print(f"to be compiled: {counts}", file=sys.stderr, flush=True)
     facts_of: Facts = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        # One after the other: what LLVM makes for one depends on what it makes for the other at the same time.
+        # One after the other: what LLVM makes for one may depend on what it makes for the other meanwhile.
         for backend in ("cuda", "hip"):
             places = [place for place in missing if TARGETS[place[0]][0] == backend]
             found = pool.map(lambda place: facts(missing[place], place[0]), places)
