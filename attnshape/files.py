@@ -20,10 +20,15 @@ def followed(path: Path) -> Path:
     return path.resolve() if path.is_symlink() and not is_stream(path) else path
 
 
+def state(path: Path) -> tuple[int, int]:
+    """Size and time of change."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
 def states(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of each file in a folder; of what is no folder, nothing."""
-    files = [(path, path.stat()) for path in sorted(folder.glob("*")) if path.is_file()]
-    return [(path.name, found.st_size, found.st_mtime_ns) for path, found in files]
+    """Name and ``state`` of each file in a folder; of what is no folder, nothing."""
+    return [(path.name, *state(path)) for path in sorted(folder.glob("*")) if path.is_file()]
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from attnshape.cli.base import (
     reward_model_config,
     standard,
 )
-from attnshape.files import followed, is_stream, states, whole_file
+from attnshape.files import followed, is_stream, state, states, whole_file
 
 if TYPE_CHECKING:
     from attnshape.text.partial import Partial
@@ -110,7 +110,7 @@ def credit(
         config = reward_model_config(model, score_fn, query_position, trust_remote_code, source, layer, span)
         if out != STANDARD and not is_stream(out):
             # Lines are known by their numbers, so only in a file that is the same, and of the same model.
-            read = [completions.resolve(), *_state(completions)] if completions.is_file() else []
+            read = [completions.resolve(), *state(completions)] if completions.is_file() else []
             weights = states(Path(model))
             shown = None if html is None else list(beside or ())
             settings = {**vars(config), "completions": read, "weights": weights, "page": shown}
@@ -173,11 +173,6 @@ def _kept(partial: Partial | None) -> str:
         return ""
     hint = ", --resume goes on behind it" if partial.resumable else ""
     return f"; what is written is in {partial.path}{hint}"
-
-
-def _state(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
 
 
 def _check_files(source: Path, out: Path, html: Path | None, resume: bool) -> None:

@@ -80,6 +80,11 @@ def models_of(model: nn.Module) -> dict[str, PreTrainedModel]:
     return {n: m for n, m in models.items() if n == reading[0] or is_inside(n, reading[0])}
 
 
+def outermost(model: nn.Module) -> PreTrainedModel:
+    """The first of ``models_of(model)``: the classifier itself, whatever is around it."""
+    return next(iter(models_of(model).values()))
+
+
 def embeddings(models: Sequence[PreTrainedModel]) -> list[nn.Module]:
     """The modules that embed the models' tokens: one, or several with the same weight."""
     for model in models:

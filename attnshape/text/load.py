@@ -198,9 +198,9 @@ def load_reward_model(
 
 def check_pooling(model: nn.Module, query_position: QueryPosition) -> None:
     """Raises ValueError where nobody knows which token a model of its own code scores."""
-    from attnshape.tap.find import classifier, models_of
+    from attnshape.tap.find import classifier, outermost
 
-    own = next(iter(models_of(model).values()))
+    own = outermost(model)
     kinds = [kind for kind in type(own).__mro__ if "forward" in vars(kind)]
     is_known = kinds[0].__module__.startswith("transformers.")
     # What is around a classifier hands its logits on; around anything else it makes the score.

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from attnshape.credit import centered
 from attnshape.ops import shape_rewards
-from attnshape.tap.find import models_of
+from attnshape.tap.find import outermost
 from attnshape.text.align import align
 from attnshape.text.load import (
     Layers,
@@ -168,7 +168,7 @@ class CreditModel:
             self.model, found = load_reward_model(model, device, trust_remote_code=trust_remote_code)
             tokenizer = found if tokenizer is None else tokenizer
         else:
-            self.model, self.name = model, next(iter(models_of(model).values())).config.name_or_path
+            self.model, self.name = model, outermost(model).config.name_or_path
         if tokenizer is None:
             tokenizer = load_tokenizer(self.name, trust_remote_code=trust_remote_code)
         self.tokenizer = tokenizer
@@ -204,7 +204,7 @@ class CreditModel:
     @functools.cached_property
     def _own(self) -> PreTrainedModel:
         """The classifier itself, whatever is around it."""
-        return next(iter(models_of(self.model).values()))
+        return outermost(self.model)
 
     @property
     def device(self) -> torch.device:

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from attnshape import credit
 from attnshape.ops import attention_column_credit, attention_credit, attention_rollout
 from attnshape.tap import AttentionTap
-from attnshape.tap.find import attention_layers, models_of
+from attnshape.tap.find import attention_layers, models_of, outermost
 from attnshape.tap.tap import GRADIENTS, ONE_LAYER
 from attnshape.tap.trial import evaluating
 from attnshape.text.load import Layers, QueryPosition, SourceName
@@ -239,7 +239,7 @@ def _padding(model: nn.Module, last: set[int]) -> Iterator[int]:
     config: Any = getattr(model, "config", None)
     if config is None:
         with suppress(ValueError):  # a wrapper has none of its own
-            config = next(iter(models_of(model).values())).config
+            config = outermost(model).config
     if config is None:
         yield 0
         return
